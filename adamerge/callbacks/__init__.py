@@ -1,0 +1,1 @@
+"""Lightning callbacks: export of the merged weights, graceful stops."""

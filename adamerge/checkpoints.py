@@ -1,0 +1,328 @@
+"""Files to tensors and back: lazy and safe reading, hashing, atomic writing.
+
+Nothing here unpickles Python objects: files are safetensors, or torch files read with
+``weights_only=True``.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adamerge.errors import InputError, did_you_mean, shorten
+
+_NESTS = ("state_dict", "model_state_dict", "model")
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Checkpoint(Protocol):
+    """Named tensors that are read one at a time.
+
+    ``spec`` costs no tensor read for safetensors files, so that checks stay fast on large models.
+    """
+
+    name: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names in file order."""
+        ...
+
+    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a tensor."""
+        ...
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor on the CPU, zero-copy where the format allows."""
+        ...
+
+    def sha256(self) -> str:
+        """Return the hash of the content, as hexadecimal digits."""
+        ...
+
+
+class MemoryCheckpoint:
+    """A state dict that is already in memory."""
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.name = name
+        self._tensors = dict(tensors)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names in order."""
+        return tuple(self._tensors)
+
+    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a tensor."""
+        tensor = self._tensors[key]
+        return tuple(tensor.shape), tensor.dtype
+
+    def get(self, key: str) -> Tensor:
+        """Return the tensor itself, detached and on the CPU."""
+        return self._tensors[key].detach().cpu()
+
+    def sha256(self) -> str:
+        """Hash names, dtypes, shapes and bytes of all tensors."""
+        digest = hashlib.sha256()
+        for key in sorted(self._tensors):
+            tensor = self.get(key).contiguous()
+            digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class FileCheckpoint(MemoryCheckpoint):
+    """A torch file (zip or legacy format) read with ``weights_only=True``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), _read_torch_file(path))
+        self.path = path
+
+    def sha256(self) -> str:
+        """Hash the file's bytes."""
+        return sha256(self.path)
+
+
+class SafetensorsCheckpoint:
+    """A memory-mapped safetensors file: tensors are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.path = path
+        self._header = _read_header(path)
+
+    @cached_property
+    def _file(self) -> Any:
+        try:
+            return safe_open(self.path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise InputError(f"{self.path}: damaged safetensors file ({error}). Copy or export it again.") from error
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names in file order."""
+        return tuple(self._header)
+
+    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a tensor from the header alone."""
+        entry = self._header[key]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise InputError(
+                f"{self.path}: tensor {key!r} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}. "
+                "Convert it to float32, float16 or bfloat16."
+            )
+        return tuple(entry["shape"]), dtype
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor backed by the memory map."""
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def sha256(self) -> str:
+        """Hash the file's bytes."""
+        return sha256(self.path)
+
+
+def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:
+    """Open a checkpoint by its content, not by its suffix.
+
+    Args:
+        path: A safetensors file, or a torch file that ``torch.load(weights_only=True)`` accepts.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If the file is a folder, empty, truncated, not a checkpoint, or holds pickled
+            objects other than tensors (it is never unpickled).
+    """
+    path = Path(path)
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
+    if path.is_dir():
+        raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it.")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return FileCheckpoint(path)
+    return SafetensorsCheckpoint(path)
+
+
+def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Load all tensors of a safetensors or ``weights_only`` torch file; never a pickle.
+
+    Args:
+        path: The checkpoint file.
+        device: Where the tensors go.
+
+    Returns:
+        Name to tensor, dtypes as stored. A nested ``state_dict`` is unwrapped and a ``module.``
+        prefix (DataParallel) removed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: See :func:`open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path)
+    # A copy, so that the result does not change when the mapped file is later replaced.
+    return {key: checkpoint.get(key).to(device, copy=True) for key in checkpoint.keys}
+
+
+def save_state_dict(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically.
+
+    Args:
+        tensors: Name to tensor; shared or non-contiguous memory is cloned (the format refuses it).
+        path: The file; an existing one is replaced only once the new one is complete.
+        metadata: Strings for the file's header.
+    """
+    seen: set[int] = set()
+    clean: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        clean[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    with atomic_path(path) as temporary:
+        save_file(clean, temporary, metadata=dict(metadata or {}))
+
+
+def save_json(content: Any, path: Path) -> None:
+    """Write JSON, atomically; floats keep their shortest exact form."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it once the block has succeeded.
+
+    The temporary file is synced to disk before the rename, and removed if the block fails, so that
+    a crash leaves either the previous file or the complete new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create a folder and check that files can be written there.
+
+    Raises:
+        InputError: If the folder cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".adamerge.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"Output folder {folder} is not writable ({error.strerror or error}). "
+            "Choose another one or change its permissions."
+        ) from error
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Read and check a safetensors header: its offsets must agree with the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(min(length, _HEADER_LIMIT))
+    if not raw.startswith(b"{"):
+        raise InputError(f"{path}: not a checkpoint. Expected a safetensors file or a torch file of tensors.")
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"{path}: truncated or damaged safetensors file: its header of {length} bytes cannot be read "
+            f"(the file has {size} bytes). Copy or export it again."
+        ) from error
+    if end != size:
+        raise InputError(
+            f"{path}: truncated or damaged safetensors file: expected {end} bytes, found {size}. Copy or export it again."
+        )
+    return header
+
+
+def _read_torch_file(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: holds pickled Python objects besides tensors, and unpickling can run code, so it is refused. "
+            "Where you trust its source, save its tensors as safetensors: "
+            "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), 'expert.safetensors')."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise InputError(
+            f"{path}: truncated or damaged torch file ({_first_line(error)}). Copy or export it again."
+        ) from error
+    for nest in _NESTS:
+        if isinstance(content, dict) and isinstance(content.get(nest), dict):
+            content = content[nest]
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: expected a state dict (name to tensor), found {type(content).__name__}.")
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise InputError(
+            f"{path}: expected only tensors, found other values under {shorten(others)}. Save the state dict alone."
+        )
+    return _strip_module(content)
+
+
+def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if all(key.startswith("module.") for key in tensors):
+        return {key.removeprefix("module."): value for key, value in tensors.items()}
+    return dict(tensors)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def combined_hash(parts: Iterable[tuple[str, str]]) -> str:
+    """Hash named hashes into one, independent of their order."""
+    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()

@@ -1,0 +1,311 @@
+"""The merging coefficients: the only thing that is trained.
+
+Legend: E experts, G groups; coefficients are (E, G), expert axis first, float32 (float64 pools keep
+float64) whatever the model's dtype: in bfloat16 one ulp at 0.33 is larger than an Adam step of 1e-3.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adamerge import constraints
+from adamerge import granularity as granularities
+from adamerge.checkpoints import load_state_dict, save_json, save_state_dict
+from adamerge.constraints import Constraint
+from adamerge.errors import InputError, shorten
+from adamerge.granularity import Granularity
+from adamerge.pool import ExpertPool
+
+FORMAT = 1
+_INLINE_LIMIT = 10_000  # coefficients; above, values go to a safetensors file beside the JSON
+
+
+class Coefficients(nn.Module):
+    """Merging coefficients of a pool, by expert and group.
+
+    Args:
+        pool: The experts and the parameters they share.
+        granularity: ``"task"``, ``"block"``, ``"layer"``, ``"chunk"``, ``"row"``, ``"column"``, or any
+            :class:`~adamerge.granularity.Granularity`.
+        init: Initial coefficient: a number, one number per expert (a sequence, or a mapping by expert
+            name), ``"mean"`` (1 / E: weight averaging), or a tensor (E, G). 0.3 suits up to 8 experts.
+        constraint: ``"box"``, ``"clamp"``, ``"sigmoid"``, ``"simplex"``, ``"none"``, or any
+            :class:`Constraint`.
+
+    Raises:
+        InputError: If an option is unknown or ``init`` does not fit the pool.
+
+    Attributes:
+        raw: The trainable tensor (E, G), before the constraint.
+    """
+
+    def __init__(
+        self,
+        pool: ExpertPool,
+        granularity: str | Granularity = "layer",
+        init: float | str | Sequence[float] | Mapping[str, float] | Tensor = 0.3,
+        constraint: str | Constraint = "box",
+    ) -> None:
+        super().__init__()
+        self.granularity = granularities.by_name(granularity) if isinstance(granularity, str) else granularity
+        self.constraint = constraints.by_name(constraint) if isinstance(constraint, str) else constraint
+        self.expert_names = pool.expert_names
+        self.index = self.granularity(pool.shapes)
+        values = _initial_values(init, pool, self.index.size)
+        self.raw = nn.Parameter(self.constraint.inverse(values))
+        frozen = torch.zeros(self.index.size, dtype=torch.bool)
+        frozen[list(self.index.frozen)] = True
+        self.register_buffer("_frozen", frozen if self.index.frozen else None, persistent=False)
+        self.register_buffer("initial", self.constraint.forward(self.raw.detach()).clone(), persistent=False)
+        self._frozen: Tensor | None
+        self.initial: Tensor
+
+    def forward(self) -> Tensor:
+        """Return the coefficients (E, G) after the constraint."""
+        values = self.constraint.forward(self.raw)
+        return values if self._frozen is None else torch.where(self._frozen, self.initial, values)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Move the raw tensor back into the constraint's set, in place; call after an optimizer step."""
+        self.raw.copy_(self.constraint.project(self.raw))
+
+    @torch.no_grad()
+    def assign(self, values: Tensor) -> None:
+        """Set the coefficients to ``values`` (E, G), as far as the constraint allows, in place."""
+        self.raw.copy_(self.constraint.inverse(values.to(self.raw)))
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """Parameter name to the groups it uses, ascending."""
+        return {
+            name: [s.first + k for s in segments for k in range(s.groups)]
+            for name, segments in self.index.segments.items()
+        }
+
+    @property
+    def group_names(self) -> list[str]:
+        """One readable name per group, length G."""
+        return list(granularities.names_of(self.index))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the coefficients by expert and by group or parameter name, ready for JSON.
+
+        Floats are exact: reading them back as float32 gives the same bits.
+        """
+        values = self().detach().cpu()
+        return {
+            "format": FORMAT,
+            "granularity": _describe(self.granularity),
+            "constraint": _describe(self.constraint),
+            "experts": list(self.expert_names),
+            "coefficients": {
+                expert: {
+                    label: row[first].item() if count == 1 else row[first : first + count].tolist()
+                    for label, (first, count) in self.index.labels.items()
+                }
+                for expert, row in zip(self.expert_names, values, strict=True)
+            },
+        }
+
+    @classmethod
+    def from_dict(
+        cls,
+        pool: ExpertPool,
+        content: Mapping[str, Any],
+        *,
+        granularity: Granularity | None = None,
+        source: str = "coefficients",
+    ) -> "Coefficients":
+        """Rebuild coefficients from :meth:`to_dict`'s content, pairing experts and groups by name.
+
+        The result is unconstrained: its values are exactly the stored ones.
+
+        Args:
+            pool: The pool they are for; its experts may stand in another order.
+            content: What :meth:`to_dict` returned.
+            granularity: Needed where the stored granularity is a class of the user's own.
+            source: What to call the content in messages, such as a file's path.
+
+        Raises:
+            InputError: If experts, groups, hashes or the format are not those of this pool.
+        """
+        _check_content(content, pool, source)
+        chosen = granularity or _granularity_from(content["granularity"], source)
+        result = cls(pool, chosen, init=0.0, constraint="none")
+        values = torch.empty_like(result.raw)
+        for row, expert in zip(values, pool.expert_names, strict=True):
+            stored = content["coefficients"][expert]
+            missing = [label for label in result.index.labels if label not in stored]
+            extra = [label for label in stored if label not in result.index.labels]
+            if missing or extra:
+                raise InputError(
+                    f"{source}: the groups of expert {expert!r} are not this pool's: missing {shorten(missing)}; "
+                    f"not in the pool {shorten(extra)}. Was the file made for another model?"
+                )
+            for label, (first, count) in result.index.labels.items():
+                numbers = torch.as_tensor(stored[label], dtype=values.dtype).reshape(-1)
+                if len(numbers) != count:
+                    raise InputError(
+                        f"{source}: expert {expert!r}, {label!r}: expected {count} values, found {len(numbers)}."
+                    )
+                row[first : first + count] = numbers
+        if not torch.isfinite(values).all():
+            raise InputError(f"{source}: contains NaN or infinite coefficients.")
+        result.assign(values)
+        result.initial.copy_(values)
+        return result
+
+
+def save_coefficients(coefficients: Coefficients, path: Path, pool: ExpertPool) -> None:
+    """Write ``coefficients.json``, atomically; above 10,000 values they go to a safetensors beside it.
+
+    Args:
+        coefficients: What to write.
+        path: The JSON file; the tensor file has the same name with the suffix ``.safetensors``.
+        pool: Its hashes and task-vector dtype are recorded, so that a replay can be checked.
+    """
+    content = {**coefficients.to_dict(), "pool": pool.hashes(), "task_vector_dtype": pool.dtype_name}
+    if coefficients.raw.numel() > _INLINE_LIMIT:
+        values = coefficients().detach().cpu()
+        tensors = {
+            label: values[:, first : first + count].contiguous()
+            for label, (first, count) in coefficients.index.labels.items()
+        }
+        save_state_dict(tensors, path.with_suffix(".safetensors"))
+        content["coefficients"] = {
+            expert: {"mean": row.mean().item(), "min": row.min().item(), "max": row.max().item()}
+            for expert, row in zip(coefficients.expert_names, values, strict=True)
+        }
+        content["tensors"] = path.with_suffix(".safetensors").name
+    save_json(content, path)
+
+
+def load_coefficients(path: Path, pool: ExpertPool, granularity: Granularity | None = None) -> Coefficients:
+    """Read what :func:`save_coefficients` wrote, for the same pool.
+
+    Raises:
+        FileNotFoundError: If the file, or the tensor file it names, does not exist.
+        InputError: If it is not a coefficients file or belongs to another pool.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a coefficients file: expected JSON ({error}).") from error
+    if isinstance(content, dict) and "tensors" in content:
+        tensors = load_state_dict(path.parent / Path(str(content["tensors"])).name)
+        experts = content.get("experts", [])
+        content["coefficients"] = {
+            expert: {label: tensor[row] for label, tensor in tensors.items() if row < len(tensor)}
+            for row, expert in enumerate(experts)
+        }
+    return Coefficients.from_dict(pool, content, granularity=granularity, source=str(path))
+
+
+def _initial_values(
+    init: float | str | Sequence[float] | Mapping[str, float] | Tensor, pool: ExpertPool, groups: int
+) -> Tensor:
+    """Expand ``init`` to (E, G)."""
+    experts = len(pool.expert_names)
+    values: Any = init
+    if isinstance(init, str):
+        if init != "mean":
+            raise InputError(f"init: expected a number, a list, a mapping by expert or 'mean', found {init!r}.")
+        values = 1 / experts
+    if isinstance(init, Mapping):
+        if set(init) != set(pool.expert_names):
+            raise InputError(
+                f"init: expected one number for each of {shorten(pool.expert_names)}, found {shorten(init)}."
+            )
+        values = [init[name] for name in pool.expert_names]
+    if isinstance(init, (int, float)) and init * experts > 2.4 + 1e-9:
+        warnings.warn(
+            f"init={init} for {experts} experts: their sum {init * experts:.1f} usually overshoots; "
+            "0.3 suits up to 8 experts, try init=mean.",
+            stacklevel=3,
+        )
+    tensor = torch.as_tensor(values, dtype=pool.compute_dtype)
+    if tensor.ndim == 1 and len(tensor) == experts:
+        tensor = tensor.unsqueeze(1)
+    try:
+        tensor = tensor.expand(experts, groups).clone()
+    except RuntimeError as error:
+        raise InputError(
+            f"init: expected a number, {experts} numbers or a tensor ({experts}, {groups}), "
+            f"found shape {tuple(tensor.shape)}."
+        ) from error
+    if not torch.isfinite(tensor).all():
+        raise InputError("init: contains NaN or infinite values.")
+    return tensor
+
+
+def _describe(item: Any) -> Any:
+    """A built-in by its name and options, anything else by its import path and options."""
+    if not dataclasses.is_dataclass(item) or isinstance(item, type):
+        return {"name": f"{type(item).__module__}.{type(item).__qualname__}"}
+    own = type(item).__module__ in (granularities.__name__, constraints.__name__)
+    names = {"Unconstrained": "none"}
+    name = (
+        names.get(type(item).__name__, type(item).__name__.lower())
+        if own
+        else f"{type(item).__module__}.{type(item).__qualname__}"
+    )
+    options = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+    options = {key: dict(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    return {"name": name, **options} if options else name
+
+
+def _granularity_from(described: Any, source: str) -> Granularity:
+    """Rebuild a built-in granularity from its description; never imports anything."""
+    options = dict(described) if isinstance(described, Mapping) else {"name": described}
+    name = str(options.pop("name", None))
+    kinds: dict[str, Any] = {
+        kind.__name__.lower(): kind
+        for kind in (
+            granularities.Task,
+            granularities.Block,
+            granularities.Layer,
+            granularities.Chunk,
+            granularities.Row,
+            granularities.Column,
+            granularities.Pattern,
+        )
+    }
+    if name not in kinds:
+        raise InputError(
+            f"{source}: granularity {name!r} is not built in (one of {', '.join(kinds)}). "
+            "Pass the granularity object it was made with."
+        )
+    try:
+        result: Granularity = kinds[name](**options)
+    except TypeError as error:
+        raise InputError(f"{source}: granularity {name!r} does not take these options: {error}.") from error
+    return result
+
+
+def _check_content(content: Any, pool: ExpertPool, source: str) -> None:
+    required = ("format", "granularity", "experts", "coefficients")
+    missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise InputError(f"{source}: not a coefficients file: the keys {shorten(missing)} are missing.")
+    if content["format"] != FORMAT:
+        raise InputError(f"{source}: format {content['format']!r} is not {FORMAT}; update adamerge to read it.")
+    if set(content["experts"]) != set(pool.expert_names) or set(content["coefficients"]) != set(pool.expert_names):
+        raise InputError(
+            f"{source}: made for the experts {shorten(content['experts'])}, "
+            f"but the pool has {shorten(pool.expert_names)}."
+        )
+    recorded = content.get("pool", {})
+    hashes = pool.hashes() if recorded else {}
+    changed = [name for name in hashes if name in recorded and recorded[name] != hashes[name]]
+    if changed:
+        raise InputError(
+            f"{source}: belongs to another pool: the content of {shorten(changed)} differs from what it was made for. "
+            "Use the same base and expert files."
+        )

@@ -1,0 +1,36 @@
+"""What a user can get wrong, and how a run can be stopped on purpose."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input: the message says which thing, what was expected, what was found, and the remedy.
+
+    The command line prints it as one line and exits with code 2.
+    """
+
+
+class GuardError(RuntimeError):
+    """A guard stopped the run (a loss, gradient or coefficient became NaN or infinite); exit code 3."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string.
+
+    >>> did_you_mean("entropi", ["entropy", "imitation"])
+    " Did you mean 'entropy'?"
+    """
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def shorten(names: Iterable[str], limit: int = 5) -> str:
+    """Join names for a message: the first ``limit``, then how many more there are.
+
+    >>> shorten(["a", "b", "c"], limit=2)
+    "'a', 'b' and 1 more"
+    """
+    names = list(names)
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

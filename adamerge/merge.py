@@ -1,0 +1,183 @@
+"""The merge and its adjoint: the hot path.
+
+theta_n = theta0_n + sum_e lambda[e, g(n)] tau[e, n]        (merge)
+dL/dlambda[e, g] = sum over n in g of <dL/dtheta_n, tau[e, n]>    (pull_back)
+
+Legend: E experts, G groups, n entries of a flattened parameter. Both passes walk over tiles: pieces
+of a segment small enough that the result stays in the processor's cache while the E task vectors
+stream through it once. A segment with one group is a matrix-vector product (E, n) per tile; rows,
+chunks and columns are the same with broadcast coefficients.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamerge.coefficients import Coefficients
+from adamerge.granularity import GroupIndex, Segment
+from adamerge.pool import ExpertPool
+
+_TILE = 1 << 16  # entries; with float32, half of a common second-level cache
+_WHOLE = 1 << 62  # on accelerators a tile is a whole segment: one kernel instead of many
+
+
+@overload
+def merge(pool: ExpertPool, coefficients: Coefficients) -> dict[str, Tensor]: ...
+@overload
+def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool) -> dict[str, Tensor]: ...
+def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False) -> dict[str, Tensor]:
+    r"""Add coefficient-weighted task vectors to the base.
+
+    :math:`\theta_n = \theta^0_n + \sum_e \lambda_{e, g(n)} \tau_{e, n}`
+
+    Args:
+        pool: Base and task vectors; not modified.
+        coefficients: Made for this pool.
+        detach: Return a state dict for export instead: every key of the base checkpoint, with the
+            base's key names and dtypes. Computed on the CPU in float64, elementwise, so that the
+            same coefficients give the same bytes whatever the storage, threads or device.
+
+    Returns:
+        Parameter name (the encoder's) to tensor (*S) in ``pool.compute_dtype``, differentiable in
+        ``coefficients.raw``; or, with ``detach``, the state dict.
+
+    Example:
+        >>> pool = ExpertPool.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+        >>> merge(pool, Coefficients(pool, "task", init=0.25), detach=True)
+        {'w': tensor([0.2500, 0.2500])}
+
+    Reference:
+        Ilharco et al., Task arithmetic, arXiv:2212.04089; Yang et al., AdaMerging, arXiv:2310.02575.
+    """
+    if detach:
+        return _merge_for_export(pool, coefficients)
+    merged = _Merge.apply(coefficients(), pool, coefficients.index)
+    return dict(zip(pool.names, merged, strict=True))
+
+
+def merge_into(out: Mapping[str, Tensor], pool: ExpertPool, index: GroupIndex, values: Tensor) -> None:
+    """Write the merged parameters into existing tensors; allocates nothing of a model's size.
+
+    Args:
+        out: Parameter name to contiguous tensor (*S) of ``pool.compute_dtype``, overwritten.
+        pool: Base and task vectors.
+        index: The groups.
+        values: Coefficients (E, G) on the pool's device.
+    """
+    with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+        for name in pool.names:
+            base, target = pool.base[name].view(-1), out[name].view(-1)
+            for tile in _tiles(index.segments[name], pool.device):
+                _merge_tile(target, base, pool.tile(name, tile.start, tile.stop), tile, values)
+
+
+def pull_back(pool: ExpertPool, index: GroupIndex, gradients: Mapping[str, Tensor | None]) -> Tensor:
+    """Contract gradients of the merged parameters with the task vectors: the adjoint of the merge.
+
+    Args:
+        pool: The task vectors.
+        index: The groups.
+        gradients: Parameter name to dL/dtheta (*S); None or absent counts as zero and costs nothing.
+
+    Returns:
+        dL/dlambda, (E, G), in ``pool.compute_dtype``.
+    """
+    result = torch.zeros(len(pool.expert_names), index.size, dtype=pool.compute_dtype, device=pool.device)
+    with torch.no_grad(), torch.autocast(result.device.type, enabled=False):
+        for name in pool.names:
+            gradient = gradients.get(name)
+            if gradient is not None:
+                flat = gradient.reshape(-1)
+                for tile in _tiles(index.segments[name], pool.device):
+                    _pull_back_tile(result, flat, pool.tile(name, tile.start, tile.stop), tile)
+    return result
+
+
+def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segment]:
+    """Cut segments into pieces of at most about ``_TILE`` entries, along their outermost axis."""
+    limit = _TILE if device.type == "cpu" else _WHOLE
+    for segment in segments:
+        start, outer, groups, inner, first = segment
+        if outer * groups * inner <= limit:
+            yield segment
+        elif outer > 1:
+            step = max(1, limit // (groups * inner))
+            for i in range(0, outer, step):
+                count = min(step, outer - i)
+                yield Segment(start + i * groups * inner, count, groups, inner, first)
+        elif groups > 1 and inner <= limit:
+            step = limit // inner
+            for i in range(0, groups, step):
+                yield Segment(start + i * inner, 1, min(step, groups - i), inner, first + i)
+        else:
+            for k in range(groups):
+                for i in range(0, inner, limit):
+                    yield Segment(start + k * inner + i, 1, 1, min(limit, inner - i), first + k)
+
+
+def _merge_tile(target: Tensor, base: Tensor, tau: Tensor, tile: Segment, values: Tensor) -> None:
+    """Write one tile of the merge; ``tau`` is (E, entries of the tile)."""
+    out, start = target[tile.start : tile.stop], base[tile.start : tile.stop]
+    if tile.groups == 1:
+        torch.addmv(start, tau.t(), values[:, tile.first], out=out)
+        return
+    block = (tile.outer, tile.groups, tile.inner)
+    weights = values[:, tile.first : tile.first + tile.groups, None]  # (E, groups, 1)
+    out = out.view(block)
+    torch.addcmul(start.view(block), tau[0].view(block), weights[0], out=out)
+    for task_vector, weight in zip(tau[1:], weights[1:], strict=True):
+        out.addcmul_(task_vector.view(block), weight)
+
+
+def _pull_back_tile(result: Tensor, gradient: Tensor, tau: Tensor, tile: Segment) -> None:
+    """Add one tile's inner products to ``result``; ``tau`` is (E, entries of the tile)."""
+    piece = gradient[tile.start : tile.stop]
+    if tile.groups == 1:
+        result[:, tile.first] += torch.mv(tau, piece)
+        return
+    block = (tile.outer, tile.groups, tile.inner)
+    piece = piece.view(block)
+    columns = result[:, tile.first : tile.first + tile.groups]
+    for row, task_vector in zip(columns, tau, strict=True):
+        row += (task_vector.view(block) * piece).sum((0, 2))
+
+
+class _Merge(torch.autograd.Function):
+    """The merge as a differentiable function of the coefficients, for plain autograd use."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, pool: ExpertPool, index: GroupIndex) -> tuple[Tensor, ...]:
+        ctx.pool, ctx.index = pool, index
+        ctx.set_materialize_grads(False)
+        out = {name: torch.empty_like(tensor) for name, tensor in pool.base.items()}
+        merge_into(out, pool, index, values)
+        return tuple(out.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        named = dict(zip(ctx.pool.names, gradients, strict=True))
+        return pull_back(ctx.pool, ctx.index, named), None, None
+
+
+def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str, Tensor]:
+    values = coefficients().detach().cpu().double()
+    state_dict = {}
+    for key in pool.source.keys:
+        name = pool.keys.name(key)
+        name = pool.tied.get(name, name) if name is not None else None
+        if name not in pool.shapes:
+            state_dict[key] = pool.source.get(key)
+            continue
+        merged = pool.base[name].cpu().to(torch.float64, copy=True).view(-1)
+        for tile in _tiles(coefficients.index.segments[name], torch.device("cpu")):
+            block = (tile.outer, tile.groups, tile.inner)
+            out = merged[tile.start : tile.stop].view(block)
+            tau = pool.tile(name, tile.start, tile.stop).cpu().double()
+            for task_vector, weight in zip(tau, values, strict=True):
+                out += task_vector.view(block) * weight[tile.first : tile.first + tile.groups, None]
+        state_dict[key] = merged.view(pool.shapes[name]).to(pool.source.spec(key)[1])
+    return state_dict

@@ -1,0 +1,1 @@
+"""How coefficients move: LightningModules."""

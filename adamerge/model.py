@@ -1,0 +1,358 @@
+"""The functional-call wrapper: an encoder whose parameters are the merge of a pool.
+
+Legend: B batch, F features, C classes, E experts, G groups.
+
+One step (:meth:`MergedModel.step`):
+
+    coefficients (E, G) --merge_into--> leaves {name: (*S)}          once per step
+    all tasks' inputs --encoder(leaves)--> features --heads--> logits   fused where shapes agree
+    losses --backward--> d loss / d leaves                            inside the same functional call
+    pull_back --> d loss / d coefficients (E, G)                      one pass over the task vectors
+
+Forward and backward share one functional call, so that activation checkpointing recomputes with the
+merged weights, and nothing keeps a graph of the merge: work and memory are linear in E.
+"""
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adamerge.coefficients import Coefficients
+from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.merge import merge, merge_into, pull_back
+from adamerge.pool import ExpertPool
+from adamerge.teachers import TeacherCache
+
+
+@dataclass
+class Outputs:
+    """What a model says about a batch: logits (B, C), features (B, F), hidden name to (B, ...)."""
+
+    logits: Tensor
+    features: Tensor
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TaskStep:
+    """All that an objective sees of one task's batch: "unlabeled" is a type, not a promise.
+
+    Attributes:
+        task: Its name.
+        inputs: (B, ...).
+        indices: Positions of the samples in the task's stream, (B,).
+        outputs: The merged model's, with gradient.
+        coefficients: (E, G), a leaf: for anchors and regularisers; its gradient is added.
+    """
+
+    task: str
+    inputs: Tensor
+    indices: Tensor
+    outputs: Outputs
+    coefficients: Tensor
+    _teacher: Callable[[str, Tensor, Tensor], Outputs] = field(repr=False)
+    _forward: Callable[[Tensor, str], Outputs] = field(repr=False)
+
+    def teacher(self) -> Outputs:
+        """Return the outputs of the task's own raw expert for ``inputs``, without gradient, cached by index."""
+        return self._teacher(self.task, self.inputs, self.indices)
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        """Run a further pass through the merged parameters (augmented views), with gradient."""
+        return self._forward(inputs, self.task)
+
+
+@dataclass
+class StepResult:
+    """Losses by task (detached scalars) and the gradient of their weighted sum, (E, G)."""
+
+    losses: dict[str, Tensor]
+    gradient: Tensor
+
+
+class MergedModel(nn.Module):
+    """An encoder that runs on merged parameters; the coefficients are its only parameters.
+
+    The encoder lends its code, not its weights: it is not registered here, is never changed except
+    for being put into eval mode, and need not move to the device.
+
+    Args:
+        encoder: The shared network; its parameters and buffers are named as in the pool.
+        pool: Base and experts.
+        coefficients: Made for ``pool``.
+        heads: Task to its frozen classifier, features (B, F) to logits (B, C); copied.
+        teachers: Task to the expert that teaches it; default the expert of the same name.
+
+    Raises:
+        InputError: If names or shapes of encoder and pool differ, or a teacher is unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        pool: ExpertPool,
+        coefficients: Coefficients,
+        heads: Mapping[str, nn.Module],
+        teachers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.coefficients = coefficients
+        _check_names(encoder, pool)
+        # In tuples, so that nn.Module does not register them: they must not enter checkpoints,
+        # optimizers or the broadcasts of distributed training.
+        self._unregistered = (encoder.eval(), copy.deepcopy(nn.ModuleDict(dict(heads))).eval().requires_grad_(False))
+        self.pool = pool
+        self._buffers_of_encoder = {name: b.detach().clone() for name, b in encoder.named_buffers()}
+        self._leaves: dict[str, Tensor] = {}
+        self.teachers = {task: task for task in heads if task in pool.expert_names} | dict(teachers or {})
+        for task, expert in self.teachers.items():
+            if expert not in pool.expert_names:
+                raise InputError(
+                    f"teachers[{task!r}]: no expert {expert!r} in the pool.{did_you_mean(expert, pool.expert_names)}"
+                )
+        self.teacher_cache = TeacherCache()
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder that was passed in."""
+        return self._unregistered[0]
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """Task to head, on the pool's device."""
+        heads = self._unregistered[1]
+        assert isinstance(heads, nn.ModuleDict)
+        return heads
+
+    def to_device(self, device: torch.device | str) -> "MergedModel":
+        """Move coefficients, pool, heads and buffers; ``nn.Module.to`` reaches the coefficients only."""
+        self.to(device)
+        self.pool.to(device)
+        self.heads.to(device)
+        self._buffers_of_encoder = {name: b.to(device) for name, b in self._buffers_of_encoder.items()}
+        self._leaves = {}
+        return self
+
+    def merge(self) -> dict[str, Tensor]:
+        """Return the merged parameters, differentiable in the coefficients; call once per step."""
+        return merge(self.pool, self.coefficients)
+
+    def forward(self, inputs: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the encoder's features (B, F) under ``params`` (default: a fresh merge)."""
+        features: Tensor = self._call(lambda encoder: encoder(inputs), self.merge() if params is None else params)
+        return features
+
+    def logits(self, inputs: Tensor, task: str, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits (B, C) of one task's head under ``params`` (default: a fresh merge)."""
+        logits: Tensor = self._head(task)(self(inputs, params))
+        return logits
+
+    def step(
+        self,
+        inputs: Mapping[str, Tensor],
+        loss: Callable[[str, Outputs, Tensor, Callable[[Tensor, str], Outputs]], Tensor],
+        *,
+        values: Tensor,
+        weights: Mapping[str, float] | None = None,
+        hidden_layers: Sequence[str] = (),
+        micro_batch: int | None = None,
+        scale: float | Tensor = 1.0,
+    ) -> StepResult:
+        """Run forward and backward of all tasks on one merge, and contract the gradient once.
+
+        Args:
+            inputs: Task to inputs (B, ...); tasks whose inputs agree in shape share one forward.
+            loss: ``(task, outputs, coefficients leaf, forward) -> scalar``.
+            values: Coefficients (E, G); only their values are used.
+            weights: Task to the factor of its loss in the gradient, default 1.
+            hidden_layers: Modules of the encoder to capture, by path or glob.
+            micro_batch: Most inputs in one fused forward, in whole tasks; None for no limit.
+            scale: Factor on the losses in the backward pass that the gradient is divided by (fp16).
+
+        Returns:
+            Losses by task, unweighted, and the gradient with respect to ``values``.
+        """
+        leaves = self._merged_leaves(values.detach())
+        anchor = values.detach().clone().requires_grad_()
+        losses: dict[str, Tensor] = {}
+
+        def run(encoder: nn.Module) -> None:
+            with _capture(encoder, hidden_layers) as captured:
+
+                def outputs(batch: Tensor, tasks: Mapping[str, int]) -> dict[str, Outputs]:
+                    captured.clear()
+                    features = encoder(batch)
+                    return self._split(features, dict(captured), tasks)
+
+                def forward(batch: Tensor, task: str) -> Outputs:
+                    return outputs(batch, {task: len(batch)})[task]
+
+                for tasks in _fused(inputs, micro_batch):
+                    batch = torch.cat([inputs[task] for task in tasks]) if len(tasks) > 1 else inputs[tasks[0]]
+                    total = torch.zeros((), device=values.device)
+                    for task, output in outputs(batch, {task: len(inputs[task]) for task in tasks}).items():
+                        value = loss(task, output, anchor, forward)
+                        losses[task] = value.detach()
+                        total = total + value * (weights or {}).get(task, 1.0)
+                    with torch.autocast(values.device.type, enabled=False):
+                        (total * scale).backward()
+
+        self._call(run, leaves)
+        gradient = pull_back(self.pool, self.coefficients.index, {name: leaf.grad for name, leaf in leaves.items()})
+        for leaf in leaves.values():
+            leaf.grad = None
+        if anchor.grad is not None:
+            gradient += anchor.grad
+        return StepResult(losses, gradient / scale)
+
+    @torch.no_grad()
+    def expert_outputs(
+        self, expert: str, batches: Iterable[tuple[str, Tensor]], hidden_layers: Sequence[str] = ()
+    ) -> Iterator[Outputs]:
+        """Yield the raw expert's outputs for batches of (task, inputs); its parameters are formed once."""
+        params = self.pool.expert_parameters(expert)
+        for task, inputs in batches:
+
+            def run(encoder: nn.Module, task: str = task, inputs: Tensor = inputs) -> Outputs:
+                with _capture(encoder, hidden_layers) as captured:
+                    features = encoder(inputs)
+                    return self._split(features, dict(captured), {task: len(inputs)})[task]
+
+            yield self._call(run, params)
+
+    def teacher(self, task: str, inputs: Tensor, indices: Tensor, hidden_layers: Sequence[str] = ()) -> Outputs:
+        """Return the outputs of the task's teacher, from the cache where it has all of ``indices``.
+
+        Raises:
+            InputError: If no expert teaches the task.
+        """
+        cached = self.teacher_cache.get(task, indices)
+        if cached is None:
+            output = next(iter(self.expert_outputs(self.teacher_of(task), [(task, inputs)], hidden_layers)))
+            cached = {"logits": output.logits, "features": output.features, **output.hidden}
+            self.teacher_cache.put(task, indices, cached)
+        hidden = {name: value for name, value in cached.items() if name not in ("logits", "features")}
+        return Outputs(cached["logits"], cached["features"], hidden)
+
+    def teacher_of(self, task: str) -> str:
+        """Return the expert that teaches a task."""
+        if task not in self.teachers:
+            raise InputError(
+                f"Task {task!r} has no expert of its own name to imitate; the pool has "
+                f"{shorten(self.pool.expert_names)}. Name one: teachers={{{task!r}: ...}}."
+            )
+        return self.teachers[task]
+
+    def _merged_leaves(self, values: Tensor) -> dict[str, Tensor]:
+        """Merge into tensors that are kept from step to step, as autograd leaves."""
+        if not self._leaves:
+            self._leaves = {name: torch.empty_like(t).requires_grad_() for name, t in self.pool.base.items()}
+        merge_into(
+            {name: leaf.detach() for name, leaf in self._leaves.items()}, self.pool, self.coefficients.index, values
+        )
+        return self._leaves
+
+    def _call(self, function: Callable[[nn.Module], Any], params: Mapping[str, Tensor]) -> Any:
+        """Run ``function(encoder)`` with parameters and buffers swapped in for its duration."""
+        tensors = {**self.pool.fixed, **params, **self._buffers_of_encoder}
+        named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(_Scope(self.encoder), named, (function,), strict=True)
+
+    def _split(self, features: Tensor, hidden: Mapping[str, Tensor], tasks: Mapping[str, int]) -> dict[str, Outputs]:
+        """Divide a fused batch among its tasks, and apply their heads."""
+        sizes = list(tasks.values())
+        pieces = {name: tensor.split(sizes) for name, tensor in hidden.items()}
+        return {
+            task: Outputs(self._head(task)(part), part, {name: piece[i] for name, piece in pieces.items()})
+            for i, (task, part) in enumerate(zip(tasks, features.split(sizes), strict=True))
+        }
+
+    def _head(self, task: str) -> nn.Module:
+        if task not in self.heads:
+            raise InputError(
+                f"No head for task {task!r}; there are {shorten(self.heads)}.{did_you_mean(task, self.heads)}"
+            )
+        return self.heads[task]
+
+
+class _Scope(nn.Module):
+    """Lets a function run inside ``functional_call``, with the swapped encoder as its argument."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.encoder)
+
+
+def _fused(inputs: Mapping[str, Tensor], limit: int | None) -> Iterator[list[str]]:
+    """Group tasks whose inputs agree in shape and dtype, at most ``limit`` inputs to a group."""
+    kinds: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+    for task, batch in inputs.items():
+        kinds.setdefault((batch.shape[1:], batch.dtype), []).append(task)
+    for tasks in kinds.values():
+        group: list[str] = []
+        for task in tasks:
+            if group and limit is not None and sum(len(inputs[t]) for t in [*group, task]) > limit:
+                yield group
+                group = []
+            group.append(task)
+        yield group
+
+
+@contextmanager
+def _capture(encoder: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of the encoder's modules that match a path or glob, while the block runs."""
+    captured: dict[str, Tensor] = {}
+    names = [name for name, _ in encoder.named_modules() if name]
+    handles = []
+    try:
+        for pattern in patterns:
+            matching = fnmatch.filter(names, pattern)
+            if not matching:
+                raise InputError(
+                    f"hidden_layers: {pattern!r} matches no module of the encoder.{did_you_mean(pattern, names)}"
+                )
+            for name in matching:
+
+                def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
+                    captured[name] = output[0] if isinstance(output, tuple) else output
+
+                handles.append(encoder.get_submodule(name).register_forward_hook(keep))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_names(encoder: nn.Module, pool: ExpertPool) -> None:
+    """Check once, before training, that the encoder's parameters are the pool's."""
+    wanted = dict(encoder.named_parameters())
+    every = dict(encoder.named_parameters(remove_duplicate=False))
+    have = {**pool.shapes, **{name: tuple(tensor.shape) for name, tensor in pool.fixed.items()}}
+    tied_in_pool = [name for name in every if name not in wanted and name in have]
+    if tied_in_pool:
+        raise InputError(
+            f"The encoder ties {tied_in_pool[0]!r} to another parameter, but the pool merges it separately. "
+            "Build the pool with tied={alias: canonical}."
+        )
+    missing = [name for name in wanted if name not in have]
+    extra = [name for name in have if name not in wanted]
+    if missing or extra:
+        hint = did_you_mean(missing[0], extra) if missing else ""
+        raise InputError(
+            f"Encoder and pool differ: the pool lacks {len(missing)} of the encoder's parameters "
+            f"({shorten(missing)}) and has {len(extra)} that the encoder lacks ({shorten(extra)}).{hint} "
+            "Is key_map the prefix of the encoder's keys, and are buffers excluded?"
+        )
+    for name, shape in have.items():
+        if tuple(wanted[name].shape) != shape:
+            raise InputError(f"Parameter {name!r}: the encoder has {tuple(wanted[name].shape)}, the pool {shape}.")

@@ -1,0 +1,346 @@
+"""The expert pool: one base, E experts, validated, and their task vectors.
+
+Legend: E experts, n entries of one parameter, ``*S`` its shape. Task vectors are tau = expert - base,
+stacked on axis 0; names are the encoder's own (``key_map`` relates them to the files').
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from adamerge.checkpoints import Checkpoint, MemoryCheckpoint, open_checkpoint
+from adamerge.errors import InputError
+from adamerge.layout import KeyMap, check_layout, shared_names
+
+Storage = Literal["auto", "ram", "stream"]
+_RAM_SHARE = 0.5  # of the free memory that task vectors may take before `auto` streams them
+
+
+@dataclass(frozen=True)
+class PoolReport:
+    """What is in a pool.
+
+    Attributes:
+        experts: Expert name to ``source``, ``sha256``, ``norm`` (of the whole task vector) and
+            ``relative_norm`` (to the norm of the base's merged parameters).
+        parameters: Number of merged parameter tensors, and of their entries.
+        entries: Number of entries of the merged parameters.
+        skipped: Tensor name (as in the base file) to why it is not merged.
+        cosines: Cosines between task vectors, (E, E).
+        norms: Norm of each expert's task vector by parameter, name to (E,).
+        storage: ``ram`` or ``stream``.
+    """
+
+    experts: Mapping[str, Mapping[str, str | float]]
+    parameters: int
+    entries: int
+    skipped: Mapping[str, str]
+    cosines: Tensor
+    norms: Mapping[str, Tensor]
+    storage: str
+
+
+class ExpertPool:
+    """A base and its experts, checked, with their task vectors at hand.
+
+    Build it with :meth:`from_files` or :meth:`from_state_dicts`.
+
+    Attributes:
+        names: The merged parameters, in the base's order.
+        expert_names: The experts, in order; axis 0 of every stacked tensor.
+        base: Name to tensor (*S) in ``compute_dtype``.
+        fixed: Parameters of the encoder that are not merged (excluded, or no expert changed them).
+        shapes: Name to shape, of the merged parameters.
+        compute_dtype: float32, or float64 where the base is float64.
+        storage: ``ram`` (task vectors in memory) or ``stream`` (experts stay in their mapped files).
+        skipped: Base tensor name to why it is not merged.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        experts: Mapping[str, Checkpoint],
+        *,
+        storage: Storage = "ram",
+        dtype: torch.dtype | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        key_map: str | Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        keys = KeyMap(base.keys, key_map)
+        layout = check_layout(base, experts, keys, include, exclude, tied or {})
+        if layout.problems:
+            _refuse(layout.problems)
+        self.source = base
+        self.expert_names = tuple(experts)
+        self.tied = dict(tied or {})
+        self.keys = keys
+        self.skipped = dict(layout.skipped)
+        self._experts = dict(experts)
+        self._mapped: list[dict[str, Tensor]] = []
+        dtypes = {base.spec(keys.file_key(name))[1] for name in layout.merged}
+        self.compute_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._dtype = dtype or self.compute_dtype
+        self.device = torch.device("cpu")
+        self.fixed = {name: base.get(keys.file_key(name)) for name in layout.fixed}
+        self.storage = _choose_storage(storage, base, keys, layout.merged, len(experts), self._dtype)
+        self.base: dict[str, Tensor] = {}
+        self._task_vectors: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
+        self._load(layout.merged)
+        self.names = tuple(self.base)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.base.items()}
+        self._check_content()
+
+    @classmethod
+    def from_files(
+        cls,
+        base: Path | str,
+        experts: Mapping[str, Path | str],
+        *,
+        storage: Storage = "auto",
+        dtype: torch.dtype | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        key_map: str | Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> "ExpertPool":
+        """Open a base and its experts from checkpoint files.
+
+        Args:
+            base: The pretrained checkpoint.
+            experts: Expert name to its checkpoint; the order becomes axis 0.
+            storage: ``ram``, ``stream``, or ``auto``: ``ram`` where the task vectors fit into half of
+                the free memory, else ``stream``.
+            dtype: Of stored task vectors (``ram`` only); bfloat16 halves memory. Default: as computed.
+            include: Globs of parameter names to merge (default all).
+            exclude: Globs of parameter names to leave at the base's values.
+            key_map: Prefix to strip from the files' keys (``"visual."``: other keys are not merged), or
+                a mapping from the files' keys to the encoder's names.
+            tied: Alias to canonical parameter name, for weights that the encoder shares.
+
+        Raises:
+            FileNotFoundError: If a file does not exist.
+            InputError: If anything does not fit; the message names file and tensor.
+        """
+        _check_names(experts)
+        opened = {name: open_checkpoint(path) for name, path in experts.items()}
+        return cls(
+            open_checkpoint(base), opened, storage=storage, dtype=dtype, include=include, exclude=exclude,
+            key_map=key_map, tied=tied,
+        )  # fmt: skip
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+    ) -> "ExpertPool":
+        """Make a pool of state dicts in memory; names that share memory in ``base`` are tied.
+
+        Args:
+            base: Parameter name to tensor.
+            experts: Expert name to state dict.
+            include: Globs of parameter names to merge (default all).
+            exclude: Globs of parameter names to leave at the base's values.
+
+        Raises:
+            InputError: If anything does not fit.
+        """
+        _check_names(experts)
+        return cls(
+            MemoryCheckpoint("base", base),
+            {name: MemoryCheckpoint(name, tensors) for name, tensors in experts.items()},
+            include=include,
+            exclude=exclude,
+            tied=shared_names(base),
+        )
+
+    def task_vectors(self, name: str) -> Tensor:
+        """Return the task vectors of one parameter, (E, *S) in ``compute_dtype``."""
+        return self.tile(name, 0, self.base[name].numel()).view(-1, *self.shapes[name])
+
+    def tile(self, name: str, start: int, stop: int) -> Tensor:
+        """Return entries ``start:stop`` of a flattened parameter's task vectors, (E, stop - start)."""
+        if self.storage == "ram":
+            return self._task_vectors[name][:, start:stop].to(self.compute_dtype)
+        base = self.base[name].view(-1)[start:stop]
+        tile = torch.empty(len(self._mapped), stop - start, dtype=self.compute_dtype, device=self.device)
+        for row, mapped in zip(tile, self._mapped, strict=True):
+            row.copy_(mapped[name].view(-1)[start:stop]).sub_(base)
+        return tile
+
+    def expert_parameters(self, expert: str) -> dict[str, Tensor]:
+        """Return an expert's own parameters (never transformed), name to (*S) in ``compute_dtype``.
+
+        Memory: one model, for as long as the caller keeps it.
+        """
+        checkpoint = self._experts[expert]
+        values = {name: self._read(checkpoint, name) for name in self.names}
+        return {**self.fixed, **values}
+
+    def to(self, device: torch.device | str) -> "ExpertPool":
+        """Move base and in-memory task vectors to a device, in place; streamed experts stay mapped."""
+        self.device = torch.device(device)
+        self.base = {name: tensor.to(self.device) for name, tensor in self.base.items()}
+        self.fixed = {name: tensor.to(self.device) for name, tensor in self.fixed.items()}
+        self._task_vectors = {name: tensor.to(self.device) for name, tensor in self._task_vectors.items()}
+        return self
+
+    @property
+    def dtype_name(self) -> str:
+        """Dtype of the stored task vectors, such as ``float32``."""
+        return str(self._dtype).removeprefix("torch.")
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of the base (key ``base``) and of each expert; reads every file once."""
+        if not hasattr(self, "_hashes"):
+            self._hashes = {"base": self.source.sha256()}
+            self._hashes |= {name: checkpoint.sha256() for name, checkpoint in self._experts.items()}
+        return dict(self._hashes)
+
+    def report(self) -> PoolReport:
+        """Return sizes, hashes, norms, cosines and what is skipped; one pass over the task vectors."""
+        gram = torch.zeros(len(self.expert_names), len(self.expert_names), dtype=torch.float64)
+        for name in self.names:
+            stacked = self.task_vectors(name).flatten(1).cpu().double()
+            gram += stacked @ stacked.T
+        norms = gram.diagonal().sqrt()
+        scale = math.sqrt(sum(tensor.double().square().sum().item() for tensor in self.base.values()))
+        hashes = self.hashes()
+        return PoolReport(
+            experts={
+                name: {
+                    "source": self._experts[name].name,
+                    "sha256": hashes[name],
+                    "norm": norm,
+                    "relative_norm": norm / scale,
+                }
+                for name, norm in zip(self.expert_names, norms.tolist(), strict=True)
+            },
+            parameters=len(self.names),
+            entries=sum(tensor.numel() for tensor in self.base.values()),
+            skipped=self.skipped,
+            cosines=gram / torch.outer(norms, norms),
+            norms=self._norms,
+            storage=self.storage,
+        )
+
+    def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        return checkpoint.get(self.keys.file_key(name)).to(self.device, self.compute_dtype).contiguous()
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Read the base, form or map the task vectors, and set unchanged parameters aside."""
+        if self.storage == "stream":
+            self._mapped = [
+                {name: checkpoint.get(self.keys.file_key(name)) for name in names}
+                for checkpoint in self._experts.values()
+            ]
+        for name in names:
+            base = self._read(self.source, name)
+            if isinstance(self.source, MemoryCheckpoint):
+                base = base.clone()  # the caller may go on changing its own tensors
+            _check_finite(base, self.source.name, self.keys.file_key(name))
+            self.base[name] = base
+            if self.storage == "ram":
+                stacked = torch.empty(len(self._experts), base.numel(), dtype=self.compute_dtype)
+                for row, checkpoint in zip(stacked, self._experts.values(), strict=True):
+                    row.copy_(self._read(checkpoint, name).view(-1)).sub_(base.reshape(-1))
+                self._task_vectors[name] = stacked.to(self._dtype)
+            norms = torch.linalg.vector_norm(self.tile(name, 0, base.numel()), dim=1)
+            if not torch.isfinite(norms).all():
+                expert = self._experts[self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]]
+                _check_finite(expert.get(self.keys.file_key(name)), expert.name, self.keys.file_key(name))
+            if not norms.any():
+                self.fixed[name] = self.base.pop(name)
+                self._task_vectors.pop(name, None)
+                self.skipped[self.keys.file_key(name)] = "no expert changed it"
+                continue
+            self._norms[name] = norms
+
+    def _check_content(self) -> None:
+        """Refuse experts that are the base, or each other."""
+        if not self.names:
+            raise InputError(
+                f"Every expert is identical to the base {self.source.name}: all task vectors are zero. "
+                "Are the experts the fine-tuned files?"
+            )
+        norms = torch.stack(list(self._norms.values()))
+        for row, expert in enumerate(self.expert_names):
+            if not norms[:, row].any():
+                raise InputError(
+                    f"Expert {expert!r} ({self._experts[expert].name}) is identical to the base {self.source.name}: "
+                    "its task vector is zero. Remove it or name its fine-tuned file."
+                )
+            for other in range(row):
+                if torch.equal(norms[:, row], norms[:, other]) and self._equal(row, other):
+                    raise InputError(
+                        f"Experts {self.expert_names[other]!r} and {expert!r} have identical weights "
+                        f"({self._experts[expert].name}). Remove one or name its own file."
+                    )
+
+    def _equal(self, first: int, second: int) -> bool:
+        tiles: Iterator[Tensor] = (self.tile(name, 0, self.base[name].numel()) for name in self.names)
+        return all(torch.equal(tile[first], tile[second]) for tile in tiles)
+
+
+def _check_names(experts: Mapping[str, object]) -> None:
+    if not experts:
+        raise InputError("experts: expected at least one expert (name to file), found none.")
+    if "base" in experts:
+        raise InputError("experts: the name 'base' is reserved for the pretrained model; rename that expert.")
+    by_file: dict[str, str] = {}
+    for name, path in experts.items():
+        if isinstance(path, (str, Path)) and os.path.exists(path):
+            other = by_file.setdefault(os.path.realpath(path), name)
+            if other != name:
+                raise InputError(
+                    f"Experts {other!r} and {name!r} are the same file: {path}. Remove one or name its own file."
+                )
+
+
+def _check_finite(tensor: Tensor, where: str, key: str) -> None:
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise InputError(
+            f"{where}: tensor {key!r} holds {bad} NaN or infinite values of {tensor.numel()}. "
+            "The checkpoint is damaged or diverged in training; use another one."
+        )
+
+
+def _choose_storage(
+    storage: str, base: Checkpoint, keys: KeyMap, names: Sequence[str], experts: int, dtype: torch.dtype
+) -> Literal["ram", "stream"]:
+    if storage == "ram":
+        return "ram"
+    if storage == "stream":
+        return "stream"
+    if storage != "auto":
+        raise InputError(f"pool.storage: expected 'auto', 'ram' or 'stream', found {storage!r}.")
+    entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in names)
+    return "ram" if entries * experts * dtype.itemsize <= _RAM_SHARE * free_memory() else "stream"
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that are free or can be freed without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _refuse(problems: Sequence[str]) -> NoReturn:
+    more = f" (and {len(problems) - 1} more problems; `adamerge check` lists all)" if len(problems) > 1 else ""
+    raise InputError(problems[0] + more)
