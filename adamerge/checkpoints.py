@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,10 @@ from torch import Tensor
 from adamerge.errors import InputError, did_you_mean, shorten
 
 _NESTS = ("state_dict", "model_state_dict", "model")
+_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
+# What torch's reader says of a file that names classes or functions other than those of tensors.
+_FOREIGN_OBJECT = re.compile(r"GLOBAL|create new object|Can only build|unrecognized function|must be imported")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -67,6 +71,11 @@ class MemoryCheckpoint:
     """A state dict that is already in memory."""
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        others = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
+        if others:
+            raise InputError(
+                f"{name}: expected only tensors, found other values under {shorten(others)}. Save the state dict alone."
+            )
         self.name = name
         self._tensors = dict(tensors)
 
@@ -113,13 +122,12 @@ class SafetensorsCheckpoint:
         self.name = str(path)
         self.path = path
         self._header = _read_header(path)
-
-    @cached_property
-    def _file(self) -> Any:
         try:
-            return safe_open(self.path, framework="pt", device="cpu")
+            self._file: Any = safe_open(path, framework="pt", device="cpu")  # maps the file, checks every entry
         except SafetensorError as error:
-            raise InputError(f"{self.path}: damaged safetensors file ({error}). Copy or export it again.") from error
+            raise InputError(
+                f"{path}: truncated or damaged safetensors file ({error}). Copy or export it again."
+            ) from error
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -166,8 +174,11 @@ def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:
         raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it.")
     with path.open("rb") as file:
         head = file.read(16)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    # Byte 8 first: a safetensors file opens with its header's length, whose bytes may look like the others.
+    if head[8:9] != b"{" and (head.startswith((b"PK", _TORCH_LEGACY))):
         return FileCheckpoint(path)
+    if head[8:9] != b"{" and head.startswith(b"\x80"):
+        raise _refusal(path)
     return SafetensorsCheckpoint(path)
 
 
@@ -275,7 +286,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
         header: dict[str, dict[str, Any]] = json.loads(raw)
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path}: truncated or damaged safetensors file: its header of {length} bytes cannot be read "
             f"(the file has {size} bytes). Copy or export it again."
@@ -289,28 +300,30 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _read_torch_file(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        # An open file, so that torch goes by the content and not by the suffix.
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything in torch's reader
+        message = str(error)
+        if "TorchScript" in message:
+            raise InputError(
+                f"{path}: a TorchScript archive, expected a state dict. "
+                "Save its tensors: safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'expert.safetensors')."
+            ) from error
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        if unpickling and _FOREIGN_OBJECT.search(message):
+            raise _refusal(path) from error
+        reason = "its list of tensors is unreadable" if unpickling else message.strip().split("\n", 1)[0]
         raise InputError(
-            f"{path}: holds pickled Python objects besides tensors, and unpickling can run code, so it is refused. "
-            "Where you trust its source, save its tensors as safetensors: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), 'expert.safetensors')."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"{path}: truncated or damaged torch file ({_first_line(error)}). Copy or export it again."
+            f"{path}: truncated or damaged torch file ({reason or type(error).__name__}). Copy or export it again."
         ) from error
     for nest in _NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path}: expected a state dict (name to tensor), found {type(content).__name__}.")
-    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise InputError(
-            f"{path}: expected only tensors, found other values under {shorten(others)}. Save the state dict alone."
-        )
-    return _strip_module(content)
+    return _strip_module({str(key): value for key, value in content.items()})
 
 
 def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -319,10 +332,14 @@ def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _refusal(path: Path) -> InputError:
+    return InputError(
+        f"{path}: holds pickled Python objects besides tensors, and unpickling can run code, so it is refused. "
+        "Where you trust its source, save its tensors as safetensors: "
+        "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), 'expert.safetensors')."
+    )
 
 
-def combined_hash(parts: Iterable[tuple[str, str]]) -> str:
+def combined_hash(hashes: Mapping[str, str]) -> str:
     """Hash named hashes into one, independent of their order."""
-    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()

@@ -142,10 +142,11 @@ def project_onto_simplex(points: Tensor) -> Tensor:
     tensor([[0.8000],
             [0.2000]])
     """
+    points = points - points.amax(0)  # changes nothing but rounding: 1 would vanish beside large values
     ordered = points.sort(0, descending=True).values
     excess = ordered.cumsum(0) - 1
     ranks = torch.arange(1, len(points) + 1, device=points.device, dtype=points.dtype).unsqueeze(1)
-    support = (ordered * ranks > excess).sum(0, keepdim=True)
+    support = (ordered * ranks > excess).sum(0, keepdim=True).clamp(min=1)  # 0 for NaN, which stays NaN
     return (points - excess.gather(0, support - 1) / support).clamp(min=0)
 
 

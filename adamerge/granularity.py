@@ -198,11 +198,12 @@ class Chunk:
         return GroupIndex(segments, labels, first, tuple(frozen))
 
     def _check(self, shapes: Shapes) -> None:
-        numbers = {"pieces": self.pieces} if isinstance(self.pieces, int) else dict(self.pieces)
-        for name, number in {**numbers, "default": self.default}.items():
-            if number < 0:
-                raise InputError(f"granularity.pieces: expected a number >= 0, found {number} for {name!r}.")
-        unknown = [] if isinstance(self.pieces, int) else [name for name in self.pieces if name not in shapes]
+        by_name = self.pieces if isinstance(self.pieces, Mapping) else {}
+        common = {"default": self.default} if isinstance(self.pieces, Mapping) else {"all": self.pieces}
+        for name, number in {**by_name, **common}.items():
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise InputError(f"granularity.pieces: expected a whole number >= 0, found {number!r} for {name!r}.")
+        unknown = [name for name in by_name if name not in shapes]
         if unknown:
             raise InputError(f"granularity.pieces names no parameter {unknown[0]!r}.{did_you_mean(unknown[0], shapes)}")
 

@@ -28,16 +28,8 @@ from adamerge.coefficients import Coefficients
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.merge import merge, merge_into, pull_back
 from adamerge.pool import ExpertPool
+from adamerge.teachers import Outputs as Outputs
 from adamerge.teachers import TeacherCache
-
-
-@dataclass
-class Outputs:
-    """What a model says about a batch: logits (B, C), features (B, F), hidden name to (B, ...)."""
-
-    logits: Tensor
-    features: Tensor
-    hidden: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -236,10 +228,9 @@ class MergedModel(nn.Module):
         cached = self.teacher_cache.get(task, indices)
         if cached is None:
             output = next(iter(self.expert_outputs(self.teacher_of(task), [(task, inputs)], hidden_layers)))
-            cached = {"logits": output.logits, "features": output.features, **output.hidden}
-            self.teacher_cache.put(task, indices, cached)
-        hidden = {name: value for name, value in cached.items() if name not in ("logits", "features")}
-        return Outputs(cached["logits"], cached["features"], hidden)
+            self.teacher_cache.put(task, indices, output)
+            return output
+        return cached
 
     def teacher_of(self, task: str) -> str:
         """Return the expert that teaches a task."""

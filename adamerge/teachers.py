@@ -1,31 +1,41 @@
-"""Cached outputs of the experts, so that they need not stay in memory."""
+"""What models say about a batch, and a cache of what the experts say, so that they need not stay in memory."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
+@dataclass
+class Outputs:
+    """What a model says about a batch: logits (B, C), features (B, F), hidden name to (B, ...)."""
+
+    logits: Tensor
+    features: Tensor
+    hidden: dict[str, Tensor] = field(default_factory=dict)
+
+
 class TeacherCache:
-    """Teacher outputs by task and sample index.
+    """The experts' outputs by task and sample index.
 
     Rows live in tensors that grow by doubling, on the device of the outputs. Memory: per sample the
     logits, the features, and whatever hidden layers the objective asks for.
     """
 
     def __init__(self) -> None:
-        self._rows: dict[str, dict[str, Tensor]] = {}
+        self._rows: dict[str, Outputs] = {}
         self._filled: dict[str, Tensor] = {}
 
-    def get(self, task: str, indices: Tensor) -> dict[str, Tensor] | None:
-        """Return outputs by name, (B, ...), or None if any of ``indices`` (B,) is missing."""
-        filled = self._filled.get(task)
-        positions = indices.cpu()
+    def get(self, task: str, indices: Tensor) -> Outputs | None:
+        """Return the outputs at ``indices`` (B,), or None if any of them is missing."""
+        filled, positions = self._filled.get(task), indices.cpu()
         if filled is None or int(positions.max()) >= len(filled) or not bool(filled[positions].all()):
             return None
-        return {name: rows[indices.to(rows.device)] for name, rows in self._rows[task].items()}
+        rows = self._rows[task]
+        at = indices.to(rows.logits.device)
+        return Outputs(rows.logits[at], rows.features[at], {name: value[at] for name, value in rows.hidden.items()})
 
-    def put(self, task: str, indices: Tensor, outputs: Mapping[str, Tensor]) -> None:
+    def put(self, task: str, indices: Tensor, outputs: Outputs) -> None:
         """Store outputs (B, ...) at ``indices`` (B,)."""
         positions = indices.cpu()
         filled = self._filled.get(task, torch.zeros(0, dtype=torch.bool))
@@ -34,11 +44,23 @@ class TeacherCache:
             size *= 2
         self._filled[task] = _grown(filled, size)
         self._filled[task][positions] = True
-        rows = self._rows.setdefault(task, {})
-        for name, values in outputs.items():
-            kept = _grown(rows.get(name, values.new_zeros(0, *values.shape[1:])), size)
-            kept[indices.to(kept.device)] = values.detach()
-            rows[name] = kept
+        rows = self._rows.get(task) or _empty(outputs)
+        kept = Outputs(
+            _grown(rows.logits, size),
+            _grown(rows.features, size),
+            {name: _grown(value, size) for name, value in rows.hidden.items()},
+        )
+        at = indices.to(kept.logits.device)
+        kept.logits[at] = outputs.logits.detach()
+        kept.features[at] = outputs.features.detach()
+        for name, value in kept.hidden.items():
+            value[at] = outputs.hidden[name].detach()
+        self._rows[task] = kept
+
+
+def _empty(outputs: Outputs) -> Outputs:
+    hidden = {name: value.new_zeros(0, *value.shape[1:]) for name, value in outputs.hidden.items()}
+    return Outputs(outputs.logits.new_zeros(0, *outputs.logits.shape[1:]), outputs.features[:0].clone(), hidden)
 
 
 def _grown(rows: Tensor, size: int) -> Tensor:

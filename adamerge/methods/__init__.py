@@ -1,1 +1,3 @@
 """How coefficients move: LightningModules."""
+
+from adamerge.methods.gradient import GradientMerging as GradientMerging

@@ -1,6 +1,7 @@
 """Imitation of the experts: match the output distribution of the task's own expert."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional
@@ -25,6 +26,8 @@ class Imitation:
         Hinton et al., arXiv:1503.02531 (temperature and its square); Expert Merging,
         arXiv:2509.25712, the logit term.
     """
+
+    uses_teacher: ClassVar[bool] = True
 
     temperature: float = 1.0
     hidden_layers: tuple[str, ...] = ()

@@ -1,0 +1,73 @@
+"""Write the merged checkpoint when adaptation has ended."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from adamerge.checkpoints import ensure_writable
+from adamerge.errors import InputError
+from adamerge.export import export
+from adamerge.model import MergedModel
+
+
+class ExportMergedWeights(Callback):
+    """Export merged weights, coefficients, heads and recipe at the end of ``fit``.
+
+    Nothing is written when the fit was interrupted: resume it, or export its checkpoint on request.
+
+    Args:
+        dirpath: The folder, checked for writing before training starts.
+        filename: Of the merged checkpoint.
+        head_info: JSON-ready facts about the heads by task, such as class names.
+        sidecar: Content of ``open_clip_config.json``, to load the export in plain open_clip.
+        recipe: Further content of ``merge.json``, such as the resolved configuration.
+
+    Attributes:
+        files: Short name to file, once exported.
+    """
+
+    def __init__(
+        self,
+        dirpath: Path | str,
+        filename: str = "merged.safetensors",
+        *,
+        head_info: Mapping[str, Any] | None = None,
+        sidecar: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not filename.endswith(".safetensors"):
+            raise InputError(f"ExportMergedWeights.filename: expected a name ending in .safetensors, found {filename!r}.")
+        self.dirpath = Path(dirpath)
+        self.filename = filename
+        self.head_info = head_info
+        self.sidecar = sidecar
+        self.recipe = dict(recipe or {})
+        self.files: dict[str, Path] = {}
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fail before training where the result could not be written."""
+        ensure_writable(self.dirpath)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files."""
+        model = pl_module.model
+        assert isinstance(model, MergedModel)
+        recipe = {"steps": trainer.global_step, **self.recipe}
+        data = getattr(trainer, "datamodule", None)
+        if data is not None:
+            recipe |= {"protocol": data.protocol, "seed": data.seed}
+        self.files = export(
+            model.pool,
+            model.coefficients,
+            self.dirpath,
+            filename=self.filename,
+            heads=dict(model.heads.items()),
+            head_info=self.head_info,
+            sidecar=self.sidecar,
+            recipe=recipe,
+        )

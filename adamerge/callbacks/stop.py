@@ -1,0 +1,58 @@
+"""Stop at the end of a step when asked to, with everything saved."""
+
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = 75
+
+
+class Interrupted(SystemExit):
+    """The run was stopped by a signal and saved; the exit code is 130 (Ctrl-C) or 75 (preempted: requeue)."""
+
+
+class GracefulStop(Callback):
+    """On Ctrl-C or SIGTERM finish the running step, save a checkpoint, and leave with a telling exit code.
+
+    A second Ctrl-C stops at once.
+
+    Args:
+        checkpoint: Where to save.
+    """
+
+    def __init__(self, checkpoint: Path | str) -> None:
+        self.checkpoint = Path(checkpoint)
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the signals, after Lightning has."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and leave, if a signal has come."""
+        if self._signal is not None:
+            trainer.save_checkpoint(self.checkpoint)
+            log.info("Stopped after step %d, saved to %s", trainer.global_step, self.checkpoint)
+            raise Interrupted(EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_PREEMPTED)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number

@@ -1,0 +1,213 @@
+"""Score models on labelled images: accuracy, calibration, bootstrap intervals."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from adamerge.checkpoints import save_json
+from adamerge.data import UnlabeledTasks
+from adamerge.errors import InputError
+
+FORMAT = 1
+_CHUNK = 100  # bootstrap resamples at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's result: accuracy and expected calibration error in [0, 1], and each image's hit, (N,)."""
+
+    accuracy: float
+    calibration_error: float
+    correct: Tensor
+
+
+@dataclass
+class Row:
+    """One line of a comparison: what was scored, and what it took.
+
+    Attributes:
+        scores: Task to score.
+        uses_labels: Whether labels entered anywhere before scoring.
+        uses_data: Whether unlabeled (or labelled) data was used.
+        seconds: To make it, without scoring.
+        seed: Of the adaptation.
+    """
+
+    scores: Mapping[str, TaskScore]
+    uses_labels: bool = False
+    uses_data: bool = False
+    seconds: float = 0.0
+    seed: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over the tasks."""
+        return sum(score.accuracy for score in self.scores.values()) / len(self.scores)
+
+
+@torch.no_grad()
+def score_task(
+    logits: Callable[[Tensor, str], Tensor], data: UnlabeledTasks, task: str, device: torch.device | str = "cpu"
+) -> TaskScore:
+    """Score one task's evaluation images.
+
+    Args:
+        logits: ``(inputs, task) -> (B, C)``.
+        data: Holds the labelled images.
+        task: Its name.
+        device: Where the inputs go.
+
+    Raises:
+        InputError: If a label is outside the head's classes.
+    """
+    outputs, labels = [], []
+    for inputs, targets in data.evaluation_loader(task):
+        outputs.append(logits(inputs.to(device), task).float().cpu())
+        labels.append(targets)
+    predictions, truth = torch.cat(outputs), torch.cat(labels)
+    classes = predictions.shape[-1]
+    if int(truth.max()) >= classes or int(truth.min()) < 0:
+        raise InputError(
+            f"data.tasks.{task}: found label {int(truth.max())}, but its head has {classes} classes (0 to {classes - 1}). "
+            "Do the class names belong to this data set?"
+        )
+    return TaskScore(
+        accuracy=MulticlassAccuracy(classes, average="micro")(predictions, truth).item(),
+        calibration_error=MulticlassCalibrationError(classes, n_bins=15)(predictions, truth).item(),
+        correct=predictions.argmax(-1) == truth,
+    )
+
+
+def bootstrap(scores: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the mean accuracy, resampling images within each task.
+
+    It covers the choice of test images, not of training seeds.
+    """
+    low, high = _resampled({task: score.correct.float() for task, score in scores.items()}, samples, seed).quantile(
+        torch.tensor([0.025, 0.975])
+    )
+    return low.item(), high.item()
+
+
+def bootstrap_difference(
+    first: Mapping[str, TaskScore], second: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of ``mean(first) - mean(second)``, paired by image."""
+    difference = {task: first[task].correct.float() - second[task].correct.float() for task in first}
+    low, high = _resampled(difference, samples, seed).quantile(torch.tensor([0.025, 0.975]))
+    return low.item(), high.item()
+
+
+def _resampled(values: Mapping[str, Tensor], samples: int, seed: int) -> Tensor:
+    """Means over tasks of means over resampled images, (samples,)."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(samples)
+    for per_image in values.values():
+        for start in range(0, samples, _CHUNK):
+            count = min(_CHUNK, samples - start)
+            picks = torch.randint(len(per_image), (count, len(per_image)), generator=generator)
+            total[start : start + count] += per_image[picks].mean(1)
+    return total / len(values)
+
+
+def normalised(row: Row, experts: Row) -> float:
+    """Return the mean over tasks of accuracy relative to the task's own expert (the field's measure)."""
+    ratios = [row.scores[task].accuracy / max(experts.scores[task].accuracy, 1e-12) for task in row.scores]
+    return sum(ratios) / len(ratios)
+
+
+def gap_closed(row: Row, start: Row, experts: Row) -> float:
+    """Return how much of the mean's gap from ``start`` to ``experts`` a row closes; 1 is all."""
+    gap = experts.mean - start.mean
+    return (row.mean - start.mean) / gap if gap else float("nan")
+
+
+def summary(rows: Mapping[str, Row], protocol: str) -> dict[str, Any]:
+    """Return the content of ``summary.json`` (accuracies in [0, 1], seconds)."""
+    experts, start = rows.get("experts"), rows.get("task_arithmetic_0.3")
+    content: dict[str, Any] = {}
+    for name, row in rows.items():
+        low, high = bootstrap(row.scores)
+        content[name] = {
+            "per_task": {task: score.accuracy for task, score in row.scores.items()},
+            "calibration_error": {task: score.calibration_error for task, score in row.scores.items()},
+            "mean": row.mean,
+            "interval": [low, high],
+            "normalised": normalised(row, experts) if experts else None,
+            "gap_closed": gap_closed(row, start, experts) if experts and start else None,
+            "uses_labels": row.uses_labels,
+            "uses_data": row.uses_data,
+            "seconds": row.seconds,
+            "seed": row.seed,
+            **row.extra,
+        }
+    tasks = list(next(iter(rows.values())).scores)
+    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, "rows": content}
+
+
+def write_summary(rows: Mapping[str, Row], protocol: str, path: Path) -> dict[str, Any]:
+    """Write ``summary.json``, atomically, and return its content."""
+    content = summary(rows, protocol)
+    save_json(content, path)
+    return content
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read ``summary.json``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def table(content: Mapping[str, Any], title: str | None = None) -> Table:
+    """Lay a summary out for the terminal: accuracies in percent, rows that use labels marked with *."""
+    has_gap = any(row["gap_closed"] is not None for row in content["rows"].values())
+    result = Table(title=title, caption=_caption(content), caption_justify="left", header_style="bold")
+    result.add_column("accuracy, %", no_wrap=True)
+    for task in content["tasks"]:
+        result.add_column(task, justify="right")
+    for column in ("mean", "95 % interval", "normalised", *(["gap closed"] if has_gap else []), "s"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for name, row in content["rows"].items():
+        cells = [f"{100 * row['per_task'][task]:.1f}" for task in content["tasks"]]
+        low, high = row["interval"]
+        cells += [f"[bold]{100 * row['mean']:.1f}[/]", f"{100 * low:.1f}-{100 * high:.1f}"]
+        cells.append("" if row["normalised"] is None else f"{100 * row['normalised']:.1f}")
+        if has_gap:
+            cells.append("" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f} %")
+        result.add_row(name + (" *" if row["uses_labels"] else ""), *cells, f"{row['seconds']:.1f}")
+    return result
+
+
+def _caption(content: Mapping[str, Any]) -> str:
+    notes = {
+        "split": "Protocol: split, images that adapted are not scored.",
+        "transductive": "Protocol: transductive, adapted on the scored images without their labels.",
+    }
+    text = notes.get(content["protocol"], "")
+    if any(row["uses_labels"] for row in content["rows"].values()):
+        text += " * uses labels."
+    return text
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self._start

@@ -1,0 +1,148 @@
+"""The result on disk: merged checkpoint, coefficients, heads and recipe, written so that it can be trusted.
+
+Every file is written to a temporary name, synced and renamed; the checkpoint is read back and compared
+before the export counts as done.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from adamerge.checkpoints import combined_hash, ensure_writable, load_state_dict, save_json, save_state_dict
+from adamerge.coefficients import Coefficients, save_coefficients
+from adamerge.errors import InputError
+from adamerge.merge import merge
+from adamerge.pool import ExpertPool
+from adamerge.version import __version__
+
+FORMAT = 1
+
+
+def export(
+    pool: ExpertPool,
+    coefficients: Coefficients,
+    folder: Path,
+    *,
+    filename: str = "merged.safetensors",
+    heads: Mapping[str, nn.Module] | None = None,
+    head_info: Mapping[str, Any] | None = None,
+    sidecar: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Path]:
+    """Write a merge to a folder, and prove it by reading it back.
+
+    Args:
+        pool: Base and experts.
+        coefficients: What to merge with.
+        folder: Made if needed; files of an earlier export are replaced one by one.
+        filename: Of the merged checkpoint: the base's keys, dtypes and values under the coefficients.
+            Its bytes depend on pool and coefficients only, so that a replay gives the same file.
+        heads: Task to classifier, written to ``heads.safetensors``.
+        head_info: JSON-ready facts about the heads by task, such as class names.
+        sidecar: ``open_clip_config.json``'s content; with it, ``open_clip/`` loads in
+            ``open_clip.create_model("local-dir:...")``.
+        recipe: Further JSON-ready content of ``merge.json``.
+
+    Returns:
+        Short name to file, of what was written.
+
+    Raises:
+        InputError: If the folder is not writable.
+        OSError: If a file cannot be written; an earlier version of it is then still there.
+        RuntimeError: If what was read back differs from what was merged.
+    """
+    ensure_writable(folder)
+    state_dict = merge(pool, coefficients, detach=True)
+    files = {"merged": folder / filename, "coefficients": folder / "coefficients.json", "recipe": folder / "merge.json"}
+    # One key: with several, their order in the file, and so its bytes, would change from run to run.
+    facts = {"format": FORMAT, "coefficients": _digest(coefficients), "pool": combined_hash(pool.hashes())}
+    save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(facts)})
+    _prove(files["merged"], state_dict)
+    save_coefficients(coefficients, files["coefficients"], pool)
+    if heads:
+        files["heads"] = folder / "heads.safetensors"
+        save_heads(heads, files["heads"], head_info or {})
+    if sidecar:
+        files["open_clip"] = folder / "open_clip"
+        _write_open_clip(files["open_clip"], files["merged"], sidecar)
+    content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
+    save_json({**content, **(recipe or {})}, files["recipe"])
+    return files
+
+
+def save_heads(heads: Mapping[str, nn.Module], path: Path, info: Mapping[str, Any]) -> None:
+    """Write the tensors of each task's head as ``<task>/<name>``; ``info`` goes to the metadata as JSON."""
+    tensors = {f"{task}/{name}": tensor for task, head in heads.items() for name, tensor in head.state_dict().items()}
+    save_state_dict(tensors, path, {"adamerge_tasks": json.dumps(dict(info), ensure_ascii=False)})
+
+
+def load_heads(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read what :func:`save_heads` wrote: tensors by task and name, and the facts about the tasks.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is not a heads file.
+    """
+    tensors = load_state_dict(path)
+    with safe_open(path, framework="pt") as file:
+        info = (file.metadata() or {}).get("adamerge_tasks")
+    if info is None or any("/" not in key for key in tensors):
+        raise InputError(f"{path}: not a heads file written by adamerge.")
+    heads: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        task, name = key.rsplit("/", 1)
+        heads.setdefault(task, {})[name] = tensor
+    return heads, json.loads(info)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a result: Python, adamerge, torch and the packages around it."""
+    packages = ("torch", "lightning", "open_clip_torch", "torchvision", "safetensors")
+    found = {"python": platform.python_version(), "adamerge": __version__}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _digest(coefficients: Coefficients) -> str:
+    """Hash the coefficients with the names of experts and groups they belong to."""
+    digest = hashlib.sha256(json.dumps([coefficients.expert_names, coefficients.index.labels]).encode())
+    digest.update(coefficients().detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _prove(path: Path, expected: Mapping[str, Tensor]) -> None:
+    written = load_state_dict(path)
+    wrong = [key for key, tensor in expected.items() if key not in written or not _same(written[key], tensor)]
+    if wrong or len(written) != len(expected):
+        raise RuntimeError(f"{path}: the tensor {(wrong or ['?'])[0]!r} read back differs from the merge. Is the disk sound?")
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def _write_open_clip(folder: Path, merged: Path, config: Mapping[str, Any]) -> None:
+    """Lay the checkpoint out as open_clip's ``local-dir:`` wants it; the weights are a hard link where possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(config, folder / "open_clip_config.json")
+    target = folder / "open_clip_model.safetensors"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        os.link(merged, temporary)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(merged, temporary)
+    temporary.replace(target)
