@@ -149,7 +149,9 @@ class OpenClip:
         for name, task in tasks.items():
             classes = task.class_names
             if not classes:
-                raise InputError(f"data.tasks.{name}.classes: a zero-shot head needs class names, and the data set has none.")
+                raise InputError(
+                    f"data.tasks.{name}.classes: a zero-shot head needs class names, and the data set has none."
+                )
             weight = open_clip.build_zero_shot_classifier(self._clip.eval(), tokenizer, classes, list(task.templates))
             heads[name] = ZeroShotHead(weight.float(), self._clip.logit_scale.detach().exp().float())
         return heads
@@ -210,7 +212,9 @@ class Torchvision:
                 f"backbone.head: {self.model} has no layer {self.head!r}; its last Linear layer is {linear[-1]!r}."
             ) from error
         if not isinstance(layer, nn.Linear):
-            raise InputError(f"backbone.head: {self.head!r} of {self.model} is {type(layer).__name__}, expected Linear.")
+            raise InputError(
+                f"backbone.head: {self.head!r} of {self.model} is {type(layer).__name__}, expected Linear."
+            )
         model.set_submodule(self.head, nn.Identity())
         return model
 

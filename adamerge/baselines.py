@@ -1,16 +1,15 @@
 """Reference points that use labels, kept apart: what they find is marked ``uses_labels`` wherever it is shown."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from adamerge.coefficients import Coefficients
-from adamerge.data import Unlabeled
+from adamerge.data import Unlabeled, UnlabeledTasks
 from adamerge.model import MergedModel, TaskStep
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
@@ -27,7 +26,7 @@ class LabelledCrossEntropy:
     """
 
     labels: Mapping[str, Tensor]
-    hidden_layers: tuple[str, ...] = field(default=())
+    hidden_layers: tuple[str, ...] = ()
     uses_labels: ClassVar[bool] = True
 
     def __call__(self, step: TaskStep) -> Tensor:
@@ -36,29 +35,40 @@ class LabelledCrossEntropy:
         return functional.cross_entropy(step.outputs.logits.float(), labels)
 
 
-def stream_labels(stream: Unlabeled, labelled: Dataset[Any]) -> Tensor:
-    """Return the labels of the data set behind a stream, (N,), for :class:`LabelledCrossEntropy`."""
-    return torch.tensor([int(labelled[i][1]) for i in range(len(stream))])
+def stream_labels(stream: Unlabeled) -> Tensor:
+    """Return the labels of the labelled data set behind a stream, (N,)."""
+    return torch.tensor([int(stream.source[i][1]) for i in range(len(stream))])
 
 
 @torch.no_grad()
-def search_task_arithmetic(
-    model: MergedModel, accuracy: Callable[[MergedModel], float], grid: Sequence[float] = GRID
-) -> float:
-    """Return the shared coefficient with the best labelled accuracy.
+def search_task_arithmetic(model: MergedModel, data: UnlabeledTasks, grid: Sequence[float] = GRID) -> float:
+    """Set the coefficients to the shared value with the best labelled accuracy on the adaptation images.
 
     Args:
-        model: Its coefficients are set to the best value.
-        accuracy: Scores the model on labelled images that are not the test images.
+        model: Its coefficients are set.
+        data: The labels behind its streams are used; the scored images are not (under the split protocol).
         grid: Coefficients to try.
+
+    Returns:
+        The best value.
     """
+    labels = {task: stream_labels(stream) for task, stream in data.streams.items()}
 
-    def score(value: float) -> float:
-        model.coefficients.assign(torch.full_like(model.coefficients.raw, value))
-        return accuracy(model)
+    def accuracy(value: float) -> float:
+        constant(model.coefficients, value)
+        params = model.merge()
+        hits = [
+            (model.logits(inputs.to(model.pool.device), task, params).argmax(-1).cpu() == labels[task][indices])
+            .float()
+            .sum()
+            / len(labels[task])
+            for task in data.streams
+            for inputs, indices in data.teacher_loader(task)
+        ]
+        return float(torch.stack(hits).sum())
 
-    best = max(grid, key=score)
-    score(best)
+    best = max(grid, key=accuracy)
+    constant(model.coefficients, best)
     return best
 
 

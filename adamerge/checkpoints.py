@@ -293,7 +293,8 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
         ) from error
     if end != size:
         raise InputError(
-            f"{path}: truncated or damaged safetensors file: expected {end} bytes, found {size}. Copy or export it again."
+            f"{path}: truncated or damaged safetensors file: expected {end} bytes, found {size}. "
+            "Copy or export it again."
         )
     return header
 

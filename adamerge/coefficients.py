@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adamerge import constraints
 from adamerge import granularity as granularities
-from adamerge.checkpoints import load_state_dict, save_json, save_state_dict
+from adamerge.checkpoints import load_state_dict, save_json, save_state_dict, sha256
 from adamerge.constraints import Constraint
 from adamerge.errors import InputError, shorten
 from adamerge.granularity import Granularity
@@ -138,7 +138,10 @@ class Coefficients(nn.Module):
         """
         _check_content(content, pool, source)
         chosen = granularity or _granularity_from(content["granularity"], source)
-        result = cls(pool, chosen, init=0.0, constraint="none")
+        try:
+            result = cls(pool, chosen, init=0.0, constraint="none")
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
         values = torch.empty_like(result.raw)
         for row, expert in zip(values, pool.expert_names, strict=True):
             stored = content["coefficients"][expert]
@@ -146,11 +149,17 @@ class Coefficients(nn.Module):
             extra = [label for label in stored if label not in result.index.labels]
             if missing or extra:
                 raise InputError(
-                    f"{source}: the groups of expert {expert!r} are not this pool's: missing {shorten(missing)}; "
-                    f"not in the pool {shorten(extra)}. Was the file made for another model?"
+                    f"{source}: the groups of expert {expert!r} are not this pool's: missing "
+                    f"{shorten(missing) or 'none'}, not in the pool {shorten(extra) or 'none'}. "
+                    "Was the file made for another model?"
                 )
             for label, (first, count) in result.index.labels.items():
-                numbers = torch.as_tensor(stored[label], dtype=values.dtype).reshape(-1)
+                try:
+                    numbers = torch.as_tensor(stored[label], dtype=values.dtype).reshape(-1)
+                except (TypeError, ValueError) as error:
+                    raise InputError(
+                        f"{source}: expert {expert!r}, {label!r}: expected numbers, found {stored[label]!r}."
+                    ) from error
                 if len(numbers) != count:
                     raise InputError(
                         f"{source}: expert {expert!r}, {label!r}: expected {count} values, found {len(numbers)}."
@@ -184,6 +193,7 @@ def save_coefficients(coefficients: Coefficients, path: Path, pool: ExpertPool) 
             for expert, row in zip(coefficients.expert_names, values, strict=True)
         }
         content["tensors"] = path.with_suffix(".safetensors").name
+        content["tensors_sha256"] = sha256(path.with_suffix(".safetensors"))
     save_json(content, path)
 
 
@@ -196,14 +206,19 @@ def load_coefficients(path: Path, pool: ExpertPool, granularity: Granularity | N
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a coefficients file: expected JSON ({error}).") from error
     if isinstance(content, dict) and "tensors" in content:
-        tensors = load_state_dict(path.parent / Path(str(content["tensors"])).name)
-        experts = content.get("experts", [])
+        _check_content(content, pool, str(path))
+        beside = path.parent / Path(str(content["tensors"])).name
+        tensors = load_state_dict(beside)
+        if sha256(beside) != content.get("tensors_sha256"):
+            raise InputError(
+                f"{path}: {beside.name} is not the file that was written with it. Keep the two together, unchanged."
+            )
         content["coefficients"] = {
-            expert: {label: tensor[row] for label, tensor in tensors.items() if row < len(tensor)}
-            for row, expert in enumerate(experts)
+            expert: {label: tensor[row] for label, tensor in tensors.items()}
+            for row, expert in enumerate(content["experts"])
         }
     return Coefficients.from_dict(pool, content, granularity=granularity, source=str(path))
 
@@ -230,16 +245,17 @@ def _initial_values(
             "0.3 suits up to 8 experts, try init=mean.",
             stacklevel=3,
         )
-    tensor = torch.as_tensor(values, dtype=pool.compute_dtype)
+    expected = f"init: expected a number, {experts} numbers or a tensor ({experts}, {groups}), found"
+    try:
+        tensor = torch.as_tensor(values, dtype=pool.compute_dtype).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{expected} {init!r}.") from error
     if tensor.ndim == 1 and len(tensor) == experts:
         tensor = tensor.unsqueeze(1)
     try:
         tensor = tensor.expand(experts, groups).clone()
     except RuntimeError as error:
-        raise InputError(
-            f"init: expected a number, {experts} numbers or a tensor ({experts}, {groups}), "
-            f"found shape {tuple(tensor.shape)}."
-        ) from error
+        raise InputError(f"{expected} shape {tuple(tensor.shape)}.") from error
     if not torch.isfinite(tensor).all():
         raise InputError("init: contains NaN or infinite values.")
     return tensor
@@ -289,6 +305,10 @@ def _granularity_from(described: Any, source: str) -> Granularity:
     return result
 
 
+def _is_nested(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(value, Mapping) for value in content.values())
+
+
 def _check_content(content: Any, pool: ExpertPool, source: str) -> None:
     required = ("format", "granularity", "experts", "coefficients")
     missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
@@ -296,12 +316,23 @@ def _check_content(content: Any, pool: ExpertPool, source: str) -> None:
         raise InputError(f"{source}: not a coefficients file: the keys {shorten(missing)} are missing.")
     if content["format"] != FORMAT:
         raise InputError(f"{source}: format {content['format']!r} is not {FORMAT}; update adamerge to read it.")
-    if set(content["experts"]) != set(pool.expert_names) or set(content["coefficients"]) != set(pool.expert_names):
-        raise InputError(
-            f"{source}: made for the experts {shorten(content['experts'])}, "
-            f"but the pool has {shorten(pool.expert_names)}."
-        )
-    recorded = content.get("pool", {})
+    experts, stored, recorded = content["experts"], content["coefficients"], content.get("pool", {})
+    for key, fits, expected in (
+        (
+            "experts",
+            isinstance(experts, Sequence) and all(isinstance(name, str) for name in experts),
+            "a list of names",
+        ),
+        ("coefficients", _is_nested(stored), "a mapping from expert to a mapping from group to value"),
+        ("pool", isinstance(recorded, Mapping), "a mapping from name to hash"),
+    ):
+        if not fits:
+            raise InputError(f"{source}: not a coefficients file: {key!r} holds something else; expected {expected}.")
+    for names in (experts, stored):
+        if sorted(names) != sorted(pool.expert_names):
+            raise InputError(
+                f"{source}: made for the experts {shorten(names)}, but the pool has {shorten(pool.expert_names)}."
+            )
     hashes = pool.hashes() if recorded else {}
     changed = [name for name in hashes if name in recorded and recorded[name] != hashes[name]]
     if changed:

@@ -68,21 +68,24 @@ class Unlabeled(Dataset[TaskBatch]):
     Args:
         dataset: Items are inputs, or tuples that begin with the input.
         preprocess: Applied to inputs that are not tensors yet (PIL images).
+
+    Attributes:
+        source: The data set itself, for the baselines that are marked as using labels.
     """
 
     def __init__(self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None) -> None:
-        self._dataset = dataset
+        self.source = dataset
         self._preprocess = preprocess
 
     def __len__(self) -> int:
-        return _length(self._dataset)
+        return _length(self.source)
 
     def __getitem__(self, index: int) -> TaskBatch:
-        inputs = _split_item(self._dataset[index])[0]
+        inputs = _split_item(self.source[index])[0]
         return TaskBatch(_to_tensor(inputs, self._preprocess), torch.tensor(index))
 
 
-class Labelled(Dataset[tuple[Tensor, int]]):
+class Labelled(Dataset[tuple[Tensor, Tensor]]):
     """A dataset with its labels, for evaluation only: items are (input, label)."""
 
     def __init__(self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None) -> None:
@@ -92,11 +95,13 @@ class Labelled(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return _length(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         inputs, label = _split_item(self._dataset[index])
         if label is None:
-            raise InputError(f"Evaluation needs labels: item {index} of {self._dataset!r} is not a pair (input, label).")
-        return _to_tensor(inputs, self._preprocess), int(label)
+            raise InputError(
+                f"Evaluation needs labels: item {index} of {self._dataset!r} is not a pair (input, label)."
+            )
+        return _to_tensor(inputs, self._preprocess), torch.tensor(int(label))
 
 
 class UnlabeledTasks(LightningDataModule):
@@ -210,7 +215,10 @@ class UnlabeledTasks(LightningDataModule):
 
     def _position(self) -> int:
         """Batches of this epoch that have been trained on."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed if self.trainer else 0
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)
 
 
 class StreamLoader(DataLoader[dict[str, TaskBatch]]):

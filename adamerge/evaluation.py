@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -15,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from adamerge.checkpoints import save_json
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
+from adamerge.model import MergedModel
 
 FORMAT = 1
 _CHUNK = 100  # bootstrap resamples at a time, to bound memory
@@ -77,7 +80,7 @@ def score_task(
     classes = predictions.shape[-1]
     if int(truth.max()) >= classes or int(truth.min()) < 0:
         raise InputError(
-            f"data.tasks.{task}: found label {int(truth.max())}, but its head has {classes} classes (0 to {classes - 1}). "
+            f"data.tasks.{task}: found label {int(truth.max())}, but its head has {classes} classes. "
             "Do the class names belong to this data set?"
         )
     return TaskScore(
@@ -85,6 +88,31 @@ def score_task(
         calibration_error=MulticlassCalibrationError(classes, n_bins=15)(predictions, truth).item(),
         correct=predictions.argmax(-1) == truth,
     )
+
+
+def score_tasks(
+    model: MergedModel,
+    params: Mapping[str, Tensor],
+    data: UnlabeledTasks,
+    description: str = "Scoring",
+    tasks: Sequence[str] | None = None,
+) -> dict[str, TaskScore]:
+    """Score given parameters on every task's evaluation images.
+
+    Args:
+        model: Its encoder and heads are used, on the device of its pool.
+        params: Parameter name to tensor (*S), such as a merge or an expert.
+        data: Holds the labelled images.
+        description: Of the progress bar.
+        tasks: Which tasks; default all that have evaluation images.
+    """
+    detached = {name: tensor.detach() for name, tensor in params.items()}
+    console = Console(stderr=True)
+    todo = list(tasks or data.evaluation)
+    return {
+        task: score_task(lambda inputs, t: model.logits(inputs, t, detached), data, task, model.pool.device)
+        for task in track(todo, description, console=console, transient=True, disable=not console.is_terminal)
+    }
 
 
 def bootstrap(scores: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -128,7 +128,9 @@ def _prove(path: Path, expected: Mapping[str, Tensor]) -> None:
     written = load_state_dict(path)
     wrong = [key for key, tensor in expected.items() if key not in written or not _same(written[key], tensor)]
     if wrong or len(written) != len(expected):
-        raise RuntimeError(f"{path}: the tensor {(wrong or ['?'])[0]!r} read back differs from the merge. Is the disk sound?")
+        raise RuntimeError(
+            f"{path}: the tensor {(wrong or ['?'])[0]!r} read back differs from the merge. Is the disk sound?"
+        )
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -143,6 +143,8 @@ class Pattern:
         Raises:
             InputError: If a pattern matches no parameter (a misspelt one would go unnoticed).
         """
+        if not isinstance(self.groups, Mapping):
+            raise InputError(f"granularity.groups: expected group name to pattern, found {self.groups!r}.")
         expressions = {group: _compile(pattern) for group, pattern in self.groups.items()}
         chosen = {name: next((group for group, e in expressions.items() if e.search(name)), "rest") for name in shapes}
         for group in expressions:
@@ -255,7 +257,7 @@ def _per_parameter(shapes: Shapes, block: Callable[[tuple[int, ...]], tuple[int,
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise InputError(f"granularity: {pattern!r} is not a regular expression ({error}).") from error
 
 

@@ -4,13 +4,15 @@ No tensor is read here, so that a pool of large models is checked in millisecond
 """
 
 import fnmatch
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Size, Tensor
 
 from adamerge.checkpoints import Checkpoint
-from adamerge.errors import did_you_mean, shorten
+from adamerge.errors import InputError, did_you_mean, shorten
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -19,14 +21,14 @@ class KeyMap:
     """Relates the keys of checkpoint files to the encoder's parameter names."""
 
     def __init__(self, base_keys: Sequence[str], key_map: str | Mapping[str, str] | None) -> None:
-        self._map = key_map or ""
+        self.map = key_map or ""
         self._to_file = {name: key for key in base_keys if (name := self.name(key)) is not None}
 
     def name(self, file_key: str) -> str | None:
         """Return the encoder's name of a file's key, or None where it is not the encoder's."""
-        if isinstance(self._map, str):
-            return file_key.removeprefix(self._map) if file_key.startswith(self._map) else None
-        return self._map.get(file_key)
+        if isinstance(self.map, str):
+            return file_key.removeprefix(self.map) if file_key.startswith(self.map) else None
+        return self.map.get(file_key)
 
     def file_key(self, name: str) -> str:
         """Return the key of a parameter in the files."""
@@ -70,24 +72,40 @@ def check_layout(
             skipped[key] = f"integer tensor ({str(base.spec(key)[1]).removeprefix('torch.')})"
         else:
             merged.append(name)
-    problems = _pattern_problems(base, keys, include, exclude)
+    problems = _option_problems(base, keys, include)
     if not merged:
         problems.append(
             f"{base.name}: no tensor to merge: none of its {len(base.keys)} keys, such as "
-            f"{next(iter(base.keys), None)!r}, is left by key_map={keys._map!r}, include and exclude."
+            f"{next(iter(base.keys), None)!r}, is left by key_map={keys.map!r}, include and exclude."
         )
     for expert, checkpoint in experts.items():
         problems += _compare(base, expert, checkpoint, keys, merged, lambda name: is_excluded(name) or name in tied)
     return Layout(tuple(merged), tuple(fixed), skipped, tuple(problems))
 
 
+def check_names(experts: Mapping[str, object]) -> None:
+    """Refuse an empty pool, the reserved name ``base``, and one file under two names."""
+    if not experts:
+        raise InputError("experts: expected at least one expert (name to file), found none.")
+    if "base" in experts:
+        raise InputError("experts: the name 'base' is reserved for the pretrained model; rename that expert.")
+    by_file: dict[str, str] = {}
+    for name, path in experts.items():
+        if isinstance(path, (str, Path)) and os.path.exists(path):
+            other = by_file.setdefault(os.path.realpath(path), name)
+            if other != name:
+                raise InputError(
+                    f"Experts {other!r} and {name!r} are the same file: {path}. Remove one or name its own file."
+                )
+
+
 def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return alias to first name, of tensors that are the same memory with the same shape."""
-    first: dict[tuple[int, Size], str] = {}
+    """Return alias to first name, of tensors that are the same memory, read in the same order."""
+    first: dict[tuple[int, Size, tuple[int, ...]], str] = {}
     result = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            canonical = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+            canonical = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
             if canonical != name:
                 result[name] = canonical
     return result
@@ -153,12 +171,19 @@ def _matcher(globs: Sequence[str] | None) -> Callable[[str], bool]:
     return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _pattern_problems(
-    base: Checkpoint, keys: KeyMap, include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> list[str]:
-    names = [name for key in base.keys if (name := keys.name(key)) is not None]
-    return [
-        f"pool.include: the pattern {pattern!r} matches no tensor of {base.name}.{did_you_mean(pattern, names)}"
+def _option_problems(base: Checkpoint, keys: KeyMap, include: Sequence[str] | None) -> list[str]:
+    """List what key_map and include name that is not there."""
+    problems = []
+    by_name: dict[str, str] = {}
+    for key in base.keys:
+        name = keys.name(key)
+        if name is not None and by_name.setdefault(name, key) != key:
+            problems.append(f"key_map gives {by_name[name]!r} and {key!r} the same name {name!r}; name each once.")
+    if isinstance(keys.map, Mapping):
+        unknown = [key for key in keys.map if key not in set(base.keys)]
+        problems += [f"key_map: {base.name} has no tensor {key!r}.{did_you_mean(key, base.keys)}" for key in unknown]
+    return problems + [
+        f"pool.include: the pattern {pattern!r} matches no tensor of {base.name}.{did_you_mean(pattern, by_name)}"
         for pattern in include or ()
-        if not fnmatch.filter(names, pattern)
+        if not fnmatch.filter(by_name, pattern)
     ]

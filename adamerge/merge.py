@@ -5,11 +5,12 @@ dL/dlambda[e, g] = sum over n in g of <dL/dtheta_n, tau[e, n]>    (pull_back)
 
 Legend: E experts, G groups, n entries of a flattened parameter. Both passes walk over tiles: pieces
 of a segment small enough that the result stays in the processor's cache while the E task vectors
-stream through it once. A segment with one group is a matrix-vector product (E, n) per tile; rows,
-chunks and columns are the same with broadcast coefficients.
+stream through it once. A tile with one group is a matrix-vector product; one with several contiguous
+groups (rows, chunks) a batch of them; groups that interleave (columns) are broadcast elementwise.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -20,8 +21,9 @@ from adamerge.coefficients import Coefficients
 from adamerge.granularity import GroupIndex, Segment
 from adamerge.pool import ExpertPool
 
-_TILE = 1 << 16  # entries; with float32, half of a common second-level cache
+_TILE = 1 << 16  # entries: a fraction of a second-level cache; longer sums in float32 lose digits
 _WHOLE = 1 << 62  # on accelerators a tile is a whole segment: one kernel instead of many
+_SHORT = 16  # entries of a group, below which one small product per group costs more than broadcasting
 
 
 @overload
@@ -67,11 +69,12 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool, index: GroupIndex, v
         index: The groups.
         values: Coefficients (E, G) on the pool's device.
     """
-    with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
+    weights = values.t().contiguous()  # (G, E)
+    with _engine(pool.device):
         for name in pool.names:
             base, target = pool.base[name].view(-1), out[name].view(-1)
             for tile in _tiles(index.segments[name], pool.device):
-                _merge_tile(target, base, pool.tile(name, tile.start, tile.stop), tile, values)
+                _merge_tile(target, base, pool.tile(name, tile.start, tile.stop, reuse=True), tile, weights)
 
 
 def pull_back(pool: ExpertPool, index: GroupIndex, gradients: Mapping[str, Tensor | None]) -> Tensor:
@@ -85,15 +88,31 @@ def pull_back(pool: ExpertPool, index: GroupIndex, gradients: Mapping[str, Tenso
     Returns:
         dL/dlambda, (E, G), in ``pool.compute_dtype``.
     """
-    result = torch.zeros(len(pool.expert_names), index.size, dtype=pool.compute_dtype, device=pool.device)
-    with torch.no_grad(), torch.autocast(result.device.type, enabled=False):
+    result = torch.zeros(index.size, len(pool.expert_names), dtype=pool.compute_dtype, device=pool.device)
+    with _engine(pool.device):
         for name in pool.names:
             gradient = gradients.get(name)
             if gradient is not None:
                 flat = gradient.reshape(-1)
                 for tile in _tiles(index.segments[name], pool.device):
-                    _pull_back_tile(result, flat, pool.tile(name, tile.start, tile.stop), tile)
-    return result
+                    _pull_back_tile(result, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
+    return result.t().contiguous()
+
+
+@contextmanager
+def _engine(device: torch.device) -> Iterator[None]:
+    """Run a pass: without autograd, in full precision, and on one thread.
+
+    One thread already saturates memory on a small machine, and waiting for the others at the end of
+    every tile costs more than they help, most of all where other processes compete for them.
+    """
+    threads = torch.get_num_threads()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segment]:
@@ -118,31 +137,46 @@ def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segm
                     yield Segment(start + k * inner + i, 1, 1, min(limit, inner - i), first + k)
 
 
-def _merge_tile(target: Tensor, base: Tensor, tau: Tensor, tile: Segment, values: Tensor) -> None:
-    """Write one tile of the merge; ``tau`` is (E, entries of the tile)."""
+def _merge_tile(target: Tensor, base: Tensor, tau: Tensor, tile: Segment, weights: Tensor) -> None:
+    """Write one tile of the merge; ``tau`` is (E, entries of the tile), ``weights`` (G, E)."""
     out, start = target[tile.start : tile.stop], base[tile.start : tile.stop]
+    weights = weights[tile.first : tile.first + tile.groups]
     if tile.groups == 1:
-        torch.addmv(start, tau.t(), values[:, tile.first], out=out)
-        return
-    block = (tile.outer, tile.groups, tile.inner)
-    weights = values[:, tile.first : tile.first + tile.groups, None]  # (E, groups, 1)
-    out = out.view(block)
-    torch.addcmul(start.view(block), tau[0].view(block), weights[0], out=out)
-    for task_vector, weight in zip(tau[1:], weights[1:], strict=True):
-        out.addcmul_(task_vector.view(block), weight)
+        torch.addmv(start, tau.t(), weights[0], out=out)
+    elif _is_batch(tile, tau):
+        rows = (tile.groups, 1, tile.inner)
+        tau = tau.view(-1, tile.groups, tile.inner).transpose(0, 1)  # (groups, E, inner)
+        torch.baddbmm(start.view(rows), weights.unsqueeze(1), tau, out=out.view(rows))
+    else:
+        block = (tile.outer, tile.groups, tile.inner)
+        start, out = start.view(block), out.view(block)
+        for task_vector, weight in zip(tau, weights.t(), strict=True):
+            torch.addcmul(start, task_vector.view(block), weight.unsqueeze(1), out=out)
+            start = out
 
 
 def _pull_back_tile(result: Tensor, gradient: Tensor, tau: Tensor, tile: Segment) -> None:
-    """Add one tile's inner products to ``result``; ``tau`` is (E, entries of the tile)."""
+    """Add one tile's inner products to ``result`` (G, E); ``tau`` is (E, entries of the tile)."""
     piece = gradient[tile.start : tile.stop]
+    result = result[tile.first : tile.first + tile.groups]
     if tile.groups == 1:
-        result[:, tile.first] += torch.mv(tau, piece)
-        return
-    block = (tile.outer, tile.groups, tile.inner)
-    piece = piece.view(block)
-    columns = result[:, tile.first : tile.first + tile.groups]
-    for row, task_vector in zip(columns, tau, strict=True):
-        row += (task_vector.view(block) * piece).sum((0, 2))
+        torch.addmv(result[0], tau, piece, out=result[0])
+    elif _is_batch(tile, tau):
+        tau = tau.view(-1, tile.groups, tile.inner).permute(1, 2, 0)  # (groups, inner, E)
+        result.unsqueeze(1).baddbmm_(piece.view(tile.groups, 1, tile.inner), tau)
+    else:
+        block = (tile.outer, tile.groups, tile.inner)
+        piece = piece.view(block)
+        for row, task_vector in zip(result.t(), tau, strict=True):
+            row += (task_vector.view(block) * piece).sum((0, 2))
+
+
+def _is_batch(tile: Segment, tau: Tensor) -> bool:
+    """Whether a tile is best seen as one product per group.
+
+    Never on accelerators: a batched product may round to TensorFloat-32 there, broadcasting does not.
+    """
+    return tile.outer == 1 and tile.inner >= _SHORT and not tau.is_cuda
 
 
 class _Merge(torch.autograd.Function):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from adamerge.checkpoints import Checkpoint, MemoryCheckpoint, open_checkpoint
 from adamerge.errors import InputError
-from adamerge.layout import KeyMap, check_layout, shared_names
+from adamerge.layout import KeyMap, check_layout, check_names, shared_names
 
 Storage = Literal["auto", "ram", "stream"]
+_ALIGN = 16  # entries; 64 bytes of float32, what torch aligns tensors to
 _RAM_SHARE = 0.5  # of the free memory that task vectors may take before `auto` streams them
 
 
@@ -87,12 +88,15 @@ class ExpertPool:
         self._mapped: list[dict[str, Tensor]] = []
         dtypes = {base.spec(keys.file_key(name))[1] for name in layout.merged}
         self.compute_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"pool.dtype: expected float32, float16 or bfloat16, found {dtype}.")
         self._dtype = dtype or self.compute_dtype
         self.device = torch.device("cpu")
-        self.fixed = {name: base.get(keys.file_key(name)) for name in layout.fixed}
+        self.fixed = {name: self._read(base, name).clone() for name in layout.fixed}
         self.storage = _choose_storage(storage, base, keys, layout.merged, len(experts), self._dtype)
         self.base: dict[str, Tensor] = {}
         self._task_vectors: dict[str, Tensor] = {}
+        self._scratch: Tensor | None = None
         self._norms: dict[str, Tensor] = {}
         self._load(layout.merged)
         self.names = tuple(self.base)
@@ -130,7 +134,7 @@ class ExpertPool:
             FileNotFoundError: If a file does not exist.
             InputError: If anything does not fit; the message names file and tensor.
         """
-        _check_names(experts)
+        check_names(experts)
         opened = {name: open_checkpoint(path) for name, path in experts.items()}
         return cls(
             open_checkpoint(base), opened, storage=storage, dtype=dtype, include=include, exclude=exclude,
@@ -157,7 +161,7 @@ class ExpertPool:
         Raises:
             InputError: If anything does not fit.
         """
-        _check_names(experts)
+        check_names(experts)
         return cls(
             MemoryCheckpoint("base", base),
             {name: MemoryCheckpoint(name, tensors) for name, tensors in experts.items()},
@@ -170,24 +174,61 @@ class ExpertPool:
         """Return the task vectors of one parameter, (E, *S) in ``compute_dtype``."""
         return self.tile(name, 0, self.base[name].numel()).view(-1, *self.shapes[name])
 
-    def tile(self, name: str, start: int, stop: int) -> Tensor:
-        """Return entries ``start:stop`` of a flattened parameter's task vectors, (E, stop - start)."""
+    def tile(self, name: str, start: int, stop: int, *, reuse: bool = False) -> Tensor:
+        """Return entries ``start:stop`` of a flattened parameter's task vectors, (E, stop - start).
+
+        Args:
+            name: The parameter.
+            start: First entry.
+            stop: End, exclusive.
+            reuse: Whether the result may be overwritten by the next call (no memory is allocated then).
+        """
+        if self.storage == "ram" and self._dtype == self.compute_dtype:
+            return self._task_vectors[name][:, start:stop]
+        tile = self._buffer(start, stop, reuse)
         if self.storage == "ram":
-            return self._task_vectors[name][:, start:stop].to(self.compute_dtype)
+            return tile.copy_(self._task_vectors[name][:, start:stop])
         base = self.base[name].view(-1)[start:stop]
-        tile = torch.empty(len(self._mapped), stop - start, dtype=self.compute_dtype, device=self.device)
         for row, mapped in zip(tile, self._mapped, strict=True):
-            row.copy_(mapped[name].view(-1)[start:stop]).sub_(base)
+            expert = mapped[name].view(-1)[start:stop]
+            if expert.dtype == base.dtype and expert.device == base.device:
+                torch.sub(expert, base, out=row)
+            else:
+                row.copy_(expert).sub_(base)
         return tile
+
+    def _buffer(self, start: int, stop: int, reuse: bool) -> Tensor:
+        """Return memory for a tile (E, stop - start), aligned as the tile is in a stored stack.
+
+        BLAS takes another path, with another rounding, for rows that are aligned differently.
+        """
+        offset = start % _ALIGN
+        width = _padded(offset + stop - start)
+        needed = len(self.expert_names) * width
+        scratch = self._scratch if reuse else None
+        if scratch is None or scratch.numel() < needed or scratch.device != self.device:
+            scratch = torch.empty(needed, dtype=self.compute_dtype, device=self.device)
+            self._scratch = scratch if reuse else self._scratch
+        return scratch[:needed].view(-1, width)[:, offset : offset + stop - start]
+
+    def checkpoint(self, expert: str) -> Checkpoint:
+        """Return an expert's own file, for what is not merged, such as its classifier."""
+        return self._experts[expert]
 
     def expert_parameters(self, expert: str) -> dict[str, Tensor]:
         """Return an expert's own parameters (never transformed), name to (*S) in ``compute_dtype``.
 
+        Excluded parameters are its own too; the base's stand in for those that it lacks.
         Memory: one model, for as long as the caller keeps it.
         """
         checkpoint = self._experts[expert]
-        values = {name: self._read(checkpoint, name) for name in self.names}
-        return {**self.fixed, **values}
+        present = set(checkpoint.keys)
+        own = {}
+        for name, tensor in {**self.base, **self.fixed}.items():
+            key = self.keys.file_key(name)
+            fits = key in present and checkpoint.spec(key)[0] == tuple(tensor.shape)
+            own[name] = self._read(checkpoint, name) if fits else tensor
+        return own
 
     def to(self, device: torch.device | str) -> "ExpertPool":
         """Move base and in-memory task vectors to a device, in place; streamed experts stay mapped."""
@@ -199,8 +240,9 @@ class ExpertPool:
 
     @property
     def dtype_name(self) -> str:
-        """Dtype of the stored task vectors, such as ``float32``."""
-        return str(self._dtype).removeprefix("torch.")
+        """Dtype of the stored task vectors, such as ``float32``; streamed ones are never rounded."""
+        dtype = self._dtype if self.storage == "ram" else self.compute_dtype
+        return str(dtype).removeprefix("torch.")
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of the base (key ``base``) and of each expert; reads every file once."""
@@ -237,7 +279,8 @@ class ExpertPool:
         )
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        return checkpoint.get(self.keys.file_key(name)).to(self.device, self.compute_dtype).contiguous()
+        tensor = checkpoint.get(self.keys.file_key(name)).to(self.device)
+        return tensor.to(self.compute_dtype).contiguous() if tensor.is_floating_point() else tensor
 
     def _load(self, names: Sequence[str]) -> None:
         """Read the base, form or map the task vectors, and set unchanged parameters aside."""
@@ -253,14 +296,20 @@ class ExpertPool:
             _check_finite(base, self.source.name, self.keys.file_key(name))
             self.base[name] = base
             if self.storage == "ram":
-                stacked = torch.empty(len(self._experts), base.numel(), dtype=self.compute_dtype)
+                stacked = torch.empty(len(self._experts), _padded(base.numel()), dtype=self.compute_dtype)
+                stacked = stacked[:, : base.numel()]
                 for row, checkpoint in zip(stacked, self._experts.values(), strict=True):
                     row.copy_(self._read(checkpoint, name).view(-1)).sub_(base.reshape(-1))
                 self._task_vectors[name] = stacked.to(self._dtype)
             norms = torch.linalg.vector_norm(self.tile(name, 0, base.numel()), dim=1)
             if not torch.isfinite(norms).all():
-                expert = self._experts[self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]]
-                _check_finite(expert.get(self.keys.file_key(name)), expert.name, self.keys.file_key(name))
+                expert = self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]
+                key, checkpoint = self.keys.file_key(name), self._experts[expert]
+                _check_finite(checkpoint.get(key), checkpoint.name, key)
+                raise InputError(
+                    f"pool.dtype: {self.dtype_name} overflows in the task vector of expert {expert!r}, tensor {key!r}. "
+                    "Use bfloat16 or float32, and check the file if that fails too."
+                )
             if not norms.any():
                 self.fixed[name] = self.base.pop(name)
                 self._task_vectors.pop(name, None)
@@ -294,19 +343,9 @@ class ExpertPool:
         return all(torch.equal(tile[first], tile[second]) for tile in tiles)
 
 
-def _check_names(experts: Mapping[str, object]) -> None:
-    if not experts:
-        raise InputError("experts: expected at least one expert (name to file), found none.")
-    if "base" in experts:
-        raise InputError("experts: the name 'base' is reserved for the pretrained model; rename that expert.")
-    by_file: dict[str, str] = {}
-    for name, path in experts.items():
-        if isinstance(path, (str, Path)) and os.path.exists(path):
-            other = by_file.setdefault(os.path.realpath(path), name)
-            if other != name:
-                raise InputError(
-                    f"Experts {other!r} and {name!r} are the same file: {path}. Remove one or name its own file."
-                )
+def _padded(entries: int) -> int:
+    """Round up, so that every row of a stack starts aligned."""
+    return -(-entries // _ALIGN) * _ALIGN
 
 
 def _check_finite(tensor: Tensor, where: str, key: str) -> None:

@@ -39,7 +39,9 @@ class ExportMergedWeights(Callback):
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
         if not filename.endswith(".safetensors"):
-            raise InputError(f"ExportMergedWeights.filename: expected a name ending in .safetensors, found {filename!r}.")
+            raise InputError(
+                f"ExportMergedWeights.filename: expected a name ending in .safetensors, found {filename!r}."
+            )
         self.dirpath = Path(dirpath)
         self.filename = filename
         self.head_info = head_info

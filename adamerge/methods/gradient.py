@@ -20,6 +20,8 @@ from adamerge.objectives import Objective
 
 log = logging.getLogger(__name__)
 
+ADAM = functools.partial(torch.optim.Adam, lr=1e-3)  # AdaMerging's
+
 
 class GradientMerging(LightningModule):
     r"""Minimize an objective over the merging coefficients with any torch optimizer.
@@ -46,7 +48,7 @@ class GradientMerging(LightningModule):
         self,
         model: MergedModel,
         objective: Objective,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = functools.partial(torch.optim.Adam, lr=1e-3),
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = ADAM,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         *,
         task_weights: Mapping[str, float] | None = None,
@@ -69,12 +71,13 @@ class GradientMerging(LightningModule):
     def on_fit_start(self) -> None:
         """Move what Lightning does not see to the device, and ask the teachers if the objective needs them."""
         self.model.to_device(self.device)
-        tasks = self._datamodule().streams if self._datamodule() else self._task_weights
+        data = self._datamodule()
+        tasks: Mapping[str, Any] = data.streams if data else self._task_weights
         for task in self._task_weights:
             if task not in tasks:
                 raise InputError(f"method.task_weights: no task {task!r}.{did_you_mean(task, tasks)}")
-        if getattr(self.objective, "uses_teacher", False) and self._datamodule():
-            self._ask_teachers()
+        if getattr(self.objective, "uses_teacher", False) and data:
+            self._ask_teachers(data)
 
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step; ``batch`` maps tasks to their unlabeled batches."""
@@ -89,10 +92,11 @@ class GradientMerging(LightningModule):
             micro_batch=self._micro_batch,
             scale=self._loss_scale(),
         )
-        loss = torch.stack([result.losses[task] * weights[task] for task in batch]).sum()
+        loss: Tensor = torch.stack([result.losses[task] * weights[task] for task in batch]).sum()
         self._guard(result.losses, result.gradient)
         self._report(loss, result.losses, values, sum(len(data.indices) for data in batch.values()))
-        return loss + ((values - values.detach()) * result.gradient).sum()
+        surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
+        return surrogate
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then project the coefficients back into their constraint's set."""
@@ -120,7 +124,9 @@ class GradientMerging(LightningModule):
         name = type(self.objective).__name__
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(f"Objective {name} must return a scalar tensor, found {found}. Take the mean over the batch.")
+            raise InputError(
+                f"Objective {name} must return a scalar tensor, found {found}. Take the mean over the batch."
+            )
         if not loss.requires_grad:
             raise InputError(
                 f"Objective {name} returned a loss that does not depend on the merged model's outputs (task {task!r}). "
@@ -131,10 +137,8 @@ class GradientMerging(LightningModule):
     def _teacher(self, task: str, inputs: Tensor, indices: Tensor) -> Outputs:
         return self.model.teacher(task, inputs, indices, tuple(getattr(self.objective, "hidden_layers", ())))
 
-    def _ask_teachers(self) -> None:
+    def _ask_teachers(self, data: UnlabeledTasks) -> None:
         """Fill the teacher cache in a fixed order, one expert in memory at a time."""
-        data = self._datamodule()
-        assert data is not None
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches if self.trainer.max_steps > 0 else None
         hidden = tuple(getattr(self.objective, "hidden_layers", ()))
         disable = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
@@ -165,16 +169,16 @@ class GradientMerging(LightningModule):
         bad = [task for task, loss in losses.items() if not torch.isfinite(loss)]
         if bad:
             raise GuardError(
-                f"Step {self.global_step}: the loss of task {bad[0]!r} is {losses[bad[0]].item()}. The coefficients keep "
-                "their last good values. Lower the learning rate, or look at that task's images."
+                f"Step {self.global_step}: the loss of task {bad[0]!r} is {losses[bad[0]].item()}. The coefficients "
+                "keep their last good values. Lower the learning rate, or look at that task's images."
             )
         scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and self.trainer.precision_plugin.scaler
         if not scaled and not torch.isfinite(gradient).all():
             expert, group = (~torch.isfinite(gradient)).nonzero()[0].tolist()
             raise GuardError(
                 f"Step {self.global_step}: the gradient of the coefficient of expert "
-                f"{self.model.pool.expert_names[expert]!r}, group {self.model.coefficients.group_names[group]!r}, is not "
-                "finite. The coefficients keep their last good values. Lower the learning rate."
+                f"{self.model.pool.expert_names[expert]!r}, group {self.model.coefficients.group_names[group]!r}, "
+                "is not finite. The coefficients keep their last good values. Lower the learning rate."
             )
 
     def _report(self, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:

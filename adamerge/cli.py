@@ -1,0 +1,445 @@
+"""The command line: ``adamerge <command>``.
+
+``adapt`` and ``check`` take Hydra overrides (``key=value``); all others take plain options.
+Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 preempted and saved, 130 interrupted and saved.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+
+from adamerge.callbacks.stop import EXIT_INTERRUPTED, Interrupted
+from adamerge.errors import GuardError, InputError, did_you_mean
+from adamerge.version import __version__
+
+EXIT_INPUT = 2
+EXIT_GUARD = 3
+_FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+log = logging.getLogger(__name__)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
+def app(debug: bool) -> None:
+    """Merge expert models into one checkpoint, with coefficients adapted on unlabeled data."""
+    _configure_logging(debug)
+
+
+@app.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder.")
+@click.option("--seed", default=0, show_default=True, help="Of the splits and the order of the images.")
+@click.option("--fast", is_flag=True, help="Fewer steps: a look at the machinery in under a minute.")
+@click.option("--transductive", is_flag=True, help="Adapt on the scored images, as the AdaMerging paper does.")
+def demo(output: Path, seed: int, fast: bool, transductive: bool) -> None:
+    """Run the whole job on the embedded offline zoo: adapt, export, score, compare."""
+    from adamerge.demo import run
+
+    run(output, seed=seed, fast=fast, protocol="transductive" if transductive else "split", console=out)
+    _list_files(output)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    short_help="Learn coefficients on unlabeled data and export the merged checkpoint.",
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def adapt(overrides: tuple[str, ...]) -> None:
+    """Learn coefficients on unlabeled data and export the merged checkpoint."""
+    from adamerge import preflight
+
+    register_resolvers()
+    arguments, resume = _take_resume(list(overrides))
+    if resume not in (None, "auto"):
+        _resume(Path(str(resume)), arguments)
+        return
+    if resume == "auto" and not any(argument.startswith("run_dir=") for argument in arguments):
+        raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
+    flags = [a for a in arguments if a.startswith("-")]
+    if all(flag.split("=")[0] in _FLAGS_WITH_VALUE for flag in flags):
+        # A plain run: everything that can be wrong is found before a folder is made or a weight read.
+        _refuse(preflight.check(compose(arguments)))
+    _hydra([*overrides] if resume == "auto" else arguments)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    short_help="Find what is wrong with a run, in seconds, without starting it.",
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def check(overrides: tuple[str, ...]) -> None:
+    """Read configuration and file headers of `adamerge adapt OVERRIDES`, and report everything that is wrong."""
+    from adamerge import preflight
+
+    register_resolvers()
+    problems = preflight.check(compose(list(overrides)))
+    for problem in problems:
+        err.print(f"[red]error:[/] {_escape(problem)}")
+    if problems:
+        sys.exit(EXIT_INPUT)
+    out.print("No problems found.")
+
+
+@app.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="File to score instead of the run's export.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
+    """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines."""
+    from adamerge import launch
+    from adamerge.evaluation import summary, table, write_summary
+
+    register_resolvers()
+    config = launch.load_config(run_dir)
+    assembly = launch.assemble(config)
+    rows = launch.score_run(config, assembly, checkpoint or run_dir / "merged.safetensors", 0.0)
+    protocol = assembly.data.protocol
+    content = summary(rows, protocol) if checkpoint else write_summary(rows, protocol, run_dir / "summary.json")
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+    else:
+        out.print(table(content))
+
+
+@app.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.option("--coefficients", type=click.Path(path_type=Path), help="Replay this coefficients.json.")
+@click.option("--base", type=click.Path(path_type=Path), help="Without RUN_DIR: the base checkpoint.")
+@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="Without RUN_DIR: an expert; repeat.")
+@click.option("--prefix", default="", help="Without RUN_DIR: key prefix of the encoder, such as visual.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
+def export(
+    run_dir: Path | None,
+    coefficients: Path | None,
+    base: Path | None,
+    experts: tuple[str, ...],
+    prefix: str,
+    output: Path | None,
+) -> None:
+    r"""Write the merged checkpoint of a run's last step, or of a coefficients file, without any data.
+
+    \b
+    adamerge export RUN_DIR                                  an interrupted run's last checkpoint
+    adamerge export RUN_DIR --coefficients FILE --output DIR
+    adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --output DIR
+    """
+    from adamerge import replay
+
+    register_resolvers()
+    if run_dir is not None:
+        files = replay.export_run(run_dir, coefficients, output or run_dir)
+    elif base is None or coefficients is None or output is None or not experts:
+        raise InputError("export: give RUN_DIR, or all of --base, --expert, --coefficients and --output.")
+    else:
+        files = replay.export_files(base, _named_files(experts), coefficients, output, prefix)
+    for path in files.values():
+        out.print(str(path), highlight=False)
+
+
+@app.command()
+@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
+@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
+@click.option("--pool", help="Instead: a pool of the configuration, such as zoo, or a pool's yaml file.")
+@click.option("--prefix", default=None, help="Key prefix of the encoder, such as visual. (the zoo's default).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def inspect(base: Path | None, experts: tuple[str, ...], pool: str | None, prefix: str | None, as_json: bool) -> None:
+    """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
+    from adamerge import inspection
+
+    register_resolvers()
+    if pool is not None:
+        base, files = inspection.pool_files(pool)
+        prefix = "visual." if prefix is None and pool == "zoo" else prefix
+    elif base is None or not experts:
+        raise InputError("inspect: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME.")
+    else:
+        files = _named_files(experts)
+    opened = inspection.open_pool(base, files, prefix or "")
+    if as_json:
+        click.echo(json.dumps(inspection.as_json(opened), indent=2))
+    else:
+        inspection.show(opened, out)
+
+
+@app.group()
+def zoo() -> None:
+    """The demo zoo: a tiny CLIP and six experts, trained offline from files inside pip packages."""
+
+
+@zoo.command("build")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("zoo"), show_default=True, help="Folder.")
+@click.option("--seed", default=0, show_default=True, help="Of data and training.")
+def zoo_build(output: Path, seed: int) -> None:
+    """Train the zoo anew (a few minutes on 2 cores)."""
+    from adamerge import zoo as package
+    from adamerge.checkpoints import ensure_writable
+
+    ensure_writable(output)
+    facts = package.build(output, seed)
+    out.print_json(json.dumps(facts))
+    _list_files(output)
+
+
+def register_resolvers() -> None:
+    """Let yaml files name the shipped zoo: ``${zoo:base.safetensors}``."""
+    from omegaconf import OmegaConf
+
+    from adamerge.zoo import files
+
+    OmegaConf.register_new_resolver("zoo", lambda path="": str(files() / str(path)), replace=True)
+
+
+def compose(arguments: Sequence[str]) -> Any:
+    """Compose the configuration of ``adapt`` without running it.
+
+    Raises:
+        InputError: If an override or a file is wrong; with the nearest known name.
+    """
+    import hydra
+    from hydra.core.utils import setup_globals
+
+    from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
+
+    setup_globals()
+    overrides, folder = _take_config_dir(arguments)
+    if folder is not None:
+        overrides.append(f"hydra.searchpath=[file://{folder.absolute()}]")
+    try:
+        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
+            return hydra.compose(CONFIG_NAME, overrides=overrides)
+    except Exception as error:
+        raise _explained(error, arguments) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; what is wrong with the input is one line and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--debug" in arguments:  # accepted anywhere, also among Hydra's overrides
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    try:
+        code = app.main(arguments, prog_name="adamerge", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_INPUT)
+    except click.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    except (InputError, OSError) as error:
+        _fail(error, EXIT_INPUT, "--debug" in arguments)
+    except GuardError as error:
+        _fail(error, EXIT_GUARD, "--debug" in arguments)
+    except KeyboardInterrupt:
+        err.print("Interrupted.")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _hydra(arguments: Sequence[str]) -> None:
+    """Hand over to Hydra: it composes again, makes the run folder (or the sweep's), and calls the job."""
+    import hydra
+
+    from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
+
+    sys.argv = ["adamerge adapt", *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
+    try:
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(_job)()
+    except (InputError, GuardError, Interrupted):
+        raise
+    except Exception as error:
+        if type(error).__module__.startswith(("hydra", "omegaconf")):
+            raise _explained(error, arguments) from error
+        raise
+
+
+def _job(config: Any) -> None:
+    """One run, called by Hydra, in this process or in a launcher's."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from adamerge import launch
+
+    register_resolvers()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    config.run_dir = str(folder)
+    if config.resume == "auto" and (folder / launch.LAST).is_file():
+        config = launch.load_config(folder)
+        _run(config, folder, resume=True)
+        return
+    config.resume = None
+    fresh = not any(folder.iterdir()) if folder.exists() else True
+    try:
+        _run(config, folder, resume=False)
+    except (InputError, OSError):
+        if fresh:
+            launch.remove_unstarted(folder)
+        raise
+
+
+def _resume(folder: Path, rest: Sequence[str]) -> None:
+    from adamerge import launch
+
+    if rest:
+        raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(rest)}.")
+    _run(launch.load_config(folder), folder, resume=True)
+
+
+def _run(config: Any, folder: Path, *, resume: bool) -> None:
+    from adamerge import launch
+    from adamerge.evaluation import table
+
+    handler = _log_to(folder / "adapt.log")
+    try:
+        content = launch.adapt(config, folder, resume=resume)
+    except Interrupted:
+        err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
+        err.print(f"Or export what there is: adamerge export {folder}")
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    if content is not None:
+        out.print(table(content))
+    _list_files(folder)
+
+
+def _take_resume(arguments: list[str]) -> tuple[list[str], str | None]:
+    resume = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
+    value = resume[-1] if resume and resume[-1] not in ("null", "") else None
+    return [a for a in arguments if not a.startswith("resume=")], value
+
+
+def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Split Hydra's flags off, as the compose API takes overrides only."""
+    overrides, folder = [], None
+    rest = iter(arguments)
+    for argument in rest:
+        flag, _, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = Path(value or next(rest, ""))
+            if not folder.is_dir():
+                raise InputError(f"--config-dir: no such folder: {folder}.")
+        elif flag in _FLAGS_WITH_VALUE:
+            raise InputError(f"{flag}: not supported; put your yaml files into a folder and use --config-dir.")
+        elif argument.startswith("-"):
+            raise InputError(f"Unknown flag {argument!r}. See `adamerge adapt --help`.")
+        else:
+            overrides.append(argument)
+    return overrides, folder
+
+
+def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
+    """Turn Hydra's message into one line, with the nearest name for an unknown key."""
+    text = str(error).split("Config search path")[0]
+    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    match = re.search(r"(?:Could not override|Key) '([^']+)'", text)
+    if match:
+        known = _known_options()
+        return InputError(
+            f"Unknown option {match.group(1)!r}.{did_you_mean(match.group(1), known)} "
+            "`adamerge adapt --help` lists all; +key=value adds one that a class of your own takes."
+        )
+    return InputError(text)
+
+
+def _known_options() -> list[str]:
+    """Names of all groups and options of the default configuration, dotted."""
+    import hydra
+    from omegaconf import DictConfig
+
+    from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
+
+    with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
+        config = hydra.compose(CONFIG_NAME)
+    names: list[str] = ["experiment"]
+
+    def collect(node: DictConfig, prefix: str) -> None:
+        for key in map(str, node):
+            names.append(prefix + key)
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+                collect(child, f"{prefix}{key}.")
+
+    collect(config, "")
+    return names
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more; `adamerge check` with the same arguments lists all)"
+        raise InputError(problems[0] + (more if len(problems) > 1 else ""))
+
+
+def _named_files(pairs: Sequence[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not separator or not name or not path:
+            raise InputError(f"--expert {pair}: expected NAME=FILE.")
+        if name in files:
+            raise InputError(f"--expert {pair}: the name {name!r} is given twice.")
+        files[name] = Path(path)
+    return files
+
+
+def _list_files(folder: Path) -> None:
+    """List what a command made, and its folder as the last line."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        out.print(f"  {path.relative_to(folder)}  [dim]{_size(path.stat().st_size)}[/]", highlight=False)
+    click.echo(str(folder))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _fail(error: Exception, code: int, debug: bool) -> None:
+    if debug:
+        err.print_exception()
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    err.print(f"[red]error:[/] {_escape(' '.join(text.split()))}")
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _configure_logging(debug: bool) -> None:
+    """Own messages to the terminal; Lightning's and open_clip's chatter and known-harmless warnings not."""
+    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
+    handler.addFilter(lambda record: debug or record.name.startswith("adamerge") or record.levelno >= logging.WARNING)
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO, format="%(message)s", handlers=[handler], force=True
+    )
+    logging.captureWarnings(True)
+    for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.ERROR)
+    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*is not resumable.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _log_to(path: Path) -> logging.Handler:
+    """Keep a complete log file in the run's folder, made with its first line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler

@@ -1,0 +1,221 @@
+"""The whole job on the embedded zoo: adapt in several ways, export the best, score, compare.
+
+The protocol is a split: one half of each task's test images adapts, the other half is scored.
+Everything it prints is measured in the run.
+"""
+
+import functools
+import itertools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from rich.console import Console
+from torch import Tensor
+
+from adamerge import baselines, zoo
+from adamerge.backbones import OpenClip
+from adamerge.callbacks.export import ExportMergedWeights
+from adamerge.callbacks.progress import MergingProgress
+from adamerge.checkpoints import ensure_writable
+from adamerge.coefficients import Coefficients
+from adamerge.constraints import Box, Clamp, Constraint, Unconstrained
+from adamerge.data import Protocol, UnlabeledTasks
+from adamerge.evaluation import (
+    Row,
+    Stopwatch,
+    bootstrap_difference,
+    score_tasks,
+    table,
+    write_summary,
+)
+from adamerge.figures import save_comparison
+from adamerge.launch import checkpoint_parameters, head_info, record_metrics, score_experts
+from adamerge.methods import GradientMerging
+from adamerge.model import MergedModel
+from adamerge.objectives import Objective
+from adamerge.objectives.entropy import Entropy
+from adamerge.objectives.imitation import Imitation
+from adamerge.pool import ExpertPool
+
+log = logging.getLogger(__name__)
+
+EXPORTED = "imitation_row"
+ORDER = ("pretrained", "task_arithmetic_0.3", "imitation_layer", "imitation_row", "experts")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One adapted row: what is minimized, at which granularity, and how far."""
+
+    objective: Objective
+    granularity: str
+    constraint: Constraint
+    lr: float
+    steps: int
+    batch_size: int
+    uses_labels: bool = False
+
+
+def run(
+    output: Path, *, seed: int = 0, fast: bool = False, protocol: Protocol = "split", console: Console | None = None
+) -> dict[str, Any]:
+    """Run the demo and write its files.
+
+    Args:
+        output: Folder for ``merged.safetensors`` and what belongs to it, ``summary.json`` and ``comparison.png``.
+        seed: Of the split and the order of the images.
+        fast: A tenth of the steps, to try the machinery; the accuracies mean little then.
+        protocol: ``"split"`` or ``"transductive"``.
+        console: Where the table goes; None for nowhere.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        InputError: If the packages of the extra ``demo`` are missing or the folder is not writable.
+    """
+    ensure_writable(output)
+    seed_everything(seed, workers=True, verbose=False)
+    files = zoo.files()
+    with Console(stderr=True).status("Rendering the images"):
+        tasks = zoo.tasks()
+    data = UnlabeledTasks(tasks, batch_size=32, protocol=protocol, seed=seed)
+    pool = ExpertPool.from_files(
+        files / "base.safetensors", {n: files / "experts" / f"{n}.safetensors" for n in zoo.TASKS}, key_map="visual."
+    )
+    backbone = OpenClip(str(files), tokenizer=zoo.Tokenizer())
+    heads = backbone.heads(pool.source, {}, tasks)
+    start = MergedModel(backbone.encoder(), pool, Coefficients(pool, "task", 0.3, Unconstrained()), heads)
+    rows = _constant_rows(start, data, seed)
+    for name, recipe in _recipes(data, 0.1 if fast else 1.0).items():
+        model = MergedModel(backbone.encoder(), pool, _initial(pool, recipe), heads)
+        export = None
+        if name == EXPORTED:
+            export = ExportMergedWeights(
+                output, head_info=head_info(data), sidecar=backbone.sidecar(), recipe={"recipe": _described(recipe)}
+            )
+        rows[name] = _adapted_row(name, recipe, model, data, seed, export)
+    rows["experts"] = score_experts(start, data)
+    ordered = {name: rows[name] for name in _ROWS}
+    content = write_summary(ordered, protocol, output / "summary.json")
+    record_metrics(output / "merge.json", content, ordered[EXPORTED].seconds)
+    save_comparison(content, output / "comparison.png")
+    if console is not None:
+        console.print(table(content, "Demo zoo: one base, six experts, one merged model"))
+        for line in verdict(ordered):
+            console.print(line)
+    return content
+
+
+_ROWS = (
+    "pretrained",
+    "weight_average",
+    "task_arithmetic_0.3",
+    "task_arithmetic_best",
+    "adamerging_task",
+    "adamerging_layer",
+    "imitation_layer",
+    "imitation_row",
+    "oracle_layer",
+    "experts",
+)
+
+
+def verdict(rows: Mapping[str, Row]) -> list[str]:
+    """Say whether the expected order came out, with paired bootstrap intervals of the steps between its rows."""
+    lines = []
+    for lower, higher in itertools.pairwise(ORDER):
+        low, high = bootstrap_difference(rows[higher].scores, rows[lower].scores)
+        difference = rows[higher].mean - rows[lower].mean
+        holds = "holds" if low > 0 else "within noise" if difference > 0 else "does not hold"
+        lines.append(
+            f"{lower} < {higher}: {holds}, {100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        )
+    return lines
+
+
+def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:
+    """The adapted rows; learning rates and steps are those of ``configs/``, entropy's lr is 2e-3."""
+
+    def steps(count: int) -> int:
+        return max(1, round(count * share))
+
+    labels = {name: _labels(data, name) for name in data.streams}
+    return {
+        "adamerging_task": Recipe(Entropy(), "task", Clamp(), 2e-3, steps(100), 16),
+        "adamerging_layer": Recipe(Entropy(), "layer", Clamp(), 2e-3, steps(100), 16),
+        "imitation_layer": Recipe(Imitation(), "layer", Box(), 1e-2, steps(150), 32),
+        "imitation_row": Recipe(Imitation(), "row", Unconstrained(), 1e-2, steps(150), 32),
+        "oracle_layer": Recipe(
+            baselines.LabelledCrossEntropy(labels), "layer", Box(), 1e-2, steps(150), 32, uses_labels=True
+        ),
+    }
+
+
+def _labels(data: UnlabeledTasks, task: str) -> Tensor:
+    """Labels of a stream, for the oracle and the grid search only."""
+    return baselines.stream_labels(data.streams[task])
+
+
+def _constant_rows(model: MergedModel, data: UnlabeledTasks, seed: int) -> dict[str, Row]:
+    """Rows with one shared coefficient: nothing is learned but, on labels, the grid's best."""
+    rows = {}
+    fixed = {"pretrained": 0.0, "weight_average": 1 / len(model.pool.expert_names), "task_arithmetic_0.3": 0.3}
+    for name, value in fixed.items():
+        baselines.constant(model.coefficients, value)
+        rows[name] = Row(score_tasks(model, model.merge(), data, f"Scoring {name}"), seed=seed)
+    watch = Stopwatch()
+    best = baselines.search_task_arithmetic(model, data)
+    seconds = watch.seconds()
+    scores = score_tasks(model, model.merge(), data, "Scoring task_arithmetic_best")
+    rows["task_arithmetic_best"] = Row(
+        scores, uses_labels=True, uses_data=True, seconds=seconds, seed=seed, extra={"coefficient": best}
+    )
+    return rows
+
+
+def _initial(pool: ExpertPool, recipe: Recipe) -> Coefficients:
+    return Coefficients(pool, recipe.granularity, 0.3, recipe.constraint)
+
+
+def _adapted_row(
+    name: str,
+    recipe: Recipe,
+    model: MergedModel,
+    data: UnlabeledTasks,
+    seed: int,
+    export: ExportMergedWeights | None,
+) -> Row:
+    data.batch_size = recipe.batch_size
+    method = GradientMerging(model, recipe.objective, functools.partial(torch.optim.Adam, lr=recipe.lr))
+    trainer = Trainer(
+        max_steps=recipe.steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[MergingProgress(f"Adapting {name}"), *([export] if export else [])],
+    )
+    watch = Stopwatch()
+    trainer.fit(method, datamodule=data)
+    seconds = watch.seconds()
+    # The exported row is scored as exported: read back from the file, in the base's dtype.
+    params = checkpoint_parameters(export.files["merged"], model.pool) if export else model.merge()
+    scores = score_tasks(model, params, data, f"Scoring {name}")
+    return Row(scores, uses_labels=recipe.uses_labels, uses_data=True, seconds=seconds, seed=seed)
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "objective": type(recipe.objective).__name__,
+        "granularity": recipe.granularity,
+        "constraint": type(recipe.constraint).__name__,
+        "lr": recipe.lr,
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+    }

@@ -1,0 +1,176 @@
+"""Find what is wrong with a run before it starts, from configurations and file headers alone."""
+
+import importlib.resources
+import inspect
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from adamerge.backbones import Backbone
+from adamerge.checkpoints import Checkpoint, ensure_writable, open_checkpoint
+from adamerge.errors import InputError, did_you_mean
+from adamerge.layout import KeyMap, check_layout, check_names
+from adamerge.pool import free_memory
+
+log = logging.getLogger(__name__)
+
+CONFIG_MODULE = "adamerge.configs"
+CONFIG_NAME = "adapt"
+_POOL_KEYS = ("base", "experts", "storage", "dtype", "include", "exclude")
+
+
+def check(config: DictConfig) -> list[str]:
+    """Return everything that is wrong with a configuration, from configs and headers, before any weight is read."""
+    problems: list[str] = []
+
+    @contextmanager
+    def collecting() -> Iterator[None]:
+        try:
+            yield
+        except (InputError, OSError) as error:
+            problems.append(str(error))
+
+    _check_keys(config, problems)
+    for node in ("objective", "granularity", "constraint"):
+        with collecting():
+            build(config, node)
+    for node in ("optimizer", "method", "trainer"):
+        with collecting():
+            _check_signature(config, node)
+    backbone: Backbone | None = None
+    with collecting():
+        backbone = build(config, "backbone")
+    if backbone is not None:
+        with collecting():
+            problems += _check_pool(config, backbone)
+        with collecting():
+            build(config, "data", preprocess=backbone.preprocess())
+    with collecting():
+        if not Path(str(config.run_dir)).exists():
+            ensure_parent_writable(Path(str(config.run_dir)))
+    return problems
+
+
+def build(config: DictConfig, node: str, **objects: Any) -> Any:
+    """Instantiate one node of the configuration; what goes wrong is said with the node's name.
+
+    Raises:
+        InputError: If the target does not exist, an option is unknown, or the target refuses it.
+    """
+    _check_signature(config, node)
+    try:
+        log.debug("%s: imports %s", node, config[node]._target_)
+        return hydra.utils.instantiate(config[node], _convert_="object", **objects)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, (InputError, OSError)):
+            raise cause from error
+        raise InputError(f"{node}: {type(cause).__name__}: {cause}") from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{node}: {str(error).splitlines()[0]}") from error
+
+
+def ensure_parent_writable(folder: Path) -> None:
+    """Check that a folder that does not exist yet could be made, without making it."""
+    parent = next((p for p in folder.absolute().parents if p.exists()), Path("/"))
+    if not parent.is_dir():
+        raise InputError(f"Output folder {folder}: {parent} is a file. Choose another run_dir.")
+    ensure_writable(parent)
+
+
+def _check_keys(config: DictConfig, problems: list[str]) -> None:
+    """Find top-level keys that nothing reads: a mistyped one in an experiment file composes in silence."""
+    known = set(_default_keys())
+    for key in config:
+        if str(key) not in known:
+            problems.append(
+                f"Unknown option {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(sorted(known))}."
+            )
+    for key in map(str, config.pool):
+        if key not in _POOL_KEYS:
+            problems.append(f"pool: unknown option {key!r}.{did_you_mean(key, _POOL_KEYS)}")
+
+
+def _default_keys() -> Sequence[str]:
+    text = (importlib.resources.files(CONFIG_MODULE) / f"{CONFIG_NAME}.yaml").read_text(encoding="utf-8")
+    content = OmegaConf.create(text)
+    assert isinstance(content, DictConfig)
+    groups = [str(next(iter(item))) for item in content.defaults if not isinstance(item, str)]
+    names = [str(key) for key in content if key not in ("defaults", "hydra")]
+    return [*names, *(group.split()[-1] for group in groups if "hydra" not in group)]
+
+
+def _check_pool(config: DictConfig, backbone: Backbone) -> list[str]:
+    """Compare the headers of the pool's files, and forecast memory and disk."""
+    node = config.pool
+    if OmegaConf.is_missing(node, "base"):
+        raise InputError("pool.base: name the pretrained checkpoint: pool.base=FILE.")
+    experts = dict(node.experts)
+    check_names(experts)
+    problems, opened = [], {}
+    base: Checkpoint | None = None
+    for name, path in {"base": node.base, **experts}.items():
+        try:
+            opened[name] = open_checkpoint(path)
+        except (InputError, OSError) as error:
+            problems.append(str(error))
+    base = opened.pop("base", None)
+    if base is None:
+        return problems
+    exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
+    keys = KeyMap(base.keys, backbone.prefix)
+    layout = check_layout(base, opened, keys, strings(node.get("include")), exclude, {})
+    problems += layout.problems
+    model_bytes = 4 * sum(torch.Size(base.spec(keys.file_key(name))[0]).numel() for name in layout.merged)
+    if 3 * model_bytes > free_memory():
+        problems.append(
+            f"Memory: merging needs about {3 * model_bytes / 1e9:.1f} GB (base, merged weights and their gradients) "
+            f"besides activations; {free_memory() / 1e9:.1f} GB are free. Close other programs or use a larger machine."
+        )
+    parent = next(p for p in Path(str(config.run_dir)).absolute().parents if p.exists())
+    if shutil.disk_usage(parent).free < 2 * model_bytes:
+        problems.append(
+            f"Disk: {parent} has less than the {2 * model_bytes / 1e9:.1f} GB free that an export may need."
+        )
+    return problems
+
+
+def _check_signature(config: DictConfig, node: str) -> None:
+    """Check that a node's target exists and takes the node's options, without calling it."""
+    content = config.get(node)
+    if not isinstance(content, DictConfig) or "_target_" not in content:
+        raise InputError(f"{node}: expected a node with _target_ (an import path), found {content!r}.")
+    target = str(content._target_)
+    try:
+        found: Callable[..., Any] = hydra.utils.get_object(target)
+    except Exception as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(
+            f"{node}._target_: cannot import {target!r} ({reason}). Expected an import path such as "
+            "my_package.MyClass; is the package installed, or its folder on PYTHONPATH?"
+        ) from error
+    parameters = inspect.signature(found).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in map(str, content):
+        if not key.startswith("_") and key not in parameters:
+            raise InputError(
+                f"{node}.{key}: {target} takes no such option.{did_you_mean(key, parameters)} "
+                f"It takes: {', '.join(parameters)}."
+            )
+        if OmegaConf.is_missing(content, key):
+            raise InputError(f"{node}.{key}: must be given: {node}.{key}=VALUE.")
+
+
+def strings(node: Any) -> list[str] | None:
+    """Return a list node as strings; None stays None."""
+    return None if node is None else [str(item) for item in node]

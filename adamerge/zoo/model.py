@@ -1,0 +1,71 @@
+"""The demo zoo's architecture, a very small CLIP, and the folder with the files that ship with this package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adamerge.zoo.tokenizer import CONTEXT_LENGTH, Tokenizer
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+
+CONFIG_FILE = "open_clip_config.json"
+_FILES = Path(__file__).resolve().parent / "files"
+
+
+def files() -> Path:
+    """Return the folder of the zoo that ships with this package.
+
+    It holds ``base.safetensors``, ``experts/<task>.safetensors``, ``open_clip_config.json`` and ``zoo.json``.
+
+    Raises:
+        FileNotFoundError: If this installation lacks those files.
+    """
+    if not (_FILES / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"The demo zoo is missing from this installation: no {CONFIG_FILE} in {_FILES}. "
+            "Reinstall adamerge, or make the zoo with adamerge.zoo.build(folder)."
+        )
+    return _FILES
+
+
+def open_clip_config() -> dict[str, Any]:
+    """Return the architecture and preprocessing in open_clip's own file format."""
+    vision = {"image_size": 28, "patch_size": 7, "width": 96, "layers": 4, "head_width": 32}
+    text = {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": Tokenizer().vocab_size,
+        "width": 64,
+        "heads": 2,
+        "layers": 2,
+    }
+    return {
+        "model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"size": 28, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+
+
+def model_from_config(config: Mapping[str, Any]) -> CLIP:
+    """Build an open_clip model with fresh weights from the ``model_cfg`` of ``config``."""
+    import open_clip  # imports slowly
+
+    return open_clip.CLIP(**config["model_cfg"])
+
+
+def create_model(folder: str | Path | None = None) -> CLIP:
+    """Build the zoo's open_clip model, without its weights.
+
+    Args:
+        folder: Folder of a zoo; ``files()`` if not given.
+
+    Returns:
+        A model with random weights, in training mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: If the folder has no ``open_clip_config.json``.
+    """
+    path = (files() if folder is None else Path(folder)) / CONFIG_FILE
+    return model_from_config(json.loads(path.read_text(encoding="utf-8")))

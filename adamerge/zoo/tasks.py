@@ -1,0 +1,24 @@
+"""The zoo's tasks as the trainer wants them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adamerge.zoo.images import CLASSES, TASKS, TEMPLATES, ZooImages
+
+if TYPE_CHECKING:
+    from adamerge.data import Task
+
+
+def tasks(split: str = "test", seed: int = 0) -> dict[str, Task]:
+    """Return the six tasks: images of a split, class names and prompts.
+
+    Args:
+        split: Which images, see :class:`~adamerge.zoo.images.ZooImages`; the protocol divides them.
+        seed: Of the images.
+    """
+    from adamerge.data import Task  # imports Lightning
+
+    return {
+        name: Task(dataset=ZooImages(name, split, seed), classes=CLASSES[name], templates=TEMPLATES) for name in TASKS
+    }
