@@ -5,7 +5,9 @@ members of :class:`Backbone`, chosen by import path (``backbone._target_=my_pack
 """
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +114,8 @@ class OpenClip:
         import open_clip
 
         name = f"local-dir:{self._folder}" if self._folder else self.model
-        return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        with _quiet():
+            return open_clip.create_model(name, load_weights=False, pretrained_text=False)
 
     def encoder(self) -> nn.Module:
         """Return the visual tower."""
@@ -254,6 +257,18 @@ class Torchvision:
 
     def sidecar(self) -> None:
         """Torchvision checkpoints need no configuration beside them."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence open_clip's warning that a model without weights is random: its weights are not used."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def check_classes(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module], features: int) -> None:

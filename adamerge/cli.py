@@ -26,7 +26,9 @@ EXIT_INPUT = 2
 EXIT_GUARD = 3
 _FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
 
-out = Console(soft_wrap=True)
+_PIPED_WIDTH = 120  # characters, where there is no terminal to ask
+
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 log = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(content, indent=2))
     else:
-        out.print(table(content))
+        out.print(table(content, width=out.width))
 
 
 @app.command()
@@ -310,7 +312,7 @@ def _run(config: Any, folder: Path, *, resume: bool) -> None:
         logging.getLogger().removeHandler(handler)
         handler.close()
     if content is not None:
-        out.print(table(content))
+        out.print(table(content, width=out.width))
     _list_files(folder)
 
 
@@ -424,7 +426,9 @@ def _escape(text: str) -> str:
 
 def _configure_logging(debug: bool) -> None:
     """Own messages to the terminal; Lightning's and open_clip's chatter and known-harmless warnings not."""
-    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
+    handler: logging.Handler = logging.StreamHandler()
+    if err.is_terminal:
+        handler = RichHandler(console=err, show_path=False, show_time=False)
     handler.addFilter(lambda record: debug or record.name.startswith("adamerge") or record.levelno >= logging.WARNING)
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO, format="%(message)s", handlers=[handler], force=True

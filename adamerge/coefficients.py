@@ -56,7 +56,8 @@ class Coefficients(nn.Module):
         self.granularity = granularities.by_name(granularity) if isinstance(granularity, str) else granularity
         self.constraint = constraints.by_name(constraint) if isinstance(constraint, str) else constraint
         self.expert_names = pool.expert_names
-        self.index = self.granularity(pool.shapes)
+        self._shapes = dict(pool.shapes)
+        self.index = self.granularity(self._shapes)
         values = _initial_values(init, pool, self.index.size)
         self.raw = nn.Parameter(self.constraint.inverse(values))
         frozen = torch.zeros(self.index.size, dtype=torch.bool)
@@ -80,6 +81,22 @@ class Coefficients(nn.Module):
     def assign(self, values: Tensor) -> None:
         """Set the coefficients to ``values`` (E, G), as far as the constraint allows, in place."""
         self.raw.copy_(self.constraint.inverse(values.to(self.raw)))
+
+    def check(self, pool: ExpertPool) -> None:
+        """Refuse a pool of other experts or parameters than the coefficients were made for.
+
+        Raises:
+            InputError: If the pool does not fit.
+        """
+        problem = ""
+        if self.expert_names != pool.expert_names:
+            problem = f"expected the experts {shorten(pool.expert_names)}, found {shorten(self.expert_names)}"
+        elif self._shapes != pool.shapes:
+            differing = set(self._shapes.items()) ^ set(pool.shapes.items())
+            name = min(name for name, _ in differing)
+            problem = f"{name!r}: expected the shape {pool.shapes.get(name)}, found {self._shapes.get(name)}"
+        if problem:
+            raise InputError(f"The coefficients were made for another pool: {problem}. Make them anew for this pool.")
 
     @property
     def groups(self) -> dict[str, list[int]]:

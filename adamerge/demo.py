@@ -106,7 +106,7 @@ def run(
     record_metrics(output / "merge.json", content, ordered[EXPORTED].seconds)
     save_comparison(content, output / "comparison.png")
     if console is not None:
-        console.print(table(content, "Demo zoo: one base, six experts, one merged model"))
+        console.print(table(content, "Demo zoo: one base, six experts, one merged model", console.width))
         for line in verdict(ordered):
             console.print(line)
     return content

@@ -157,7 +157,7 @@ def score_experts(model: MergedModel, data: UnlabeledTasks) -> Row:
     """Score each task with its own expert, one expert in memory at a time."""
     scores: dict[str, TaskScore] = {}
     for task in data.evaluation:
-        params = model.pool.expert_parameters(model.teacher_of(task))
+        params = model.expert_parameters(model.teacher_of(task))
         scores |= score_tasks(model, params, data, f"Scoring the expert of {task}", tasks=[task])
     return Row(scores)
 

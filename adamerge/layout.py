@@ -30,6 +30,9 @@ class KeyMap:
             return file_key.removeprefix(self.map) if file_key.startswith(self.map) else None
         return self.map.get(file_key)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._to_file
+
     def file_key(self, name: str) -> str:
         """Return the key of a parameter in the files."""
         return self._to_file[name]

@@ -11,6 +11,7 @@ groups (rows, chunks) a batch of them; groups that interleave (columns) are broa
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -22,7 +23,7 @@ from adamerge.granularity import GroupIndex, Segment
 from adamerge.pool import ExpertPool
 
 _TILE = 1 << 16  # entries: a fraction of a second-level cache; longer sums in float32 lose digits
-_WHOLE = 1 << 62  # on accelerators a tile is a whole segment: one kernel instead of many
+_TILE_OF_ACCELERATORS = 1 << 22  # entries: most tensors are one tile, and temporaries stay bounded
 _SHORT = 16  # entries of a group, below which one small product per group costs more than broadcasting
 
 
@@ -54,6 +55,7 @@ def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False)
     Reference:
         Ilharco et al., Task arithmetic, arXiv:2212.04089; Yang et al., AdaMerging, arXiv:2310.02575.
     """
+    coefficients.check(pool)
     if detach:
         return _merge_for_export(pool, coefficients)
     merged = _Merge.apply(coefficients(), pool, coefficients.index)
@@ -69,8 +71,8 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool, index: GroupIndex, v
         index: The groups.
         values: Coefficients (E, G) on the pool's device.
     """
-    weights = values.t().contiguous()  # (G, E)
     with _engine(pool.device):
+        weights = values.t().contiguous()  # (G, E)
         for name in pool.names:
             base, target = pool.base[name].view(-1), out[name].view(-1)
             for tile in _tiles(index.segments[name], pool.device):
@@ -88,15 +90,60 @@ def pull_back(pool: ExpertPool, index: GroupIndex, gradients: Mapping[str, Tenso
     Returns:
         dL/dlambda, (E, G), in ``pool.compute_dtype``.
     """
-    result = torch.zeros(index.size, len(pool.expert_names), dtype=pool.compute_dtype, device=pool.device)
-    with _engine(pool.device):
-        for name in pool.names:
-            gradient = gradients.get(name)
-            if gradient is not None:
-                flat = gradient.reshape(-1)
-                for tile in _tiles(index.segments[name], pool.device):
-                    _pull_back_tile(result, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
-    return result.t().contiguous()
+    sums = PullBack(pool, index)
+    for name in pool.names:
+        gradient = gradients.get(name)
+        if gradient is not None:
+            sums.add(name, gradient)
+    return sums.result()
+
+
+class PullBack:
+    """The adjoint of the merge, one parameter after the other as their gradients arrive.
+
+    Args:
+        pool: The task vectors.
+        index: The groups.
+    """
+
+    def __init__(self, pool: ExpertPool, index: GroupIndex) -> None:
+        self._pool = pool
+        self._index = index
+        with _engine(pool.device):
+            shape = (index.size, len(pool.expert_names))
+            self._sums = torch.zeros(shape, dtype=pool.compute_dtype, device=pool.device)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Contract the gradient (*S) of one parameter, or a part of it, with its task vectors."""
+        flat, pool = gradient.reshape(-1), self._pool
+        with _engine(pool.device):
+            for tile in _tiles(self._index.segments[name], pool.device):
+                _pull_back_tile(self._sums, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
+
+    @contextmanager
+    def collect(self, leaves: Mapping[str, Tensor]) -> Iterator[None]:
+        """Contract and drop each leaf's gradient the moment a backward pass inside the block completes it.
+
+        So the gradients of a whole model never exist at once, and each is still in the cache when used.
+        """
+
+        def arrived(name: str, leaf: Tensor) -> None:
+            if leaf.grad is not None:
+                self.add(name, leaf.grad)
+                leaf.grad = None
+
+        handles = [leaf.register_post_accumulate_grad_hook(partial(arrived, name)) for name, leaf in leaves.items()]
+        try:
+            yield
+            for name, leaf in leaves.items():  # reached by an earlier backward pass only
+                arrived(name, leaf)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def result(self) -> Tensor:
+        """Return the sum so far, dL/dlambda (E, G)."""
+        return self._sums.t().contiguous()
 
 
 @contextmanager
@@ -117,7 +164,7 @@ def _engine(device: torch.device) -> Iterator[None]:
 
 def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segment]:
     """Cut segments into pieces of at most about ``_TILE`` entries, along their outermost axis."""
-    limit = _TILE if device.type == "cpu" else _WHOLE
+    limit = _TILE if device.type == "cpu" else _TILE_OF_ACCELERATORS
     for segment in segments:
         start, outer, groups, inner, first = segment
         if outer * groups * inner <= limit:
@@ -166,9 +213,7 @@ def _pull_back_tile(result: Tensor, gradient: Tensor, tau: Tensor, tile: Segment
         result.unsqueeze(1).baddbmm_(piece.view(tile.groups, 1, tile.inner), tau)
     else:
         block = (tile.outer, tile.groups, tile.inner)
-        piece = piece.view(block)
-        for row, task_vector in zip(result.t(), tau, strict=True):
-            row += (task_vector.view(block) * piece).sum((0, 2))
+        result += (tau.view(-1, *block) * piece.view(block)).sum((1, 3)).t()
 
 
 def _is_batch(tile: Segment, tau: Tensor) -> bool:
@@ -204,7 +249,7 @@ def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str,
         name = pool.keys.name(key)
         name = pool.tied.get(name, name) if name is not None else None
         if name not in pool.shapes:
-            state_dict[key] = pool.source.get(key)
+            state_dict[key] = pool.source.get(key).clone()
             continue
         merged = pool.base[name].cpu().to(torch.float64, copy=True).view(-1)
         for tile in _tiles(coefficients.index.segments[name], torch.device("cpu")):

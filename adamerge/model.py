@@ -16,17 +16,16 @@ merged weights, and nothing keeps a graph of the merge: work and memory are line
 import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from adamerge.calls import MicroBatch, call_with, capture, check_names, fused
 from adamerge.coefficients import Coefficients
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.merge import merge, merge_into, pull_back
+from adamerge.merge import PullBack, merge, merge_into
 from adamerge.pool import ExpertPool
 from adamerge.teachers import Outputs as Outputs
 from adamerge.teachers import TeacherCache
@@ -83,7 +82,11 @@ class MergedModel(nn.Module):
         teachers: Task to the expert that teaches it; default the expert of the same name.
 
     Raises:
-        InputError: If names or shapes of encoder and pool differ, or a teacher is unknown.
+        InputError: If names or shapes of encoder and pool differ, the coefficients are another pool's,
+            or a teacher is unknown.
+
+    Attributes:
+        heads: Task to head, on the pool's device.
     """
 
     def __init__(
@@ -95,13 +98,16 @@ class MergedModel(nn.Module):
         teachers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
+        coefficients.check(pool)
+        check_names(encoder, pool)
         self.coefficients = coefficients
-        _check_names(encoder, pool)
-        # In tuples, so that nn.Module does not register them: they must not enter checkpoints,
-        # optimizers or the broadcasts of distributed training.
-        self._unregistered = (encoder.eval(), copy.deepcopy(nn.ModuleDict(dict(heads))).eval().requires_grad_(False))
+        # In a tuple and a dict, so that nn.Module does not register them: they must not enter
+        # checkpoints, optimizers or the broadcasts of distributed training.
+        self._unregistered = (encoder.eval(),)
+        self.heads = {task: copy.deepcopy(head).eval().requires_grad_(False) for task, head in heads.items()}
         self.pool = pool
-        self._buffers_of_encoder = {name: b.detach().clone() for name, b in encoder.named_buffers()}
+        self._buffers_of_encoder = pool.buffers({name: b.detach().clone() for name, b in encoder.named_buffers()})
+        self._fixed = [name for name, _ in encoder.named_parameters() if name in pool.fixed]
         self._leaves: dict[str, Tensor] = {}
         self.teachers = {task: task for task in heads if task in pool.expert_names} | dict(teachers or {})
         for task, expert in self.teachers.items():
@@ -116,18 +122,12 @@ class MergedModel(nn.Module):
         """The encoder that was passed in."""
         return self._unregistered[0]
 
-    @property
-    def heads(self) -> nn.ModuleDict:
-        """Task to head, on the pool's device."""
-        heads = self._unregistered[1]
-        assert isinstance(heads, nn.ModuleDict)
-        return heads
-
     def to_device(self, device: torch.device | str) -> "MergedModel":
         """Move coefficients, pool, heads and buffers; ``nn.Module.to`` reaches the coefficients only."""
         self.to(device)
         self.pool.to(device)
-        self.heads.to(device)
+        for head in self.heads.values():
+            head.to(device)
         self._buffers_of_encoder = {name: b.to(device) for name, b in self._buffers_of_encoder.items()}
         self._leaves = {}
         return self
@@ -154,7 +154,7 @@ class MergedModel(nn.Module):
         values: Tensor,
         weights: Mapping[str, float] | None = None,
         hidden_layers: Sequence[str] = (),
-        micro_batch: int | None = None,
+        micro_batch: MicroBatch = "auto",
         scale: float | Tensor = 1.0,
     ) -> StepResult:
         """Run forward and backward of all tasks on one merge, and contract the gradient once.
@@ -165,7 +165,8 @@ class MergedModel(nn.Module):
             values: Coefficients (E, G); only their values are used.
             weights: Task to the factor of its loss in the gradient, default 1.
             hidden_layers: Modules of the encoder to capture, by path or glob.
-            micro_batch: Most inputs in one fused forward, in whole tasks; None for no limit.
+            micro_batch: Most inputs in one fused forward, in whole tasks; ``"auto"`` for a rule by the inputs'
+                size and the device, None for no limit.
             scale: Factor on the losses in the backward pass that the gradient is divided by (fp16).
 
         Returns:
@@ -173,47 +174,54 @@ class MergedModel(nn.Module):
         """
         leaves = self._merged_leaves(values.detach())
         anchor = values.detach().clone().requires_grad_()
+        gradient = PullBack(self.pool, self.coefficients.index)
         losses: dict[str, Tensor] = {}
+        groups = fused(inputs, micro_batch)
 
         def run(encoder: nn.Module) -> None:
-            with _capture(encoder, hidden_layers) as captured:
+            with capture(encoder, hidden_layers) as captured:
 
-                def outputs(batch: Tensor, tasks: Mapping[str, int]) -> dict[str, Outputs]:
+                def outputs(tasks: Mapping[str, Tensor]) -> dict[str, Outputs]:
                     captured.clear()
-                    features = encoder(batch)
-                    return self._split(features, dict(captured), tasks)
+                    batches = list(tasks.values())
+                    features = encoder(torch.cat(batches) if len(batches) > 1 else batches[0])
+                    return self._split(features, dict(captured), {task: len(batch) for task, batch in tasks.items()})
 
                 def forward(batch: Tensor, task: str) -> Outputs:
-                    return outputs(batch, {task: len(batch)})[task]
+                    return outputs({task: batch})[task]
 
-                for tasks in _fused(inputs, micro_batch):
-                    batch = torch.cat([inputs[task] for task in tasks]) if len(tasks) > 1 else inputs[tasks[0]]
+                for i, tasks in enumerate(groups):
                     total = torch.zeros((), device=values.device)
-                    for task, output in outputs(batch, {task: len(inputs[task]) for task in tasks}).items():
+                    for task, output in outputs({task: inputs[task] for task in tasks}).items():
                         value = loss(task, output, anchor, forward)
                         losses[task] = value.detach()
                         total = total + value * (weights or {}).get(task, 1.0)
-                    with torch.autocast(values.device.type, enabled=False):
+                    is_last = i + 1 == len(groups)  # before, the gradients of the groups add up
+                    with gradient.collect(leaves if is_last else {}), torch.autocast(values.device.type, enabled=False):
                         (total * scale).backward()
 
         self._call(run, leaves)
-        gradient = pull_back(self.pool, self.coefficients.index, {name: leaf.grad for name, leaf in leaves.items()})
-        for leaf in leaves.values():
-            leaf.grad = None
+        result = gradient.result()
         if anchor.grad is not None:
-            gradient += anchor.grad
-        return StepResult(losses, gradient / scale)
+            result += anchor.grad
+        return StepResult(losses, result / scale)
+
+    def expert_parameters(self, expert: str) -> dict[str, Tensor]:
+        """Return the raw expert's own parameters and buffers, as :meth:`forward` takes them; one model's memory."""
+        own = self.pool.expert_parameters(expert)
+        params = {name: own[name] for name in (*self.pool.names, *self._fixed)}
+        return params | self.pool.buffers(self._buffers_of_encoder, expert)
 
     @torch.no_grad()
     def expert_outputs(
         self, expert: str, batches: Iterable[tuple[str, Tensor]], hidden_layers: Sequence[str] = ()
     ) -> Iterator[Outputs]:
         """Yield the raw expert's outputs for batches of (task, inputs); its parameters are formed once."""
-        params = self.pool.expert_parameters(expert)
+        params = self.expert_parameters(expert)
         for task, inputs in batches:
 
             def run(encoder: nn.Module, task: str = task, inputs: Tensor = inputs) -> Outputs:
-                with _capture(encoder, hidden_layers) as captured:
+                with capture(encoder, hidden_layers) as captured:
                     features = encoder(inputs)
                     return self._split(features, dict(captured), {task: len(inputs)})[task]
 
@@ -226,7 +234,7 @@ class MergedModel(nn.Module):
             InputError: If no expert teaches the task.
         """
         cached = self.teacher_cache.get(task, indices)
-        if cached is None:
+        if cached is None or not all(fnmatch.filter(cached.hidden, layer) for layer in hidden_layers):
             output = next(iter(self.expert_outputs(self.teacher_of(task), [(task, inputs)], hidden_layers)))
             self.teacher_cache.put(task, indices, output)
             return output
@@ -245,6 +253,9 @@ class MergedModel(nn.Module):
         """Merge into tensors that are kept from step to step, as autograd leaves."""
         if not self._leaves:
             self._leaves = {name: torch.empty_like(t).requires_grad_() for name, t in self.pool.base.items()}
+        for leaf in self._leaves.values():
+            leaf.grad = None  # left over where a loss raised
+        torch.clear_autocast_cache()  # it may hold the leaves' last values in half precision
         merge_into(
             {name: leaf.detach() for name, leaf in self._leaves.items()}, self.pool, self.coefficients.index, values
         )
@@ -252,9 +263,8 @@ class MergedModel(nn.Module):
 
     def _call(self, function: Callable[[nn.Module], Any], params: Mapping[str, Tensor]) -> Any:
         """Run ``function(encoder)`` with parameters and buffers swapped in for its duration."""
-        tensors = {**self.pool.fixed, **params, **self._buffers_of_encoder}
-        named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-        return functional_call(_Scope(self.encoder), named, (function,), strict=True)
+        tensors = {name: self.pool.fixed[name] for name in self._fixed} | self._buffers_of_encoder | dict(params)
+        return call_with(self.encoder, tensors, function)
 
     def _split(self, features: Tensor, hidden: Mapping[str, Tensor], tasks: Mapping[str, int]) -> dict[str, Outputs]:
         """Divide a fused batch among its tasks, and apply their heads."""
@@ -271,79 +281,3 @@ class MergedModel(nn.Module):
                 f"No head for task {task!r}; there are {shorten(self.heads)}.{did_you_mean(task, self.heads)}"
             )
         return self.heads[task]
-
-
-class _Scope(nn.Module):
-    """Lets a function run inside ``functional_call``, with the swapped encoder as its argument."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
-        return function(self.encoder)
-
-
-def _fused(inputs: Mapping[str, Tensor], limit: int | None) -> Iterator[list[str]]:
-    """Group tasks whose inputs agree in shape and dtype, at most ``limit`` inputs to a group."""
-    kinds: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
-    for task, batch in inputs.items():
-        kinds.setdefault((batch.shape[1:], batch.dtype), []).append(task)
-    for tasks in kinds.values():
-        group: list[str] = []
-        for task in tasks:
-            if group and limit is not None and sum(len(inputs[t]) for t in [*group, task]) > limit:
-                yield group
-                group = []
-            group.append(task)
-        yield group
-
-
-@contextmanager
-def _capture(encoder: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the encoder's modules that match a path or glob, while the block runs."""
-    captured: dict[str, Tensor] = {}
-    names = [name for name, _ in encoder.named_modules() if name]
-    handles = []
-    try:
-        for pattern in patterns:
-            matching = fnmatch.filter(names, pattern)
-            if not matching:
-                raise InputError(
-                    f"hidden_layers: {pattern!r} matches no module of the encoder.{did_you_mean(pattern, names)}"
-                )
-            for name in matching:
-
-                def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                    captured[name] = output[0] if isinstance(output, tuple) else output
-
-                handles.append(encoder.get_submodule(name).register_forward_hook(keep))
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _check_names(encoder: nn.Module, pool: ExpertPool) -> None:
-    """Check once, before training, that the encoder's parameters are the pool's."""
-    wanted = dict(encoder.named_parameters())
-    every = dict(encoder.named_parameters(remove_duplicate=False))
-    have = {**pool.shapes, **{name: tuple(tensor.shape) for name, tensor in pool.fixed.items()}}
-    tied_in_pool = [name for name in every if name not in wanted and name in have]
-    if tied_in_pool:
-        raise InputError(
-            f"The encoder ties {tied_in_pool[0]!r} to another parameter, but the pool merges it separately. "
-            "Build the pool with tied={alias: canonical}."
-        )
-    missing = [name for name in wanted if name not in have]
-    extra = [name for name in have if name not in wanted]
-    if missing or extra:
-        hint = did_you_mean(missing[0], extra) if missing else ""
-        raise InputError(
-            f"Encoder and pool differ: the pool lacks {len(missing)} of the encoder's parameters "
-            f"({shorten(missing)}) and has {len(extra)} that the encoder lacks ({shorten(extra)}).{hint} "
-            "Is key_map the prefix of the encoder's keys, and are buffers excluded?"
-        )
-    for name, shape in have.items():
-        if tuple(wanted[name].shape) != shape:
-            raise InputError(f"Parameter {name!r}: the encoder has {tuple(wanted[name].shape)}, the pool {shape}.")

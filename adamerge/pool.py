@@ -230,6 +230,32 @@ class ExpertPool:
             own[name] = self._read(checkpoint, name) if fits else tensor
         return own
 
+    def buffers(self, like: Mapping[str, Tensor], expert: str | None = None) -> dict[str, Tensor]:
+        """Return the base's, or an expert's, values of an encoder's buffers, such as BatchNorm statistics.
+
+        Args:
+            like: Buffer name to the encoder's own: its dtype and device are kept, and it stands in where
+                the file has no such tensor.
+            expert: Whose; default the base's.
+
+        Raises:
+            InputError: If a buffer has another shape in the file.
+        """
+        checkpoint = self.source if expert is None else self._experts[expert]
+        present, values = set(checkpoint.keys), {}
+        for name, own in like.items():
+            key = self.keys.file_key(name) if name in self.keys else None
+            if key not in present:
+                values[name] = own
+                continue
+            shape = checkpoint.spec(key)[0]
+            if shape != tuple(own.shape):
+                raise InputError(
+                    f"{checkpoint.name}: buffer {key!r}: expected the encoder's shape {tuple(own.shape)}, found {shape}."
+                )
+            values[name] = checkpoint.get(key).to(own, copy=True)
+        return values
+
     def to(self, device: torch.device | str) -> "ExpertPool":
         """Move base and in-memory task vectors to a device, in place; streamed experts stay mapped."""
         self.device = torch.device(device)

@@ -38,13 +38,15 @@ class TeacherCache:
     def put(self, task: str, indices: Tensor, outputs: Outputs) -> None:
         """Store outputs (B, ...) at ``indices`` (B,)."""
         positions = indices.cpu()
+        if task in self._rows and set(self._rows[task].hidden) != set(outputs.hidden):
+            del self._rows[task], self._filled[task]  # another objective wants other layers
         filled = self._filled.get(task, torch.zeros(0, dtype=torch.bool))
         size = max(len(filled), 1)
         while size <= int(positions.max()):
             size *= 2
         self._filled[task] = _grown(filled, size)
         self._filled[task][positions] = True
-        rows = self._rows.get(task) or _empty(outputs)
+        rows = self._rows.get(task, _empty(outputs))
         kept = Outputs(
             _grown(rows.logits, size),
             _grown(rows.features, size),
@@ -60,7 +62,8 @@ class TeacherCache:
 
 def _empty(outputs: Outputs) -> Outputs:
     hidden = {name: value.new_zeros(0, *value.shape[1:]) for name, value in outputs.hidden.items()}
-    return Outputs(outputs.logits.new_zeros(0, *outputs.logits.shape[1:]), outputs.features[:0].clone(), hidden)
+    logits, features = (value.new_zeros(0, *value.shape[1:]) for value in (outputs.logits, outputs.features))
+    return Outputs(logits, features, hidden)
 
 
 def _grown(rows: Tensor, size: int) -> Tensor:

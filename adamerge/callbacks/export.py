@@ -68,7 +68,7 @@ class ExportMergedWeights(Callback):
             model.coefficients,
             self.dirpath,
             filename=self.filename,
-            heads=dict(model.heads.items()),
+            heads=model.heads,
             head_info=self.head_info,
             sidecar=self.sidecar,
             recipe=recipe,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 log = logging.getLogger(__name__)
 
-_LOG_LINES = 10  # per run, where there is no terminal
+_LOG_LINES = 5  # per run, where there is no terminal
 
 
 class MergingProgress(ProgressBar):

@@ -79,6 +79,7 @@ class ZooImages(Dataset[tuple[Tensor, int]]):
 
     The tasks ``mnist`` and ``digits`` are handwritten digits with a fixed split; the other four draw characters with
     fonts, and those of the test split are never used for training. The same arguments give the same images.
+    Related fonts share most symbols of ``math``: there only position, size and slant of the test images are new.
 
     Args:
         task: One of ``TASKS``.
