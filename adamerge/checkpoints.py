@@ -310,7 +310,8 @@ def _read_torch_file(path: Path) -> dict[str, Tensor]:
         if "TorchScript" in message:
             raise InputError(
                 f"{path}: a TorchScript archive, expected a state dict. "
-                "Save its tensors: safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'expert.safetensors')."
+                "Save its tensors: "
+                "safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'expert.safetensors')."
             ) from error
         unpickling = isinstance(error, pickle.UnpicklingError)
         if unpickling and _FOREIGN_OBJECT.search(message):

@@ -434,6 +434,7 @@ def _configure_logging(debug: bool) -> None:
         level=logging.DEBUG if debug else logging.INFO, format="%(message)s", handlers=[handler], force=True
     )
     logging.captureWarnings(True)
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # its errors reach the user as exceptions
     for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.ERROR)
     for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*is not resumable.*"):

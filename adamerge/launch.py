@@ -242,6 +242,7 @@ def _callbacks(config: DictConfig, folder: Path, export: ExportMergedWeights) ->
         every_n_train_steps=config.checkpoint_every,
         save_top_k=0,
         save_last=True,
+        enable_version_counter=False,
     )
     own = [hydra.utils.instantiate(node, _convert_="object") for node in (config.callbacks or {}).values()]
     return [MergingProgress(), checkpoints, *own, export, GracefulStop(folder / LAST)]

@@ -60,6 +60,10 @@ def check_layout(
     merged, fixed, skipped = [], [], {}
     is_excluded = _matcher(exclude)
     is_included = _matcher(include) if include is not None else lambda name: True
+
+    def is_ignored(name: str) -> bool:
+        return is_excluded(name) or not is_included(name) or name in tied
+
     for key in base.keys:
         name = keys.name(key)
         if name is None:
@@ -75,14 +79,14 @@ def check_layout(
             skipped[key] = f"integer tensor ({str(base.spec(key)[1]).removeprefix('torch.')})"
         else:
             merged.append(name)
-    problems = _option_problems(base, keys, include)
+    problems = _option_problems(base, keys, include, exclude, tied)
     if not merged:
         problems.append(
             f"{base.name}: no tensor to merge: none of its {len(base.keys)} keys, such as "
             f"{next(iter(base.keys), None)!r}, is left by key_map={keys.map!r}, include and exclude."
         )
     for expert, checkpoint in experts.items():
-        problems += _compare(base, expert, checkpoint, keys, merged, lambda name: is_excluded(name) or name in tied)
+        problems += _compare(base, expert, checkpoint, keys, merged, is_ignored)
     return Layout(tuple(merged), tuple(fixed), skipped, tuple(problems))
 
 
@@ -141,7 +145,8 @@ def _compare(
         key = reshaped[0]
         problems.append(
             f"{where} does not match the base: {len(reshaped)} of {len(expected)} tensors differ in shape, "
-            f"first {key!r}: expected {base.spec(key)[0]}, found {checkpoint.spec(key)[0]}. Were both made from the same architecture?"
+            f"first {key!r}: expected {base.spec(key)[0]}, found {checkpoint.spec(key)[0]}. "
+            "Were both made from the same architecture?"
         )
     if missing:
         hint = did_you_mean(missing[0], extra or present)
@@ -174,9 +179,19 @@ def _matcher(globs: Sequence[str] | None) -> Callable[[str], bool]:
     return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _option_problems(base: Checkpoint, keys: KeyMap, include: Sequence[str] | None) -> list[str]:
-    """List what key_map and include name that is not there."""
-    problems = []
+def _option_problems(
+    base: Checkpoint,
+    keys: KeyMap,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    tied: Mapping[str, str],
+) -> list[str]:
+    """List what the options name that is not there."""
+    problems = [
+        f"pool.{option}: expected a list of globs, found the text {globs!r}; write [{globs!r}]."
+        for option, globs in (("include", include), ("exclude", exclude))
+        if isinstance(globs, str)
+    ]
     by_name: dict[str, str] = {}
     for key in base.keys:
         name = keys.name(key)
@@ -185,6 +200,12 @@ def _option_problems(base: Checkpoint, keys: KeyMap, include: Sequence[str] | No
     if isinstance(keys.map, Mapping):
         unknown = [key for key in keys.map if key not in set(base.keys)]
         problems += [f"key_map: {base.name} has no tensor {key!r}.{did_you_mean(key, base.keys)}" for key in unknown]
+    problems += [
+        f"pool.tied: {alias!r} is tied to {name!r}, which is no untied tensor of {base.name}."
+        f"{did_you_mean(name, by_name)}"
+        for alias, name in tied.items()
+        if name not in by_name or name in tied
+    ]
     return problems + [
         f"pool.include: the pattern {pattern!r} matches no tensor of {base.name}.{did_you_mean(pattern, by_name)}"
         for pattern in include or ()

@@ -251,7 +251,8 @@ class ExpertPool:
             shape = checkpoint.spec(key)[0]
             if shape != tuple(own.shape):
                 raise InputError(
-                    f"{checkpoint.name}: buffer {key!r}: expected the encoder's shape {tuple(own.shape)}, found {shape}."
+                    f"{checkpoint.name}: buffer {key!r}: expected the encoder's shape {tuple(own.shape)}, "
+                    f"found {shape}. Were both made from the same architecture?"
                 )
             values[name] = checkpoint.get(key).to(own, copy=True)
         return values

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -141,8 +142,9 @@ class GradientMerging(LightningModule):
         """Fill the teacher cache in a fixed order, one expert in memory at a time."""
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches if self.trainer.max_steps > 0 else None
         hidden = tuple(getattr(self.objective, "hidden_layers", ()))
-        disable = not self.trainer.is_global_zero or self.trainer.progress_bar_callback is None
-        for task in track(data.streams, "Asking the experts", transient=True, disable=disable):
+        console = Console(stderr=True)
+        hide = not (console.is_terminal and self.trainer.is_global_zero and self.trainer.progress_bar_callback)
+        for task in track(data.streams, "Asking the experts", console=console, transient=True, disable=hide):
             batches = [TaskBatch(*batch) for batch in data.teacher_loader(task, steps)]
             inputs = ((task, batch.inputs.to(self.device)) for batch in batches)
             with self.trainer.precision_plugin.forward_context():
