@@ -24,7 +24,18 @@ from adamerge.version import __version__
 
 EXIT_INPUT = 2
 EXIT_GUARD = 3
-_FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
+_FLAGS_WITH_VALUE = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--package",
+    "-p",
+    "--cfg",
+    "-c",
+)
 
 _PIPED_WIDTH = 120  # characters, where there is no terminal to ask
 
@@ -71,7 +82,7 @@ def adapt(overrides: tuple[str, ...]) -> None:
     if resume == "auto" and not any(argument.startswith("run_dir=") for argument in arguments):
         raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
     flags = [a for a in arguments if a.startswith("-")]
-    if all(flag.split("=")[0] in _FLAGS_WITH_VALUE for flag in flags):
+    if all(flag.split("=")[0] in ("--config-dir", "-cd") for flag in flags):
         # A plain run: everything that can be wrong is found before a folder is made or a weight read.
         _refuse(preflight.check(compose(arguments)))
     _hydra([*overrides] if resume == "auto" else arguments)
@@ -195,6 +206,14 @@ def zoo_build(output: Path, seed: int) -> None:
     _list_files(output)
 
 
+class _JobFailed(SystemExit):
+    """Carries a job's error past Hydra, which would print more than the one line."""
+
+    def __init__(self, error: InputError | OSError | GuardError) -> None:
+        super().__init__(EXIT_GUARD if isinstance(error, GuardError) else EXIT_INPUT)
+        self.error = error
+
+
 def register_resolvers() -> None:
     """Let yaml files name the shipped zoo: ``${zoo:base.safetensors}``."""
     from omegaconf import OmegaConf
@@ -239,10 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_INPUT)
     except click.Abort:
         sys.exit(EXIT_INTERRUPTED)
-    except (InputError, OSError) as error:
-        _fail(error, EXIT_INPUT, "--debug" in arguments)
-    except GuardError as error:
-        _fail(error, EXIT_GUARD, "--debug" in arguments)
+    except _JobFailed as failed:
+        _fail(failed.error, "--debug" in arguments)
+    except (InputError, OSError, GuardError) as error:
+        _fail(error, "--debug" in arguments)
     except KeyboardInterrupt:
         err.print("Interrupted.")
         sys.exit(EXIT_INTERRUPTED)
@@ -254,12 +273,10 @@ def _hydra(arguments: Sequence[str]) -> None:
 
     from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
 
-    sys.argv = ["adamerge adapt", *arguments]
+    sys.argv = ["adamerge adapt", *_flags_first(arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(_job)()
-    except (InputError, GuardError, Interrupted):
-        raise
     except Exception as error:
         if type(error).__module__.startswith(("hydra", "omegaconf")):
             raise _explained(error, arguments) from error
@@ -283,10 +300,10 @@ def _job(config: Any) -> None:
     fresh = not any(folder.iterdir()) if folder.exists() else True
     try:
         _run(config, folder, resume=False)
-    except (InputError, OSError):
-        if fresh:
+    except (InputError, OSError, GuardError) as error:
+        if fresh and not isinstance(error, GuardError):
             launch.remove_unstarted(folder)
-        raise
+        raise _JobFailed(error) from error
 
 
 def _resume(folder: Path, rest: Sequence[str]) -> None:
@@ -339,6 +356,18 @@ def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         else:
             overrides.append(argument)
     return overrides, folder
+
+
+def _flags_first(arguments: Sequence[str]) -> list[str]:
+    """Move flags and their values before the overrides: Hydra's parser takes overrides only in one run."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
+    for argument in arguments:
+        is_value = takes_value and not argument.startswith("-")
+        (flags if is_value or argument.startswith("-") else overrides).append(argument)
+        takes_value = argument in _FLAGS_WITH_VALUE
+    return [*flags, *overrides]
 
 
 def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
@@ -410,14 +439,14 @@ def _size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _fail(error: Exception, code: int, debug: bool) -> None:
+def _fail(error: Exception, debug: bool) -> None:
     if debug:
         err.print_exception()
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     err.print(f"[red]error:[/] {_escape(' '.join(text.split()))}")
-    sys.exit(code)
+    sys.exit(EXIT_GUARD if isinstance(error, GuardError) else EXIT_INPUT)
 
 
 def _escape(text: str) -> str:

@@ -161,7 +161,7 @@ class UnlabeledTasks(LightningDataModule):
         trainer = self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
         steps = _Steps(self.streams, self.batch_size, self.seed, rank, world)
-        return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers)
+        return StreamLoader(steps, self._steps_per_epoch(steps, world), self._position, self.num_workers)
 
     def evaluation_loader(self, task: str) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the labelled images of a task in their own order, (inputs, labels)."""
@@ -206,12 +206,12 @@ class UnlabeledTasks(LightningDataModule):
             )
         return task.adapt, task.evaluate
 
-    def _steps_per_epoch(self, steps: "_Steps") -> int:
+    def _steps_per_epoch(self, steps: "_Steps", world: int) -> int:
         """One epoch is the whole run where the trainer counts steps, else one pass over the longest stream."""
         trainer = self.trainer
         if trainer is not None and trainer.max_steps > 0:
             return trainer.max_steps * trainer.accumulate_grad_batches
-        return max(1, max(len(stream) // steps.batch_size(task) for task, stream in self.streams.items()))
+        return max(1, max(len(stream) // (steps.batch_size(task) * world) for task, stream in self.streams.items()))
 
     def _position(self) -> int:
         """Batches of this epoch that have been trained on."""

@@ -237,7 +237,7 @@ def _caption(content: Mapping[str, Any]) -> str:
     if any(row["uses_labels"] for row in content["rows"].values()):
         text += "\n* uses labels."
     if any(row["gap_closed"] is not None for row in content["rows"].values()):
-        text += "\ngap: share of the way from task arithmetic (0.3) to the experts, %; norm.: mean of accuracy / expert's, %."
+        text += "\ngap: share of the way from task arithmetic (0.3) to the experts; norm.: accuracy / expert's; %."
     return f"{text}\n95 %: bootstrap over the scored images."
 
 

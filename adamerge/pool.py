@@ -387,14 +387,17 @@ def _check_finite(tensor: Tensor, where: str, key: str) -> None:
 def _choose_storage(
     storage: str, base: Checkpoint, keys: KeyMap, names: Sequence[str], experts: int, dtype: torch.dtype
 ) -> Literal["ram", "stream"]:
-    if storage == "ram":
-        return "ram"
-    if storage == "stream":
-        return "stream"
+    check_storage(storage)
     if storage != "auto":
-        raise InputError(f"pool.storage: expected 'auto', 'ram' or 'stream', found {storage!r}.")
+        return "ram" if storage == "ram" else "stream"
     entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in names)
     return "ram" if entries * experts * dtype.itemsize <= _RAM_SHARE * free_memory() else "stream"
+
+
+def check_storage(storage: str) -> None:
+    """Refuse an unknown storage mode."""
+    if storage not in ("auto", "ram", "stream"):
+        raise InputError(f"pool.storage: expected 'auto', 'ram' or 'stream', found {storage!r}.")
 
 
 def free_memory() -> int:

@@ -3,6 +3,7 @@
 import importlib.resources
 import inspect
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from adamerge.backbones import Backbone
 from adamerge.checkpoints import Checkpoint, ensure_writable, open_checkpoint
 from adamerge.errors import InputError, did_you_mean
 from adamerge.layout import KeyMap, check_layout, check_names
-from adamerge.pool import free_memory
+from adamerge.pool import check_storage, free_memory
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,11 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
         return hydra.utils.instantiate(config[node], _convert_="object", **objects)
     except InstantiationException as error:
         cause = error.__cause__ or error
-        if isinstance(cause, (InputError, OSError)):
+        if isinstance(cause, InputError):
             raise cause from error
-        raise InputError(f"{node}: {type(cause).__name__}: {cause}") from error
+        where = re.search(r"full_key: (\S+)", str(error))
+        kind = "" if isinstance(cause, OSError) else f"{type(cause).__name__}: "
+        raise InputError(f"{where.group(1) if where else node}: {kind}{cause}") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{node}: {str(error).splitlines()[0]}") from error
 
@@ -127,6 +130,7 @@ def _check_pool(config: DictConfig, backbone: Backbone) -> list[str]:
     if base is None:
         return problems
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
+    check_storage(str(node.get("storage") or "auto"))
     keys = KeyMap(base.keys, backbone.prefix)
     layout = check_layout(base, opened, keys, strings(node.get("include")), exclude, {})
     problems += layout.problems

@@ -1,0 +1,410 @@
+"""The command line as a user meets it: in one process for speed, and in real processes where that matters."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from adamerge import cli, zoo
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*is not resumable.*"),
+    pytest.mark.filterwarnings("ignore:.*log_dir.*"),
+]
+
+TINY = """
+_target_: adamerge.data.UnlabeledTasks
+tasks:
+  mnist: &task
+    _target_: adamerge.data.Task
+    dataset: {{_target_: torchvision.datasets.ImageFolder, root: {root}/mnist}}
+    classes: {classes}
+    templates: {templates}
+  digits:
+    <<: *task
+    dataset: {{_target_: torchvision.datasets.ImageFolder, root: {root}/digits}}
+batch_size: 4
+protocol: split
+seed: ${{seed}}
+"""
+POOL = """
+base: ${zoo:base.safetensors}
+experts:
+  mnist: ${zoo:experts/mnist.safetensors}
+  digits: ${zoo:experts/digits.safetensors}
+storage: ram
+"""
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """A folder of a user's own yaml files, with two small ImageFolders."""
+    folder = tmp_path_factory.mktemp("configs")
+    generator = torch.Generator().manual_seed(0)
+    for task in ("mnist", "digits"):
+        for label in range(10):
+            for number in range(2):
+                pixels = torch.randint(0, 256, (28, 28, 3), generator=generator, dtype=torch.uint8)
+                path = folder / "images" / task / f"class{label}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.numpy()).save(path)
+    for group, name, text in (
+        (
+            "data",
+            "tiny",
+            TINY.format(root=folder / "images", classes=list(zoo.CLASSES["mnist"]), templates=list(zoo.TEMPLATES)),
+        ),
+        ("pool", "two", POOL),
+    ):
+        (folder / group).mkdir(exist_ok=True)
+        (folder / group / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def arguments(configs, tmp_path, monkeypatch):
+    """Arguments of a small run; the working directory is empty, as the command must work from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    return ["--config-dir", str(configs), "pool=two", "data=tiny", "trainer=cpu", "steps=3", "run_dir=run"]
+
+
+def call(*arguments):
+    """Run a command in this process; return its exit code."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([str(a) for a in arguments])
+    return exit_info.value.code or 0
+
+
+def refusal(capsys, *arguments):
+    """Run a command that must be refused; return its message, which must be one line."""
+    capsys.readouterr()
+    assert call(*arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def changed(tmp_path, name, change):
+    """Write the digits expert with its tensors changed; return the file."""
+    tensors = load_file(zoo.files() / "experts" / "digits.safetensors")
+    change(tensors)
+    path = tmp_path / f"{name}.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def test_adapt_small_run_writes_everything(arguments, capsys, tmp_path):
+    assert call("adapt", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == str(tmp_path / "run")
+    names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert {"merged.safetensors", "coefficients.json", "heads.safetensors", "merge.json", "summary.json"} <= names
+    assert {"config.yaml", "adapt.log", "checkpoints/last.ckpt", "metrics/version_0/metrics.csv"} <= names
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["protocol"] == "split"
+    assert set(summary["rows"]) == {"pretrained", "task_arithmetic_0.3", "adapt", "experts"}
+    recipe = json.loads((tmp_path / "run" / "merge.json").read_text())
+    assert recipe["steps"] == 3
+    assert recipe["metrics"]["adapt"]["mean"] == summary["rows"]["adapt"]["mean"]
+    base = load_file(zoo.files() / "base.safetensors")
+    merged = load_file(tmp_path / "run" / "merged.safetensors")
+    assert merged.keys() == base.keys()
+    assert all(merged[key].dtype == base[key].dtype for key in base)
+
+
+def test_evaluate_run_folder_repeats_its_summary(arguments, capsys, tmp_path):
+    call("adapt", *arguments)
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    capsys.readouterr()
+    assert call("evaluate", "run", "--json") == 0
+    after = json.loads(capsys.readouterr().out)
+    assert {n: r["per_task"] for n, r in after["rows"].items()} == {n: r["per_task"] for n, r in before["rows"].items()}
+
+
+def test_export_coefficients_gives_the_same_bytes(arguments, capsys, tmp_path):
+    call("adapt", *arguments, "evaluate=false", "granularity=row")
+    merged = (tmp_path / "run" / "merged.safetensors").read_bytes()
+    assert call("export", "run", "--coefficients", "run/coefficients.json", "--output", "again") == 0
+    assert (tmp_path / "again" / "merged.safetensors").read_bytes() == merged
+    pairs = [f"{task}={zoo.files() / 'experts' / task}.safetensors" for task in ("mnist", "digits")]
+    command = ["export", "--base", zoo.files() / "base.safetensors", "--prefix", "visual.", "--output", "files"]
+    assert call(*command, "--expert", pairs[0], "--expert", pairs[1], "--coefficients", "run/coefficients.json") == 0
+    assert (tmp_path / "files" / "merged.safetensors").read_bytes() == merged
+    capsys.readouterr()
+    text = refusal(capsys, *command, "--expert", pairs[0], "--coefficients", "run/coefficients.json", "--output", "no")
+    assert "coefficients.json" in text
+    assert "digits" in text
+    assert not (tmp_path / "no").exists()
+
+
+def test_export_coefficients_of_another_pool_is_refused(arguments, capsys, tmp_path):
+    call("adapt", *arguments, "evaluate=false")
+    path = changed(tmp_path, "other", lambda tensors: tensors["visual.proj"].mul_(1.5))
+    pairs = [f"mnist={zoo.files() / 'experts' / 'mnist.safetensors'}", f"digits={path}"]
+    text = refusal(
+        capsys, "export", "--base", zoo.files() / "base.safetensors", "--prefix", "visual.", "--expert", pairs[0],
+        "--expert", pairs[1], "--coefficients", "run/coefficients.json", "--output", "no",
+    )  # fmt: skip
+    assert "another pool" in text
+    assert "'digits'" in text
+    assert not (tmp_path / "no").exists()
+
+
+def test_inspect_zoo_lists_experts_and_cosines(capsys):
+    assert call("inspect", "--pool", "zoo", "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content["experts"]) == list(zoo.TASKS)
+    assert content["parameters"] == 56
+    assert [row[i] for i, row in enumerate(content["cosines"])] == pytest.approx([1.0] * 6)
+    assert call("inspect", "--pool", "zoo") == 0
+    assert "No problems found" in capsys.readouterr().out
+
+
+def test_check_good_run_makes_nothing(arguments, capsys, tmp_path):
+    assert call("check", *arguments) == 0
+    assert "No problems found" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_several_problems_lists_all(arguments, capsys, tmp_path):
+    (tmp_path / "text.safetensors").write_text("no checkpoint at all")
+    overrides = ["pool.base=gone.safetensors", "pool.experts.mnist=text.safetensors", "objective._target_=no.Such"]
+    assert call("check", *arguments, *overrides) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("error:") == 3
+    for word in ("gone.safetensors", "text.safetensors", "no.Such"):
+        assert word in errors
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("objectiv=entropy", ["'objectiv'", "'objective'"]),
+        ("objective.temprature=2", ["'objective.temprature'", "'objective.temperature'"]),
+        ("objective=entropi", ["objective/entropi", "entropy", "imitation"]),
+        ("objective._target_=my_missing.Thing", ["objective._target_", "my_missing", "PYTHONPATH"]),
+        ("objective._target_=adamerge.objectives.entropy.Entropi", ["objective._target_", "Entropi"]),
+        ("+objective.weight=2", ["objective.weight", "takes no such option"]),
+        ("+method.micro_bach=2", ["method.micro_bach", "micro_batch"]),
+        ("+trainer.max_stps=2", ["trainer.max_stps", "max_steps"]),
+        ("pool.base=missing.safetensors", ["missing.safetensors", "no such file"]),
+        ("pool.storage=disk", ["pool.storage", "'disk'", "stream"]),
+        ("granularity._target_=adamerge.granularity.Lair", ["granularity._target_", "Lair"]),
+        ("data.protocol=both", ["data.protocol", "transductive", "'both'"]),
+        ("+data.limit=0", ["data.limit", ">= 1"]),
+        ("objective.temperature=-1", ["objective.temperature", "-1"]),
+        ("init=high", ["init", "'high'"]),
+        ("resume=auto", ["run_dir"]),
+        ("resume=nowhere", ["nowhere", "config.yaml"]),
+    ],
+)
+def test_adapt_wrong_option_is_one_line_and_leaves_nothing(arguments, capsys, tmp_path, override, words):
+    if override.startswith("resume="):
+        arguments = [a for a in arguments if not a.startswith("run_dir=")] if override.endswith("auto") else []
+    text = refusal(capsys, "adapt", *arguments, override)
+    for word in words:
+        assert word in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def remove(tensors):
+    del tensors["visual.proj"]
+
+
+def add(tensors):
+    tensors["visual.extra"] = torch.zeros(3)
+
+
+def reshape(tensors):
+    tensors["visual.proj"] = torch.zeros(96, 32)
+
+
+def integer(tensors):
+    tensors["visual.proj"] = torch.zeros(96, 64, dtype=torch.int8)
+
+
+def nan(tensors):
+    tensors["visual.proj"][0, 0] = float("nan")
+
+
+def infinite(tensors):
+    tensors["visual.ln_post.bias"][3] = float("inf")
+
+
+def other_architecture(tensors):
+    for key, tensor in tensors.items():
+        tensors[key] = torch.zeros([2 * size for size in tensor.shape])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (remove, ["'digits'", "visual.proj", "lacks 1 of 56"]),
+        (add, ["'digits'", "visual.extra", "exclude"]),
+        (reshape, ["'digits'", "visual.proj", "(96, 64)", "(96, 32)"]),
+        (integer, ["'digits'", "visual.proj", "int8", "dequantize"]),
+        (nan, ["nan.safetensors", "visual.proj", "1 NaN or infinite"]),
+        (infinite, ["infinite.safetensors", "visual.ln_post.bias"]),
+        (other_architecture, ["'digits'", "56 of 56", "same architecture"]),
+    ],
+)
+def test_adapt_wrong_expert_is_one_line_and_leaves_nothing(arguments, capsys, tmp_path, change, words):
+    path = changed(tmp_path, change.__name__, change)
+    text = refusal(capsys, "adapt", *arguments, f"pool.experts.digits={path}")
+    for word in words:
+        assert word in text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_adapt_truncated_expert_is_refused(arguments, capsys, tmp_path):
+    whole = (zoo.files() / "experts" / "digits.safetensors").read_bytes()
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(whole[: len(whole) // 2])
+    text = refusal(capsys, "adapt", *arguments, f"pool.experts.digits={path}")
+    assert "cut.safetensors" in text
+    assert f"expected {len(whole)} bytes, found {len(whole) // 2}" in text
+
+
+def test_adapt_pickle_is_refused_and_not_run(arguments, capsys, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    path = tmp_path / "expert.pt"
+    path.write_bytes(pickle.dumps(Evil()))
+    text = refusal(capsys, "adapt", *arguments, f"pool.experts.digits={path}")
+    assert "expert.pt" in text
+    assert "safetensors" in text
+    assert not (tmp_path / "ran").exists()
+
+
+def test_adapt_same_file_twice_is_refused(arguments, capsys):
+    path = zoo.files() / "experts" / "mnist.safetensors"
+    text = refusal(capsys, "adapt", *arguments, f"pool.experts.digits={path}")
+    assert "'mnist' and 'digits' are the same file" in text
+
+
+def test_adapt_same_weights_twice_is_refused(arguments, capsys, tmp_path):
+    path = tmp_path / "copy.safetensors"
+    shutil.copyfile(zoo.files() / "experts" / "mnist.safetensors", path)
+    text = refusal(capsys, "adapt", *arguments, f"pool.experts.digits={path}")
+    assert "identical weights" in text
+    assert "copy.safetensors" in text
+
+
+def test_adapt_expert_identical_to_base_is_refused(arguments, capsys):
+    text = refusal(capsys, "adapt", *arguments, f"+pool.experts.third={zoo.files() / 'base.safetensors'}")
+    assert "'third'" in text
+    assert "identical to the base" in text
+
+
+def test_adapt_empty_data_folder_is_refused(arguments, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    text = refusal(capsys, "adapt", *arguments, "data.tasks.mnist.dataset.root=empty")
+    assert "data.tasks.mnist.dataset" in text
+    assert "class folder in empty" in text
+    assert list(tmp_path.iterdir()) == [tmp_path / "empty"]
+
+
+def test_adapt_class_count_that_does_not_fit_is_refused(arguments, capsys, tmp_path, configs):
+    shutil.copytree(configs / "images" / "mnist", tmp_path / "nine")
+    shutil.rmtree(tmp_path / "nine" / "class9")
+    text = refusal(capsys, "adapt", *arguments, "data.tasks.mnist.dataset.root=nine")
+    assert "data.tasks.mnist" in text
+    assert "9 classes" in text
+    assert "10" in text
+
+
+def test_adapt_output_that_cannot_be_made_is_refused(arguments, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    text = refusal(capsys, "adapt", *arguments, "run_dir=file/run")
+    assert "file" in text
+    assert "run_dir" in text
+
+
+def test_debug_shows_the_traceback(arguments, capsys):
+    assert call("adapt", *arguments, "pool.base=missing.safetensors", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_adapt_objective_outside_the_package_is_found(arguments, configs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_objectives.py").write_text(
+        "class Confidence:\n"
+        "    def __init__(self, power=1.0):\n"
+        "        self.power = power\n"
+        "    def __call__(self, step):\n"
+        "        return -(step.outputs.logits.softmax(-1) ** self.power).sum(-1).mean()\n"
+    )
+    (configs / "objective").mkdir(exist_ok=True)
+    (configs / "objective" / "confidence.yaml").write_text("_target_: my_objectives.Confidence\npower: 2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert call("adapt", *arguments, "objective=confidence", "evaluate=false") == 0
+    assert (tmp_path / "run" / "merged.safetensors").is_file()
+
+
+def command(*arguments):
+    """A real process of the installed command."""
+    return [sys.executable, "-c", "from adamerge.cli import main; main()", *map(str, arguments)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_adapt_interrupted_and_resumed_equals_uninterrupted(arguments, tmp_path):
+    arguments = [*arguments, "steps=40", "evaluate=false", "granularity=row", "optimizer.lr=0.01"]
+    subprocess.run(command("adapt", *arguments, "run_dir=whole"), check=True, capture_output=True, env=environment())
+    process = subprocess.Popen(
+        command("adapt", *arguments, "run_dir=cut"),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    log = tmp_path / "cut" / "adapt.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "step 8 of 40" in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "adamerge adapt resume=" in errors
+    assert not (tmp_path / "cut" / "merged.safetensors").exists()
+    subprocess.run(command("adapt", "resume=cut"), check=True, capture_output=True, env=environment())
+    for name in ("merged.safetensors", "coefficients.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_adapt_sweep_runs_each_combination(arguments, tmp_path):
+    subprocess.run(
+        command("adapt", *[a for a in arguments if not a.startswith("run_dir")], "-m", "objective=entropy,imitation",
+                "evaluate=false", "hydra.sweep.dir=sweep"),
+        check=True, capture_output=True, env=environment(),
+    )  # fmt: skip
+    results = [(tmp_path / "sweep" / str(job) / "merged.safetensors").read_bytes() for job in (0, 1)]
+    assert results[0] != results[1]
+
+
+def test_help_names_groups_and_choices():
+    result = subprocess.run(command("adapt", "--help"), check=True, capture_output=True, text=True, env=environment())
+    for line in ("objective: entropy, imitation", "granularity: block, chunk, column, layer", "resume="):
+        assert line in result.stdout
+    result = subprocess.run(command("--help"), check=True, capture_output=True, text=True, env=environment())
+    for name in ("adapt", "check", "demo", "evaluate", "export", "inspect", "zoo"):
+        assert name in result.stdout
