@@ -47,7 +47,7 @@ def fused(inputs: Mapping[str, Tensor], micro_batch: MicroBatch) -> list[list[st
     for task, batch in inputs.items():
         groups = kinds.setdefault((batch.shape[1:], batch.dtype), [[]])
         limit: float = float("inf")
-        if micro_batch == "auto" and not batch.is_cuda:
+        if micro_batch == "auto" and batch.device.type == "cpu":
             limit = _FUSED_ENTRIES // max(1, batch[:1].numel())
         elif isinstance(micro_batch, int):
             limit = micro_batch

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamerge import constraints
+from adamerge import constraints, transforms
 from adamerge import granularity as granularities
 from adamerge.checkpoints import load_state_dict, save_json, save_state_dict, sha256
 from adamerge.constraints import Constraint
@@ -195,9 +195,9 @@ def save_coefficients(coefficients: Coefficients, path: Path, pool: ExpertPool) 
     Args:
         coefficients: What to write.
         path: The JSON file; the tensor file has the same name with the suffix ``.safetensors``.
-        pool: Its hashes and task-vector dtype are recorded, so that a replay can be checked.
+        pool: Its hashes, task-vector dtype and transform are recorded, so that a replay can be checked.
     """
-    content = {**coefficients.to_dict(), "pool": pool.hashes(), "task_vector_dtype": pool.dtype_name}
+    content = {**coefficients.to_dict(), "pool": pool.hashes(), "task_vectors": _task_vectors(pool)}
     if coefficients.raw.numel() > _INLINE_LIMIT:
         values = coefficients().detach().cpu()
         tensors = {
@@ -282,7 +282,7 @@ def _describe(item: Any) -> Any:
     """A built-in by its name and options, anything else by its import path and options."""
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return {"name": f"{type(item).__module__}.{type(item).__qualname__}"}
-    own = type(item).__module__ in (granularities.__name__, constraints.__name__)
+    own = type(item).__module__ in (granularities.__name__, constraints.__name__, transforms.__name__)
     names = {"Unconstrained": "none"}
     name = (
         names.get(type(item).__name__, type(item).__name__.lower())
@@ -357,3 +357,14 @@ def _check_content(content: Any, pool: ExpertPool, source: str) -> None:
             f"{source}: belongs to another pool: the content of {shorten(changed)} differs from what it was made for. "
             "Use the same base and expert files."
         )
+    made, here = content.get("task_vectors"), _task_vectors(pool)
+    if recorded and made != here:
+        raise InputError(
+            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same dtype "
+            "and transform, for example by naming the run's folder."
+        )
+
+
+def _task_vectors(pool: ExpertPool) -> dict[str, Any]:
+    """What was done to the task vectors, in JSON's terms."""
+    return {"dtype": pool.dtype_name, "transform": None if pool.transform is None else _describe(pool.transform)}

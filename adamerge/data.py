@@ -227,7 +227,7 @@ class StreamLoader(DataLoader[dict[str, TaskBatch]]):
     Args:
         steps: Maps a step's number to its batches.
         length: Steps per epoch.
-        position: Returns the number of steps done, for checkpoints.
+        position: Returns the number of steps done in this epoch, for checkpoints.
         num_workers: Processes that load data.
     """
 
@@ -239,13 +239,17 @@ class StreamLoader(DataLoader[dict[str, TaskBatch]]):
         self._current_position = position
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position, for Lightning's checkpoint."""
-        return {"position": self._current_position()}
+        """Return the position, counted over all epochs, for Lightning's checkpoint."""
+        assert isinstance(self.sampler, _StepSampler)
+        return {"position": self.sampler.epoch * self.sampler.length + self._current_position()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Start the next epoch at the saved position."""
+        """Start the next pass at the saved position, in the epoch that it lies in.
+
+        The epoch too, because workers read ahead before Lightning tells it.
+        """
         assert isinstance(self.sampler, _StepSampler)
-        self.sampler.start = state["position"]
+        self.sampler.epoch, self.sampler.start = divmod(state["position"], self.sampler.length)
 
 
 class _StepSampler(Sampler[int]):
@@ -261,8 +265,8 @@ class _StepSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * self.length
-        yield from range(first + self.start % self.length, first + self.length)
-        self.start = 0
+        start, self.start = self.start, 0  # at once: who counts along never exhausts this
+        yield from range(first + start, first + self.length)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""

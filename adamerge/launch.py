@@ -26,7 +26,7 @@ from adamerge.evaluation import Row, Stopwatch, TaskScore, score_tasks, write_su
 from adamerge.methods import GradientMerging
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
-from adamerge.preflight import build, strings
+from adamerge.preflight import build, build_optional, strings
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
         include=strings(node.get("include")),
         exclude=[*backbone.exclude, *(strings(node.get("exclude")) or [])] or None,
         key_map=backbone.prefix,
+        transform=build_optional(config, "transform"),
     )
 
 

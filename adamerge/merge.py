@@ -221,7 +221,7 @@ def _is_batch(tile: Segment, tau: Tensor) -> bool:
 
     Never on accelerators: a batched product may round to TensorFloat-32 there, broadcasting does not.
     """
-    return tile.outer == 1 and tile.inner >= _SHORT and not tau.is_cuda
+    return tile.outer == 1 and tile.inner >= _SHORT and tau.device.type == "cpu"
 
 
 class _Merge(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor
 from adamerge.checkpoints import Checkpoint, MemoryCheckpoint, open_checkpoint
 from adamerge.errors import InputError
 from adamerge.layout import KeyMap, check_layout, check_names, shared_names
+from adamerge.transforms import Transform
 
 Storage = Literal["auto", "ram", "stream"]
 _ALIGN = 16  # entries; 64 bytes of float32, what torch aligns tensors to
@@ -74,6 +75,7 @@ class ExpertPool:
         exclude: Sequence[str] | None = None,
         key_map: str | Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
+        transform: Transform | None = None,
     ) -> None:
         keys = KeyMap(base.keys, key_map)
         layout = check_layout(base, experts, keys, include, exclude, tied or {})
@@ -93,6 +95,11 @@ class ExpertPool:
         self._dtype = dtype or self.compute_dtype
         self.device = torch.device("cpu")
         self.fixed = {name: self._read(base, name).clone() for name in layout.fixed}
+        self.transform = transform
+        if transform is not None:
+            if storage == "stream":
+                raise InputError("pool.storage: transformed task vectors are kept in memory; use ram, or no transform.")
+            storage = "ram"
         self.storage = _choose_storage(storage, base, keys, layout.merged, len(experts), self._dtype)
         self.base: dict[str, Tensor] = {}
         self._task_vectors: dict[str, Tensor] = {}
@@ -115,6 +122,7 @@ class ExpertPool:
         exclude: Sequence[str] | None = None,
         key_map: str | Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
+        transform: Transform | None = None,
     ) -> "ExpertPool":
         """Open a base and its experts from checkpoint files.
 
@@ -129,6 +137,7 @@ class ExpertPool:
             key_map: Prefix to strip from the files' keys (``"visual."``: other keys are not merged), or
                 a mapping from the files' keys to the encoder's names.
             tied: Alias to canonical parameter name, for weights that the encoder shares.
+            transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; needs ``ram``.
 
         Raises:
             FileNotFoundError: If a file does not exist.
@@ -138,7 +147,7 @@ class ExpertPool:
         opened = {name: open_checkpoint(path) for name, path in experts.items()}
         return cls(
             open_checkpoint(base), opened, storage=storage, dtype=dtype, include=include, exclude=exclude,
-            key_map=key_map, tied=tied,
+            key_map=key_map, tied=tied, transform=transform,
         )  # fmt: skip
 
     @classmethod
@@ -149,6 +158,7 @@ class ExpertPool:
         *,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
+        transform: Transform | None = None,
     ) -> "ExpertPool":
         """Make a pool of state dicts in memory; names that share memory in ``base`` are tied.
 
@@ -157,6 +167,7 @@ class ExpertPool:
             experts: Expert name to state dict.
             include: Globs of parameter names to merge (default all).
             exclude: Globs of parameter names to leave at the base's values.
+            transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`.
 
         Raises:
             InputError: If anything does not fit.
@@ -168,6 +179,7 @@ class ExpertPool:
             include=include,
             exclude=exclude,
             tied=shared_names(base),
+            transform=transform,
         )
 
     def task_vectors(self, name: str) -> Tensor:
@@ -206,7 +218,7 @@ class ExpertPool:
         width = _padded(offset + stop - start)
         needed = len(self.expert_names) * width
         scratch = self._scratch if reuse else None
-        if scratch is None or scratch.numel() < needed or scratch.device != self.device:
+        if scratch is None or scratch.numel() < needed:
             scratch = torch.empty(needed, dtype=self.compute_dtype, device=self.device)
             self._scratch = scratch if reuse else self._scratch
         return scratch[:needed].view(-1, width)[:, offset : offset + stop - start]
@@ -260,6 +272,7 @@ class ExpertPool:
     def to(self, device: torch.device | str) -> "ExpertPool":
         """Move base and in-memory task vectors to a device, in place; streamed experts stay mapped."""
         self.device = torch.device(device)
+        self._scratch = None
         self.base = {name: tensor.to(self.device) for name, tensor in self.base.items()}
         self.fixed = {name: tensor.to(self.device) for name, tensor in self.fixed.items()}
         self._task_vectors = {name: tensor.to(self.device) for name, tensor in self._task_vectors.items()}
@@ -327,7 +340,7 @@ class ExpertPool:
                 stacked = stacked[:, : base.numel()]
                 for row, checkpoint in zip(stacked, self._experts.values(), strict=True):
                     row.copy_(self._read(checkpoint, name).view(-1)).sub_(base.reshape(-1))
-                self._task_vectors[name] = stacked.to(self._dtype)
+                self._task_vectors[name] = self._transformed(name, stacked).to(self._dtype)
             norms = torch.linalg.vector_norm(self.tile(name, 0, base.numel()), dim=1)
             if not torch.isfinite(norms).all():
                 expert = self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]
@@ -343,6 +356,19 @@ class ExpertPool:
                 self.skipped[self.keys.file_key(name)] = "no expert changed it"
                 continue
             self._norms[name] = norms
+
+    def _transformed(self, name: str, stacked: Tensor) -> Tensor:
+        """Apply the transform to one parameter's stack (E, n); NaN and infinity are left for the caller to find."""
+        if self.transform is None or not torch.isfinite(stacked).all():
+            return stacked
+        shape = (len(stacked), *self.base[name].shape)
+        result = self.transform(stacked.reshape(shape))
+        if tuple(result.shape) != shape or not torch.isfinite(result).all():
+            raise InputError(
+                f"transform {type(self.transform).__name__}: parameter {name!r}: expected finite task vectors of shape "
+                f"{shape}, found shape {tuple(result.shape)}{'' if torch.isfinite(result).all() else ' with NaN'}."
+            )
+        return stacked.copy_(result.flatten(1) if result.ndim > 1 else result.unsqueeze(1))
 
     def _check_content(self) -> None:
         """Refuse experts that are the base, or each other."""

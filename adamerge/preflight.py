@@ -44,6 +44,8 @@ def check(config: DictConfig) -> list[str]:
     for node in ("objective", "granularity", "constraint"):
         with collecting():
             build(config, node)
+    with collecting():
+        build_optional(config, "transform")
     for node in ("optimizer", "method", "trainer"):
         with collecting():
             _check_signature(config, node)
@@ -80,6 +82,12 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
         raise InputError(f"{where.group(1) if where else node}: {kind}{cause}") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{node}: {str(error).splitlines()[0]}") from error
+
+
+def build_optional(config: DictConfig, node: str) -> Any:
+    """Instantiate a node that may be absent: None where its ``_target_`` is null."""
+    content = config.get(node)
+    return None if content is None or content.get("_target_") is None else build(config, node)
 
 
 def ensure_parent_writable(folder: Path) -> None:
