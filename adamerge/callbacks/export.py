@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from adamerge.checkpoints import ensure_writable
+from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.export import export
 from adamerge.model import MergedModel
@@ -55,13 +56,13 @@ class ExportMergedWeights(Callback):
         ensure_writable(self.dirpath)
 
     @rank_zero_only
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files; also where a resumed run had no step left, which skips ``on_train_end``."""
         model = pl_module.model
         assert isinstance(model, MergedModel)
         recipe = {"steps": trainer.global_step, **self.recipe}
         data = getattr(trainer, "datamodule", None)
-        if data is not None:
+        if isinstance(data, UnlabeledTasks):
             recipe |= {"protocol": data.protocol, "seed": data.seed}
         self.files = export(
             model.pool,

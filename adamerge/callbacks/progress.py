@@ -63,8 +63,15 @@ class MergingProgress(ProgressBar):
         elif trainer.max_steps > 0 and step % max(1, trainer.max_steps // _LOG_LINES) == 0:
             log.info("%s: step %d of %d, %s", self._description, step, trainer.max_steps, _metrics(trainer))
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the bar away, also when the run is stopped."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the bar away when the run is stopped."""
+        self._stop()
+
+    def _stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

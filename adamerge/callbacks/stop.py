@@ -21,7 +21,7 @@ class Interrupted(SystemExit):
 class GracefulStop(Callback):
     """On Ctrl-C or SIGTERM finish the running step, save a checkpoint, and leave with a telling exit code.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once, unsaved.
 
     Args:
         checkpoint: Where to save.
@@ -40,19 +40,28 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave, if a signal has come."""
-        if self._signal is not None:
+        """Save and leave, if a signal has come and the optimizer's step is complete."""
+        complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if self._signal is not None and complete:  # gradients that are still accumulating are not saved
             trainer.save_checkpoint(self.checkpoint)
             log.info("Stopped after step %d, saved to %s", trainer.global_step, self.checkpoint)
             raise Interrupted(EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_PREEMPTED)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back when the fit is stopped."""
+        self._restore()
+
+    def _restore(self) -> None:
+        """Put the handlers back; before Lightning does, whose own would otherwise outlive the fit."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
-            raise KeyboardInterrupt
+            raise SystemExit(EXIT_INTERRUPTED)  # not KeyboardInterrupt, which Lightning turns into exit code 1
         self._signal = number

@@ -1,0 +1,50 @@
+"""Shared fixtures: one toy problem, in float32 and float64."""
+
+import hypothesis
+import pytest
+import torch
+from toy import Toy, make_toy
+
+from adamerge import Coefficients, ExpertPool, MergedModel
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=15, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+# On tensors this small, threads that wait for each other make a step up to ten times slower.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy() -> Toy:
+    return make_toy()
+
+
+@pytest.fixture
+def toy64() -> Toy:
+    return make_toy(torch.float64)
+
+
+@pytest.fixture
+def toy_backbone(toy: Toy) -> torch.nn.Module:
+    return toy.encoder
+
+
+@pytest.fixture
+def toy_pool(toy: Toy) -> ExpertPool:
+    return toy.pool()
+
+
+@pytest.fixture
+def toy_batch(toy: Toy) -> dict[str, torch.Tensor]:
+    return toy.inputs
+
+
+@pytest.fixture
+def toy_model(toy: Toy) -> MergedModel:
+    pool = toy.pool()
+    return toy.model(pool, Coefficients(pool, "layer"))

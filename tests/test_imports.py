@@ -1,0 +1,115 @@
+"""The import direction of the package, read from its source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adamerge
+
+PACKAGE = Path(adamerge.__file__).parent
+
+# Lowest first. A module may import from lines above its own, never from its own line or below;
+# files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
+ORDER = [
+    ["version", "errors"],
+    ["pickles", "transforms"],
+    ["checkpoints"],
+    ["granularity", "constraints", "layout"],
+    ["pool"],
+    ["coefficients"],
+    ["merge", "merges"],
+    ["teachers", "calls"],
+    ["model"],
+    ["objectives", "tasks", "frank_wolfe", "data"],
+    ["backbones"],
+    ["baselines", "evaluation", "methods", "export"],
+    ["callbacks"],
+    ["zoo", "figures", "report"],
+    ["preflight"],
+    ["launch", "inspection"],
+    ["replay", "demo"],
+    ["cli"],
+]
+
+# Heavy third-party packages, and the only modules that may import them.
+SHELL = {"preflight", "launch", "inspection", "replay", "demo", "cli"}  # what commands are made of
+ALLOWED = {
+    "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
+    "lightning_utilities": set(),
+    "pytorch_lightning": set(),
+    "hydra": SHELL,
+    "omegaconf": SHELL,
+    "open_clip": {"backbones", "zoo"},
+}
+
+
+def modules() -> dict[Path, str]:
+    """Return each source file of the package and the first word of its module's name ('' for adamerge itself)."""
+    files = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        word = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        files[path] = "" if word == "__init__" else word
+    return files
+
+
+def imported(path: Path) -> set[str]:
+    """Return the full names of everything a file imports, at any depth of its code."""
+    names = set()
+    package = ("adamerge", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            anchor = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (anchor, node.module) if part)
+            if module == "adamerge":  # `from adamerge import constraints` names a module, `... import merge` does not
+                names |= {module if alias.name in PUBLIC else f"{module}.{alias.name}" for alias in node.names}
+            else:
+                names.add(module)
+    return names
+
+
+RANK = {word: rank for rank, words in enumerate(ORDER) for word in words}
+FILES = {str(path.relative_to(PACKAGE)): (path, word) for path, word in modules().items()}
+PUBLIC = {alias.asname or alias.name for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
+          if isinstance(node, ast.ImportFrom) for alias in node.names}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_of_package_point_down(file):
+    path, word = FILES[file]
+    own = RANK.get(word, len(ORDER))
+    assert not word or word in RANK, f"{file}: give the module {word!r} a place in ORDER"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "adamerge" or not word or parts[1:2] in (["configs"], [word]):
+            continue
+        assert len(parts) > 1, f"{file} imports from the package's front: name the module"
+        target = parts[1]
+        assert target in RANK, f"{file} imports {name}, which has no place in ORDER"
+        assert RANK[target] < own, f"{file} ({word}) must not import {name}: it stands above or beside it"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_of_heavy_packages_stay_in_their_modules(file):
+    path, word = FILES[file]
+    for name in imported(path):
+        top = name.split(".")[0]
+        assert word in ALLOWED.get(top, {word}), f"{file} must not import {top}: only {sorted(ALLOWED[top])} may"
+
+
+def test_import_adamerge_loads_no_heavy_package():
+    code = "import sys, adamerge; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "'adamerge'" in done.stdout
+    for package in ("lightning", "hydra", "omegaconf", "open_clip", "torchvision", "torchmetrics", "matplotlib"):
+        assert f"'{package}'" not in done.stdout, f"`import adamerge` loads {package}"
+
+
+def test_public_names_are_exported():
+    assert set(adamerge.__all__) <= PUBLIC
+    for name in adamerge.__all__:
+        assert hasattr(adamerge, name)
