@@ -141,12 +141,18 @@ class OpenClip:
         """
         import open_clip
 
-        result = self._clip.load_state_dict({key: base.get(key) for key in base.keys}, strict=False)
-        if result.missing_keys or result.unexpected_keys:
-            raise InputError(
-                f"{base.name}: not a checkpoint of {self.model}: missing {shorten(result.missing_keys) or 'none'}; "
-                f"unexpected {shorten(result.unexpected_keys) or 'none'}. Set backbone.model to its architecture."
-            )
+        wanted = {key: tuple(tensor.shape) for key, tensor in self._clip.state_dict().items()}
+        found = {key: base.spec(key)[0] for key in base.keys}
+        other = [key for key, shape in wanted.items() if found.get(key, shape) != shape]
+        problems = {
+            "missing": shorten(key for key in wanted if key not in found),
+            "unexpected": shorten(key for key in found if key not in wanted),
+            "reshaped": shorten(f"{key}: expected {wanted[key]}, found {found[key]}" for key in other),
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{kind} {keys or 'none'}" for kind, keys in problems.items())
+            raise InputError(f"{base.name}: not a checkpoint of {self.model}: {listed}. Is backbone.model right?")
+        self._clip.load_state_dict({key: base.get(key) for key in base.keys})
         tokenizer = self.tokenizer or open_clip.get_tokenizer(self.model)
         heads: dict[str, nn.Module] = {}
         for name, task in tasks.items():
@@ -211,9 +217,8 @@ class Torchvision:
             layer = model.get_submodule(self.head)
         except AttributeError as error:
             linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            raise InputError(
-                f"backbone.head: {self.model} has no layer {self.head!r}; its last Linear layer is {linear[-1]!r}."
-            ) from error
+            hint = f"; its last Linear layer is {linear[-1]!r}" if linear else ", and no Linear layer at all"
+            raise InputError(f"backbone.head: {self.model} has no layer {self.head!r}{hint}.") from error
         if not isinstance(layer, nn.Linear):
             raise InputError(
                 f"backbone.head: {self.head!r} of {self.model} is {type(layer).__name__}, expected Linear."

@@ -45,6 +45,18 @@ from adamerge.pool import ExpertPool
 log = logging.getLogger(__name__)
 
 EXPORTED = "imitation_row"
+ROWS = (
+    "pretrained",
+    "weight_average",
+    "task_arithmetic_0.3",
+    "task_arithmetic_best",
+    "adamerging_task",
+    "adamerging_layer",
+    "imitation_layer",
+    "imitation_row",
+    "oracle_layer",
+    "experts",
+)
 ORDER = ("pretrained", "task_arithmetic_0.3", "imitation_layer", "imitation_row", "experts")
 
 
@@ -101,7 +113,7 @@ def run(
             )
         rows[name] = _adapted_row(name, recipe, model, data, seed, export)
     rows["experts"] = score_experts(start, data)
-    ordered = {name: rows[name] for name in _ROWS}
+    ordered = {name: rows[name] for name in ROWS}
     content = write_summary(ordered, protocol, output / "summary.json")
     record_metrics(output / "merge.json", content, ordered[EXPORTED].seconds)
     save_comparison(content, output / "comparison.png")
@@ -110,20 +122,6 @@ def run(
         for line in verdict(ordered):
             console.print(line)
     return content
-
-
-_ROWS = (
-    "pretrained",
-    "weight_average",
-    "task_arithmetic_0.3",
-    "task_arithmetic_best",
-    "adamerging_task",
-    "adamerging_layer",
-    "imitation_layer",
-    "imitation_row",
-    "oracle_layer",
-    "experts",
-)
 
 
 def verdict(rows: Mapping[str, Row]) -> list[str]:

@@ -6,9 +6,12 @@ from typing import Any
 
 from adamerge.checkpoints import atomic_path
 
+_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#997700", "#004488")  # Tol, bright
+_MARKERS = "o^sDvP*X"
+
 
 def save_comparison(content: Mapping[str, Any], path: Path) -> None:
-    """Draw a summary: mean accuracy with its interval per row, and a dot per task.
+    """Draw a summary as a dot plot: per row the mean accuracy with its 95 % interval, and each task.
 
     Args:
         content: What ``summary.json`` holds.
@@ -17,31 +20,33 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = content["rows"]
+    rows, tasks = content["rows"], content["tasks"]
     names = list(rows)
-    figure = Figure(figsize=(8, 0.42 * len(names) + 1.4), layout="constrained")
+    positions = range(len(names))
+    figure = Figure(figsize=(9, 0.42 * len(names) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    positions = range(len(names))
-    means = [100 * rows[name]["mean"] for name in names]
-    errors = [
-        [mean - 100 * rows[name]["interval"][side] for name, mean in zip(names, means, strict=True)] for side in (0, 1)
-    ]
-    colors = [
-        "#c9c9c9" if rows[name]["uses_labels"] else "#4878a8" if rows[name]["uses_data"] else "#9ab8d3"
-        for name in names
-    ]
-    axes.barh(positions, means, xerr=[errors[0], [-e for e in errors[1]]], color=colors, height=0.7, capsize=2)
-    for number, task in enumerate(content["tasks"]):
+    axes.hlines(positions, 0, 100, color="#e6e6e6", linewidth=1, zorder=0)
+    for number, task in enumerate(tasks):
         values = [100 * rows[name]["per_task"][task] for name in names]
-        axes.plot(values, positions, "o^sDvP*X"[number % 8], color="black", markersize=4, alpha=0.65, label=task)
+        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+        axes.plot(values, positions, linestyle="", markersize=6, alpha=0.8, label=task, color=color, marker=marker)
+    means = [100 * rows[name]["mean"] for name in names]
+    low, high = ([100 * rows[name]["interval"][side] for name in names] for side in (0, 1))
+    errors = [[m - x for m, x in zip(means, low, strict=True)], [x - m for m, x in zip(means, high, strict=True)]]
+    axes.errorbar(means, positions, xerr=errors, fmt="|k", markersize=15, markeredgewidth=2.5, capsize=3, label="mean")
     for position, mean in zip(positions, means, strict=True):
-        axes.text(1, position, f"{mean:.1f}", va="center", ha="left", color="white", fontweight="bold", fontsize=9)
+        axes.text(101, position, f"{mean:.1f}", va="center", fontweight="bold", clip_on=False)
     axes.set_yticks(positions, [name + (" *" if rows[name]["uses_labels"] else "") for name in names])
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_color("#777777" if rows[name]["uses_labels"] else "black")
     axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel(f"accuracy on held-out images, %   ({content['protocol']} protocol, * uses labels)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(content["tasks"]), frameon=False, fontsize=8)
+    smallest = min(100 * value for row in rows.values() for value in row["per_task"].values())
+    axes.set_xlim(max(0, 5 * int(smallest / 5) - 5), 100.5)
+    note = ", * uses labels" if any(row["uses_labels"] for row in rows.values()) else ""
+    axes.set_xlabel(f"accuracy, %, and mean with 95 % interval ({content['protocol']} protocol{note})")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(tasks) + 1, frameon=False)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=150, metadata={"Software": None})
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=150)

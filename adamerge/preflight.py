@@ -40,7 +40,7 @@ def check(config: DictConfig) -> list[str]:
         except (InputError, OSError) as error:
             problems.append(str(error))
 
-    _check_keys(config, problems)
+    problems += unknown_keys(config)
     for node in ("objective", "granularity", "constraint"):
         with collecting():
             build(config, node)
@@ -98,17 +98,19 @@ def ensure_parent_writable(folder: Path) -> None:
     ensure_writable(parent)
 
 
-def _check_keys(config: DictConfig, problems: list[str]) -> None:
-    """Find top-level keys that nothing reads: a mistyped one in an experiment file composes in silence."""
+def unknown_keys(config: DictConfig) -> list[str]:
+    """Return keys that nothing reads: a mistyped one in an experiment file composes in silence."""
     known = set(_default_keys())
-    for key in config:
-        if str(key) not in known:
-            problems.append(
-                f"Unknown option {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(sorted(known))}."
-            )
-    for key in map(str, config.pool):
-        if key not in _POOL_KEYS:
-            problems.append(f"pool: unknown option {key!r}.{did_you_mean(key, _POOL_KEYS)}")
+    problems = [
+        f"Unknown option {key!r}.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}."
+        for key in map(str, config)
+        if key not in known
+    ]
+    return problems + [
+        f"pool: unknown option {key!r}.{did_you_mean(key, _POOL_KEYS)}"
+        for key in map(str, config.pool)
+        if key not in _POOL_KEYS
+    ]
 
 
 def _default_keys() -> Sequence[str]:
@@ -170,17 +172,25 @@ def _check_signature(config: DictConfig, node: str) -> None:
             f"{node}._target_: cannot import {target!r} ({reason}). Expected an import path such as "
             "my_package.MyClass; is the package installed, or its folder on PYTHONPATH?"
         ) from error
-    parameters = inspect.signature(found).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return
+    check_options(node, found, content)
+
+
+def check_options(where: str, target: Callable[..., Any], content: DictConfig) -> None:
+    """Check that a class or function takes the options of its node, and that none is still ``???``.
+
+    Raises:
+        InputError: If not; with the nearest option that it takes.
+    """
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key in map(str, content):
-        if not key.startswith("_") and key not in parameters:
+        if not key.startswith("_") and key not in parameters and not open_ended:
             raise InputError(
-                f"{node}.{key}: {target} takes no such option.{did_you_mean(key, parameters)} "
+                f"{where}.{key}: {content._target_} takes no such option.{did_you_mean(key, parameters)} "
                 f"It takes: {', '.join(parameters)}."
             )
         if OmegaConf.is_missing(content, key):
-            raise InputError(f"{node}.{key}: must be given: {node}.{key}=VALUE.")
+            raise InputError(f"{where}.{key}: must be given: {where}.{key}=VALUE.")
 
 
 def strings(node: Any) -> list[str] | None:

@@ -1,0 +1,94 @@
+"""Every yaml file that ships composes, and names classes that exist and take its options."""
+
+from pathlib import Path
+
+import adamerge.configs
+import hydra
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from adamerge import cli, preflight
+from adamerge.errors import InputError
+from adamerge.model import TaskStep
+
+FOLDER = Path(adamerge.configs.__file__).parent
+# Options that these choices leave to the user.
+REQUIRED = {
+    "backbone=open_clip": ["backbone.model=ViT-B-32"],
+    "backbone=torchvision": ["backbone.model=resnet18"],
+    "pool=files": ["pool.base=base.safetensors"],
+}
+CHOICES = sorted(
+    f"{path.parent.relative_to(FOLDER)}={path.stem}" for path in FOLDER.rglob("*.yaml") if path.parent != FOLDER
+)
+
+
+def nodes(config, path=""):
+    """Yield every node of a configuration that names a class, with its dotted path."""
+    for key, value in config.items_ex(resolve=False):
+        where = f"{path}{key}"
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_interpolation():
+            if value.get("_target_") is not None:
+                yield where, value
+            yield from nodes(value, f"{where}.")
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_config_choice_composes_and_its_targets_take_its_options(choice):
+    cli.register_resolvers()
+    config = cli.compose([choice, *REQUIRED.get(choice, [])])
+    assert preflight.unknown_keys(config) == []
+    found = dict(nodes(config))
+    assert found
+    for where, node in found.items():
+        try:
+            target = hydra.utils.get_object(node._target_)
+        except Exception as error:
+            if "wandb" in where or "tensorboard" in where:
+                pytest.skip(f"optional package: {error}")
+            raise
+        assert callable(target), where
+        preflight.check_options(where, target, node)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "objective").glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_objective_builds_a_callable(path):
+    config = cli.compose([f"objective={path.stem}"])
+    objective = preflight.build(config, "objective")
+    assert callable(objective)
+    assert all(isinstance(layer, str) for layer in objective.hidden_layers)
+    assert not hasattr(TaskStep, "labels")
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_experiment_states_its_command(path):
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"adamerge adapt experiment={path.stem}" in line for line in head)
+
+
+def test_config_adamerging_layer_has_the_published_settings():
+    config = cli.compose(["experiment=adamerging_layer"])
+    settings = OmegaConf.to_container(config, resolve=False)
+    assert settings["optimizer"]["_target_"] == "torch.optim.Adam"
+    assert (settings["optimizer"]["lr"], settings["steps"], settings["init"]) == (1e-3, 500, 0.3)
+    assert settings["data"]["batch_size"] == 16
+    assert settings["constraint"] == {"_target_": "adamerge.constraints.Clamp", "low": 0.0, "high": 1.0}
+    assert settings["method"]["reduction"] == "sum"
+    assert settings["objective"]["_target_"].endswith("Entropy")
+    assert settings["granularity"]["_target_"].endswith("Layer")
+
+
+def test_unknown_key_of_an_experiment_file_is_found(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nstpes: 3\npool: {storrage: ram}\n")
+    cli.register_resolvers()
+    config = cli.compose(["--config-dir", str(tmp_path), "experiment=mine"])
+    problems = preflight.unknown_keys(config)
+    assert len(problems) == 2
+    assert "'stpes'. Did you mean 'steps'?" in problems[0]
+    assert "'storrage'. Did you mean 'storage'?" in problems[1]
+
+
+def test_compose_flag_that_hydra_does_not_know_is_refused():
+    with pytest.raises(InputError, match="Unknown flag '--wrong'"):
+        cli.compose(["--wrong"])

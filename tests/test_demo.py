@@ -1,0 +1,52 @@
+"""The demo end to end, in a real process."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import torch
+
+from adamerge import demo, load_state_dict
+from adamerge.evaluation import Row, TaskScore
+from adamerge.export import load_heads
+
+
+def row(*hits):
+    return Row({"task": TaskScore(sum(hits) / len(hits), 0.0, torch.tensor(hits, dtype=torch.bool))})
+
+
+def test_verdict_says_what_holds_and_what_does_not():
+    best, middle, worst = row(*[1] * 200), row(*[1, 0] * 100), row(*[0] * 200)
+    rows = dict(zip(demo.ORDER, (worst, middle, middle, worst, best), strict=True))
+    lines = demo.verdict(rows)
+    assert [line.split(":")[1].split(",")[0].strip() for line in lines] == [
+        "holds",
+        "does not hold",
+        "does not hold",
+        "holds",
+    ]
+    assert "+50.0 points" in lines[0]
+
+
+@pytest.mark.slow
+def test_demo_gives_the_expected_order_and_files(tmp_path):
+    code = "from adamerge.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--output", "out", "--seed", "1"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ),
+    )  # fmt: skip
+    assert result.stdout.splitlines()[-1] == "out"
+    content = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(content["rows"]) == list(demo.ROWS)
+    for lower, higher in itertools.pairwise(demo.ORDER):
+        assert content["rows"][lower]["mean"] < content["rows"][higher]["mean"]
+    assert [name for name, r in content["rows"].items() if r["uses_labels"]] == ["task_arithmetic_best", "oracle_layer"]
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'open_clip'}")
+    merged = load_state_dict(tmp_path / "out" / "merged.safetensors")
+    assert all(torch.equal(tensor, merged[name].float()) for name, tensor in model.state_dict().items())
+    heads, info = load_heads(tmp_path / "out" / "heads.safetensors")
+    assert set(heads) == set(content["tasks"]) == set(info)
