@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,7 +69,11 @@ def search_task_arithmetic(model: MergedModel, data: UnlabeledTasks, grid: Seque
         ]
         return float(torch.stack(hits).sum())
 
-    best = max(grid, key=accuracy)
+    console = Console(stderr=True)
+    progress = track(
+        grid, "Searching the best shared coefficient", console=console, transient=True, disable=not console.is_terminal
+    )
+    best = max(progress, key=accuracy)
     constant(model.coefficients, best)
     return best
 

@@ -79,14 +79,15 @@ def score_task(
         labels.append(targets)
     predictions, truth = torch.cat(outputs), torch.cat(labels)
     classes = predictions.shape[-1]
-    if int(truth.max()) >= classes or int(truth.min()) < 0:
+    outside = truth[(truth < 0) | (truth >= classes)]
+    if len(outside):
         raise InputError(
-            f"data.tasks.{task}: found label {int(truth.max())}, but its head has {classes} classes. "
+            f"data.tasks.{task}: found label {int(outside[0])}, but its head has {classes} classes. "
             "Do the class names belong to this data set?"
         )
     return TaskScore(
         accuracy=MulticlassAccuracy(classes, average="micro")(predictions, truth).item(),
-        calibration_error=MulticlassCalibrationError(classes, n_bins=15)(predictions, truth).item(),
+        calibration_error=MulticlassCalibrationError(classes, n_bins=15)(predictions.softmax(-1), truth).item(),
         correct=predictions.argmax(-1) == truth,
     )
 
@@ -172,7 +173,7 @@ def summary(rows: Mapping[str, Row], protocol: str) -> dict[str, Any]:
             "mean": row.mean,
             "interval": [low, high],
             "normalised": normalised(row, experts) if experts else None,
-            "gap_closed": gap_closed(row, start, experts) if experts and start else None,
+            "gap_closed": gap_closed(row, start, experts) if experts and start and experts.mean != start.mean else None,
             "uses_labels": row.uses_labels,
             "uses_data": row.uses_data,
             "seconds": row.seconds,
@@ -206,25 +207,30 @@ def table(content: Mapping[str, Any], title: str | None = None, width: int = 120
     Args:
         content: What ``summary.json`` holds.
         title: Above the table.
-        width: Of the terminal in characters; below 100 the last columns are left out.
+        width: Of the terminal in characters; the last columns are left out where they do not fit.
     """
     rows: Mapping[str, Mapping[str, Any]] = content["rows"]
-    result = Table(title=title, caption=_caption(content), title_justify="left", caption_justify="left",
-                   header_style="bold", box=SIMPLE_HEAD, pad_edge=False)  # fmt: skip
-    result.add_column("accuracy, %", no_wrap=True)
-    extra: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("gap", lambda row: "" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}"),
-        ("norm.", lambda row: "" if row["normalised"] is None else f"{100 * row['normalised']:.1f}"),
-        ("s", lambda row: f"{row['seconds']:.1f}"),
+    every = list(rows.values())
+    columns = [
+        ("accuracy, %", [name + (" *" if row["uses_labels"] else "") for name, row in rows.items()]),
+        *((task, [f"{100 * row['per_task'][task]:.1f}" for row in every]) for task in content["tasks"]),
+        ("mean", [f"{100 * row['mean']:.1f}" for row in every]),
     ]
-    shown = extra if width >= 100 else extra[:1]
-    for column in (*content["tasks"], "mean", "95 %", *(name for name, _ in shown)):
-        result.add_column(column, justify="right", no_wrap=True, style="bold" if column == "mean" else None)
-    for name, row in rows.items():
-        cells = [f"{100 * row['per_task'][task]:.1f}" for task in content["tasks"]]
-        half_width = (row["interval"][1] - row["interval"][0]) / 2
-        cells += [f"{100 * row['mean']:.1f}", f"±{100 * half_width:.1f}", *(cell(row) for _, cell in shown)]
-        result.add_row(name + (" *" if row["uses_labels"] else ""), *cells)
+    for column in (
+        ("95 %", [f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}" for row in every]),
+        ("gap", ["" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}" for row in every]),
+        ("norm.", ["" if row["normalised"] is None else f"{100 * row['normalised']:.1f}" for row in every]),
+        ("s", [f"{row['seconds']:.1f}" for row in every]),
+    ):
+        if sum(2 + max(map(len, (header, *cells))) for header, cells in (*columns, column)) - 2 <= width:
+            columns.append(column)
+    result = Table(title=title, caption=_caption(content), title_justify="left", caption_justify="left",
+                   header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)  # fmt: skip
+    for number, (header, _) in enumerate(columns):
+        style = "bold" if header == "mean" else None
+        result.add_column(header, justify="right" if number else "left", no_wrap=True, style=style)
+    for line in zip(*(cells for _, cells in columns), strict=True):
+        result.add_row(*line)
     return result
 
 

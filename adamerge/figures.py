@@ -33,7 +33,7 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
         axes.plot(values, positions, linestyle="", markersize=6, alpha=0.8, label=task, color=color, marker=marker)
     means = [100 * rows[name]["mean"] for name in names]
     low, high = ([100 * rows[name]["interval"][side] for name in names] for side in (0, 1))
-    errors = [[m - x for m, x in zip(means, low, strict=True)], [x - m for m, x in zip(means, high, strict=True)]]
+    errors = [[abs(m - x) for m, x in zip(means, side, strict=True)] for side in (low, high)]
     axes.errorbar(means, positions, xerr=errors, fmt="|k", markersize=15, markeredgewidth=2.5, capsize=3, label="mean")
     for position, mean in zip(positions, means, strict=True):
         axes.text(101, position, f"{mean:.1f}", va="center", fontweight="bold", clip_on=False)
@@ -41,7 +41,7 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color("#777777" if rows[name]["uses_labels"] else "black")
     axes.invert_yaxis()
-    smallest = min(100 * value for row in rows.values() for value in row["per_task"].values())
+    smallest = min(*low, *(100 * value for row in rows.values() for value in row["per_task"].values()))
     axes.set_xlim(max(0, 5 * int(smallest / 5) - 5), 100.5)
     note = ", * uses labels" if any(row["uses_labels"] for row in rows.values()) else ""
     axes.set_xlabel(f"accuracy, %, and mean with 95 % interval ({content['protocol']} protocol{note})")

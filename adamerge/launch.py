@@ -213,8 +213,10 @@ def remove_unstarted(folder: Path) -> None:
     """Remove the folder of a run that failed before it wrote a result; anything unknown in it is left alone."""
     for name in ("adapt.log", CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty
-        folder.rmdir()
+    default = folder.parents[1].name == "runs"  # runs/<name>/<time>: its parents go too, where empty
+    for path in (folder, *folder.parents[: 2 if default else 0]):
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

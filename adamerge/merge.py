@@ -197,7 +197,7 @@ def _merge_tile(target: Tensor, base: Tensor, tau: Tensor, tile: Segment, weight
     else:
         block = (tile.outer, tile.groups, tile.inner)
         start, out = start.view(block), out.view(block)
-        for task_vector, weight in zip(tau, weights.t(), strict=True):
+        for task_vector, weight in zip(tau, weights.t().contiguous(), strict=True):
             torch.addcmul(start, task_vector.view(block), weight.unsqueeze(1), out=out)
             start = out
 

@@ -1,49 +1,78 @@
-"""Imitation of the experts: match the output distribution of the task's own expert."""
+"""Imitation of the experts: match the predictions of the task's own expert."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional
 
 from adamerge.errors import InputError
 from adamerge.model import TaskStep
+from adamerge.objectives.entropy import log_softmax, mean_over
 
 
 @dataclass(frozen=True)
 class Imitation:
-    r"""Kullback-Leibler divergence from the expert's to the merged model's predictions.
+    r"""Divergence from the expert's to the merged model's predictions.
 
-    :math:`\frac{t^2}{B} \sum_b KL(\mathrm{softmax}(z^{expert}_b / t) \,\|\, \mathrm{softmax}(z_b / t))`,
-    expert first. The expert is the task's raw one; its outputs are computed once and cached.
+    ``targets="soft"``: :math:`\frac{t^2}{B} \sum_b KL(\mathrm{softmax}(z^{expert}_b / t) \,\|\,
+    \mathrm{softmax}(z_b / t))`, expert first. ``targets="hard"``: cross-entropy to the expert's class,
+    :math:`-\frac1B \sum_b \log p_{b, c(b)}` with :math:`c(b) = \arg\max_c z^{expert}_{bc}`. The expert is
+    the task's raw one; its outputs are computed once and cached.
 
     Needs: unlabeled inputs and an expert for the task.
 
     Args:
-        temperature: t; above 1 the expert's ranking of the other classes counts more.
+        temperature: t of soft targets; above 1 the expert's ranking of the other classes counts more.
+        targets: ``"soft"`` or ``"hard"``.
+        drop_unsure: Leave out a sample where expert and merged model name different classes and the expert
+            is the less confident of the two; the mean is over the rest, 0 where none is left.
 
     Reference:
-        Hinton et al., arXiv:1503.02531 (temperature and its square); Expert Merging,
-        arXiv:2509.25712, the logit term.
+        Hinton et al., arXiv:1503.02531 (temperature and its square); Expert Merging, arXiv:2509.25712,
+        the logit term; SyMerge, arXiv:2412.19098 (hard targets; the rule of ``drop_unsure`` is its
+        released code's). SyMerge also trains a head per task: here the coefficients alone learn.
     """
 
     uses_teacher: ClassVar[bool] = True
 
     temperature: float = 1.0
     hidden_layers: tuple[str, ...] = ()
+    targets: Literal["soft", "hard"] = "soft"
+    drop_unsure: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise InputError(f"objective.temperature: expected a number > 0, found {self.temperature}.")
+        if self.targets not in ("soft", "hard"):
+            raise InputError(f"objective.targets: expected 'soft' or 'hard', found {self.targets!r}.")
+        if self.targets == "hard" and self.temperature != 1:
+            raise InputError(
+                f"objective.temperature: expected 1 with targets=hard, found {self.temperature}: a temperature does "
+                "not change the expert's class. Remove it, or set targets=soft."
+            )
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the divergence in nats, averaged over the batch."""
-        student = _log_softmax(step.outputs.logits, self.temperature)
-        teacher = _log_softmax(step.teacher().logits, self.temperature)
-        divergence = functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
-        return divergence.mean() * self.temperature**2
+        merged, expert = step.outputs.logits, step.teacher().logits
+        if self.targets == "soft":
+            losses = divergence(merged, expert, self.temperature)
+        else:
+            losses = -log_softmax(merged).gather(-1, expert.argmax(-1, keepdim=True)).squeeze(-1)
+        return mean_over(losses, is_sure(merged.detach(), expert)) if self.drop_unsure else losses.mean()
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    return (logits / temperature).log_softmax(-1)
+def divergence(merged: Tensor, expert: Tensor, temperature: float) -> Tensor:
+    """Return ``t^2 KL(expert || merged)`` in nats of logits (..., C), one value per sample (...)."""
+    student, teacher = log_softmax(merged, temperature), log_softmax(expert, temperature)
+    return functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * temperature**2
+
+
+def is_sure(merged: Tensor, expert: Tensor) -> Tensor:
+    """Return where the expert agrees with the merged model or is at least as confident; logits (..., C) to (...).
+
+    >>> is_sure(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    tensor([False,  True])
+    """
+    ours, theirs = log_softmax(merged).max(-1), log_softmax(expert).max(-1)
+    return (ours.indices == theirs.indices) | (theirs.values >= ours.values)

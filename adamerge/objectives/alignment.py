@@ -1,0 +1,104 @@
+"""Alignment with the experts (Expert Merging): their predictions and hidden states, near the start."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from adamerge.errors import InputError
+from adamerge.model import TaskStep
+from adamerge.objectives.imitation import divergence
+
+_WEIGHTS = ("logit_weight", "hidden_weight", "feature_weight", "anchor")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    r"""Distance to the task's own expert in logits, hidden states and features, and to the start.
+
+    :math:`\beta_k \big(w_z t^2\, KL(\mathrm{softmax}(z^{expert}/t) \| \mathrm{softmax}(z/t)) + w_h \sum_{\ell}
+    \|h_\ell - h^{expert}_\ell\|^2 + w_f \|f - f^{expert}\|^2\big) + \frac{\gamma}{K} R`, each a mean over
+    the batch, with :math:`R = \frac{1}{EG} \sum_{e,g} |\lambda_{eg} - \lambda^0_{eg}|` and K tasks in the
+    step, so that the sum over the tasks holds :math:`\gamma R` once, as in the paper.
+
+    Needs: unlabeled inputs (5 to 10 per task in the paper) and an expert for each task.
+
+    Args:
+        temperature: t, > 0. The released code runs with 1.
+        logit_weight: w_z.
+        hidden_layers: Modules whose outputs are compared, by path or glob; () for none (the code's default).
+        hidden_weight: w_h.
+        feature_weight: w_f, of the encoder's output; 0 in the paper and in the code.
+        distance: ``"sum"``: squared norms, summed over layers (paper). ``"mean"``: squared differences
+            averaged over entries and layers (released code); the two differ by entries x layers.
+        anchor: gamma: 0.8 in the paper for Qwen2-VL and Mistral (initial value 0.3), 5.0 for InternVL (0.1).
+        anchor_scale: ``"paper"``: R as above. ``"code"``: E times that, as the released code divides by the
+            number of coefficients per expert.
+        task_weights: beta, task to factor, default 1. ``method.task_weights`` would scale the anchor too.
+
+    The released code's soft cross-entropy has the gradient of the divergence used here.
+
+    Reference:
+        Expert Merging, ICLR 2026, arXiv:2509.25712, the layer-wise objective.
+    """
+
+    uses_teacher: ClassVar[bool] = True
+
+    temperature: float = 1.0
+    logit_weight: float = 1.0
+    hidden_layers: Sequence[str] = ()
+    hidden_weight: float = 1.0
+    feature_weight: float = 0.0
+    distance: Literal["sum", "mean"] = "sum"
+    anchor: float = 0.8
+    anchor_scale: Literal["paper", "code"] = "paper"
+    task_weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"objective.temperature: expected a number > 0, found {self.temperature}.")
+        if self.distance not in ("sum", "mean"):
+            raise InputError(f"objective.distance: expected 'sum' or 'mean', found {self.distance!r}.")
+        if self.anchor_scale not in ("paper", "code"):
+            raise InputError(f"objective.anchor_scale: expected 'paper' or 'code', found {self.anchor_scale!r}.")
+        for option in _WEIGHTS:
+            if not getattr(self, option) >= 0:
+                raise InputError(f"objective.{option}: expected a number >= 0, found {getattr(self, option)}.")
+        if not (self.logit_weight or self.feature_weight or (self.hidden_weight and self.hidden_layers)):
+            raise InputError(
+                "objective: expected a term that compares with the expert, found none. Set logit_weight or "
+                "feature_weight above 0, or name hidden_layers."
+            )
+
+    def __call__(self, step: TaskStep) -> Tensor:
+        """Return the loss of one task's batch."""
+        merged, expert = step.outputs, step.teacher()
+        loss = torch.zeros((), device=merged.logits.device)
+        if self.logit_weight:
+            loss = loss + self.logit_weight * divergence(merged.logits, expert.logits, self.temperature).mean()
+        if self.hidden_weight and self.hidden_layers:
+            names = [name for name in merged.hidden if any(fnmatch.fnmatch(name, p) for p in self.hidden_layers)]
+            distances = torch.stack([self._distance(merged.hidden[name], expert.hidden[name]) for name in names])
+            loss = loss + self.hidden_weight * (distances.sum() if self.distance == "sum" else distances.mean())
+        if self.feature_weight:
+            loss = loss + self.feature_weight * self._distance(merged.features, expert.features)
+        loss = loss * (self.task_weights or {}).get(step.task, 1.0)
+        return loss + self._penalty(step) if self.anchor else loss
+
+    def _distance(self, merged: Tensor, expert: Tensor) -> Tensor:
+        """Squared distance of two tensors (B, ...), averaged over the batch, or over all entries."""
+        squares = (
+            (merged.float() - expert.float()).square() if merged.dtype.itemsize < 4 else (merged - expert).square()
+        )
+        return squares.flatten(1).sum(1).mean() if self.distance == "sum" else squares.mean()
+
+    def _penalty(self, step: TaskStep) -> Tensor:
+        """This task's share of the anchor."""
+        if step.initial is None:
+            raise InputError("objective.anchor: the step does not say where the coefficients started; set anchor=0.")
+        mean = (step.coefficients - step.initial).abs().mean()
+        scale = 1 if self.anchor_scale == "paper" else len(step.coefficients)
+        return mean * (self.anchor * scale / step.num_tasks)
