@@ -142,7 +142,7 @@ def export(
     prefix: str,
     output: Path | None,
 ) -> None:
-    r"""Write the merged checkpoint of a run's last step, or of a coefficients file, without any data.
+    r"""Write the merged checkpoint of a run's last step, or replay a coefficients file without any data.
 
     \b
     adamerge export RUN_DIR                                  an interrupted run's last checkpoint
@@ -315,12 +315,16 @@ def _resume(folder: Path, rest: Sequence[str]) -> None:
 
 
 def _run(config: Any, folder: Path, *, resume: bool) -> None:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from adamerge import launch
     from adamerge.evaluation import table
 
     handler = _log_to(folder / "adapt.log")
     try:
         content = launch.adapt(config, folder, resume=resume)
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {error}") from error
     except Interrupted:
         err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
         err.print(f"Or export what there is: adamerge export {folder}")

@@ -5,6 +5,7 @@ float64) whatever the model's dtype: in bfloat16 one ulp at 0.33 is larger than 
 """
 
 import dataclasses
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -360,11 +361,15 @@ def _check_content(content: Any, pool: ExpertPool, source: str) -> None:
     made, here = content.get("task_vectors"), _task_vectors(pool)
     if recorded and made != here:
         raise InputError(
-            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same dtype "
-            "and transform, for example by naming the run's folder."
+            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same dtype, "
+            "transform and parameters (include, exclude), for example by naming the run's folder."
         )
 
 
 def _task_vectors(pool: ExpertPool) -> dict[str, Any]:
-    """What was done to the task vectors, in JSON's terms."""
-    return {"dtype": pool.dtype_name, "transform": None if pool.transform is None else _describe(pool.transform)}
+    """Which parameters merge and what was done to their task vectors, in JSON's terms."""
+    return {
+        "dtype": pool.dtype_name,
+        "transform": None if pool.transform is None else _describe(pool.transform),
+        "parameters": hashlib.sha256("\n".join(sorted(pool.names)).encode()).hexdigest()[:16],
+    }

@@ -109,7 +109,9 @@ class UnlabeledTasks(LightningDataModule):
 
     Args:
         tasks: Task name to its data.
-        batch_size: Inputs per task and step (on each device).
+        batch_size: Inputs per task and batch (on each device).
+        batches_per_step: Batches per task and step, whose losses are summed; AdaMerging's released script
+            uses 2.
         protocol: ``"split"``: images that adapt are never scored. ``"transductive"``: adapt on the very
             images that are scored, as the AdaMerging paper does.
         limit: Most adaptation images per task, a seeded sample; None for all.
@@ -127,6 +129,7 @@ class UnlabeledTasks(LightningDataModule):
         tasks: Mapping[str, Task],
         *,
         batch_size: int = 16,
+        batches_per_step: int = 1,
         protocol: Protocol = "split",
         limit: int | None = None,
         seed: int = 0,
@@ -139,10 +142,13 @@ class UnlabeledTasks(LightningDataModule):
             raise InputError("data.tasks: expected at least one task, found none.")
         if batch_size < 1:
             raise InputError(f"data.batch_size: expected a number >= 1, found {batch_size}.")
+        if batches_per_step < 1:
+            raise InputError(f"data.batches_per_step: expected a number >= 1, found {batches_per_step}.")
         if protocol not in ("split", "transductive"):
             raise InputError(f"data.protocol: expected 'split' or 'transductive', found {protocol!r}.")
         self.tasks = dict(tasks)
         self.batch_size = batch_size
+        self.batches_per_step = batches_per_step
         self.protocol = protocol
         self.seed = seed
         self.num_workers = num_workers
@@ -158,10 +164,12 @@ class UnlabeledTasks(LightningDataModule):
 
     def train_dataloader(self) -> "StreamLoader":
         """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""
-        trainer = self.trainer
-        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        steps = _Steps(self.streams, self.batch_size, self.seed, rank, world)
-        return StreamLoader(steps, self._steps_per_epoch(steps, world), self._position, self.num_workers)
+        steps = self._steps(self.streams)
+        return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers)
+
+    def first_batch(self) -> dict[str, TaskBatch]:
+        """Return what the first step of a run sees."""
+        return self._steps(self.streams)[0]
 
     def evaluation_loader(self, task: str) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the labelled images of a task in their own order, (inputs, labels)."""
@@ -176,8 +184,7 @@ class UnlabeledTasks(LightningDataModule):
         stream = self.streams[task]
         visited = list(range(len(stream)))
         if steps is not None:
-            plan = _Steps({task: stream}, self.batch_size, self.seed, 0, self.trainer.world_size if self.trainer else 1)
-            visited = plan.visited(task, steps)
+            visited = self._steps({task: stream}).visited(task, steps)
         batch_size = max(self.batch_size, self.evaluation_batch_size)
         return DataLoader(Subset(stream, visited), batch_size, num_workers=self.num_workers, collate_fn=_collate)
 
@@ -206,12 +213,16 @@ class UnlabeledTasks(LightningDataModule):
             )
         return task.adapt, task.evaluate
 
-    def _steps_per_epoch(self, steps: "_Steps", world: int) -> int:
+    def _steps(self, streams: Mapping[str, Unlabeled]) -> "_Steps":
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return _Steps(streams, self.batch_size * self.batches_per_step, self.seed, rank, world)
+
+    def _steps_per_epoch(self, steps: "_Steps") -> int:
         """One epoch is the whole run where the trainer counts steps, else one pass over the longest stream."""
         trainer = self.trainer
         if trainer is not None and trainer.max_steps > 0:
             return trainer.max_steps * trainer.accumulate_grad_batches
-        return max(1, max(len(stream) // (steps.batch_size(task) * world) for task, stream in self.streams.items()))
+        return max(1, max(steps.per_pass(task) for task in self.streams))
 
     def _position(self) -> int:
         """Batches of this epoch that have been trained on."""
@@ -286,6 +297,10 @@ class _Steps(Dataset[dict[str, TaskBatch]]):
     def batch_size(self, task: str) -> int:
         """Inputs per rank and step: a stream shorter than a global batch gives each of its images once."""
         return max(1, min(self._batch_size, len(self._streams[task]) // self._world))
+
+    def per_pass(self, task: str) -> int:
+        """Steps that one pass over a task's stream takes."""
+        return len(self._streams[task]) // (self.batch_size(task) * self._world)
 
     def __getitem__(self, step: int) -> dict[str, TaskBatch]:
         return {

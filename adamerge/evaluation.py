@@ -224,8 +224,10 @@ def table(content: Mapping[str, Any], title: str | None = None, width: int = 120
     ):
         if sum(2 + max(map(len, (header, *cells))) for header, cells in (*columns, column)) - 2 <= width:
             columns.append(column)
-    result = Table(title=title, caption=_caption(content), title_justify="left", caption_justify="left",
-                   header_style="bold", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)  # fmt: skip
+    result = Table(
+        title=title, caption=_caption(content), title_justify="left", caption_justify="left", header_style="bold",
+        box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True,
+    )  # fmt: skip
     for number, (header, _) in enumerate(columns):
         style = "bold" if header == "mean" else None
         result.add_column(header, justify="right" if number else "left", no_wrap=True, style=style)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,7 +22,7 @@ from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.evaluation import Row, Stopwatch, TaskScore, score_tasks, write_summary
-from adamerge.methods import GradientMerging
+from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_optional, strings
@@ -110,7 +109,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     ensure_writable(folder)
     save_config(config, folder / CONFIG_FILE)
     objective = build(config, "objective")
-    method: GradientMerging = build(config, "method", model=assembly.model, objective=objective)
+    method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
     export = ExportMergedWeights(
         folder,
         head_info=head_info(assembly.data),
@@ -247,13 +246,12 @@ def _callbacks(config: DictConfig, folder: Path, export: ExportMergedWeights) ->
         save_last=True,
         enable_version_counter=False,
     )
-    own = [hydra.utils.instantiate(node, _convert_="object") for node in (config.callbacks or {}).values()]
+    own = [build(config, f"callbacks.{name}") for name in config.callbacks or {}]
     return [MergingProgress(), checkpoints, *own, export, GracefulStop(folder / LAST)]
 
 
 def _loggers(config: DictConfig) -> list[Any] | bool:
-    loggers = [hydra.utils.instantiate(node, _convert_="object") for node in (config.logger or {}).values()]
-    return loggers or False
+    return [build(config, f"logger.{name}") for name in config.logger or {}] or False
 
 
 def _feature_width(model: MergedModel, data: UnlabeledTasks) -> int:

@@ -9,7 +9,7 @@ stream through it once. A tile with one group is a matrix-vector product; one wi
 groups (rows, chunks) a batch of them; groups that interleave (columns) are broadcast elementwise.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, overload
@@ -22,7 +22,7 @@ from adamerge.coefficients import Coefficients
 from adamerge.granularity import GroupIndex, Segment
 from adamerge.pool import ExpertPool
 
-_TILE = 1 << 16  # entries: a fraction of a second-level cache; longer sums in float32 lose digits
+_TILE = 1 << 17  # entries: the result stays in a second-level cache; longer sums in float32 would lose digits
 _TILE_OF_ACCELERATORS = 1 << 22  # entries: most tensors are one tile, and temporaries stay bounded
 _SHORT = 16  # entries of a group, below which one small product per group costs more than broadcasting
 
@@ -121,15 +121,20 @@ class PullBack:
                 _pull_back_tile(self._sums, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
 
     @contextmanager
-    def collect(self, leaves: Mapping[str, Tensor]) -> Iterator[None]:
+    def collect(
+        self, leaves: Mapping[str, Tensor], also: Callable[[str, Tensor], None] | None = None
+    ) -> Iterator[None]:
         """Contract and drop each leaf's gradient the moment a backward pass inside the block completes it.
 
         So the gradients of a whole model never exist at once, and each is still in the cache when used.
+        ``also`` sees each name and gradient (*S) before it is dropped.
         """
 
         def arrived(name: str, leaf: Tensor) -> None:
             if leaf.grad is not None:
                 self.add(name, leaf.grad)
+                if also is not None:
+                    also(name, leaf.grad)
                 leaf.grad = None
 
         handles = [leaf.register_post_accumulate_grad_hook(partial(arrived, name)) for name, leaf in leaves.items()]

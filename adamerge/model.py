@@ -41,6 +41,8 @@ class TaskStep:
         indices: Positions of the samples in the task's stream, (B,).
         outputs: The merged model's, with gradient.
         coefficients: (E, G), a leaf: for anchors and regularisers; its gradient is added.
+        initial: The coefficients before the first step, (E, G); the same after a resume.
+        num_tasks: Batches in the step: what regularises the coefficients divides by it, to count once.
     """
 
     task: str
@@ -50,6 +52,8 @@ class TaskStep:
     coefficients: Tensor
     _teacher: Callable[[str, Tensor, Tensor], Outputs] = field(repr=False)
     _forward: Callable[[Tensor, str], Outputs] = field(repr=False)
+    initial: Tensor | None = None
+    num_tasks: int = 1
 
     def teacher(self) -> Outputs:
         """Return the outputs of the task's own raw expert for ``inputs``, without gradient, cached by index."""
@@ -156,6 +160,8 @@ class MergedModel(nn.Module):
         hidden_layers: Sequence[str] = (),
         micro_batch: MicroBatch = "auto",
         scale: float | Tensor = 1.0,
+        needs_gradient: bool = True,
+        on_gradient: Callable[[str, Tensor], None] | None = None,
     ) -> StepResult:
         """Run forward and backward of all tasks on one merge, and contract the gradient once.
 
@@ -168,6 +174,8 @@ class MergedModel(nn.Module):
             micro_batch: Most inputs in one fused forward, in whole tasks; ``"auto"`` for a rule by the inputs'
                 size and the device, None for no limit.
             scale: Factor on the losses in the backward pass that the gradient is divided by (fp16).
+            needs_gradient: False to compute the losses only; the gradient is 0 then.
+            on_gradient: Sees each merged parameter's name and gradient (*S), times ``scale``, before it is dropped.
 
         Returns:
             Losses by task, unweighted, and the gradient with respect to ``values``.
@@ -196,11 +204,14 @@ class MergedModel(nn.Module):
                         value = loss(task, output, anchor, forward)
                         losses[task] = value.detach()
                         total = total + value * (weights or {}).get(task, 1.0)
-                    is_last = i + 1 == len(groups)  # before, the gradients of the groups add up
-                    with gradient.collect(leaves if is_last else {}), torch.autocast(values.device.type, enabled=False):
+                    if not needs_gradient:
+                        continue
+                    complete = leaves if i + 1 == len(groups) else {}  # before, the gradients of the groups add up
+                    with gradient.collect(complete, on_gradient), torch.autocast(values.device.type, enabled=False):
                         (total * scale).backward()
 
-        self._call(run, leaves)
+        with torch.set_grad_enabled(needs_gradient):
+            self._call(run, leaves)
         result = gradient.result()
         if anchor.grad is not None:
             result += anchor.grad

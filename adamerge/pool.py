@@ -20,6 +20,7 @@ from adamerge.layout import KeyMap, check_layout, check_names, shared_names
 from adamerge.transforms import Transform
 
 Storage = Literal["auto", "ram", "stream"]
+_PIECE = 1 << 17  # entries of the tiles that checks and reports read
 _ALIGN = 16  # entries; 64 bytes of float32, what torch aligns tensors to
 _RAM_SHARE = 0.5  # of the free memory that task vectors may take before `auto` streams them
 
@@ -209,6 +210,11 @@ class ExpertPool:
                 row.copy_(expert).sub_(base)
         return tile
 
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
+        for start in range(0, self.base[name].numel(), _PIECE):
+            yield self.tile(name, start, min(start + _PIECE, self.base[name].numel()), reuse=True)
+
     def _buffer(self, start: int, stop: int, reuse: bool) -> Tensor:
         """Return memory for a tile (E, stop - start), aligned as the tile is in a stored stack.
 
@@ -295,8 +301,9 @@ class ExpertPool:
         """Return sizes, hashes, norms, cosines and what is skipped; one pass over the task vectors."""
         gram = torch.zeros(len(self.expert_names), len(self.expert_names), dtype=torch.float64)
         for name in self.names:
-            stacked = self.task_vectors(name).flatten(1).cpu().double()
-            gram += stacked @ stacked.T
+            for tile in self._pieces(name):
+                stacked = tile.cpu().double()
+                gram += stacked @ stacked.T
         norms = gram.diagonal().sqrt()
         scale = math.sqrt(sum(tensor.double().square().sum().item() for tensor in self.base.values()))
         hashes = self.hashes()
@@ -326,7 +333,7 @@ class ExpertPool:
         """Read the base, form or map the task vectors, and set unchanged parameters aside."""
         if self.storage == "stream":
             self._mapped = [
-                {name: checkpoint.get(self.keys.file_key(name)) for name in names}
+                {name: checkpoint.get(self.keys.file_key(name)).contiguous() for name in names}
                 for checkpoint in self._experts.values()
             ]
         for name in names:
@@ -341,7 +348,8 @@ class ExpertPool:
                 for row, checkpoint in zip(stacked, self._experts.values(), strict=True):
                     row.copy_(self._read(checkpoint, name).view(-1)).sub_(base.reshape(-1))
                 self._task_vectors[name] = self._transformed(name, stacked).to(self._dtype)
-            norms = torch.linalg.vector_norm(self.tile(name, 0, base.numel()), dim=1)
+            squares = sum(tile.double().square().sum(1) for tile in self._pieces(name))
+            norms = torch.as_tensor(squares).sqrt().to(self.compute_dtype)
             if not torch.isfinite(norms).all():
                 expert = self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]
                 key, checkpoint = self.keys.file_key(name), self._experts[expert]
@@ -392,7 +400,7 @@ class ExpertPool:
                     )
 
     def _equal(self, first: int, second: int) -> bool:
-        tiles: Iterator[Tensor] = (self.tile(name, 0, self.base[name].numel()) for name in self.names)
+        tiles = (tile for name in self.names for tile in self._pieces(name))
         return all(torch.equal(tile[first], tile[second]) for tile in tiles)
 
 

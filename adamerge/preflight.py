@@ -20,6 +20,7 @@ from adamerge.backbones import Backbone
 from adamerge.checkpoints import Checkpoint, ensure_writable, open_checkpoint
 from adamerge.errors import InputError, did_you_mean
 from adamerge.layout import KeyMap, check_layout, check_names
+from adamerge.objectives import check_objective
 from adamerge.pool import check_storage, free_memory
 
 log = logging.getLogger(__name__)
@@ -41,12 +42,17 @@ def check(config: DictConfig) -> list[str]:
             problems.append(str(error))
 
     problems += unknown_keys(config)
-    for node in ("objective", "granularity", "constraint"):
+    with collecting():
+        check_objective(build(config, "objective"))
+    for node in ("granularity", "constraint"):
         with collecting():
             build(config, node)
     with collecting():
         build_optional(config, "transform")
-    for node in ("optimizer", "method", "trainer"):
+    with collecting():
+        _try_optimizer(config)
+    extras = [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
+    for node in ("method", "trainer", *extras):
         with collecting():
             _check_signature(config, node)
     backbone: Backbone | None = None
@@ -66,13 +72,19 @@ def check(config: DictConfig) -> list[str]:
 def build(config: DictConfig, node: str, **objects: Any) -> Any:
     """Instantiate one node of the configuration; what goes wrong is said with the node's name.
 
+    Args:
+        config: The whole configuration.
+        node: Which, dotted for nested ones.
+        objects: Arguments that are not in the configuration.
+
     Raises:
         InputError: If the target does not exist, an option is unknown, or the target refuses it.
     """
     _check_signature(config, node)
+    content = OmegaConf.select(config, node)
+    log.debug("%s: imports %s", node, content._target_)
     try:
-        log.debug("%s: imports %s", node, config[node]._target_)
-        return hydra.utils.instantiate(config[node], _convert_="object", **objects)
+        return hydra.utils.instantiate(content, _convert_="object", **objects)
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, InputError):
@@ -96,6 +108,16 @@ def ensure_parent_writable(folder: Path) -> None:
     if not parent.is_dir():
         raise InputError(f"Output folder {folder}: {parent} is a file. Choose another run_dir.")
     ensure_writable(parent)
+
+
+def _try_optimizer(config: DictConfig) -> None:
+    """Make the optimizer for a dummy parameter, as it refuses its options only when it is made."""
+    try:
+        build(config, "optimizer")([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"optimizer: {error}.") from error
 
 
 def unknown_keys(config: DictConfig) -> list[str]:
@@ -125,8 +147,9 @@ def _default_keys() -> Sequence[str]:
 def _check_pool(config: DictConfig, backbone: Backbone) -> list[str]:
     """Compare the headers of the pool's files, and forecast memory and disk."""
     node = config.pool
-    if OmegaConf.is_missing(node, "base"):
-        raise InputError("pool.base: name the pretrained checkpoint: pool.base=FILE.")
+    for key, example in (("base", "pool.base=FILE"), ("experts", "'pool.experts={name: FILE, ...}'")):
+        if OmegaConf.is_missing(node, key):
+            raise InputError(f"pool.{key}: must be given: {example}.")
     experts = dict(node.experts)
     check_names(experts)
     problems, opened = [], {}
@@ -160,7 +183,7 @@ def _check_pool(config: DictConfig, backbone: Backbone) -> list[str]:
 
 def _check_signature(config: DictConfig, node: str) -> None:
     """Check that a node's target exists and takes the node's options, without calling it."""
-    content = config.get(node)
+    content = OmegaConf.select(config, node)
     if not isinstance(content, DictConfig) or "_target_" not in content:
         raise InputError(f"{node}: expected a node with _target_ (an import path), found {content!r}.")
     target = str(content._target_)

@@ -1,10 +1,12 @@
-"""Export without data: a run's last checkpoint, or a coefficients file."""
+"""Export on request: a run's last checkpoint, or a coefficients file."""
 
+import shutil
 from pathlib import Path
 
 import torch
 
 from adamerge import launch
+from adamerge.checkpoints import atomic_path
 from adamerge.coefficients import Coefficients, load_coefficients
 from adamerge.errors import InputError
 from adamerge.export import export
@@ -13,27 +15,44 @@ from adamerge.preflight import build
 
 
 def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[str, Path]:
-    """Export a run from its last checkpoint or from given coefficients; no image is read.
+    """Export a run from its last checkpoint, or replay given coefficients.
 
     Args:
-        run_dir: The folder of the run, for its configuration and heads.
-        coefficients: A ``coefficients.json`` of the same pool; default the run's last checkpoint.
-        output: Where to write.
+        run_dir: The folder of the run, for its configuration.
+        coefficients: A ``coefficients.json`` of the same pool: no image is read, and the heads are the run's own, if
+            it has exported any. Default the run's last checkpoint, with heads built anew.
+        output: Where to write; the run's own folder only while it has no export.
 
     Raises:
         InputError: If the folder is not a run's, has no checkpoint, or the coefficients are another pool's.
     """
     config = launch.load_config(run_dir)
+    if output.resolve() == run_dir.resolve() and (run_dir / "merged.safetensors").exists():
+        raise InputError(f"{run_dir} has an export already, which would be replaced. Give --output.")
+    source = coefficients or run_dir / launch.LAST
+    recipe = {"config": launch.plain(config), "replayed": str(source)}
+    if coefficients is None:
+        assembly = launch.assemble(config)
+        values = assembly.model.coefficients  # frozen groups keep their initial value; the checkpoint lacks them
+        _restore(values, source)
+        return export(
+            assembly.pool,
+            values,
+            output,
+            heads=assembly.heads,
+            head_info=launch.head_info(assembly.data),
+            sidecar=assembly.backbone.sidecar(),
+            recipe=recipe,
+        )
     backbone = build(config, "backbone")
     pool = launch.build_pool(config, backbone)
-    granularity = build(config, "granularity")
-    if coefficients is not None:
-        values = load_coefficients(coefficients, pool, granularity)
-    else:
-        values = Coefficients(pool, granularity, init=0.0, constraint=build(config, "constraint"))
-        _restore(values, run_dir / launch.LAST)
-    recipe = {"config": launch.plain(config), "replayed": str(coefficients or run_dir / launch.LAST)}
-    return export(pool, values, output, sidecar=backbone.sidecar(), recipe=recipe)
+    values = load_coefficients(coefficients, pool, build(config, "granularity"))
+    files = export(pool, values, output, sidecar=backbone.sidecar(), recipe=recipe)
+    if (run_dir / "heads.safetensors").is_file():
+        files["heads"] = output / "heads.safetensors"
+        with atomic_path(files["heads"]) as temporary:
+            shutil.copyfile(run_dir / "heads.safetensors", temporary)
+    return files
 
 
 def export_files(

@@ -16,7 +16,9 @@ FOLDER = Path(adamerge.configs.__file__).parent
 REQUIRED = {
     "backbone=open_clip": ["backbone.model=ViT-B-32"],
     "backbone=torchvision": ["backbone.model=resnet18"],
-    "pool=files": ["pool.base=base.safetensors"],
+    "pool=files": ["pool.base=base.safetensors", "pool.experts={cars: cars.safetensors}"],
+    "data=folders": ["data.tasks={cars: {_target_: adamerge.data.Task}}"],
+    "granularity=pattern": [r"granularity.groups={attention: \.attn\.}"],
 }
 CHOICES = sorted(
     f"{path.parent.relative_to(FOLDER)}={path.stem}" for path in FOLDER.rglob("*.yaml") if path.parent != FOLDER

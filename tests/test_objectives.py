@@ -9,8 +9,11 @@ from toy import run_step
 
 from adamerge import Coefficients, InputError, Outputs, TaskStep
 from adamerge.objectives import Objective
+from adamerge.objectives.alignment import Alignment
+from adamerge.objectives.combine import Combine
 from adamerge.objectives.entropy import Entropy, softmax_entropy
 from adamerge.objectives.imitation import Imitation
+from adamerge.objectives.infomax import InfoMax, marginal_entropy
 
 
 def make_step(logits: torch.Tensor, teacher: torch.Tensor | None = None) -> TaskStep:
@@ -28,7 +31,20 @@ def make_step(logits: torch.Tensor, teacher: torch.Tensor | None = None) -> Task
 logits = st.lists(st.floats(-20, 20), min_size=2, max_size=6).map(lambda v: torch.tensor([v], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("objective", [Entropy(), Imitation()])
+ALL = [
+    Entropy(),
+    Entropy(reliable=0.9),
+    Imitation(),
+    Imitation(2.0),
+    Imitation(targets="hard"),
+    Imitation(drop_unsure=True),
+    InfoMax(),
+    Alignment(anchor=0.0),
+    Combine({"entropy": Entropy(), "imitation": Imitation()}, {"entropy": 0.5}),
+]
+
+
+@pytest.mark.parametrize("objective", ALL, ids=str)
 def test_objectives_keep_the_protocol(objective):
     assert isinstance(objective, Objective)
     assert tuple(objective.hidden_layers) == ()
@@ -38,7 +54,7 @@ def test_objectives_keep_the_protocol(objective):
 
 def test_task_step_has_no_place_for_labels():
     assert set(TaskStep.__dataclass_fields__) == {
-        "task", "inputs", "indices", "outputs", "coefficients", "_teacher", "_forward"
+        "task", "inputs", "indices", "outputs", "coefficients", "initial", "num_tasks", "_teacher", "_forward"
     }  # fmt: skip
 
 
@@ -123,10 +139,159 @@ def test_imitation_temperature_not_positive_is_refused(temperature):
         Imitation(temperature)
 
 
+def test_imitation_hard_is_cross_entropy_to_the_experts_class_by_hand():
+    merged, expert = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+    by_hand = -(math.log(0.5) + math.log(0.1)) / 2
+    assert Imitation(targets="hard")(make_step(merged.log(), expert.log())).item() == pytest.approx(by_hand, rel=1e-5)
+    tokens = torch.randn(2, 3, 5)  # logits of any rank
+    assert Imitation(targets="hard")(make_step(tokens, tokens)).ndim == 0
+
+
+@pytest.mark.parametrize("targets", ["soft", "hard"])
+def test_imitation_drop_unsure_leaves_out_less_confident_experts_that_disagree(targets):
+    merged = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]]).log().requires_grad_()
+    expert = torch.tensor([[0.3, 0.7], [0.3, 0.7], [0.6, 0.4]]).log()  # unsure, surer, agrees
+    objective = Imitation(targets=targets, drop_unsure=True)
+    kept = Imitation(targets=targets)(make_step(merged[1:], expert[1:]))
+    assert objective(make_step(merged, expert)).item() == pytest.approx(kept.item(), rel=1e-5)
+    nothing_left = objective(make_step(merged[:1], expert[:1]))
+    nothing_left.backward()
+    assert nothing_left.item() == 0
+    assert (merged.grad == 0).all()
+
+
+def test_imitation_options_are_checked():
+    with pytest.raises(InputError, match=r"objective\.targets: expected 'soft' or 'hard', found 'firm'"):
+        Imitation(targets="firm")
+    with pytest.raises(InputError, match=r"objective\.temperature: expected 1 with targets=hard, found 2"):
+        Imitation(2.0, targets="hard")
+
+
+# Entropy of reliable samples
+
+
+def test_entropy_reliable_keeps_samples_below_the_share_of_log_classes():
+    p = torch.tensor([[0.97, 0.01, 0.01, 0.01], [0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
+    entropies = -(p * p.log()).sum(-1)
+    assert entropies[0] < 0.4 * math.log(4) < entropies[1]
+    assert Entropy(reliable=0.4)(make_step(p.log())).item() == pytest.approx(entropies[0].item(), rel=1e-9)
+    none_left = p[1:].log().requires_grad_()
+    loss = Entropy(reliable=0.4)(make_step(none_left))
+    loss.backward()
+    assert loss.item() == 0
+    assert (none_left.grad == 0).all()
+    with pytest.raises(InputError, match=r"objective\.reliable: expected a share of ln C .* found 40"):
+        Entropy(reliable=40)
+
+
+# InfoMax
+
+
+def test_infomax_by_hand_and_lowest_for_confident_balanced_predictions():
+    p = torch.tensor([[0.8, 0.2], [0.4, 0.6]], dtype=torch.float64)
+    mean = p.mean(0)
+    by_hand = -(p * p.log()).sum(-1).mean() + 0.5 * (mean * mean.log()).sum()
+    assert InfoMax(0.5)(make_step(p.log())).item() == pytest.approx(by_hand.item(), rel=1e-9)
+    balanced, collapsed = torch.tensor([[99.0, 0.0], [0.0, 99.0]]), torch.tensor([[99.0, 0.0], [99.0, 0.0]])
+    assert InfoMax()(make_step(balanced)).item() == pytest.approx(-math.log(2), rel=1e-5)
+    assert InfoMax()(make_step(collapsed)).item() == pytest.approx(0, abs=1e-6)
+    assert InfoMax(0.0)(make_step(p.log())).item() == pytest.approx(Entropy()(make_step(p.log())).item())
+    with pytest.raises(InputError, match=r"objective\.diversity: expected a number >= 0"):
+        InfoMax(-1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_marginal_entropy_of_saturated_half_precision_is_finite_with_finite_gradient(dtype):
+    saturated = torch.tensor([[60000.0, -60000.0], [0.0, 100.0]], dtype=dtype, requires_grad=True)
+    value = marginal_entropy(saturated)
+    value.backward()
+    assert value.item() == pytest.approx(math.log(2), rel=1e-3)
+    assert torch.isfinite(saturated.grad).all()
+
+
+# Alignment
+
+
+def alignment_step(coefficients: torch.Tensor, initial: torch.Tensor | None, num_tasks: int = 1) -> TaskStep:
+    """Two samples; the merged model's outputs are 0, the expert's known."""
+    hidden = {"a": torch.zeros(2, 3, 2), "b.c": torch.zeros(2, 4)}
+    merged = Outputs(torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.zeros(2, 5), hidden)
+    theirs = {"a": torch.full((2, 3, 2), 2.0), "b.c": torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 3.0]])}
+    expert = Outputs(torch.tensor([[0.8, 0.2], [0.5, 0.5]]).log(), torch.full((2, 5), 0.5), theirs)
+    return TaskStep(
+        "task", torch.zeros(2, 1), torch.arange(2), merged, coefficients, lambda *_: expert, None, initial, num_tasks
+    )
+
+
+def test_alignment_terms_by_hand():
+    step = alignment_step(torch.zeros(2, 3), torch.zeros(2, 3))
+    divergence = Imitation()(make_step(step.outputs.logits, step.teacher().logits)).item()
+    only_logits = Alignment(anchor=0.0)
+    assert only_logits(step).item() == pytest.approx(divergence, rel=1e-6)
+    layers = {"hidden_layers": ["a", "b.*"], "anchor": 0.0, "logit_weight": 0.0}
+    squared_norms = 6 * 4.0 + (1.0 + 9.0) / 2  # layer a; layer b.c averaged over the two samples
+    assert Alignment(**layers)(step).item() == pytest.approx(squared_norms)
+    assert Alignment(**layers, distance="mean")(step).item() == pytest.approx((4.0 + 10 / 8) / 2)
+    assert Alignment(**{**layers, "hidden_layers": ["a"]}, hidden_weight=0.5)(step).item() == pytest.approx(12.0)
+    features = Alignment(logit_weight=0.0, feature_weight=2.0, anchor=0.0)
+    assert features(step).item() == pytest.approx(2 * 5 * 0.25)
+    weighted = Alignment(anchor=0.0, task_weights={"task": 3.0, "other": 9.0})
+    assert weighted(step).item() == pytest.approx(3 * divergence, rel=1e-6)
+
+
+def test_alignment_anchor_is_the_mean_distance_to_the_start_and_times_experts_in_the_code():
+    initial = torch.full((2, 3), 0.3)
+    coefficients = torch.tensor([[0.3, 0.4, 0.1], [0.3, 0.3, 0.9]])
+    mean = (0.1 + 0.2 + 0.6) / 6
+    free = Alignment(anchor=0.0)(alignment_step(coefficients, initial)).item()
+    paper = Alignment(anchor=5.0)(alignment_step(coefficients, initial)).item() - free
+    code = Alignment(anchor=5.0, anchor_scale="code")(alignment_step(coefficients, initial)).item() - free
+    assert paper == pytest.approx(5 * mean, rel=1e-4)
+    assert code == pytest.approx(2 * 5 * mean, rel=1e-4)  # two experts
+    shared = Alignment(anchor=5.0)(alignment_step(coefficients, initial, num_tasks=4)).item() - free
+    assert 4 * shared == pytest.approx(paper, rel=1e-4)  # the sum over the tasks holds it once
+    with pytest.raises(InputError, match=r"objective\.anchor: the step does not say where"):
+        Alignment()(alignment_step(coefficients, None))
+
+
+def test_alignment_options_are_checked():
+    for options, message in (
+        ({"temperature": 0}, "objective.temperature: expected a number > 0"),
+        ({"distance": "max"}, "objective.distance: expected 'sum' or 'mean'"),
+        ({"anchor_scale": "both"}, "objective.anchor_scale: expected 'paper' or 'code'"),
+        ({"anchor": -1}, "objective.anchor: expected a number >= 0"),
+        ({"logit_weight": 0}, "objective: expected a term that compares with the expert, found none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Alignment(**options)
+
+
+# Combine
+
+
+def test_combine_is_the_weighted_sum_and_the_union_of_what_the_terms_need():
+    step = make_step(torch.randn(3, 4), torch.randn(3, 4))
+    both = Combine({"a": Entropy(), "b": Imitation()}, {"b": 0.5})
+    assert both(step).item() == pytest.approx((Entropy()(step) + 0.5 * Imitation()(step)).item())
+    assert both.uses_teacher
+    assert not Combine({"a": Entropy()}).uses_teacher
+    layers = Combine({"a": Alignment(hidden_layers=("x", "y")), "b": Entropy(hidden_layers=("y", "z"))}).hidden_layers
+    assert layers == ("x", "y", "z")
+
+
+def test_combine_options_are_checked():
+    with pytest.raises(InputError, match=r"objective\.terms: expected at least one"):
+        Combine({})
+    with pytest.raises(InputError, match=r"objective\.terms\.a: expected an objective .*found 'entropy'"):
+        Combine({"a": "entropy"})
+    with pytest.raises(InputError, match=r"objective\.weights: no term 'entropi'\. Did you mean 'entropy'\?"):
+        Combine({"entropy": Entropy()}, {"entropi": 1.0})
+
+
 # On the toy problem
 
 
-@pytest.mark.parametrize("objective", [Entropy(), Imitation(), Imitation(2.0)], ids=str)
+@pytest.mark.parametrize("objective", ALL, ids=str)
 @pytest.mark.parametrize("granularity", ["layer", "row"])
 def test_objective_falls_on_the_toy_problem(toy, objective, granularity):
     pool = toy.pool()

@@ -59,3 +59,10 @@ def test_coefficients_of_another_transform_are_refused(toy: Toy, tmp_path):
     assert torch.equal(load_coefficients(tmp_path / "c.json", trimmed)(), Coefficients(trimmed, "layer")())
     with pytest.raises(InputError, match=r"made for the task vectors .*'trim'.*transform': None"):
         load_coefficients(tmp_path / "c.json", toy.pool())
+
+
+def test_coefficients_of_other_parameters_are_refused(toy: Toy, tmp_path):
+    fewer = toy.pool(exclude=["stem.*"])
+    save_coefficients(Coefficients(fewer, "task"), tmp_path / "c.json", fewer)
+    with pytest.raises(InputError, match=r"same dtype, transform and parameters \(include, exclude\)"):
+        load_coefficients(tmp_path / "c.json", toy.pool())

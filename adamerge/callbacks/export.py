@@ -11,6 +11,7 @@ from adamerge.checkpoints import ensure_writable
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.export import export
+from adamerge.methods import FrankWolfeMerging
 from adamerge.model import MergedModel
 
 
@@ -64,6 +65,8 @@ class ExportMergedWeights(Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
             recipe |= {"protocol": data.protocol, "seed": data.seed}
+        if isinstance(pl_module, FrankWolfeMerging):
+            recipe["frank_wolfe"] = pl_module.export_facts()
         self.files = export(
             model.pool,
             model.coefficients,

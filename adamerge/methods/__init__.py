@@ -1,3 +1,4 @@
 """How coefficients move: LightningModules."""
 
+from adamerge.methods.frank_wolfe import FrankWolfeMerging as FrankWolfeMerging
 from adamerge.methods.gradient import GradientMerging as GradientMerging

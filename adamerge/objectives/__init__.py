@@ -5,11 +5,13 @@ is chosen by import path (``objective._target_=my_package.MyObjective``). Frozen
 well: a wrong option then fails when the run is set up.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from adamerge.errors import InputError
 from adamerge.model import TaskStep
 
 
@@ -30,3 +32,27 @@ class Objective(Protocol):
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the loss, a scalar that depends on the merged model's outputs."""
         ...
+
+
+def check_objective(objective: object) -> None:
+    """Check that an objective can be called with one step, without calling it.
+
+    Raises:
+        InputError: If it cannot, or its ``hidden_layers`` are not a list of texts.
+    """
+    if not callable(objective) or isinstance(objective, type):
+        raise InputError(f"objective: expected a callable that takes a TaskStep, found {objective!r}.")
+    name = type(objective).__name__
+    try:
+        inspect.signature(objective).bind(None)
+    except TypeError as error:
+        raise InputError(
+            f"Objective {name} must take one argument, the TaskStep, found "
+            f"{inspect.signature(objective)} ({error}). Give further arguments a default or set them in __init__."
+        ) from error
+    layers = getattr(objective, "hidden_layers", ())
+    if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+        raise InputError(
+            f"Objective {name}.hidden_layers: expected a list of module paths or globs, found {layers!r}; "
+            "write [...] around a single one."
+        )

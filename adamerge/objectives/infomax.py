@@ -1,8 +1,8 @@
 """Information maximization (SHOT): confident predictions that do not all name one class."""
 
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
@@ -49,5 +49,5 @@ def marginal_entropy(logits: Tensor) -> Tensor:
     """
     log_probabilities = log_softmax(logits).flatten(0, -2)
     # of the mean, without leaving the logarithm
-    log_mean = log_probabilities.logsumexp(0) - torch.tensor(float(len(log_probabilities))).log()
+    log_mean = log_probabilities.logsumexp(0) - math.log(len(log_probabilities))
     return -(log_mean.exp() * log_mean).sum()

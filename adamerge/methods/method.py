@@ -1,0 +1,247 @@
+"""What all methods share: one step of the objective on the merged model, its teachers, guards and reports."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from adamerge.data import TaskBatch, UnlabeledTasks
+from adamerge.errors import GuardError, InputError, did_you_mean
+from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
+from adamerge.objectives import Objective, check_objective
+
+
+class MergingMethod(LightningModule):
+    r"""Hand each task's batch to an objective; how the coefficients move is for the methods to say.
+
+    A training step returns the surrogate :math:`L + \langle \lambda - \bar\lambda, g \rangle` where
+    :math:`\bar\lambda` is the detached :math:`\lambda` and :math:`g = dL/d\lambda` comes from the engine:
+    its value is the loss and its gradient is g, so that Lightning's automatic optimization does clipping,
+    accumulation, gradient scaling and the reduction over devices, and constraints differentiate themselves.
+
+    Args:
+        model: The merged model; its coefficients are the only parameters.
+        objective: The loss, see :mod:`adamerge.objectives`.
+        task_weights: Task to the factor of its loss, default 1.
+        reduction: ``"mean"`` or ``"sum"`` over the tasks (AdaMerging sums; Adam is indifferent).
+        micro_batch: Most inputs in one forward pass, in whole tasks; None for no limit.
+
+    Raises:
+        InputError: If an option is unknown or the objective cannot be called with a step.
+
+    Attributes:
+        task_weights: Task to factor; callbacks may change it between steps.
+        uses_teacher: Whether the experts are asked before the first step; callbacks may set it in ``setup``.
+        observers: Called with each :class:`TaskStep` of a training step; they must not change it.
+    """
+
+    def __init__(
+        self,
+        model: MergedModel,
+        objective: Objective,
+        *,
+        task_weights: Mapping[str, float] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        micro_batch: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_objective(objective)
+        if reduction not in ("mean", "sum"):
+            raise InputError(f"method.reduction: expected 'mean' or 'sum', found {reduction!r}.")
+        self.model = model
+        self.objective = objective
+        self.task_weights = dict(task_weights or {})
+        self.uses_teacher = bool(getattr(objective, "uses_teacher", False))
+        self.observers: list[Callable[[TaskStep], None]] = []
+        self._reduction = reduction
+        self._micro_batch = micro_batch
+
+    def on_fit_start(self) -> None:
+        """Move what Lightning does not see to the device, ask the teachers if needed, and try the objective."""
+        self.model.to_device(self.device)
+        data = self._datamodule()
+        tasks: Mapping[str, Any] = data.streams if data else self.task_weights
+        for option, weights in (
+            ("method.task_weights", self.task_weights),
+            ("objective.task_weights", getattr(self.objective, "task_weights", None) or {}),
+        ):
+            for task in weights:
+                if data and task not in tasks:
+                    raise InputError(f"{option}: no task {task!r}.{did_you_mean(task, tasks)}")
+        if data and self.uses_teacher:
+            self._ask_teachers(data)
+        if data:
+            self._try_objective(data)
+
+    def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
+        """Return the surrogate loss of one step; ``batch`` maps tasks to their unlabeled batches."""
+        values = self.model.coefficients()
+        loss, result = self.run(batch, values, scale=self._loss_scale())
+        self._guard(result.losses, result.gradient)
+        self._report(loss, result.losses, values, sum(len(data.indices) for data in batch.values()))
+        surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
+        return surrogate
+
+    def run(
+        self,
+        batch: Mapping[str, TaskBatch],
+        values: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        needs_gradient: bool = True,
+    ) -> tuple[Tensor, StepResult]:
+        """Return the total loss at coefficients ``values`` (E, G), the losses by task, and the gradient (E, G)."""
+        weights = self._weights(batch)
+        result = self.model.step(
+            {task: data.inputs for task, data in batch.items()},
+            functools.partial(self._loss, batch),
+            values=values,
+            weights=weights,
+            hidden_layers=self._hidden_layers,
+            micro_batch=self._micro_batch,
+            scale=scale,
+            needs_gradient=needs_gradient,
+            on_gradient=self.on_parameter_gradient if needs_gradient else None,
+        )
+        return torch.stack([result.losses[task] * weights[task] for task in batch]).sum(), result
+
+    def on_parameter_gradient(self, name: str, gradient: Tensor) -> None:
+        """See the gradient (*S) of one merged parameter during a training step's backward pass."""
+
+    @property
+    def _hidden_layers(self) -> tuple[str, ...]:
+        return tuple(getattr(self.objective, "hidden_layers", ()))
+
+    def _loss(
+        self,
+        batch: Mapping[str, TaskBatch],
+        task: str,
+        outputs: Outputs,
+        coefficients: Tensor,
+        forward: Callable[[Tensor, str], Outputs],
+    ) -> Tensor:
+        """Hand one task's batches to the objective, and check and sum what comes back."""
+        data = self._datamodule()
+        count = data.batches_per_step if data else 1
+        losses = []
+        for (inputs, indices), part in _parts(batch[task], outputs, count):
+            step = TaskStep(
+                task, inputs, indices, part, coefficients, self._teacher, forward,
+                initial=self.model.coefficients.initial, num_tasks=len(batch) * count,
+            )  # fmt: skip
+            loss = self.objective(step)
+            self._check(loss, task)
+            losses.append(loss)
+            if torch.is_grad_enabled():  # a training step, not a line search
+                for observer in self.observers:
+                    observer(step)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _check(self, loss: object, task: str) -> None:
+        name = type(self.objective).__name__
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(
+                f"Objective {name} must return a scalar tensor, found {found}. Take the mean over the batch."
+            )
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise InputError(
+                f"Objective {name} returned a loss that does not depend on the merged model's outputs (task {task!r}). "
+                "Compute it from step.outputs, without detach() or no_grad()."
+            )
+
+    def _try_objective(self, data: UnlabeledTasks) -> None:
+        """Refuse, before the first step, an objective that is not finite or does not feel the coefficients."""
+        batch = {task: TaskBatch(*(t.to(self.device) for t in part)) for task, part in data.first_batch().items()}
+        values = self.model.coefficients().detach()
+        observers, self.observers = self.observers, []
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
+            _, result = self.run(batch, values)
+            name = type(self.objective).__name__
+            for task, loss in result.losses.items():
+                if not torch.isfinite(loss):
+                    raise InputError(
+                        f"Objective {name} gives {loss.item()} for task {task!r} before the first step. Look at that "
+                        "task's images, and at logarithms and divisions in the objective."
+                    )
+            if not result.gradient.any():
+                _, moved = self.run(batch, values * 0.5 + 0.1, needs_gradient=False)
+                if all(torch.equal(moved.losses[task], loss) for task, loss in result.losses.items()):
+                    raise InputError(
+                        f"Objective {name} does not change with the coefficients on the first batch. Compute it from "
+                        "step.outputs, and check that a filter does not leave every sample out."
+                    )
+        self.observers = observers
+
+    def _teacher(self, task: str, inputs: Tensor, indices: Tensor) -> Outputs:
+        return self.model.teacher(task, inputs, indices, self._hidden_layers)
+
+    def _ask_teachers(self, data: UnlabeledTasks) -> None:
+        """Fill the teacher cache in a fixed order, one expert in memory at a time."""
+        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches if self.trainer.max_steps > 0 else None
+        console = Console(stderr=True)
+        hide = not (console.is_terminal and self.trainer.is_global_zero and self.trainer.progress_bar_callback)
+        for task in track(data.streams, "Asking the experts", console=console, transient=True, disable=hide):
+            batches = [TaskBatch(*batch) for batch in data.teacher_loader(task, steps)]
+            inputs = ((task, batch.inputs.to(self.device)) for batch in batches)
+            with self.trainer.precision_plugin.forward_context():
+                outputs = self.model.expert_outputs(self.model.teacher_of(task), inputs, self._hidden_layers)
+                for batch, output in zip(batches, outputs, strict=True):
+                    self.model.teacher_cache.put(task, batch.indices, output)
+
+    def _datamodule(self) -> UnlabeledTasks | None:
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, UnlabeledTasks) else None
+
+    def _weights(self, batch: Mapping[str, TaskBatch]) -> dict[str, float]:
+        share = 1 / len(batch) if self._reduction == "mean" else 1.0
+        return {task: share * self.task_weights.get(task, 1.0) for task in batch}
+
+    def _loss_scale(self) -> float | Tensor:
+        """The factor of the inner backward pass, so that fp16 gradients do not underflow."""
+        plugin = self.trainer.precision_plugin
+        scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def _guard(self, losses: Mapping[str, Tensor], gradient: Tensor) -> None:
+        """Stop on NaN or infinity before the optimizer sees it; the coefficients keep their last good values."""
+        bad = [task for task, loss in losses.items() if not torch.isfinite(loss)]
+        if bad:
+            raise GuardError(
+                f"Step {self.global_step}: the loss of task {bad[0]!r} is {losses[bad[0]].item()}. The coefficients "
+                "keep their last good values. Lower the learning rate, or look at that task's images."
+            )
+        scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and self.trainer.precision_plugin.scaler
+        if not scaled and not torch.isfinite(gradient).all():
+            expert, group = (~torch.isfinite(gradient)).nonzero()[0].tolist()
+            raise GuardError(
+                f"Step {self.global_step}: the gradient of the coefficient of expert "
+                f"{self.model.pool.expert_names[expert]!r}, group {self.model.coefficients.group_names[group]!r}, "
+                "is not finite. The coefficients keep their last good values. Lower the learning rate."
+            )
+
+    def _report(self, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:
+        values = values.detach()
+        travel = (values - self.model.coefficients.initial).abs().mean()
+        self.log("adapt/loss", loss, prog_bar=True, batch_size=batch_size)
+        self.log("adapt/coefficient", values.mean(), prog_bar=True, batch_size=batch_size)
+        scalars = {f"adapt/loss/{task}": value for task, value in losses.items()}
+        scalars |= {"adapt/coefficient/min": values.min(), "adapt/coefficient/max": values.max()}
+        self.log_dict({**scalars, "adapt/travel": travel}, batch_size=batch_size)
+
+
+def _parts(batch: TaskBatch, outputs: Outputs, count: int) -> Iterator[tuple[TaskBatch, Outputs]]:
+    """Divide a task's samples and outputs into ``count`` batches."""
+    size = -(-len(batch.indices) // count)
+    for start in range(0, len(batch.indices), size):
+        at = slice(start, start + size)
+        hidden = {name: value[at] for name, value in outputs.hidden.items()}
+        part = outputs if count == 1 else Outputs(outputs.logits[at], outputs.features[at], hidden)
+        yield TaskBatch(batch.inputs[at], batch.indices[at]), part
