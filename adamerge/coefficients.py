@@ -361,8 +361,8 @@ def _check_content(content: Any, pool: ExpertPool, source: str) -> None:
     made, here = content.get("task_vectors"), _task_vectors(pool)
     if recorded and made != here:
         raise InputError(
-            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same dtype, "
-            "transform and parameters (include, exclude), for example by naming the run's folder."
+            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same "
+            "dtype, transform and parameters (include, exclude), for example by naming the run's folder."
         )
 
 
