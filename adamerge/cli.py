@@ -6,8 +6,6 @@ Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 preempted a
 
 import json
 import logging
-import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,23 +17,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from adamerge.callbacks.stop import EXIT_INTERRUPTED, Interrupted
-from adamerge.errors import GuardError, InputError, did_you_mean
+from adamerge.errors import GuardError, InputError
 from adamerge.version import __version__
 
 EXIT_INPUT = 2
 EXIT_GUARD = 3
-_FLAGS_WITH_VALUE = (
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--package",
-    "-p",
-    "--cfg",
-    "-c",
-)
 
 _PIPED_WIDTH = 120  # characters, where there is no terminal to ask
 
@@ -73,8 +59,8 @@ def demo(output: Path, seed: int, fast: bool, transductive: bool) -> None:
 def adapt(overrides: tuple[str, ...]) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
     from adamerge import preflight
+    from adamerge.composition import compose, hand_over
 
-    register_resolvers()
     arguments, resume = _take_resume(list(overrides))
     if resume not in (None, "auto"):
         _resume(Path(str(resume)), arguments)
@@ -85,7 +71,7 @@ def adapt(overrides: tuple[str, ...]) -> None:
     if all(flag.split("=")[0] in ("--config-dir", "-cd") for flag in flags):
         # A plain run: everything that can be wrong is found before a folder is made or a weight read.
         _refuse(preflight.check(compose(arguments)))
-    _hydra([*overrides] if resume == "auto" else arguments)
+    hand_over([*overrides] if resume == "auto" else arguments, _job)
 
 
 @app.command(
@@ -96,8 +82,8 @@ def adapt(overrides: tuple[str, ...]) -> None:
 def check(overrides: tuple[str, ...]) -> None:
     """Read configuration and file headers of `adamerge adapt OVERRIDES`, and report everything that is wrong."""
     from adamerge import preflight
+    from adamerge.composition import compose
 
-    register_resolvers()
     problems = preflight.check(compose(list(overrides)))
     for problem in problems:
         err.print(f"[red]error:[/] {_escape(problem)}")
@@ -115,7 +101,6 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     from adamerge import launch
     from adamerge.evaluation import summary, table, write_summary
 
-    register_resolvers()
     config = launch.load_config(run_dir)
     assembly = launch.assemble(config)
     rows = launch.score_run(config, assembly, checkpoint or run_dir / "merged.safetensors", 0.0)
@@ -151,7 +136,6 @@ def export(
     """
     from adamerge import replay
 
-    register_resolvers()
     if run_dir is not None:
         files = replay.export_run(run_dir, coefficients, output or run_dir)
     elif base is None or coefficients is None or output is None or not experts:
@@ -171,6 +155,7 @@ def export(
 def inspect(base: Path | None, experts: tuple[str, ...], pool: str | None, prefix: str | None, as_json: bool) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
     from adamerge import inspection
+    from adamerge.composition import register_resolvers
 
     register_resolvers()
     if pool is not None:
@@ -214,37 +199,6 @@ class _JobFailed(SystemExit):
         self.error = error
 
 
-def register_resolvers() -> None:
-    """Let yaml files name the shipped zoo: ``${zoo:base.safetensors}``."""
-    from omegaconf import OmegaConf
-
-    from adamerge.zoo import files
-
-    OmegaConf.register_new_resolver("zoo", lambda path="": str(files() / str(path)), replace=True)
-
-
-def compose(arguments: Sequence[str]) -> Any:
-    """Compose the configuration of ``adapt`` without running it.
-
-    Raises:
-        InputError: If an override or a file is wrong; with the nearest known name.
-    """
-    import hydra
-    from hydra.core.utils import setup_globals
-
-    from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
-
-    setup_globals()
-    overrides, folder = _take_config_dir(arguments)
-    if folder is not None:
-        overrides.append(f"hydra.searchpath=[file://{folder.absolute()}]")
-    try:
-        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
-            return hydra.compose(CONFIG_NAME, overrides=overrides)
-    except Exception as error:
-        raise _explained(error, arguments) from error
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what is wrong with the input is one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -267,27 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _hydra(arguments: Sequence[str]) -> None:
-    """Hand over to Hydra: it composes again, makes the run folder (or the sweep's), and calls the job."""
-    import hydra
-
-    from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
-
-    sys.argv = ["adamerge adapt", *_flags_first(arguments)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
-    try:
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(_job)()
-    except Exception as error:
-        if type(error).__module__.startswith(("hydra", "omegaconf")):
-            raise _explained(error, arguments) from error
-        raise
-
-
 def _job(config: Any) -> None:
     """One run, called by Hydra, in this process or in a launcher's."""
     from hydra.core.hydra_config import HydraConfig
 
     from adamerge import launch
+    from adamerge.composition import register_resolvers
 
     register_resolvers()
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -341,73 +280,6 @@ def _take_resume(arguments: list[str]) -> tuple[list[str], str | None]:
     resume = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
     value = resume[-1] if resume and resume[-1] not in ("null", "") else None
     return [a for a in arguments if not a.startswith("resume=")], value
-
-
-def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Split Hydra's flags off, as the compose API takes overrides only."""
-    overrides, folder = [], None
-    rest = iter(arguments)
-    for argument in rest:
-        flag, _, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            folder = Path(value or next(rest, ""))
-            if not folder.is_dir():
-                raise InputError(f"--config-dir: no such folder: {folder}.")
-        elif flag in _FLAGS_WITH_VALUE:
-            raise InputError(f"{flag}: not supported; put your yaml files into a folder and use --config-dir.")
-        elif argument.startswith("-"):
-            raise InputError(f"Unknown flag {argument!r}. See `adamerge adapt --help`.")
-        else:
-            overrides.append(argument)
-    return overrides, folder
-
-
-def _flags_first(arguments: Sequence[str]) -> list[str]:
-    """Move flags and their values before the overrides: Hydra's parser takes overrides only in one run."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    takes_value = False
-    for argument in arguments:
-        is_value = takes_value and not argument.startswith("-")
-        (flags if is_value or argument.startswith("-") else overrides).append(argument)
-        takes_value = argument in _FLAGS_WITH_VALUE
-    return [*flags, *overrides]
-
-
-def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
-    """Turn Hydra's message into one line, with the nearest name for an unknown key."""
-    text = str(error).split("Config search path")[0]
-    text = re.sub(r"\s*\n\s*", " ", text.strip())
-    match = re.search(r"(?:Could not override|Key) '([^']+)'", text)
-    if match:
-        known = _known_options()
-        return InputError(
-            f"Unknown option {match.group(1)!r}.{did_you_mean(match.group(1), known)} "
-            "`adamerge adapt --help` lists all; +key=value adds one that a class of your own takes."
-        )
-    return InputError(text)
-
-
-def _known_options() -> list[str]:
-    """Names of all groups and options of the default configuration, dotted."""
-    import hydra
-    from omegaconf import DictConfig
-
-    from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
-
-    with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
-        config = hydra.compose(CONFIG_NAME)
-    names: list[str] = ["experiment"]
-
-    def collect(node: DictConfig, prefix: str) -> None:
-        for key in map(str, node):
-            names.append(prefix + key)
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-                collect(child, f"{prefix}{key}.")
-
-    collect(config, "")
-    return names
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -213,8 +213,9 @@ def remove_unstarted(folder: Path) -> None:
     for name in ("adapt.log", CONFIG_FILE):
         (folder / name).unlink(missing_ok=True)
     default = folder.parents[1].name == "runs"  # runs/<name>/<time>: its parents go too, where empty
-    for path in (folder, *folder.parents[: 2 if default else 0]):
-        with contextlib.suppress(OSError):  # not empty
+    inner = sorted(folder.rglob("*"), reverse=True)  # such as a logger's
+    for path in (*inner, folder, *folder.parents[: 2 if default else 0]):
+        with contextlib.suppress(OSError):  # not a folder, or not empty
             path.rmdir()
 
 

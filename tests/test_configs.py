@@ -7,7 +7,8 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from adamerge import cli, preflight
+from adamerge import preflight
+from adamerge.composition import compose
 from adamerge.errors import InputError
 from adamerge.model import TaskStep
 
@@ -37,8 +38,7 @@ def nodes(config, path=""):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_config_choice_composes_and_its_targets_take_its_options(choice):
-    cli.register_resolvers()
-    config = cli.compose([choice, *REQUIRED.get(choice, [])])
+    config = compose([choice, *REQUIRED.get(choice, [])])
     assert preflight.unknown_keys(config) == []
     found = dict(nodes(config))
     assert found
@@ -55,7 +55,7 @@ def test_config_choice_composes_and_its_targets_take_its_options(choice):
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "objective").glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_objective_builds_a_callable(path):
-    config = cli.compose([f"objective={path.stem}"])
+    config = compose([f"objective={path.stem}"])
     objective = preflight.build(config, "objective")
     assert callable(objective)
     assert all(isinstance(layer, str) for layer in objective.hidden_layers)
@@ -69,7 +69,7 @@ def test_config_experiment_states_its_command(path):
 
 
 def test_config_adamerging_layer_has_the_published_settings():
-    config = cli.compose(["experiment=adamerging_layer"])
+    config = compose(["experiment=adamerging_layer"])
     settings = OmegaConf.to_container(config, resolve=False)
     assert settings["optimizer"]["_target_"] == "torch.optim.Adam"
     assert (settings["optimizer"]["lr"], settings["steps"], settings["init"]) == (1e-3, 500, 0.3)
@@ -83,8 +83,7 @@ def test_config_adamerging_layer_has_the_published_settings():
 def test_unknown_key_of_an_experiment_file_is_found(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nstpes: 3\npool: {storrage: ram}\n")
-    cli.register_resolvers()
-    config = cli.compose(["--config-dir", str(tmp_path), "experiment=mine"])
+    config = compose(["--config-dir", str(tmp_path), "experiment=mine"])
     problems = preflight.unknown_keys(config)
     assert len(problems) == 2
     assert "'stpes'. Did you mean 'steps'?" in problems[0]
@@ -93,4 +92,4 @@ def test_unknown_key_of_an_experiment_file_is_found(tmp_path):
 
 def test_compose_flag_that_hydra_does_not_know_is_refused():
     with pytest.raises(InputError, match="Unknown flag '--wrong'"):
-        cli.compose(["--wrong"])
+        compose(["--wrong"])

@@ -29,13 +29,13 @@ ORDER = [
     ["callbacks"],
     ["zoo", "figures", "report"],
     ["preflight"],
-    ["launch", "inspection"],
+    ["launch", "inspection", "composition"],
     ["replay", "demo"],
     ["cli"],
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
-SHELL = {"preflight", "launch", "inspection", "replay", "demo", "cli"}  # what commands are made of
+SHELL = {"preflight", "composition", "launch", "inspection", "replay", "demo", "cli"}  # what commands are made of
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
     "lightning_utilities": set(),
