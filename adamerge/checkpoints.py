@@ -1,17 +1,15 @@
-"""Files to tensors and back: lazy and safe reading, hashing, atomic writing.
+"""Files to tensors and back: lazy and safe reading, atomic writing.
 
 Nothing here unpickles Python objects: files are safetensors, or torch files read with
 ``weights_only=True``.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.files import atomic_path, sha256
 
 _NESTS = ("state_dict", "model_state_dict", "model")
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
@@ -221,59 +220,6 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping
         save_file(clean, temporary, metadata=dict(metadata or {}))
 
 
-def save_json(content: Any, path: Path) -> None:
-    """Write JSON, atomically; floats keep their shortest exact form."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it once the block has succeeded.
-
-    The temporary file is synced to disk before the rename, and removed if the block fails, so that
-    a crash leaves either the previous file or the complete new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def ensure_writable(folder: Path) -> None:
-    """Create a folder and check that files can be written there.
-
-    Raises:
-        InputError: If the folder cannot be created or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".adamerge.{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"Output folder {folder} is not writable ({error.strerror or error}). "
-            "Choose another one or change its permissions."
-        ) from error
-
-
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Read and check a safetensors header: its offsets must agree with the size of the file."""
     size = path.stat().st_size
@@ -340,8 +286,3 @@ def _refusal(path: Path) -> InputError:
         "Where you trust its source, save its tensors as safetensors: "
         "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), 'expert.safetensors')."
     )
-
-
-def combined_hash(hashes: Mapping[str, str]) -> str:
-    """Hash named hashes into one, independent of their order."""
-    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()

@@ -183,7 +183,7 @@ def zoo() -> None:
 def zoo_build(output: Path, seed: int) -> None:
     """Train the zoo anew (a few minutes on 2 cores)."""
     from adamerge import zoo as package
-    from adamerge.checkpoints import ensure_writable
+    from adamerge.files import ensure_writable
 
     ensure_writable(output)
     facts = package.build(output, seed)

@@ -4,8 +4,6 @@ Legend: E experts, G groups; coefficients are (E, G), expert axis first, float32
 float64) whatever the model's dtype: in bfloat16 one ulp at 0.33 is larger than an Adam step of 1e-3.
 """
 
-import dataclasses
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamerge import constraints, transforms
+from adamerge import constraints
 from adamerge import granularity as granularities
-from adamerge.checkpoints import load_state_dict, save_json, save_state_dict, sha256
+from adamerge.checkpoints import load_state_dict, save_state_dict
 from adamerge.constraints import Constraint
+from adamerge.descriptions import FORMAT, check_content, describe, describe_task_vectors, granularity_from
 from adamerge.errors import InputError, shorten
+from adamerge.files import save_json, sha256
 from adamerge.granularity import Granularity
 from adamerge.pool import ExpertPool
 
-FORMAT = 1
 _INLINE_LIMIT = 10_000  # coefficients; above, values go to a safetensors file beside the JSON
 
 
@@ -120,8 +119,8 @@ class Coefficients(nn.Module):
         values = self().detach().cpu()
         return {
             "format": FORMAT,
-            "granularity": _describe(self.granularity),
-            "constraint": _describe(self.constraint),
+            "granularity": describe(self.granularity),
+            "constraint": describe(self.constraint),
             "experts": list(self.expert_names),
             "coefficients": {
                 expert: {
@@ -154,8 +153,8 @@ class Coefficients(nn.Module):
         Raises:
             InputError: If experts, groups, hashes or the format are not those of this pool.
         """
-        _check_content(content, pool, source)
-        chosen = granularity or _granularity_from(content["granularity"], source)
+        check_content(content, pool, source)
+        chosen = granularity or granularity_from(content["granularity"], source)
         try:
             result = cls(pool, chosen, init=0.0, constraint="none")
         except InputError as error:
@@ -198,7 +197,7 @@ def save_coefficients(coefficients: Coefficients, path: Path, pool: ExpertPool) 
         path: The JSON file; the tensor file has the same name with the suffix ``.safetensors``.
         pool: Its hashes, task-vector dtype and transform are recorded, so that a replay can be checked.
     """
-    content = {**coefficients.to_dict(), "pool": pool.hashes(), "task_vectors": _task_vectors(pool)}
+    content = {**coefficients.to_dict(), "pool": pool.hashes(), "task_vectors": describe_task_vectors(pool)}
     if coefficients.raw.numel() > _INLINE_LIMIT:
         values = coefficients().detach().cpu()
         tensors = {
@@ -227,7 +226,7 @@ def load_coefficients(path: Path, pool: ExpertPool, granularity: Granularity | N
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a coefficients file: expected JSON ({error}).") from error
     if isinstance(content, dict) and "tensors" in content:
-        _check_content(content, pool, str(path))
+        check_content(content, pool, str(path))
         beside = path.parent / Path(str(content["tensors"])).name
         tensors = load_state_dict(beside)
         if sha256(beside) != content.get("tensors_sha256"):
@@ -277,99 +276,3 @@ def _initial_values(
     if not torch.isfinite(tensor).all():
         raise InputError("init: contains NaN or infinite values.")
     return tensor
-
-
-def _describe(item: Any) -> Any:
-    """A built-in by its name and options, anything else by its import path and options."""
-    if not dataclasses.is_dataclass(item) or isinstance(item, type):
-        return {"name": f"{type(item).__module__}.{type(item).__qualname__}"}
-    own = type(item).__module__ in (granularities.__name__, constraints.__name__, transforms.__name__)
-    names = {"Unconstrained": "none"}
-    name = (
-        names.get(type(item).__name__, type(item).__name__.lower())
-        if own
-        else f"{type(item).__module__}.{type(item).__qualname__}"
-    )
-    options = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
-    options = {key: dict(value) if isinstance(value, Mapping) else value for key, value in options.items()}
-    return {"name": name, **options} if options else name
-
-
-def _granularity_from(described: Any, source: str) -> Granularity:
-    """Rebuild a built-in granularity from its description; never imports anything."""
-    options = dict(described) if isinstance(described, Mapping) else {"name": described}
-    name = str(options.pop("name", None))
-    kinds: dict[str, Any] = {
-        kind.__name__.lower(): kind
-        for kind in (
-            granularities.Task,
-            granularities.Block,
-            granularities.Layer,
-            granularities.Chunk,
-            granularities.Row,
-            granularities.Column,
-            granularities.Pattern,
-        )
-    }
-    if name not in kinds:
-        raise InputError(
-            f"{source}: granularity {name!r} is not built in (one of {', '.join(kinds)}). "
-            "Pass the granularity object it was made with."
-        )
-    try:
-        result: Granularity = kinds[name](**options)
-    except TypeError as error:
-        raise InputError(f"{source}: granularity {name!r} does not take these options: {error}.") from error
-    return result
-
-
-def _is_nested(content: Any) -> bool:
-    return isinstance(content, Mapping) and all(isinstance(value, Mapping) for value in content.values())
-
-
-def _check_content(content: Any, pool: ExpertPool, source: str) -> None:
-    required = ("format", "granularity", "experts", "coefficients")
-    missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
-    if missing:
-        raise InputError(f"{source}: not a coefficients file: the keys {shorten(missing)} are missing.")
-    if content["format"] != FORMAT:
-        raise InputError(f"{source}: format {content['format']!r} is not {FORMAT}; update adamerge to read it.")
-    experts, stored, recorded = content["experts"], content["coefficients"], content.get("pool", {})
-    for key, fits, expected in (
-        (
-            "experts",
-            isinstance(experts, Sequence) and all(isinstance(name, str) for name in experts),
-            "a list of names",
-        ),
-        ("coefficients", _is_nested(stored), "a mapping from expert to a mapping from group to value"),
-        ("pool", isinstance(recorded, Mapping), "a mapping from name to hash"),
-    ):
-        if not fits:
-            raise InputError(f"{source}: not a coefficients file: {key!r} holds something else; expected {expected}.")
-    for names in (experts, stored):
-        if sorted(names) != sorted(pool.expert_names):
-            raise InputError(
-                f"{source}: made for the experts {shorten(names)}, but the pool has {shorten(pool.expert_names)}."
-            )
-    hashes = pool.hashes() if recorded else {}
-    changed = [name for name in hashes if name in recorded and recorded[name] != hashes[name]]
-    if changed:
-        raise InputError(
-            f"{source}: belongs to another pool: the content of {shorten(changed)} differs from what it was made for. "
-            "Use the same base and expert files."
-        )
-    made, here = content.get("task_vectors"), _task_vectors(pool)
-    if recorded and made != here:
-        raise InputError(
-            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same "
-            "dtype, transform and parameters (include, exclude), for example by naming the run's folder."
-        )
-
-
-def _task_vectors(pool: ExpertPool) -> dict[str, Any]:
-    """Which parameters merge and what was done to their task vectors, in JSON's terms."""
-    return {
-        "dtype": pool.dtype_name,
-        "transform": None if pool.transform is None else _describe(pool.transform),
-        "parameters": hashlib.sha256("\n".join(sorted(pool.names)).encode()).hexdigest()[:16],
-    }

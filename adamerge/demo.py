@@ -21,7 +21,6 @@ from adamerge import baselines, zoo
 from adamerge.backbones import OpenClip
 from adamerge.callbacks.export import ExportMergedWeights
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.checkpoints import ensure_writable
 from adamerge.coefficients import Coefficients
 from adamerge.constraints import Box, Clamp, Constraint, Unconstrained
 from adamerge.data import Protocol, UnlabeledTasks
@@ -34,6 +33,7 @@ from adamerge.evaluation import (
     write_summary,
 )
 from adamerge.figures import save_comparison
+from adamerge.files import ensure_writable
 from adamerge.launch import checkpoint_parameters, head_info, record_metrics, score_experts
 from adamerge.methods import GradientMerging
 from adamerge.model import MergedModel

@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from adamerge.checkpoints import save_json
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
+from adamerge.files import save_json
 from adamerge.model import MergedModel
 
 FORMAT = 1

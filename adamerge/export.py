@@ -18,9 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from adamerge.checkpoints import combined_hash, ensure_writable, load_state_dict, save_json, save_state_dict
+from adamerge.checkpoints import load_state_dict, save_state_dict
 from adamerge.coefficients import Coefficients, save_coefficients
 from adamerge.errors import InputError
+from adamerge.files import combined_hash, ensure_writable, save_json
 from adamerge.merge import merge
 from adamerge.pool import ExpertPool
 from adamerge.version import __version__

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adamerge.checkpoints import atomic_path
+from adamerge.files import atomic_path
 
 _COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#997700", "#004488")  # Tol, bright
 _MARKERS = "o^sDvP*X"

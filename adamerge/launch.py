@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from adamerge.backbones import Backbone, check_classes
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.checkpoints import atomic_path, ensure_writable, load_state_dict, save_json
+from adamerge.checkpoints import load_state_dict
 from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.evaluation import Row, Stopwatch, TaskScore, score_tasks, write_summary
+from adamerge.files import atomic_path, ensure_writable, save_json
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool

@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adamerge.backbones import Backbone
-from adamerge.checkpoints import Checkpoint, ensure_writable, open_checkpoint
+from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, did_you_mean
+from adamerge.files import ensure_writable
 from adamerge.layout import KeyMap, check_layout, check_names
 from adamerge.objectives import check_objective
 from adamerge.pool import check_storage, free_memory

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from adamerge import launch
-from adamerge.checkpoints import atomic_path
 from adamerge.coefficients import Coefficients, load_coefficients
 from adamerge.errors import InputError
 from adamerge.export import export
+from adamerge.files import atomic_path
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build
 

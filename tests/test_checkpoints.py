@@ -16,14 +16,10 @@ from adamerge.checkpoints import (
     FileCheckpoint,
     MemoryCheckpoint,
     SafetensorsCheckpoint,
-    atomic_path,
-    combined_hash,
-    ensure_writable,
     open_checkpoint,
-    save_json,
     save_state_dict,
-    sha256,
 )
+from adamerge.files import atomic_path, combined_hash, ensure_writable, save_json, sha256
 
 
 def tensors() -> dict[str, torch.Tensor]:

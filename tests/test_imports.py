@@ -16,9 +16,11 @@ PACKAGE = Path(adamerge.__file__).parent
 ORDER = [
     ["version", "errors"],
     ["pickles", "transforms"],
+    ["files"],
     ["checkpoints"],
     ["granularity", "constraints", "layout"],
     ["pool"],
+    ["descriptions"],
     ["coefficients"],
     ["merge", "merges"],
     ["teachers", "calls"],

@@ -7,10 +7,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from adamerge.checkpoints import ensure_writable
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.export import export
+from adamerge.files import ensure_writable
 from adamerge.methods import FrankWolfeMerging
 from adamerge.model import MergedModel
 

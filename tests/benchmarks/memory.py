@@ -114,7 +114,7 @@ def show(results: list[dict], rows: list[str]) -> None:
         peaks = {r["experts"]: r["peak"] - r["before"] for r in results if r["row"] == row}
         growth = f"{peaks[numbers[-1]] / peaks[numbers[0]] - 1:+.1%}"
         table.add_row(row, *(f"{peaks[experts] / 1e9:.2f}" for experts in numbers), growth)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 def plot(results: list[dict], rows: list[str], path: Path) -> None:

@@ -92,7 +92,7 @@ def show(results: list[dict], bandwidth: float) -> None:
             part = row[name]
             cells += [f"{part['seconds']:.3f}", f"{part['bytes_per_second'] / 1e9:.1f}", f"{part['share']:.0%}"]
         table.add_row(*cells)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 def main() -> None:

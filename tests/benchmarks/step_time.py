@@ -69,7 +69,7 @@ def show(results: list[dict]) -> None:
         own = medians[result["row"]]
         ratios = [f"{own / medians[other]:.2f}" if other in medians else "-" for other in ("ours", "floor")]
         table.add_row(result["row"], f"{own:.3f}", f"{min(result['seconds']):.3f}", *ratios)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 def plot(results: list[dict], path: Path) -> None:
