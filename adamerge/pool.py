@@ -5,11 +5,10 @@ stacked on axis 0; names are the encoder's own (``key_map`` relates them to the 
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,12 +16,10 @@ from torch import Tensor
 from adamerge.checkpoints import Checkpoint, MemoryCheckpoint, open_checkpoint
 from adamerge.errors import InputError
 from adamerge.layout import KeyMap, check_layout, check_names, shared_names
+from adamerge.task_vectors import Storage, TaskVectors, choose_storage
 from adamerge.transforms import Transform
 
-Storage = Literal["auto", "ram", "stream"]
 _PIECE = 1 << 17  # entries of the tiles that checks and reports read
-_ALIGN = 16  # entries; 64 bytes of float32, what torch aligns tensors to
-_RAM_SHARE = 0.5  # of the free memory that task vectors may take before `auto` streams them
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,6 @@ class ExpertPool:
         self.keys = keys
         self.skipped = dict(layout.skipped)
         self._experts = dict(experts)
-        self._mapped: list[dict[str, Tensor]] = []
         dtypes = {base.spec(keys.file_key(name))[1] for name in layout.merged}
         self.compute_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         if dtype is not None and not dtype.is_floating_point:
@@ -101,10 +97,10 @@ class ExpertPool:
             if storage == "stream":
                 raise InputError("pool.storage: transformed task vectors are kept in memory; use ram, or no transform.")
             storage = "ram"
-        self.storage = _choose_storage(storage, base, keys, layout.merged, len(experts), self._dtype)
+        entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in layout.merged)
+        self.storage = choose_storage(storage, entries * len(experts) * self._dtype.itemsize)
         self.base: dict[str, Tensor] = {}
-        self._task_vectors: dict[str, Tensor] = {}
-        self._scratch: Tensor | None = None
+        self._task_vectors = TaskVectors(len(experts), self.storage, self._dtype, self.compute_dtype)
         self._norms: dict[str, Tensor] = {}
         self._load(layout.merged)
         self.names = tuple(self.base)
@@ -196,38 +192,12 @@ class ExpertPool:
             stop: End, exclusive.
             reuse: Whether the result may be overwritten by the next call (no memory is allocated then).
         """
-        if self.storage == "ram" and self._dtype == self.compute_dtype:
-            return self._task_vectors[name][:, start:stop]
-        tile = self._buffer(start, stop, reuse)
-        if self.storage == "ram":
-            return tile.copy_(self._task_vectors[name][:, start:stop])
-        base = self.base[name].view(-1)[start:stop]
-        for row, mapped in zip(tile, self._mapped, strict=True):
-            expert = mapped[name].view(-1)[start:stop]
-            if expert.dtype == base.dtype and expert.device == base.device:
-                torch.sub(expert, base, out=row)
-            else:
-                row.copy_(expert).sub_(base)
-        return tile
+        return self._task_vectors.tile(name, start, stop, self.base[name].view(-1), reuse)
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
         for start in range(0, self.base[name].numel(), _PIECE):
             yield self.tile(name, start, min(start + _PIECE, self.base[name].numel()), reuse=True)
-
-    def _buffer(self, start: int, stop: int, reuse: bool) -> Tensor:
-        """Return memory for a tile (E, stop - start), aligned as the tile is in a stored stack.
-
-        BLAS takes another path, with another rounding, for rows that are aligned differently.
-        """
-        offset = start % _ALIGN
-        width = _padded(offset + stop - start)
-        needed = len(self.expert_names) * width
-        scratch = self._scratch if reuse else None
-        if scratch is None or scratch.numel() < needed:
-            scratch = torch.empty(needed, dtype=self.compute_dtype, device=self.device)
-            self._scratch = scratch if reuse else self._scratch
-        return scratch[:needed].view(-1, width)[:, offset : offset + stop - start]
 
     def checkpoint(self, expert: str) -> Checkpoint:
         """Return an expert's own file, for what is not merged, such as its classifier."""
@@ -278,10 +248,9 @@ class ExpertPool:
     def to(self, device: torch.device | str) -> "ExpertPool":
         """Move base and in-memory task vectors to a device, in place; streamed experts stay mapped."""
         self.device = torch.device(device)
-        self._scratch = None
+        self._task_vectors.to(self.device)
         self.base = {name: tensor.to(self.device) for name, tensor in self.base.items()}
         self.fixed = {name: tensor.to(self.device) for name, tensor in self.fixed.items()}
-        self._task_vectors = {name: tensor.to(self.device) for name, tensor in self._task_vectors.items()}
         return self
 
     @property
@@ -331,23 +300,14 @@ class ExpertPool:
 
     def _load(self, names: Sequence[str]) -> None:
         """Read the base, form or map the task vectors, and set unchanged parameters aside."""
-        if self.storage == "stream":
-            self._mapped = [
-                {name: checkpoint.get(self.keys.file_key(name)).contiguous() for name in names}
-                for checkpoint in self._experts.values()
-            ]
         for name in names:
             base = self._read(self.source, name)
             if isinstance(self.source, MemoryCheckpoint):
                 base = base.clone()  # the caller may go on changing its own tensors
             _check_finite(base, self.source.name, self.keys.file_key(name))
             self.base[name] = base
-            if self.storage == "ram":
-                stacked = torch.empty(len(self._experts), _padded(base.numel()), dtype=self.compute_dtype)
-                stacked = stacked[:, : base.numel()]
-                for row, checkpoint in zip(stacked, self._experts.values(), strict=True):
-                    row.copy_(self._read(checkpoint, name).view(-1)).sub_(base.reshape(-1))
-                self._task_vectors[name] = self._transformed(name, stacked).to(self._dtype)
+            experts = (checkpoint.get(self.keys.file_key(name)) for checkpoint in self._experts.values())
+            self._task_vectors.add(name, experts, base, self.transform)
             squares = sum(tile.double().square().sum(1) for tile in self._pieces(name))
             norms = torch.as_tensor(squares).sqrt().to(self.compute_dtype)
             if not torch.isfinite(norms).all():
@@ -360,23 +320,10 @@ class ExpertPool:
                 )
             if not norms.any():
                 self.fixed[name] = self.base.pop(name)
-                self._task_vectors.pop(name, None)
+                self._task_vectors.drop(name)
                 self.skipped[self.keys.file_key(name)] = "no expert changed it"
                 continue
             self._norms[name] = norms
-
-    def _transformed(self, name: str, stacked: Tensor) -> Tensor:
-        """Apply the transform to one parameter's stack (E, n); NaN and infinity are left for the caller to find."""
-        if self.transform is None or not torch.isfinite(stacked).all():
-            return stacked
-        shape = (len(stacked), *self.base[name].shape)
-        result = self.transform(stacked.reshape(shape))
-        if tuple(result.shape) != shape or not torch.isfinite(result).all():
-            raise InputError(
-                f"transform {type(self.transform).__name__}: parameter {name!r}: expected finite task vectors of shape "
-                f"{shape}, found shape {tuple(result.shape)}{'' if torch.isfinite(result).all() else ' with NaN'}."
-            )
-        return stacked.copy_(result.flatten(1) if result.ndim > 1 else result.unsqueeze(1))
 
     def _check_content(self) -> None:
         """Refuse experts that are the base, or each other."""
@@ -404,11 +351,6 @@ class ExpertPool:
         return all(torch.equal(tile[first], tile[second]) for tile in tiles)
 
 
-def _padded(entries: int) -> int:
-    """Round up, so that every row of a stack starts aligned."""
-    return -(-entries // _ALIGN) * _ALIGN
-
-
 def _check_finite(tensor: Tensor, where: str, key: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
@@ -416,32 +358,6 @@ def _check_finite(tensor: Tensor, where: str, key: str) -> None:
             f"{where}: tensor {key!r} holds {bad} NaN or infinite values of {tensor.numel()}. "
             "The checkpoint is damaged or diverged in training; use another one."
         )
-
-
-def _choose_storage(
-    storage: str, base: Checkpoint, keys: KeyMap, names: Sequence[str], experts: int, dtype: torch.dtype
-) -> Literal["ram", "stream"]:
-    check_storage(storage)
-    if storage != "auto":
-        return "ram" if storage == "ram" else "stream"
-    entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in names)
-    return "ram" if entries * experts * dtype.itemsize <= _RAM_SHARE * free_memory() else "stream"
-
-
-def check_storage(storage: str) -> None:
-    """Refuse an unknown storage mode."""
-    if storage not in ("auto", "ram", "stream"):
-        raise InputError(f"pool.storage: expected 'auto', 'ram' or 'stream', found {storage!r}.")
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that are free or can be freed without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _refuse(problems: Sequence[str]) -> NoReturn:

@@ -22,7 +22,7 @@ from adamerge.errors import InputError, did_you_mean
 from adamerge.files import ensure_writable
 from adamerge.layout import KeyMap, check_layout, check_names
 from adamerge.objectives import check_objective
-from adamerge.pool import check_storage, free_memory
+from adamerge.task_vectors import check_storage, free_memory
 
 log = logging.getLogger(__name__)
 

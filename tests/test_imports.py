@@ -19,6 +19,7 @@ ORDER = [
     ["files"],
     ["checkpoints"],
     ["granularity", "constraints", "layout"],
+    ["task_vectors"],
     ["pool"],
     ["descriptions"],
     ["coefficients"],

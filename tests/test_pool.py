@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from toy import EXPERTS, ToyEncoder, make_toy, perturbed, save_files
 
 from adamerge import Coefficients, ExpertPool, InputError, merge
-from adamerge.pool import free_memory
+from adamerge.task_vectors import free_memory
 
 W, B = torch.arange(6.0).view(2, 3), torch.ones(3)
 
@@ -272,7 +272,7 @@ def test_hashes_name_base_and_experts_and_follow_the_files(tmp_path):
 def test_storage_auto_is_decided_and_unknown_is_refused(tmp_path, monkeypatch):
     base, experts = write(tmp_path, {"w": W}, a={"w": W + 1})
     assert ExpertPool.from_files(base, experts).storage == "ram"
-    monkeypatch.setattr("adamerge.pool.free_memory", lambda: 8)
+    monkeypatch.setattr("adamerge.task_vectors.free_memory", lambda: 8)
     assert ExpertPool.from_files(base, experts).storage == "stream"
     with pytest.raises(InputError, match=r"pool\.storage: expected 'auto', 'ram' or 'stream', found 'disk'"):
         ExpertPool.from_files(base, experts, storage="disk")
