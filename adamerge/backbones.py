@@ -4,6 +4,7 @@ One class per library of models, none per model family. A backbone of your own i
 members of :class:`Backbone`, chosen by import path (``backbone._target_=my_package.MyBackbone``).
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -44,8 +45,8 @@ class Backbone(Protocol):
         """Return the encoder, inputs to features (B, F); its weights do not matter."""
         ...
 
-    def preprocess(self) -> Callable[[Any], Tensor]:
-        """Return the transform from a PIL image to an input."""
+    def preprocess(self) -> Callable[[Any], Tensor] | None:
+        """Return the transform from a PIL image to an input; None where data sets give tensors themselves."""
         ...
 
     def heads(
@@ -109,13 +110,17 @@ class OpenClip:
         folder = Path(self.model)
         return folder if (folder / "open_clip_config.json").is_file() else None
 
+    @property
+    def _name(self) -> str:
+        """What open_clip calls the model."""
+        return f"local-dir:{self._folder}" if self._folder else self.model
+
     @cached_property
     def _clip(self) -> Any:
         import open_clip
 
-        name = f"local-dir:{self._folder}" if self._folder else self.model
         with _quiet():
-            return open_clip.create_model(name, load_weights=False, pretrained_text=False)
+            return open_clip.create_model(self._name, load_weights=False, pretrained_text=False)
 
     def encoder(self) -> nn.Module:
         """Return the visual tower."""
@@ -124,10 +129,9 @@ class OpenClip:
 
     def preprocess(self) -> Callable[[Any], Tensor]:
         """Return open_clip's evaluation transform for the model."""
-        import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        config = self.sidecar().get("preprocess_cfg") or open_clip.get_model_preprocess_cfg(self._clip)
+        config = self.sidecar().get("preprocess_cfg") or {}
         transform: Callable[[Any], Tensor] = image_transform_v2(PreprocessCfg(**config), is_train=False)
         return transform
 
@@ -153,7 +157,7 @@ class OpenClip:
             listed = "; ".join(f"{kind} {keys or 'none'}" for kind, keys in problems.items())
             raise InputError(f"{base.name}: not a checkpoint of {self.model}: {listed}. Is backbone.model right?")
         self._clip.load_state_dict({key: base.get(key) for key in base.keys})
-        tokenizer = self.tokenizer or open_clip.get_tokenizer(self.model)
+        tokenizer = self.tokenizer or open_clip.get_tokenizer(self._name)
         heads: dict[str, nn.Module] = {}
         for name, task in tasks.items():
             classes = task.class_names
@@ -172,10 +176,12 @@ class OpenClip:
         if self._folder:
             config: dict[str, Any] = json.loads((self._folder / "open_clip_config.json").read_text(encoding="utf-8"))
             return config
-        return {
-            "model_cfg": open_clip.get_model_config(self.model),
-            "preprocess_cfg": open_clip.get_model_preprocess_cfg(self._clip),
-        }
+        from open_clip.transform import PreprocessCfg
+
+        model = open_clip.get_model_config(self.model)
+        # What open_clip gives a model without pretrained weights; building one only to ask it takes gigabytes.
+        preprocess = dataclasses.asdict(PreprocessCfg(size=model["vision_cfg"].get("image_size", 224)))
+        return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
 @dataclass(frozen=True)

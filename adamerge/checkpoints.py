@@ -189,8 +189,8 @@ def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> 
         device: Where the tensors go.
 
     Returns:
-        Name to tensor, dtypes as stored. A nested ``state_dict`` is unwrapped and a ``module.``
-        prefix (DataParallel) removed.
+        Name to tensor, dtypes as stored. In torch files a nested ``state_dict`` is unwrapped and a
+        ``module.`` prefix (DataParallel) removed.
 
     Raises:
         FileNotFoundError: If there is no such file.

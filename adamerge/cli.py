@@ -68,6 +68,8 @@ def adapt(overrides: tuple[str, ...]) -> None:
     if resume == "auto" and not any(argument.startswith("run_dir=") for argument in arguments):
         raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
     flags = [a for a in arguments if a.startswith("-")]
+    if resume == "auto" and {"-m", "--multirun"} & set(flags):
+        raise InputError("resume=auto does not go with -m: start the jobs one by one, each with its own run_dir.")
     if all(flag.split("=")[0] in ("--config-dir", "-cd") for flag in flags):
         # A plain run: everything that can be wrong is found before a folder is made or a weight read.
         _refuse(preflight.check(compose(arguments)))
@@ -84,11 +86,7 @@ def check(overrides: tuple[str, ...]) -> None:
     from adamerge import preflight
     from adamerge.composition import compose
 
-    problems = preflight.check(compose(list(overrides)))
-    for problem in problems:
-        err.print(f"[red]error:[/] {_escape(problem)}")
-    if problems:
-        sys.exit(EXIT_INPUT)
+    _report(preflight.check(compose(list(overrides))))
     out.print("No problems found.")
 
 
@@ -99,11 +97,18 @@ def check(overrides: tuple[str, ...]) -> None:
 def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines."""
     from adamerge import launch
-    from adamerge.evaluation import summary, table, write_summary
+    from adamerge.evaluation import read_summary, summary, table, write_summary
+    from adamerge.scoring import Made, score_run
 
+    run_dir = run_dir.absolute()
+    file = (checkpoint or run_dir / "merged.safetensors").absolute()
     config = launch.load_config(run_dir)
     assembly = launch.assemble(config)
-    rows = launch.score_run(config, assembly, checkpoint or run_dir / "merged.safetensors", 0.0)
+    old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
+    before = {} if checkpoint else old.get(str(config.name), {})
+    name = checkpoint.stem if checkpoint else str(config.name)
+    made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
+    rows = score_run(assembly.model, assembly.data, made, references=True)
     protocol = assembly.data.protocol
     content = summary(rows, protocol) if checkpoint else write_summary(rows, protocol, run_dir / "summary.json")
     if as_json:
@@ -151,21 +156,33 @@ def export(
 @click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
 @click.option("--pool", help="Instead: a pool of the configuration, such as zoo, or a pool's yaml file.")
 @click.option("--prefix", default=None, help="Key prefix of the encoder, such as visual. (the zoo's default).")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out, such as a head's; repeat.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def inspect(base: Path | None, experts: tuple[str, ...], pool: str | None, prefix: str | None, as_json: bool) -> None:
+def inspect(
+    base: Path | None,
+    experts: tuple[str, ...],
+    pool: str | None,
+    prefix: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
     from adamerge import inspection
     from adamerge.composition import register_resolvers
 
     register_resolvers()
     if pool is not None:
-        base, files = inspection.pool_files(pool)
+        files = inspection.read_pool(pool)
         prefix = "visual." if prefix is None and pool == "zoo" else prefix
     elif base is None or not experts:
         raise InputError("inspect: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME.")
     else:
-        files = _named_files(experts)
-    opened = inspection.open_pool(base, files, prefix or "")
+        files = inspection.PoolFiles(base, _named_files(experts))
+    files = files.narrowed(include, exclude)
+    _report(inspection.header_problems(files, prefix or ""))
+    opened = inspection.open_pool(files, prefix or "")
     if as_json:
         click.echo(json.dumps(inspection.as_json(opened), indent=2))
     else:
@@ -224,18 +241,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _job(config: Any) -> None:
     """One run, called by Hydra, in this process or in a launcher's."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    from adamerge import launch
+    from adamerge import launch, preflight
     from adamerge.composition import register_resolvers
 
     register_resolvers()
     folder = Path(HydraConfig.get().runtime.output_dir)
     config.run_dir = str(folder)
+    config.cwd = str(Path.cwd())
     if config.resume == "auto" and (folder / launch.LAST).is_file():
-        config = launch.load_config(folder)
-        _run(config, folder, resume=True)
+        stored = launch.load_config(folder)
+        changed = launch.differences(config, stored)
+        if changed:
+            message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
+            raise _JobFailed(InputError(message))
+        _run(stored, folder, resume=True)
         return
     config.resume = None
+    try:
+        launch.check_unused(folder)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # a single run has been checked before its folder was made
+            _refuse(preflight.check(config))
+    except InputError as error:
+        raise _JobFailed(error) from error
     fresh = not any(folder.iterdir()) if folder.exists() else True
     try:
         _run(config, folder, resume=False)
@@ -250,6 +279,7 @@ def _resume(folder: Path, rest: Sequence[str]) -> None:
 
     if rest:
         raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(rest)}.")
+    folder = folder.absolute()
     _run(launch.load_config(folder), folder, resume=True)
 
 
@@ -286,6 +316,14 @@ def _refuse(problems: Sequence[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more; `adamerge check` with the same arguments lists all)"
         raise InputError(problems[0] + (more if len(problems) > 1 else ""))
+
+
+def _report(problems: Sequence[str]) -> None:
+    """List all problems, one a line, and leave; nothing where there are none."""
+    for problem in problems:
+        err.print(f"[red]error:[/] {_escape(problem)}")
+    if problems:
+        sys.exit(EXIT_INPUT)
 
 
 def _named_files(pairs: Sequence[str]) -> dict[str, Path]:

@@ -5,6 +5,7 @@ float64) whatever the model's dtype: in bfloat16 one ulp at 0.33 is larger than 
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,13 @@ from adamerge import constraints
 from adamerge import granularity as granularities
 from adamerge.checkpoints import load_state_dict, save_state_dict
 from adamerge.constraints import Constraint
-from adamerge.descriptions import FORMAT, check_content, describe, describe_task_vectors, granularity_from
+from adamerge.descriptions import FORMAT, check_content, describe, describe_task_vectors, granularity_of
 from adamerge.errors import InputError, shorten
 from adamerge.files import save_json, sha256
 from adamerge.granularity import Granularity
 from adamerge.pool import ExpertPool
+
+log = logging.getLogger(__name__)
 
 _INLINE_LIMIT = 10_000  # coefficients; above, values go to a safetensors file beside the JSON
 
@@ -60,12 +63,14 @@ class Coefficients(nn.Module):
         self.index = self.granularity(self._shapes)
         values = _initial_values(init, pool, self.index.size)
         self.raw = nn.Parameter(self.constraint.inverse(values))
+        self._frozen: Tensor | None
+        self.initial: Tensor
         frozen = torch.zeros(self.index.size, dtype=torch.bool)
         frozen[list(self.index.frozen)] = True
         self.register_buffer("_frozen", frozen if self.index.frozen else None, persistent=False)
         self.register_buffer("initial", self.constraint.forward(self.raw.detach()).clone(), persistent=False)
-        self._frozen: Tensor | None
-        self.initial: Tensor
+        if not torch.allclose(self.initial, values, atol=1e-4):
+            log.warning("init lies outside the constraint: coefficients start at %.4g on average.", self.initial.mean())
 
     def forward(self) -> Tensor:
         """Return the coefficients (E, G) after the constraint."""
@@ -147,14 +152,14 @@ class Coefficients(nn.Module):
         Args:
             pool: The pool they are for; its experts may stand in another order.
             content: What :meth:`to_dict` returned.
-            granularity: Needed where the stored granularity is a class of the user's own.
+            granularity: Used where the stored granularity is a class of the user's own.
             source: What to call the content in messages, such as a file's path.
 
         Raises:
             InputError: If experts, groups, hashes or the format are not those of this pool.
         """
         check_content(content, pool, source)
-        chosen = granularity or granularity_from(content["granularity"], source)
+        chosen = granularity_of(content["granularity"], granularity, source)
         try:
             result = cls(pool, chosen, init=0.0, constraint="none")
         except InputError as error:

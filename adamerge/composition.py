@@ -35,7 +35,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     register_resolvers()
     overrides, folder = _take_config_dir(arguments)
     if folder is not None:
-        overrides.append(f"hydra.searchpath=[file://{folder.absolute()}]")
+        overrides.append(f"hydra.searchpath=['file://{folder.absolute()}']")
     try:
         with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
             return hydra.compose(CONFIG_NAME, overrides=overrides)
@@ -93,6 +93,11 @@ def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
     match = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if match:
         known = _known_options()
+        if match.group(1) in known:
+            return InputError(
+                f"{match.group(1)}: your own yaml file for this group does not set it, so it cannot be overridden; "
+                f"write +{match.group(1)}=VALUE, or set it in the file."
+            )
         return InputError(
             f"Unknown option {match.group(1)!r}.{did_you_mean(match.group(1), known)} "
             "`adamerge adapt --help` lists all; +key=value adds one that a class of your own takes."

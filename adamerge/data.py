@@ -68,21 +68,25 @@ class Unlabeled(Dataset[TaskBatch]):
     Args:
         dataset: Items are inputs, or tuples that begin with the input.
         preprocess: Applied to inputs that are not tensors yet (PIL images).
+        first: Position of the first item, where several data sets make up a stream.
 
     Attributes:
         source: The data set itself, for the baselines that are marked as using labels.
     """
 
-    def __init__(self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None, first: int = 0
+    ) -> None:
         self.source = dataset
         self._preprocess = preprocess
+        self._first = first
 
     def __len__(self) -> int:
         return _length(self.source)
 
     def __getitem__(self, index: int) -> TaskBatch:
         inputs = _split_item(self.source[index])[0]
-        return TaskBatch(_to_tensor(inputs, self._preprocess), torch.tensor(index))
+        return TaskBatch(_to_tensor(inputs, self._preprocess), torch.tensor(self._first + index))
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
@@ -115,6 +119,7 @@ class UnlabeledTasks(LightningDataModule):
         protocol: ``"split"``: images that adapt are never scored. ``"transductive"``: adapt on the very
             images that are scored, as the AdaMerging paper does.
         limit: Most adaptation images per task, a seeded sample; None for all.
+        holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
         seed: Of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
         preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
@@ -132,6 +137,7 @@ class UnlabeledTasks(LightningDataModule):
         batches_per_step: int = 1,
         protocol: Protocol = "split",
         limit: int | None = None,
+        holdout: float = 0.0,
         seed: int = 0,
         num_workers: int = 0,
         preprocess: Callable[[Any], Tensor] | None = None,
@@ -144,6 +150,8 @@ class UnlabeledTasks(LightningDataModule):
             raise InputError(f"data.batch_size: expected a number >= 1, found {batch_size}.")
         if batches_per_step < 1:
             raise InputError(f"data.batches_per_step: expected a number >= 1, found {batches_per_step}.")
+        if not 0 <= holdout < 1:
+            raise InputError(f"data.holdout: expected a share in [0, 1), found {holdout}.")
         if protocol not in ("split", "transductive"):
             raise InputError(f"data.protocol: expected 'split' or 'transductive', found {protocol!r}.")
         self.tasks = dict(tasks)
@@ -154,10 +162,14 @@ class UnlabeledTasks(LightningDataModule):
         self.num_workers = num_workers
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
+        self.holdout_streams: dict[str, Unlabeled] = {}
         self.evaluation: dict[str, Labelled] = {}
         for name, task in self.tasks.items():
             adapt, evaluate = self._divide(name, task)
             adapt = _sample(adapt, limit, f"{seed}/limit/{name}")
+            if holdout:
+                adapt, held_out = _hold_out(adapt, holdout, f"{seed}/holdout/{name}")
+                self.holdout_streams[name] = Unlabeled(held_out, preprocess, first=_length(adapt))
             self.streams[name] = Unlabeled(adapt, preprocess)
             if evaluate is not None:
                 self.evaluation[name] = Labelled(evaluate, preprocess)
@@ -170,6 +182,16 @@ class UnlabeledTasks(LightningDataModule):
     def first_batch(self) -> dict[str, TaskBatch]:
         """Return what the first step of a run sees."""
         return self._steps(self.streams)[0]
+
+    def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
+        """Yield the held-out images once, in their own order; tasks with fewer end earlier."""
+        size, streams = self.batch_size * self.batches_per_step, self.holdout_streams
+        for start in range(0, max(map(len, streams.values()), default=0), size):
+            yield {
+                task: _collate([stream[i] for i in range(start, min(start + size, len(stream)))])
+                for task, stream in streams.items()
+                if start < len(stream)
+            }
 
     def evaluation_loader(self, task: str) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the labelled images of a task in their own order, (inputs, labels)."""
@@ -337,6 +359,17 @@ def _sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
     if limit < 1:
         raise InputError(f"data.limit: expected a number >= 1, found {limit}.")
     return Subset(dataset, sorted(_permutation(_length(dataset), key)[:limit].tolist()))
+
+
+def _hold_out(dataset: Dataset[Any], share: float, key: str) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Divide at random into what adapts and what is held out, at least one image each."""
+    order = _permutation(_length(dataset), key).tolist()
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise InputError(
+            f"data.holdout: {share} of {len(order)} images leaves none to adapt on; expected a smaller share."
+        )
+    return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))
 
 
 def _collate(items: Sequence[TaskBatch]) -> TaskBatch:

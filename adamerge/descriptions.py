@@ -17,7 +17,8 @@ FORMAT = 1
 def describe(item: Any) -> Any:
     """Return a built-in granularity, constraint or transform by name and options, any other object by import path."""
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
-        return {"name": f"{type(item).__module__}.{type(item).__qualname__}"}
+        state = {key: repr(value) for key, value in sorted(getattr(item, "__dict__", {}).items())}
+        return {"name": f"{type(item).__module__}.{type(item).__qualname__}", **state}
     own = type(item).__module__ in (granularities.__name__, constraints.__name__, transforms.__name__)
     names = {"Unconstrained": "none"}
     name = (
@@ -30,8 +31,13 @@ def describe(item: Any) -> Any:
     return {"name": name, **options} if options else name
 
 
-def granularity_from(described: Any, source: str) -> Granularity:
+def granularity_of(described: Any, own: Granularity | None, source: str) -> Granularity:
     """Rebuild a built-in granularity from its description; never imports anything.
+
+    Args:
+        described: What :func:`describe` returned.
+        own: Used where the described one is not built in.
+        source: What to call the file in messages.
 
     Raises:
         InputError: If it is no built-in, or does not take the options.
@@ -50,6 +56,8 @@ def granularity_from(described: Any, source: str) -> Granularity:
             granularities.Pattern,
         )
     }
+    if name not in kinds and own is not None:
+        return own
     if name not in kinds:
         raise InputError(
             f"{source}: granularity {name!r} is not built in (one of {', '.join(kinds)}). "

@@ -149,16 +149,24 @@ def _resampled(values: Mapping[str, Tensor], samples: int, seed: int) -> Tensor:
     return total / len(values)
 
 
-def normalised(row: Row, experts: Row) -> float:
-    """Return the mean over tasks of accuracy relative to the task's own expert (the field's measure)."""
-    ratios = [row.scores[task].accuracy / max(experts.scores[task].accuracy, 1e-12) for task in row.scores]
+def normalised(row: Row, experts: Row) -> float | None:
+    """Return the mean over tasks of accuracy relative to the task's own expert (the field's measure).
+
+    None where an expert has no hit at all.
+    """
+    if any(experts.scores[task].accuracy == 0 for task in row.scores):
+        return None
+    ratios = [row.scores[task].accuracy / experts.scores[task].accuracy for task in row.scores]
     return sum(ratios) / len(ratios)
 
 
-def gap_closed(row: Row, start: Row, experts: Row) -> float:
-    """Return how much of the mean's gap from ``start`` to ``experts`` a row closes; 1 is all."""
+def gap_closed(row: Row, start: Row, experts: Row) -> float | None:
+    """Return how much of the mean's gap from ``start`` to ``experts`` a row closes; 1 is all.
+
+    None where the experts are no better than ``start``.
+    """
     gap = experts.mean - start.mean
-    return (row.mean - start.mean) / gap if gap else float("nan")
+    return (row.mean - start.mean) / gap if gap > 0 else None
 
 
 def summary(rows: Mapping[str, Row], protocol: str) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def summary(rows: Mapping[str, Row], protocol: str) -> dict[str, Any]:
             "mean": row.mean,
             "interval": [low, high],
             "normalised": normalised(row, experts) if experts else None,
-            "gap_closed": gap_closed(row, start, experts) if experts and start and experts.mean != start.mean else None,
+            "gap_closed": gap_closed(row, start, experts) if experts and start else None,
             "uses_labels": row.uses_labels,
             "uses_data": row.uses_data,
             "seconds": row.seconds,
@@ -220,6 +228,7 @@ def table(content: Mapping[str, Any], title: str | None = None, width: int = 120
         ("95 %", [f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}" for row in every]),
         ("gap", ["" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}" for row in every]),
         ("norm.", ["" if row["normalised"] is None else f"{100 * row['normalised']:.1f}" for row in every]),
+        ("ECE", [f"{100 * _mean(row['calibration_error']):.1f}" for row in every]),
         ("s", [f"{row['seconds']:.1f}" for row in every]),
     ):
         if sum(2 + max(map(len, (header, *cells))) for header, cells in (*columns, column)) - 2 <= width:
@@ -246,7 +255,11 @@ def _caption(content: Mapping[str, Any]) -> str:
         text += "\n* uses labels."
     if any(row["gap_closed"] is not None for row in content["rows"].values()):
         text += "\ngap: share of the way from task arithmetic (0.3) to the experts; norm.: accuracy / expert's; %."
-    return f"{text}\n95 %: bootstrap over the scored images."
+    return f"{text}\n95 %: bootstrap over the scored images; ECE: expected calibration error, %, mean over tasks."
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 class Stopwatch:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints import load_state_dict, save_state_dict
 from adamerge.coefficients import Coefficients, save_coefficients
-from adamerge.errors import InputError
+from adamerge.errors import GuardError, InputError
 from adamerge.files import combined_hash, ensure_writable, save_json
 from adamerge.merge import merge
 from adamerge.pool import ExpertPool
@@ -59,11 +59,13 @@ def export(
 
     Raises:
         InputError: If the folder is not writable.
+        GuardError: If a merged tensor is not finite.
         OSError: If a file cannot be written; an earlier version of it is then still there.
         RuntimeError: If what was read back differs from what was merged.
     """
     ensure_writable(folder)
     state_dict = merge(pool, coefficients, detach=True)
+    _check_finite(state_dict)
     files = {"merged": folder / filename, "coefficients": folder / "coefficients.json", "recipe": folder / "merge.json"}
     # One key: with several, their order in the file, and so its bytes, would change from run to run.
     facts = {"format": FORMAT, "coefficients": _digest(coefficients), "pool": combined_hash(pool.hashes())}
@@ -123,6 +125,16 @@ def _digest(coefficients: Coefficients) -> str:
     digest = hashlib.sha256(json.dumps([coefficients.expert_names, coefficients.index.labels]).encode())
     digest.update(coefficients().detach().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_finite(state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse to write a merge that diverged, or overflows in the base's dtype."""
+    for key, tensor in state_dict.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise GuardError(
+                f"The merged tensor {key!r} ({str(tensor.dtype).removeprefix('torch.')}) is not finite, so nothing was "
+                "exported. The coefficients diverged: lower the learning rate, or set constraint=box."
+            )
 
 
 def _prove(path: Path, expected: Mapping[str, Tensor]) -> None:

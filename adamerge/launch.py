@@ -3,6 +3,10 @@
 import contextlib
 import json
 import logging
+import os
+import resource
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +16,21 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from adamerge.backbones import Backbone, check_classes
-from adamerge.callbacks import ExportMergedWeights, GracefulStop
+from adamerge.callbacks import CollapseGuard, ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.checkpoints import load_state_dict
 from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
-from adamerge.errors import InputError
-from adamerge.evaluation import Row, Stopwatch, TaskScore, score_tasks, write_summary
+from adamerge.errors import GuardError, InputError
+from adamerge.evaluation import Stopwatch, write_summary
 from adamerge.files import atomic_path, ensure_writable, save_json
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_optional, strings
+from adamerge.scoring import Made, score_run
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +104,8 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
 
     Raises:
         InputError: If the configuration or a file is wrong.
-        GuardError: If the loss or a coefficient became NaN or infinite.
+        GuardError: If the loss or a coefficient became NaN or infinite, or, once the export is written, if a
+            collapse guard stopped the run.
         SystemExit: If the run was stopped by a signal and saved.
     """
     if resume and not (folder / LAST).is_file():
@@ -115,72 +120,25 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         folder,
         head_info=head_info(assembly.data),
         sidecar=assembly.backbone.sidecar(),
-        recipe={"config": plain(config)},
+        recipe={"config": plain(config), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]},
     )
     trainer: Trainer = build(config, "trainer", callbacks=_callbacks(config, folder, export), logger=_loggers(config))
     watch = Stopwatch()
     trainer.fit(method, datamodule=assembly.data, ckpt_path=str(folder / LAST) if resume else None, weights_only=True)
-    if not trainer.is_global_zero or not config.evaluate:
-        return None
-    rows = score_run(config, assembly, export.files["merged"], watch.seconds())
-    summary = write_summary(rows, assembly.data.protocol, folder / "summary.json")
-    record_metrics(export.files["recipe"], summary, watch.seconds())
+    summary = None
+    if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
+        log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
+    elif trainer.is_global_zero and config.evaluate:
+        seconds = watch.seconds()
+        uses_labels = bool(getattr(objective, "uses_labels", False))
+        merged = Made(str(config.name), export.files["merged"], seconds, int(config.seed), uses_labels)
+        rows = score_run(assembly.model, assembly.data, merged, references=config.references)
+        summary = write_summary(rows, assembly.data.protocol, folder / "summary.json")
+        record_metrics(export.files["recipe"], summary, seconds)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, CollapseGuard) and callback.reason:
+            raise GuardError(callback.reason)
     return summary
-
-
-def score_run(config: DictConfig, assembly: Assembly, checkpoint: Path, seconds: float) -> dict[str, Row]:
-    """Score an exported checkpoint and, with ``references``, what it should be compared with."""
-    model, pool, data = assembly.model, assembly.pool, assembly.data
-    if not data.evaluation:
-        raise InputError(
-            "evaluate: no task has evaluation images. Give data.tasks.<name>.evaluate, or set evaluate=false."
-        )
-    rows: dict[str, Row] = {}
-    if config.references:
-        rows["pretrained"] = Row(score_tasks(model, {**pool.base}, data, "Scoring the pretrained model"))
-        initial = Coefficients(pool, "task", 0.3 if len(pool.expert_names) <= 8 else "mean", "none")
-        start = "task_arithmetic_0.3" if len(pool.expert_names) <= 8 else "weight_average"
-        params = MergedModel(model.encoder, pool, initial, assembly.heads).merge()
-        rows[start] = Row(score_tasks(model, params, data, "Scoring task arithmetic"))
-    merged = checkpoint_parameters(checkpoint, pool)
-    rows[str(config.name)] = Row(
-        score_tasks(model, merged, data, "Scoring the merged checkpoint"),
-        uses_data=True,
-        seconds=seconds,
-        seed=config.seed,
-    )
-    if config.references:
-        rows["experts"] = score_experts(model, data)
-    return rows
-
-
-def score_experts(model: MergedModel, data: UnlabeledTasks) -> Row:
-    """Score each task with its own expert, one expert in memory at a time."""
-    scores: dict[str, TaskScore] = {}
-    for task in data.evaluation:
-        params = model.expert_parameters(model.teacher_of(task))
-        scores |= score_tasks(model, params, data, f"Scoring the expert of {task}", tasks=[task])
-    return Row(scores)
-
-
-def checkpoint_parameters(path: Path, pool: ExpertPool) -> dict[str, Tensor]:
-    """Read the merged parameters of an exported checkpoint, by the encoder's names.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        InputError: If it lacks a parameter of the pool, or has another shape.
-    """
-    tensors = load_state_dict(path)
-    params = {}
-    for name, shape in pool.shapes.items():
-        key = pool.keys.file_key(name)
-        if key not in tensors or tuple(tensors[key].shape) != shape:
-            found = tuple(tensors[key].shape) if key in tensors else "nothing"
-            raise InputError(
-                f"{path}: tensor {key!r}: expected shape {shape}, found {found}. Is it a merge of this pool?"
-            )
-        params[name] = tensors[key].to(pool.device, pool.compute_dtype)
-    return params
 
 
 def save_config(config: DictConfig, path: Path) -> None:
@@ -191,6 +149,11 @@ def save_config(config: DictConfig, path: Path) -> None:
 
 def load_config(folder: Path) -> DictConfig:
     """Read a run's configuration; the folder may have moved since.
+
+    Relative paths in it start from the folder that the run was launched in, so this process moves there.
+
+    Args:
+        folder: The run's, absolute.
 
     Raises:
         InputError: If the folder is not a run's.
@@ -203,21 +166,54 @@ def load_config(folder: Path) -> DictConfig:
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     config.run_dir = str(folder)
+    if config.get("cwd") and Path(config.cwd).is_dir():
+        os.chdir(config.cwd)
     for logger in (config.get("logger") or {}).values():
         if "save_dir" in logger:
             logger.save_dir = str(folder)
     return config
 
 
+def check_unused(folder: Path) -> None:
+    """Refuse to start in the folder of another run, whose files would mix with the new ones.
+
+    Raises:
+        InputError: If the folder holds a run.
+    """
+    found = [name for name in (CONFIG_FILE, "merged.safetensors", str(LAST)) if (folder / name).exists()]
+    if found:
+        raise InputError(
+            f"{folder} holds a run already ({found[0]}). Choose another run_dir, or go on with it: resume={folder}."
+        )
+
+
 def remove_unstarted(folder: Path) -> None:
-    """Remove the folder of a run that failed before it wrote a result; anything unknown in it is left alone."""
-    for name in ("adapt.log", CONFIG_FILE):
-        (folder / name).unlink(missing_ok=True)
-    default = folder.parents[1].name == "runs"  # runs/<name>/<time>: its parents go too, where empty
-    inner = sorted(folder.rglob("*"), reverse=True)  # such as a logger's
-    for path in (*inner, folder, *folder.parents[: 2 if default else 0]):
-        with contextlib.suppress(OSError):  # not a folder, or not empty
-            path.rmdir()
+    """Remove the folder of a run that failed before its first step; a folder with anything else in it is left alone."""
+    own = {folder / "adapt.log", folder / CONFIG_FILE}
+    if any(path.is_file() for path in folder.rglob("*") if path not in own):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    parents = folder.absolute().parents
+    if len(parents) > 1 and parents[1].name == "runs":  # runs/<name>/<time>: its parents go too, where empty
+        for path in parents[:2]:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def differences(config: DictConfig, stored: DictConfig) -> list[str]:
+    """Return the dotted options in which two configurations of one run differ, leaving out where it runs."""
+    first, second = (_flat(plain(c)) for c in (config, stored))
+    ignored = ("run_dir", "resume", "cwd", "logger.")
+    keys = [key for key in {**first, **second} if not key.startswith(ignored)]
+    return sorted(key for key in keys if first.get(key) != second.get(key))
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -235,7 +231,8 @@ def head_info(data: UnlabeledTasks) -> dict[str, Any]:
 def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> None:
     """Add the metrics to ``merge.json``."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    save_json({**content, "metrics": summary["rows"], "seconds": seconds}, path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    save_json({**content, "metrics": summary["rows"], "seconds": seconds, "peak_memory_bytes": peak}, path)
 
 
 def _callbacks(config: DictConfig, folder: Path, export: ExportMergedWeights) -> list[Callback]:

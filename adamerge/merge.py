@@ -58,7 +58,7 @@ def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False)
     coefficients.check(pool)
     if detach:
         return _merge_for_export(pool, coefficients)
-    merged = _Merge.apply(coefficients(), pool, coefficients.index)
+    merged = _Merge.apply(coefficients().to(pool.device), pool, coefficients.index)
     return dict(zip(pool.names, merged, strict=True))
 
 

@@ -4,10 +4,8 @@ import importlib.resources
 import inspect
 import logging
 import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -16,13 +14,24 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from adamerge.backbones import Backbone
-from adamerge.checkpoints import Checkpoint, open_checkpoint
+from adamerge.backbones import Backbone, Torchvision
 from adamerge.errors import InputError, did_you_mean
-from adamerge.files import ensure_writable
-from adamerge.layout import KeyMap, check_layout, check_names
 from adamerge.objectives import check_objective
-from adamerge.task_vectors import check_storage, free_memory
+from adamerge.run_checks import (
+    SETTINGS,
+    Headers,
+    check_devices,
+    check_groups,
+    check_init,
+    check_run_dir,
+    check_setting,
+    class_problems,
+    evaluation_problems,
+    expert_problems,
+    forecast_problems,
+    read_headers,
+)
+from adamerge.task_vectors import check_storage
 
 log = logging.getLogger(__name__)
 
@@ -31,42 +40,59 @@ CONFIG_NAME = "adapt"
 _POOL_KEYS = ("base", "experts", "storage", "dtype", "include", "exclude")
 
 
-def check(config: DictConfig) -> list[str]:
-    """Return everything that is wrong with a configuration, from configs and headers, before any weight is read."""
-    problems: list[str] = []
+class _Problems(list[str]):
+    """What was found, in order."""
 
     @contextmanager
-    def collecting() -> Iterator[None]:
+    def naming(self, node: str) -> Iterator[None]:
+        """Collect what goes wrong; an error that nobody expected is named after its node."""
         try:
             yield
         except (InputError, OSError) as error:
-            problems.append(str(error))
+            self.append(" ".join(str(error).split()))
+        except OmegaConfBaseException as error:
+            self.append(f"{node}: {str(error).splitlines()[0]}")
+        except Exception as error:
+            log.debug("%s", node, exc_info=True)
+            self.append(f"{node}: {type(error).__name__}: {' '.join(str(error).split())}")
 
-    problems += unknown_keys(config)
-    with collecting():
-        check_objective(build(config, "objective"))
-    for node in ("granularity", "constraint"):
-        with collecting():
-            build(config, node)
-    with collecting():
+
+def check(config: DictConfig) -> list[str]:
+    """Return everything that is wrong with a configuration, from configs and headers, before any weight is read."""
+    problems, parts = _Problems(), dict[str, Any]()
+    with problems.naming("configuration"):
+        problems += unknown_keys(config)
+    for option in SETTINGS:
+        with problems.naming(option):
+            check_setting(option, config.get(option))
+    with problems.naming("run_dir"):
+        parts["run_dir"] = check_run_dir(config.get("run_dir"))
+    for node in ("objective", "granularity", "constraint", "backbone"):
+        with problems.naming(node):
+            parts[node] = build(config, node)
+    with problems.naming("objective"):
+        if "objective" in parts:
+            check_objective(parts["objective"])
+    with problems.naming("transform"):
         build_optional(config, "transform")
-    with collecting():
+    with problems.naming("optimizer"):
         _try_optimizer(config)
-    extras = [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
-    for node in ("method", "trainer", *extras):
-        with collecting():
+    with problems.naming("logger, callbacks"):
+        parts["extras"] = [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
+    for node in ("method", "trainer", *parts.get("extras", [])):
+        with problems.naming(node):
             _check_signature(config, node)
-    backbone: Backbone | None = None
-    with collecting():
-        backbone = build(config, "backbone")
-    if backbone is not None:
-        with collecting():
-            problems += _check_pool(config, backbone)
-        with collecting():
-            build(config, "data", preprocess=backbone.preprocess())
-    with collecting():
-        if not Path(str(config.run_dir)).exists():
-            ensure_parent_writable(Path(str(config.run_dir)))
+    with problems.naming("trainer"):
+        _check_trainer(config)
+    if "backbone" in parts:
+        with problems.naming("pool"):
+            parts["headers"] = _check_pool(config, parts["backbone"], problems)
+            problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
+        with problems.naming("data"):
+            parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
+    with problems.naming("data"):
+        _check_tasks(config, parts, problems)
+    _check_start(config, parts, problems)
     return problems
 
 
@@ -95,6 +121,8 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
         raise InputError(f"{where.group(1) if where else node}: {kind}{cause}") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{node}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise InputError(f"{node}: {type(error).__name__}: {error}") from error
 
 
 def build_optional(config: DictConfig, node: str) -> Any:
@@ -103,18 +131,11 @@ def build_optional(config: DictConfig, node: str) -> Any:
     return None if content is None or content.get("_target_") is None else build(config, node)
 
 
-def ensure_parent_writable(folder: Path) -> None:
-    """Check that a folder that does not exist yet could be made, without making it."""
-    parent = next((p for p in folder.absolute().parents if p.exists()), Path("/"))
-    if not parent.is_dir():
-        raise InputError(f"Output folder {folder}: {parent} is a file. Choose another run_dir.")
-    ensure_writable(parent)
-
-
 def _try_optimizer(config: DictConfig) -> None:
     """Make the optimizer for a dummy parameter, as it refuses its options only when it is made."""
+    make = build(config, "optimizer")
     try:
-        build(config, "optimizer")([torch.nn.Parameter(torch.zeros(1))])
+        make([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -129,9 +150,10 @@ def unknown_keys(config: DictConfig) -> list[str]:
         for key in map(str, config)
         if key not in known
     ]
+    pool = config.get("pool")
     return problems + [
         f"pool: unknown option {key!r}.{did_you_mean(key, _POOL_KEYS)}"
-        for key in map(str, config.pool)
+        for key in map(str, pool if isinstance(pool, DictConfig) else ())
         if key not in _POOL_KEYS
     ]
 
@@ -145,41 +167,84 @@ def _default_keys() -> Sequence[str]:
     return [*names, *(group.split()[-1] for group in groups if "hydra" not in group)]
 
 
-def _check_pool(config: DictConfig, backbone: Backbone) -> list[str]:
-    """Compare the headers of the pool's files, and forecast memory and disk."""
-    node = config.pool
-    for key, example in (("base", "pool.base=FILE"), ("experts", "'pool.experts={name: FILE, ...}'")):
-        if OmegaConf.is_missing(node, key):
-            raise InputError(f"pool.{key}: must be given: {example}.")
-    experts = dict(node.experts)
-    check_names(experts)
-    problems, opened = [], {}
-    base: Checkpoint | None = None
-    for name, path in {"base": node.base, **experts}.items():
-        try:
-            opened[name] = open_checkpoint(path)
-        except (InputError, OSError) as error:
-            problems.append(str(error))
-    base = opened.pop("base", None)
-    if base is None:
-        return problems
-    exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
+def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> Headers:
+    """Compare the headers of the pool's files."""
+    node = config.get("pool")
+    base, experts = pool_files(node, "pool")
     check_storage(str(node.get("storage") or "auto"))
-    keys = KeyMap(base.keys, backbone.prefix)
-    layout = check_layout(base, opened, keys, strings(node.get("include")), exclude, {})
-    problems += layout.problems
-    model_bytes = 4 * sum(torch.Size(base.spec(keys.file_key(name))[0]).numel() for name in layout.merged)
-    if 3 * model_bytes > free_memory():
-        problems.append(
-            f"Memory: merging needs about {3 * model_bytes / 1e9:.1f} GB (base, merged weights and their gradients) "
-            f"besides activations; {free_memory() / 1e9:.1f} GB are free. Close other programs or use a larger machine."
+    dtype = node.get("dtype")
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        problems.append(f"pool.dtype: expected float32, bfloat16 or float16, found {dtype!r}.")
+    exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
+    headers = read_headers(base, experts, backbone.prefix, strings(node.get("include")), exclude)
+    problems += headers.problems
+    return headers
+
+
+def pool_files(node: Any, where: str) -> tuple[str, dict[str, str]]:
+    """Return the base's file and the experts' by name, of a pool's node that messages call ``where``.
+
+    Raises:
+        InputError: If it names no base, no experts, or something else than files.
+    """
+    if not isinstance(node, DictConfig):
+        raise InputError(f"{where}: expected base and experts, found {node!r}; such as pool=zoo.")
+    for key, example in (("base", "base=FILE"), ("experts", "experts={name: FILE, ...}")):
+        if OmegaConf.is_missing(node, key) or node.get(key) is None:
+            raise InputError(f"{where}.{key}: must be given: {example}.")
+    if not isinstance(node.experts, DictConfig):
+        raise InputError(
+            f"{where}.experts: expected a mapping of names to files, {{name: FILE, ...}}, found {node.experts}."
         )
-    parent = next(p for p in Path(str(config.run_dir)).absolute().parents if p.exists())
-    if shutil.disk_usage(parent).free < 2 * model_bytes:
-        problems.append(
-            f"Disk: {parent} has less than the {2 * model_bytes / 1e9:.1f} GB free that an export may need."
-        )
-    return problems
+    files: dict[Any, Any] = {name: node.experts.get(name) for name in node.experts}
+    for key, found in (("base", node.base), *((f"experts.{name}", path) for name, path in files.items())):
+        if not isinstance(found, str) or not found:
+            raise InputError(f"{where}.{key}: expected a checkpoint file, found {found!r}; name one or leave it out.")
+    for name in files:
+        if not isinstance(name, str):
+            raise InputError(f"{where}.experts: expected names that are texts, found {name!r}; write '{name}'.")
+    return node.base, {str(name): str(path) for name, path in files.items()}
+
+
+def _check_trainer(config: DictConfig) -> None:
+    """Refuse what a run does not do with a trainer."""
+    trainer = config.get("trainer")
+    if isinstance(trainer, DictConfig):
+        plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(trainer, ["devices", "num_nodes"]), resolve=True)
+        check_devices(plain.get("devices", 1), plain.get("num_nodes", 1))
+
+
+def _check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: list[str]) -> None:
+    """Hold the tasks against the pool and what the run does with them."""
+    tasks = getattr(parts.get("data"), "tasks", None)
+    if not isinstance(tasks, Mapping):
+        return
+    problems += class_problems(tasks)
+    if config.get("evaluate") is True:
+        problems += evaluation_problems(tasks, getattr(parts["data"], "evaluation", tasks))
+    need = None
+    if isinstance(parts["backbone"], Torchvision):
+        need = "A torchvision backbone, whose heads are the experts' own classifiers,"
+    elif getattr(parts.get("objective"), "uses_teacher", False):
+        need = f"The objective {type(parts['objective']).__name__}"
+    if isinstance(config.get("pool"), DictConfig) and "headers" in parts:
+        problems += expert_problems(tasks, list(config.pool.experts), need)
+
+
+def _check_start(config: DictConfig, parts: Mapping[str, Any], problems: _Problems) -> None:
+    """Form groups and initial coefficients from the shapes in the pool's headers."""
+    headers, granularity = parts.get("headers"), parts.get("granularity")
+    if headers is None or granularity is None or not headers.shapes:
+        return
+    found = len(problems)
+    with problems.naming("granularity"):
+        check_groups(granularity, headers.shapes)
+    if len(problems) > found or "constraint" not in parts or len(headers.experts) < len(config.pool.experts):
+        return
+    with problems.naming("init"):
+        node = OmegaConf.masked_copy(config, ["init"])
+        plain: Any = OmegaConf.to_container(node, resolve=True)
+        check_init(headers, granularity, plain.get("init"), parts["constraint"])
 
 
 def _check_signature(config: DictConfig, node: str) -> None:
@@ -205,7 +270,10 @@ def check_options(where: str, target: Callable[..., Any], content: DictConfig) -
     Raises:
         InputError: If not; with the nearest option that it takes.
     """
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}._target_: {content._target_} is nothing that can be called ({error}).") from error
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key in map(str, content):
         if not key.startswith("_") and key not in parameters and not open_ended:
@@ -218,5 +286,11 @@ def check_options(where: str, target: Callable[..., Any], content: DictConfig) -
 
 
 def strings(node: Any) -> list[str] | None:
-    """Return a list node as strings; None stays None."""
+    """Return a list node as strings; None stays None.
+
+    Raises:
+        InputError: If it is something else than a list.
+    """
+    if isinstance(node, str) or not (node is None or isinstance(node, Iterable)):
+        raise InputError(f"pool.include, pool.exclude: expected a list of globs, found {node!r}; write ['GLOB'].")
     return None if node is None else [str(item) for item in node]

@@ -26,6 +26,8 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
     Raises:
         InputError: If the folder is not a run's, has no checkpoint, or the coefficients are another pool's.
     """
+    run_dir, output = run_dir.absolute(), output.absolute()
+    coefficients = coefficients.absolute() if coefficients else None
     config = launch.load_config(run_dir)
     if output.resolve() == run_dir.resolve() and (run_dir / "merged.safetensors").exists():
         raise InputError(f"{run_dir} has an export already, which would be replaced. Give --output.")

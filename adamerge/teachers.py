@@ -26,6 +26,10 @@ class TeacherCache:
         self._rows: dict[str, Outputs] = {}
         self._filled: dict[str, Tensor] = {}
 
+    def clear(self) -> None:
+        """Forget everything: positions mean other samples in another data set."""
+        self._rows, self._filled = {}, {}
+
     def get(self, task: str, indices: Tensor) -> Outputs | None:
         """Return the outputs at ``indices`` (B,), or None if any of them is missing."""
         filled, positions = self._filled.get(task), indices.cpu()

@@ -357,6 +357,79 @@ def test_adapt_objective_outside_the_package_is_found(arguments, configs, tmp_pa
     assert (tmp_path / "run" / "merged.safetensors").is_file()
 
 
+def test_adapt_run_folder_in_use_is_refused(arguments, capsys, tmp_path):
+    call("adapt", *arguments, "evaluate=false")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    text = refusal(capsys, "adapt", *arguments, "seed=7")
+    assert "holds a run already" in text
+    assert "resume=" in text
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_adapt_resume_auto_starts_goes_on_and_refuses_other_options(arguments, capsys, tmp_path):
+    assert call("adapt", *arguments, "resume=auto", "evaluate=false") == 0
+    merged = (tmp_path / "run" / "merged.safetensors").read_bytes()
+    assert call("adapt", *arguments, "resume=auto", "evaluate=false") == 0
+    assert (tmp_path / "run" / "merged.safetensors").read_bytes() == merged
+    text = refusal(capsys, "adapt", *arguments, "resume=auto", "evaluate=false", "seed=3", "granularity=task")
+    assert "other options" in text
+    assert "granularity._target_" in text
+    assert "seed" in text
+    text = refusal(capsys, "adapt", *arguments, "-m", "resume=auto", "seed=0,1")
+    assert "-m" in text
+
+
+def test_adapt_resume_from_another_folder_finds_relative_files(arguments, tmp_path, monkeypatch):
+    shutil.copyfile(zoo.files() / "experts" / "digits.safetensors", tmp_path / "digits.safetensors")
+    assert call("adapt", *arguments, "pool.experts.digits=digits.safetensors", "evaluate=false") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert call("adapt", "resume=../run") == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert call("export", "../run", "--coefficients", "../run/coefficients.json", "--output", "again") == 0
+    again = tmp_path / "elsewhere" / "again" / "merged.safetensors"
+    assert again.read_bytes() == (tmp_path / "run" / "merged.safetensors").read_bytes()
+
+
+def test_adapt_resume_with_a_changed_expert_is_refused(arguments, capsys, tmp_path):
+    shutil.copyfile(zoo.files() / "experts" / "digits.safetensors", tmp_path / "digits.safetensors")
+    call("adapt", *arguments, "pool.experts.digits=digits.safetensors", "evaluate=false")
+    shutil.copyfile(zoo.files() / "experts" / "latin.safetensors", tmp_path / "digits.safetensors")
+    text = refusal(capsys, "adapt", "resume=run")
+    assert "cannot be resumed" in text
+    assert "'digits'" in text
+
+
+def test_adapt_that_diverges_exports_nothing(arguments, capsys, tmp_path):
+    assert call("adapt", *arguments, "steps=1", "constraint=none", "optimizer.lr=1e30") == 3
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "merged.safetensors").exists()
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_adapt_tasks_without_labels_are_adapted_and_not_scored(arguments, configs, capsys, tmp_path):
+    only = {f"{task}": {
+        "_target_": "adamerge.data.Task", "classes": list(zoo.CLASSES["mnist"]), "templates": list(zoo.TEMPLATES),
+        "adapt": {"_target_": "torchvision.datasets.ImageFolder", "root": str(configs / "images" / task)},
+    } for task in ("mnist", "digits")}  # fmt: skip
+    (configs / "data" / "unlabelled.yaml").write_text(
+        json.dumps({"_target_": "adamerge.data.UnlabeledTasks", "tasks": only, "batch_size": 4, "seed": "${seed}"})
+    )
+    chosen = ["data=unlabelled" if a == "data=tiny" else a for a in arguments]
+    assert call("adapt", *chosen, "evaluate=false") == 0
+    assert (tmp_path / "run" / "merged.safetensors").exists()
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert "no task has evaluation images" in refusal(capsys, "evaluate", "run").lower()
+
+
+def test_adapt_sweep_checks_each_job(arguments, capsys, tmp_path, configs):
+    (configs / "experiment").mkdir(exist_ok=True)
+    (configs / "experiment" / "typo.yaml").write_text("# @package _global_\nstpes: 3\n")
+    sweep = [a for a in arguments if not a.startswith("run_dir")] + ["hydra.sweep.dir=sweep", "experiment=typo"]
+    text = refusal(capsys, "adapt", *sweep, "-m", "seed=0,1")
+    assert "'stpes'. Did you mean 'steps'?" in text
+
+
 def command(*arguments):
     """A real process of the installed command."""
     return [sys.executable, "-c", "from adamerge.cli import main; main()", *map(str, arguments)]
@@ -390,6 +463,21 @@ def test_adapt_interrupted_and_resumed_equals_uninterrupted(arguments, tmp_path)
     subprocess.run(command("adapt", "resume=cut"), check=True, capture_output=True, env=environment())
     for name in ("merged.safetensors", "coefficients.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_adapt_frank_wolfe_exports_its_support_and_refuses_the_box(arguments, capsys, tmp_path):
+    options = [*arguments, "method=frank_wolfe", "granularity=task", "method.step_rule=line_search", "evaluate=false"]
+    assert call("adapt", *options, "constraint=simplex") == 0
+    recipe = json.loads((tmp_path / "run" / "merge.json").read_text())
+    assert recipe["frank_wolfe"]["iterations"] == 3
+    assert sum(entry["mean"] for entry in recipe["frank_wolfe"]["support"].values()) == pytest.approx(1, abs=1e-5)
+    merged = (tmp_path / "run" / "merged.safetensors").read_bytes()
+    assert call("export", "run", "--coefficients", "run/coefficients.json", "--output", "again") == 0
+    assert (tmp_path / "again" / "merged.safetensors").read_bytes() == merged
+    capsys.readouterr()
+    text = refusal(capsys, "adapt", *options, "constraint=box", "run_dir=no")
+    assert "constraint must be simplex or none, found box" in text
+    assert not (tmp_path / "no").exists()
 
 
 def test_adapt_sweep_runs_each_combination(arguments, tmp_path):

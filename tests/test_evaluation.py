@@ -233,7 +233,7 @@ def test_table_shows_every_row_within_the_width(width):
     assert "The title" in text
     assert "images that adapted are not scored" in text
     assert "* uses labels" in text
-    assert text.splitlines()[1].split() == ["accuracy,", "%", "a", "b", "mean", "95", "%", "gap", "norm.", "s"]
+    assert text.splitlines()[1].split() == ["accuracy,", "%", "a", "b", "mean", "95", "%", "gap", "norm.", "ECE", "s"]
     assert "…" not in text
 
 

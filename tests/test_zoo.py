@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adamerge import zoo
+from adamerge import InputError, zoo
 from adamerge.zoo import CLASSES, TASKS, TEMPLATES, Tokenizer, ZooImages
 from adamerge.zoo.glyphs import FONTS, draw_glyph, require
 from adamerge.zoo.images import PRETRAINING_CLASSES, pretraining_images
@@ -104,7 +104,7 @@ def test_zoo_images_unknown_name_says_what_is_allowed(arguments, message):
 
 
 def test_require_missing_package_names_the_extra():
-    with pytest.raises(ImportError, match=r"'nonesuch'.*pip install \"adamerge\[demo\]\""):
+    with pytest.raises(InputError, match=r"'nonesuch'.*pip install \"adamerge\[demo\]\""):
         require("nonesuch_module", "nonesuch")
 
 

@@ -55,7 +55,7 @@ class FrankWolfeMerging(MergingMethod):
         inner_lr: Of the weights of ``soft``.
         task_weights: Task to the factor of its loss, default 1.
         reduction: ``"mean"`` or ``"sum"`` over the tasks.
-        micro_batch: Most inputs in one forward pass, in whole tasks; None for no limit.
+        micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
 
     Raises:
         InputError: If an option is unknown, or the constraint or granularity does not fit.
@@ -83,7 +83,7 @@ class FrankWolfeMerging(MergingMethod):
         inner_lr: float = 0.05,
         task_weights: Mapping[str, float] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
-        micro_batch: int | None = None,
+        micro_batch: int | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__(model, objective, task_weights=task_weights, reduction=reduction, micro_batch=micro_batch)
         chosen = {"mode": mode, "step_rule": step_rule, "granularity": granularity, "ranking": ranking}

@@ -26,7 +26,7 @@ class GradientMerging(MergingMethod):
         scheduler: Optimizer to learning-rate scheduler, stepped once per optimizer step.
         task_weights: Task to the factor of its loss, default 1.
         reduction: ``"mean"`` or ``"sum"`` over the tasks (AdaMerging sums; Adam is indifferent).
-        micro_batch: Most inputs in one forward pass, in whole tasks; None for no limit.
+        micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -41,7 +41,7 @@ class GradientMerging(MergingMethod):
         *,
         task_weights: Mapping[str, float] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
-        micro_batch: int | None = None,
+        micro_batch: int | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__(model, objective, task_weights=task_weights, reduction=reduction, micro_batch=micro_batch)
         self._optimizer = optimizer

@@ -1,7 +1,7 @@
 """What all methods share: one step of the objective on the merged model, its teachers, guards and reports."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from adamerge.data import TaskBatch, UnlabeledTasks
-from adamerge.errors import GuardError, InputError, did_you_mean
+from adamerge.errors import GuardError, InputError, did_you_mean, shorten
 from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
 from adamerge.objectives import Objective, check_objective
 
@@ -30,7 +30,7 @@ class MergingMethod(LightningModule):
         objective: The loss, see :mod:`adamerge.objectives`.
         task_weights: Task to the factor of its loss, default 1.
         reduction: ``"mean"`` or ``"sum"`` over the tasks (AdaMerging sums; Adam is indifferent).
-        micro_batch: Most inputs in one forward pass, in whole tasks; None for no limit.
+        micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -48,7 +48,7 @@ class MergingMethod(LightningModule):
         *,
         task_weights: Mapping[str, float] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
-        micro_batch: int | None = None,
+        micro_batch: int | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
         check_objective(objective)
@@ -65,6 +65,7 @@ class MergingMethod(LightningModule):
     def on_fit_start(self) -> None:
         """Move what Lightning does not see to the device, ask the teachers if needed, and try the objective."""
         self.model.to_device(self.device)
+        self.model.teacher_cache.clear()
         data = self._datamodule()
         tasks: Mapping[str, Any] = data.streams if data else self.task_weights
         for option, weights in (
@@ -78,6 +79,26 @@ class MergingMethod(LightningModule):
             self._ask_teachers(data)
         if data:
             self._try_objective(data)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record which pool the coefficients are for."""
+        checkpoint["pool"] = self.model.pool.hashes()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another pool.
+
+        Raises:
+            InputError: If base or experts have changed since the checkpoint was saved.
+        """
+        saved, here = checkpoint.get("pool", {}), self.model.pool.hashes()
+        if saved and list(saved) != list(here):
+            raise InputError(f"The checkpoint is for the experts {list(saved)[1:]}, but the pool has {list(here)[1:]}.")
+        changed = [name for name in saved if saved[name] != here[name]]
+        if changed:
+            raise InputError(
+                f"The checkpoint cannot be resumed: the content of {shorten(changed)} has changed since it was saved. "
+                "Restore the files, or start a new run."
+            )
 
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step; ``batch`` maps tasks to their unlabeled batches."""
@@ -97,7 +118,7 @@ class MergingMethod(LightningModule):
         needs_gradient: bool = True,
     ) -> tuple[Tensor, StepResult]:
         """Return the total loss at coefficients ``values`` (E, G), the losses by task, and the gradient (E, G)."""
-        weights = self._weights(batch)
+        weights = self.weights(batch)
         result = self.model.step(
             {task: data.inputs for task, data in batch.items()},
             functools.partial(self._loss, batch),
@@ -110,6 +131,11 @@ class MergingMethod(LightningModule):
             on_gradient=self.on_parameter_gradient if needs_gradient else None,
         )
         return torch.stack([result.losses[task] * weights[task] for task in batch]).sum(), result
+
+    def weights(self, tasks: Collection[str]) -> dict[str, float]:
+        """Return the factor of each task's loss in a step of these tasks."""
+        share = 1 / len(tasks) if self._reduction == "mean" else 1.0
+        return {task: share * self.task_weights.get(task, 1.0) for task in tasks}
 
     def on_parameter_gradient(self, name: str, gradient: Tensor) -> None:
         """See the gradient (*S) of one merged parameter during a training step's backward pass."""
@@ -199,10 +225,6 @@ class MergingMethod(LightningModule):
     def _datamodule(self) -> UnlabeledTasks | None:
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, UnlabeledTasks) else None
-
-    def _weights(self, batch: Mapping[str, TaskBatch]) -> dict[str, float]:
-        share = 1 / len(batch) if self._reduction == "mean" else 1.0
-        return {task: share * self.task_weights.get(task, 1.0) for task in batch}
 
     def _loss_scale(self) -> float | Tensor:
         """The factor of the inner backward pass, so that fp16 gradients do not underflow."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adamerge.errors import InputError
+
 SIZE = 28
 GLYPH_SIZE = 22  # longer side of a glyph in pixels, before the random affine map
 
@@ -56,12 +58,12 @@ def require(module: str, package: str) -> ModuleType:
         The imported module.
 
     Raises:
-        ImportError: If the module is not installed.
+        InputError: If the module is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
+        raise InputError(
             f"The demo zoo's images come from files inside the package {package!r}, which cannot be imported "
             f'({error}). Install it: pip install "adamerge[demo]"'
         ) from error

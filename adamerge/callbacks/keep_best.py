@@ -1,0 +1,109 @@
+"""Keep the coefficients that do best on held-out unlabeled data, and stop when they no longer improve."""
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from adamerge.data import TaskBatch, UnlabeledTasks
+from adamerge.errors import InputError
+from adamerge.methods.method import MergingMethod
+
+log = logging.getLogger(__name__)
+
+
+class KeepBest(Callback):
+    """Evaluate the objective on the held-out streams, and end with the best coefficients seen.
+
+    Needs ``data.holdout``. No label is used: the criterion is the objective itself, logged as
+    ``holdout/loss``, on images that it does not adapt on. The start is a candidate too. Checkpoints hold
+    the current coefficients; what ``fit`` ends with, and exports, are the best.
+
+    Args:
+        every: Optimizer steps between evaluations.
+        patience: Evaluations without a new best after which the run stops; None for never.
+
+    Attributes:
+        best: Step and loss of the best coefficients; None before the first evaluation.
+    """
+
+    def __init__(self, every: int = 25, patience: int | None = None) -> None:
+        for option, value in (("every", every), ("patience", patience)):
+            if value is not None and value < 1:
+                raise InputError(f"KeepBest.{option}: expected a number >= 1, found {value}.")
+        self._every = every
+        self._patience = patience
+        self._coefficients: Tensor | None = None
+        self._latest = -1
+        self._waited = 0
+        self.best: tuple[int, float] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the start."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, UnlabeledTasks) or not data.holdout_streams:
+            raise InputError("KeepBest: expected held-out images, found none. Set data.holdout, for example to 0.2.")
+        if self.best is None:
+            self._evaluate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate now and then, and stop when patience has run out."""
+        if trainer.global_step % self._every or trainer.global_step == self._latest:
+            return
+        pl_module.log("holdout/loss", self._evaluate(trainer, pl_module))
+        if self._patience is not None and self._waited >= self._patience:
+            log.info("No better coefficients for %d evaluations; stopped", self._waited)
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the end."""
+        if trainer.global_step != self._latest:
+            self._evaluate(trainer, pl_module)
+
+    @torch.no_grad()
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the best coefficients in place, before they are exported."""
+        if self._coefficients is not None and self.best is not None:
+            assert isinstance(pl_module, MergingMethod)
+            raw = pl_module.model.coefficients.raw
+            raw.copy_(self._coefficients.to(raw))
+            log.info("Kept the coefficients of step %d: %.4f on the held-out images", *self.best)
+
+    def _evaluate(self, trainer: Trainer, method: LightningModule) -> float:
+        assert isinstance(method, MergingMethod)
+        loss = holdout_loss(trainer, method)
+        self._latest = trainer.global_step
+        self._waited += 1
+        if self.best is None or loss < self.best[1]:
+            self.best, self._waited = (trainer.global_step, loss), 0
+            self._coefficients = method.model.coefficients.raw.detach().cpu().clone()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best coefficients so far, for checkpoints."""
+        return {"coefficients": self._coefficients, "best": self.best, "latest": self._latest, "waited": self._waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        self._coefficients, self.best = state_dict["coefficients"], state_dict["best"]
+        self._latest, self._waited = state_dict["latest"], state_dict["waited"]
+
+
+@torch.no_grad()
+def holdout_loss(trainer: Trainer, method: MergingMethod) -> float:
+    """Return the objective on the held-out streams: means over each task's images, weighted as in training."""
+    data: UnlabeledTasks = trainer.datamodule  # type: ignore[attr-defined]
+    totals = dict.fromkeys(data.holdout_streams, 0.0)
+    values = method.model.coefficients()
+    with trainer.precision_plugin.forward_context():
+        for batch in data.holdout_batches():
+            moved = {task: TaskBatch(*(t.to(method.device) for t in part)) for task, part in batch.items()}
+            _, result = method.run(moved, values, needs_gradient=False)
+            for task, loss in result.losses.items():
+                totals[task] += float(loss) * len(batch[task].indices) / len(data.holdout_streams[task])
+    weights = method.weights(totals)
+    return sum(weights[task] * total for task, total in totals.items())

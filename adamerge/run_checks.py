@@ -1,0 +1,231 @@
+"""What a run's settings, file headers and tasks decide before anything is read or trained."""
+
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from adamerge.checkpoints import Checkpoint, open_checkpoint
+from adamerge.coefficients import Coefficients
+from adamerge.constraints import Constraint
+from adamerge.data import Task
+from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.files import ensure_writable
+from adamerge.granularity import Granularity, GroupIndex
+from adamerge.layout import KeyMap, check_layout, check_names
+from adamerge.pool import ExpertPool
+from adamerge.task_vectors import free_memory
+
+RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
+_LIMITS = {"steps": (1, None, 150), "checkpoint_every": (1, None, 25), "seed": (0, 2**32 - 1, 0)}
+_SWITCHES = ("evaluate", "references")
+SETTINGS = (*_LIMITS, *_SWITCHES, "name")
+
+
+@dataclass(frozen=True)
+class Headers:
+    """As much of a pool as the headers of its files tell.
+
+    Attributes:
+        experts: The experts whose files could be opened.
+        shapes: Name to shape, of the parameters that merge; empty where the base could not be opened.
+        problems: All that is wrong.
+        compute_dtype: As the pool's.
+    """
+
+    experts: Mapping[str, Checkpoint] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    compute_dtype: torch.dtype = torch.float32
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The experts, in order."""
+        return tuple(self.experts)
+
+
+def read_headers(
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    prefix: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> Headers:
+    """Open a pool's files and compare their headers; what is wrong is collected, not raised."""
+    problems: list[str] = []
+    try:
+        check_names(experts)
+    except InputError as error:
+        problems.append(str(error))
+    opened: dict[str, Checkpoint] = {}
+    source: Checkpoint | None = None
+    try:
+        source = open_checkpoint(base)
+    except (InputError, OSError) as error:
+        problems.append(str(error))
+    for name, path in experts.items():
+        try:
+            opened[name] = open_checkpoint(path)
+        except (InputError, OSError) as error:
+            problems.append(str(error))
+    if source is None:
+        return Headers(opened, problems=tuple(problems))
+    keys = KeyMap(source.keys, prefix or None)
+    layout = check_layout(source, opened, keys, include, exclude, {})
+    shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
+    return Headers(opened, shapes, (*problems, *layout.problems))
+
+
+def check_setting(option: str, value: Any) -> None:
+    """Check one of ``SETTINGS``.
+
+    Raises:
+        InputError: If its value is not one that a run can have.
+    """
+    if option in _LIMITS:
+        low, high, example = _LIMITS[option]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < low or (high is not None and value > high):
+            limits = f">= {low}" if high is None else f"from {low} to {high}"
+            raise InputError(
+                f"{option}: expected a whole number {limits}, found {value!r}; such as {option}={example}."
+            )
+    elif option in _SWITCHES:
+        if not isinstance(value, bool):
+            raise InputError(f"{option}: expected true or false, found {value!r}.")
+    elif not isinstance(value, (str, int)) or not str(value):
+        raise InputError(f"name: expected a text, found {value!r}; such as name=adapt.")
+    elif value in RESERVED:
+        raise InputError(
+            f"name: {value!r} is reserved for a row of the results, as are {shorten(RESERVED)}; choose another."
+        )
+
+
+def check_devices(devices: Any, num_nodes: Any) -> None:
+    """Refuse a trainer on several devices.
+
+    Raises:
+        InputError: If ``devices`` or ``num_nodes`` says anything but one.
+    """
+    single = isinstance(devices, list) and len(devices) == 1  # one device, by its number
+    for option, found, fits in (
+        ("devices", devices, single or (devices in (1, "1") and devices is not True)),
+        ("num_nodes", num_nodes, num_nodes in (1, "1") and num_nodes is not True),
+    ):
+        if not fits:
+            raise InputError(
+                f"trainer.{option}: expected 1, found {found!r}: runs on several devices are not supported by this "
+                f"version: trainer.{option}=1."
+            )
+
+
+def check_run_dir(run_dir: Any) -> Path:
+    """Check that a run can write there, and return the folder that exists of it; none is made.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    if not isinstance(run_dir, str) or not run_dir.strip():
+        raise InputError(f"run_dir: expected a folder, found {run_dir!r}; such as run_dir=runs/first.")
+    folder = Path(run_dir).absolute()
+    if folder.resolve() == Path(folder.anchor):
+        raise InputError(
+            f"run_dir: expected a folder of the run's own, found {run_dir}, the root; choose one below it."
+        )
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        where = "" if existing == folder else f"{existing}, which is "
+        raise InputError(f"run_dir: expected a folder, found {run_dir}: {where}a file. Choose another run_dir.")
+    try:
+        ensure_writable(existing)
+    except InputError as error:
+        raise InputError(f"run_dir: {error}") from error
+    return existing
+
+
+def check_groups(granularity: Granularity, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Form the groups of the parameters that merge.
+
+    Raises:
+        InputError: If the granularity does not fit their names or shapes.
+    """
+    index: object = granularity(shapes)
+    if not isinstance(index, GroupIndex):
+        raise InputError(f"granularity: expected a GroupIndex from {type(granularity).__name__}, found {index!r}.")
+
+
+def check_init(headers: Headers, granularity: Granularity, init: Any, constraint: Constraint) -> None:
+    """Make the initial coefficients from shapes alone.
+
+    Raises:
+        InputError: If ``init`` does not fit the experts.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says it
+        Coefficients(cast(ExpertPool, headers), granularity, init, constraint)
+
+
+def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None) -> list[str]:
+    """Say where the merged parameters are too large for the memory, or the disk of ``folder``, that is free."""
+    problems = []
+    model_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if 3 * model_bytes > free_memory():
+        problems.append(
+            f"Memory: merging needs about {3 * model_bytes / 1e9:.1f} GB (base, merged weights and their gradients) "
+            f"besides activations; {free_memory() / 1e9:.1f} GB are free. Close other programs or use a larger machine."
+        )
+    if folder is not None and shutil.disk_usage(folder).free < 2 * model_bytes:
+        problems.append(
+            f"Disk: {folder} has less than the {2 * model_bytes / 1e9:.1f} GB free that an export may need."
+        )
+    return problems
+
+
+def class_problems(tasks: Mapping[str, Task]) -> list[str]:
+    """List the tasks whose class names are not as many as the classes of their data set."""
+    problems = []
+    for name, task in tasks.items():
+        key = next((key for key in ("evaluate", "dataset", "adapt") if getattr(task, key) is not None), "dataset")
+        found = getattr(getattr(task, key), "classes", None)
+        if found is not None and task.classes is not None and len(found) != len(task.classes):
+            problems.append(
+                f"data.tasks.{name}.classes: expected as many names as {key} has classes, found "
+                f"{len(task.classes)} names, but the data set has {len(found)} classes. "
+                "Name each class once, in the order of the labels; are all class folders there?"
+            )
+    return problems
+
+
+def expert_problems(tasks: Mapping[str, Task], experts: Sequence[str], need: str | None) -> list[str]:
+    """List the tasks whose expert is not in the pool.
+
+    Args:
+        tasks: Task name to its data.
+        experts: The pool's.
+        need: What needs an expert of every task; None where only one that a task names must exist.
+    """
+    problems = []
+    for name, task in tasks.items():
+        expert = task.expert or name
+        if expert not in experts and (task.expert or need):
+            because = f" {need} needs each task's expert." if need else ""
+            problems.append(
+                f"data.tasks.{name}.expert: expected one of the pool's experts {shorten(experts)}, found {expert!r}."
+                f"{because}{did_you_mean(expert, experts)} Name it: data.tasks.{name}.expert=NAME."
+            )
+    return problems
+
+
+def evaluation_problems(tasks: Mapping[str, Task], scored: Mapping[str, object]) -> list[str]:
+    """List the tasks that have nothing to be scored on."""
+    return [
+        f"data.tasks.{name}.evaluate: expected labelled images to score, found none. "
+        f"Give data.tasks.{name}.evaluate, or set evaluate=false."
+        for name in tasks
+        if name not in scored
+    ]

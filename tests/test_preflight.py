@@ -1,0 +1,172 @@
+"""What `adamerge check` finds from configurations and file headers, without a run."""
+
+import re
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from adamerge import preflight, zoo
+from adamerge.composition import compose
+from adamerge.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An image folder of ten classes with two images each."""
+    root = tmp_path_factory.mktemp("images")
+    for label in range(10):
+        (root / f"class{label}").mkdir()
+        for number in range(2):
+            Image.new("RGB", (28, 28), (label, number, 0)).save(root / f"class{label}" / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def found(images, tmp_path, monkeypatch):
+    """Check a small run with more overrides; return all problems."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs"
+    (folder / "data").mkdir(parents=True)
+    task = (
+        f"{{_target_: adamerge.data.Task, dataset: {{_target_: torchvision.datasets.ImageFolder, root: {images}}}, "
+        f"adapt: null, evaluate: null, expert: null, classes: {list(zoo.CLASSES['digits'])}}}"
+    )
+    (folder / "data" / "tiny.yaml").write_text(
+        f"_target_: adamerge.data.UnlabeledTasks\ntasks:\n  mnist: {task}\n  digits: {task}\nbatch_size: 4\n"
+    )
+    (folder / "pool").mkdir()
+    experts = "".join(f"  {name}: ${{zoo:experts/{name}.safetensors}}\n" for name in ("mnist", "digits"))
+    (folder / "pool" / "two.yaml").write_text(f"base: ${{zoo:base.safetensors}}\nexperts:\n{experts}")
+    start = ["--config-dir", str(folder), "pool=two", "data=tiny", "trainer=cpu", "steps=3", "run_dir=run"]
+    return lambda *overrides: preflight.check(compose([*start, *map(str, overrides)]))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["init=mean"],
+        ["init=[0.3, 0.2]"],
+        ["init={digits: 0.1, mnist: 0.2}"],
+        ["granularity=chunk", "granularity.pieces={proj: 4}"],
+        ["granularity=pattern", r"granularity.groups={attention: \\.attn\\.}"],
+        ["trainer.devices=[0]", "+trainer.num_nodes=1"],
+        ["objective=entropy", "data.tasks.mnist.expert=digits"],
+    ],
+)
+def test_check_good_run_finds_nothing_and_leaves_nothing(found, tmp_path, overrides):
+    assert found(*overrides) == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["steps=0"], ["steps", ">= 1", "0"]),
+        (["steps=1.5"], ["steps", "whole number", "1.5"]),
+        (["steps=null"], ["steps", "None"]),
+        (["steps=true"], ["steps", "True"]),
+        (["steps=many"], ["steps", "'many'"]),
+        (["checkpoint_every=0"], ["checkpoint_every", ">= 1"]),
+        (["checkpoint_every=often"], ["checkpoint_every", "'often'"]),
+        (["seed=-1"], ["seed", "-1"]),
+        (["seed=4294967296"], ["seed", "4294967295"]),
+        (["seed=x"], ["seed", "'x'"]),
+        (["evaluate=perhaps"], ["evaluate", "true or false", "'perhaps'"]),
+        (["init=high"], ["init", "'high'"]),
+        (["init=null"], ["init", "None"]),
+        (["init=[0.1, 0.2, 0.3]"], ["init", "2 numbers", "(3,)"]),
+        (["init={mnist: 0.3}"], ["init", "'mnist', 'digits'"]),
+        (["init={mnist: 0.3, digits: null}"], ["init", "2 numbers"]),
+        (["granularity=pattern", "granularity.groups={typo: atn}"], ["granularity.groups['typo']", "'atn'"]),
+        (["granularity=pattern", "granularity.groups={typo: '('}"], ["granularity", "regular expression"]),
+        (["granularity=chunk", "granularity.pieces=-1"], ["granularity.pieces", "-1"]),
+        (["granularity=chunk", "granularity.pieces={prj: 4}"], ["granularity.pieces", "'prj'", "'proj'"]),
+        (["granularity._target_=builtins.dict"], ["granularity", "dict"]),
+        (["pool.base=null"], ["pool.base", "base=FILE"]),
+        (["pool.experts=null"], ["pool.experts", "{name: FILE, ...}"]),
+        (["pool.experts.digits=null"], ["pool.experts.digits", "checkpoint file", "None"]),
+        (["pool.experts.digits=3"], ["pool.experts.digits", "checkpoint file", "3"]),
+        (["+pool.exclude=proj"], ["pool.exclude", "list of globs", "'proj'"]),
+        (["+pool.dtype=half8"], ["pool.dtype", "'half8'"]),
+        (["run_dir=/"], ["run_dir", "root"]),
+        (["run_dir=''"], ["run_dir", "''"]),
+        (["run_dir=null"], ["run_dir", "None"]),
+        (["run_dir=/proc"], ["run_dir", "/proc", "not writable"]),
+        (["run_dir=/proc/run"], ["run_dir", "/proc", "not writable"]),
+        (["run_dir=in_the_way"], ["run_dir", "in_the_way", "a file"]),
+        (["run_dir=in_the_way/run"], ["run_dir", "in_the_way", "a file"]),
+        (["trainer.devices=2"], ["several devices are not supported by this version: trainer.devices=1"]),
+        (["trainer.devices=auto"], ["trainer.devices", "'auto'"]),
+        (["trainer.devices=[0, 1]"], ["trainer.devices", "[0, 1]"]),
+        (["+trainer.num_nodes=2"], ["trainer.num_nodes", "2"]),
+        (["data.tasks.mnist.classes=[a, b]"], ["data.tasks.mnist.classes", "2 names", "10 classes"]),
+        (["data.tasks.mnist.expert=digts"], ["data.tasks.mnist.expert", "'digts'", "'digits'"]),
+        (["objective=entropy", "data.tasks.mnist.expert=digts"], ["data.tasks.mnist.expert", "'digts'"]),
+        (["~pool.experts.mnist"], ["data.tasks.mnist.expert", "Imitation", "'mnist'"]),
+        (["data.batch_size=four"], ["data: ", "'str'"]),
+        (["optimizer._target_=builtins.len"], ["optimizer"]),
+        (["name=${nothing}"], ["name", "nothing"]),
+        *(
+            (["name=" + name], ["name", "reserved", name])
+            for name in ("pretrained", "experts", "weight_average", "start")
+        ),
+        (["name=task_arithmetic_0.3"], ["name", "reserved"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_check_wrong_option_is_one_sentence_that_names_it(found, tmp_path, overrides, words):
+    (tmp_path / "in_the_way").write_text("")
+    problems = found(*overrides)
+    assert len(problems) == 1, problems
+    assert "\n" not in problems[0]
+    for word in words:
+        assert word in problems[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_several_problems_lists_all(found):
+    problems = found("steps=0", "init=high", "trainer.devices=2", "name=start", "pool.experts.digits=gone.safetensors")
+    for word in ("steps", "trainer.devices", "name", "gone.safetensors"):
+        assert any(word in problem for problem in problems), word
+
+
+def test_check_task_without_evaluation_images_is_found_unless_nothing_is_scored(found, images):
+    overrides = [
+        "data.tasks.mnist.dataset=null",
+        f"data.tasks.mnist.adapt={{_target_: torchvision.datasets.ImageFolder, root: {images}}}",
+    ]
+    (problem,) = found(*overrides)
+    assert re.search(r"data\.tasks\.mnist\.evaluate.*evaluate=false", problem)
+    assert found(*overrides, "evaluate=false") == []
+
+
+def test_check_reads_no_weight_for_init(found, tmp_path):
+    tensors = load_file(zoo.files() / "experts" / "digits.safetensors")
+    tensors["visual.proj"] = tensors["visual.proj"] * float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    assert found("pool.experts.digits=nan.safetensors") == []
+
+
+def test_check_existing_folder_is_fine(found, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert found() == []
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_check_granularity_that_fails_is_named_after_its_node(found, tmp_path, monkeypatch):
+    (tmp_path / "broken_groups.py").write_text(
+        "class Broken:\n    def __call__(self, shapes):\n        return shapes['nowhere']\n"
+        "class Other:\n    def __call__(self, shapes):\n        return 3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert found("granularity._target_=broken_groups.Broken") == ["granularity: KeyError: 'nowhere'"]
+    (problem,) = found("granularity._target_=broken_groups.Other")
+    assert "expected a GroupIndex from Other, found 3" in problem
+
+
+def test_build_unexpected_error_names_the_node():
+    config = compose(["objective._target_=builtins.int", "+objective.x=y"])
+    with pytest.raises(InputError, match=r"^objective"):
+        preflight.build(config, "objective")
