@@ -196,6 +196,8 @@ def pool_files(node: Any, where: str) -> tuple[str, dict[str, str]]:
         raise InputError(
             f"{where}.experts: expected a mapping of names to files, {{name: FILE, ...}}, found {node.experts}."
         )
+    if not node.experts:
+        raise InputError(f"{where}.experts: expected at least one expert, {{name: FILE, ...}}, found none.")
     files: dict[Any, Any] = {name: node.experts.get(name) for name in node.experts}
     for key, found in (("base", node.base), *((f"experts.{name}", path) for name, path in files.items())):
         if not isinstance(found, str) or not found:

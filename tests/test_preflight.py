@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -45,14 +46,9 @@ def found(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "overrides",
     [
-        [],
-        ["init=mean"],
-        ["init=[0.3, 0.2]"],
-        ["init={digits: 0.1, mnist: 0.2}"],
-        ["granularity=chunk", "granularity.pieces={proj: 4}"],
-        ["granularity=pattern", r"granularity.groups={attention: \\.attn\\.}"],
-        ["trainer.devices=[0]", "+trainer.num_nodes=1"],
-        ["objective=entropy", "data.tasks.mnist.expert=digits"],
+        ["init=[0.3, 0.2]", "granularity=chunk", "granularity.pieces={proj: 4}", "trainer.devices=[0]"],
+        ["init={digits: 0.1, mnist: 0.2}", "granularity=pattern", r"granularity.groups={attention: \\.attn\\.}"],
+        ["init=mean", "objective=entropy", "data.tasks.mnist.expert=digits", "+trainer.num_nodes=1"],
     ],
 )
 def test_check_good_run_finds_nothing_and_leaves_nothing(found, tmp_path, overrides):
@@ -60,76 +56,99 @@ def test_check_good_run_finds_nothing_and_leaves_nothing(found, tmp_path, overri
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["steps=0"], ["steps", ">= 1", "0"]),
-        (["steps=1.5"], ["steps", "whole number", "1.5"]),
-        (["steps=null"], ["steps", "None"]),
-        (["steps=true"], ["steps", "True"]),
-        (["steps=many"], ["steps", "'many'"]),
-        (["checkpoint_every=0"], ["checkpoint_every", ">= 1"]),
-        (["checkpoint_every=often"], ["checkpoint_every", "'often'"]),
-        (["seed=-1"], ["seed", "-1"]),
-        (["seed=4294967296"], ["seed", "4294967295"]),
-        (["seed=x"], ["seed", "'x'"]),
-        (["evaluate=perhaps"], ["evaluate", "true or false", "'perhaps'"]),
-        (["init=high"], ["init", "'high'"]),
-        (["init=null"], ["init", "None"]),
-        (["init=[0.1, 0.2, 0.3]"], ["init", "2 numbers", "(3,)"]),
-        (["init={mnist: 0.3}"], ["init", "'mnist', 'digits'"]),
-        (["init={mnist: 0.3, digits: null}"], ["init", "2 numbers"]),
-        (["granularity=pattern", "granularity.groups={typo: atn}"], ["granularity.groups['typo']", "'atn'"]),
-        (["granularity=pattern", "granularity.groups={typo: '('}"], ["granularity", "regular expression"]),
-        (["granularity=chunk", "granularity.pieces=-1"], ["granularity.pieces", "-1"]),
-        (["granularity=chunk", "granularity.pieces={prj: 4}"], ["granularity.pieces", "'prj'", "'proj'"]),
-        (["granularity._target_=builtins.dict"], ["granularity", "dict"]),
-        (["pool.base=null"], ["pool.base", "base=FILE"]),
-        (["pool.experts=null"], ["pool.experts", "{name: FILE, ...}"]),
-        (["pool.experts.digits=null"], ["pool.experts.digits", "checkpoint file", "None"]),
-        (["pool.experts.digits=3"], ["pool.experts.digits", "checkpoint file", "3"]),
-        (["+pool.exclude=proj"], ["pool.exclude", "list of globs", "'proj'"]),
-        (["+pool.dtype=half8"], ["pool.dtype", "'half8'"]),
-        (["run_dir=/"], ["run_dir", "root"]),
-        (["run_dir=''"], ["run_dir", "''"]),
-        (["run_dir=null"], ["run_dir", "None"]),
-        (["run_dir=/proc"], ["run_dir", "/proc", "not writable"]),
-        (["run_dir=/proc/run"], ["run_dir", "/proc", "not writable"]),
-        (["run_dir=in_the_way"], ["run_dir", "in_the_way", "a file"]),
-        (["run_dir=in_the_way/run"], ["run_dir", "in_the_way", "a file"]),
-        (["trainer.devices=2"], ["several devices are not supported by this version: trainer.devices=1"]),
-        (["trainer.devices=auto"], ["trainer.devices", "'auto'"]),
-        (["trainer.devices=[0, 1]"], ["trainer.devices", "[0, 1]"]),
-        (["+trainer.num_nodes=2"], ["trainer.num_nodes", "2"]),
-        (["data.tasks.mnist.classes=[a, b]"], ["data.tasks.mnist.classes", "2 names", "10 classes"]),
-        (["data.tasks.mnist.expert=digts"], ["data.tasks.mnist.expert", "'digts'", "'digits'"]),
-        (["objective=entropy", "data.tasks.mnist.expert=digts"], ["data.tasks.mnist.expert", "'digts'"]),
-        (["~pool.experts.mnist"], ["data.tasks.mnist.expert", "Imitation", "'mnist'"]),
-        (["data.batch_size=four"], ["data: ", "'str'"]),
-        (["optimizer._target_=builtins.len"], ["optimizer"]),
-        (["name=${nothing}"], ["name", "nothing"]),
-        *(
-            (["name=" + name], ["name", "reserved", name])
-            for name in ("pretrained", "experts", "weight_average", "start")
-        ),
-        (["name=task_arithmetic_0.3"], ["name", "reserved"]),
+# Wrong options and the words of their messages. Rows of different lanes are independent, and checked together.
+LANES = {
+    "steps": [
+        ("steps=0", ["steps", ">= 1", "0"]),
+        ("steps=1.5", ["steps", "whole number", "1.5"]),
+        ("steps=null", ["steps", "None"]),
+        ("steps=true", ["steps", "True"]),
+        ("steps=many", ["steps", "'many'"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
-)
-def test_check_wrong_option_is_one_sentence_that_names_it(found, tmp_path, overrides, words):
+    "checkpoint_every": [
+        ("checkpoint_every=0", ["checkpoint_every", ">= 1"]),
+        ("checkpoint_every=often", ["checkpoint_every", "'often'"]),
+    ],
+    "seed": [
+        ("seed=-1", ["seed", "-1"]),
+        ("seed=4294967296", ["seed", "4294967295"]),
+        ("seed=x", ["seed", "'x'"]),
+    ],
+    "references": [("references=perhaps", ["references", "true or false", "'perhaps'"])],
+    "name": [
+        ("name=pretrained", ["name", "reserved", "'pretrained'"]),
+        ("name=experts", ["name", "reserved", "'experts'"]),
+        ("name=weight_average", ["name", "reserved", "'weight_average'"]),
+        ("name=start", ["name", "reserved", "'start'"]),
+        ("name=task_arithmetic_0.3", ["name", "reserved"]),
+        ("name=null", ["name", "None"]),
+    ],
+    "run_dir": [
+        ("run_dir=/", ["run_dir", "root"]),
+        ("run_dir=''", ["run_dir", "''"]),
+        ("run_dir=null", ["run_dir", "None"]),
+        ("run_dir=/proc", ["run_dir", "/proc", "not writable"]),
+        ("run_dir=/proc/run", ["run_dir", "/proc", "not writable"]),
+        ("run_dir=in_the_way", ["run_dir", "in_the_way", "a file"]),
+        ("run_dir=in_the_way/run", ["run_dir", "in_the_way", "a file"]),
+        ("run_dir=${nothing}", ["run_dir", "nothing"]),
+    ],
+    "trainer": [
+        ("trainer.devices=2", ["several devices are not supported by this version: trainer.devices=1"]),
+        ("trainer.devices=auto", ["trainer.devices", "'auto'"]),
+        ("trainer.devices=[0, 1]", ["trainer.devices", "[0, 1]"]),
+        ("+trainer.num_nodes=2", ["trainer.num_nodes", "2"]),
+    ],
+    "optimizer": [("optimizer._target_=builtins.len", ["optimizer"])],
+    "pool": [
+        ("init=high", ["init", "'high'"]),
+        ("init=[0.1, 0.2, 0.3]", ["init", "2 numbers", "(3,)"]),
+        ("init={mnist: 0.3}", ["init", "'mnist', 'digits'"]),
+        ("init={mnist: 0.3, digits: null}", ["init", "2 numbers"]),
+        ("granularity=pattern granularity.groups={typo:atn}", ["granularity.groups['typo']", "'atn'"]),
+        ("granularity=chunk granularity.pieces=-1", ["granularity.pieces", "-1"]),
+        ("granularity=chunk granularity.pieces={prj:4}", ["granularity.pieces", "'prj'", "'proj'"]),
+        ("pool.base=null", ["pool.base", "base=FILE"]),
+        ("pool.experts=null", ["pool.experts", "{name: FILE, ...}"]),
+        ("pool.experts.digits=null", ["pool.experts.digits", "checkpoint file", "None"]),
+        ("+pool.exclude=proj", ["pool.exclude", "list of globs", "'proj'"]),
+        ("+pool.dtype=half8", ["pool.dtype", "'half8'"]),
+    ],
+    "data": [
+        ("data.tasks.mnist.classes=[a, b]", ["data.tasks.mnist.classes", "2 names", "10 classes"]),
+        ("data.tasks.mnist.expert=digts", ["data.tasks.mnist.expert", "Imitation", "'digts'", "'digits'"]),
+        ("objective=entropy data.tasks.mnist.expert=digts", ["data.tasks.mnist.expert", "'digts'"]),
+        ("data.batch_size=four", ["data: ", "'str'"]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", range(max(map(len, LANES.values()))))
+def test_check_wrong_option_is_one_sentence_that_names_it(found, tmp_path, row):
     (tmp_path / "in_the_way").write_text("")
+    cases = [lane[row] for lane in LANES.values() if row < len(lane)]
+    overrides = [part for override, _ in cases for part in re.split(r" (?=[\w.]+=)", override)]
     problems = found(*overrides)
-    assert len(problems) == 1, problems
-    assert "\n" not in problems[0]
-    for word in words:
-        assert word in problems[0]
+    assert len(problems) == len(cases), problems
+    for override, words in cases:
+        assert any(all(word in problem for word in words) for problem in problems), (override, problems)
+    assert not any("\n" in problem for problem in problems)
     assert not (tmp_path / "run").exists()
 
 
-def test_check_several_problems_lists_all(found):
-    problems = found("steps=0", "init=high", "trainer.devices=2", "name=start", "pool.experts.digits=gone.safetensors")
-    for word in ("steps", "trainer.devices", "name", "gone.safetensors"):
-        assert any(word in problem for problem in problems), word
+def test_check_expert_missing_from_the_pool_is_found(found):
+    (problem,) = found("~pool.experts.mnist")
+    assert "data.tasks.mnist.expert" in problem
+    assert "Imitation needs each task's expert" in problem
+    assert found("~pool.experts.mnist", "objective=entropy") == []
+
+
+@pytest.mark.parametrize("experts", ["[a.safetensors]", "{a: 3}", "{1: a.safetensors}", "a.safetensors"])
+def test_pool_files_experts_that_are_no_mapping_of_files_are_refused(experts):
+    with pytest.raises(InputError, match=r"^pool\.experts"):
+        preflight.pool_files(OmegaConf.create(f"base: base.safetensors\nexperts: {experts}"), "pool")
+    with pytest.raises(InputError, match=r"^pool: expected base and experts"):
+        preflight.pool_files(None, "pool")
 
 
 def test_check_task_without_evaluation_images_is_found_unless_nothing_is_scored(found, images):

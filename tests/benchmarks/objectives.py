@@ -3,7 +3,7 @@
 python tests/benchmarks/objectives.py --output runs/objectives
 python tests/benchmarks/objectives.py --output runs/objectives --granularities row --seeds 0 1 2 --steps 150
 
-Images that adapt are not scored unless --transductive. All rows have the same start (0.3), images and steps. Rows that are
+Images that adapt are not scored unless --transductive. All rows have the same start (0.3), images and steps. What is
 done stay in the folder: run the command again to go on after an interruption, or to add rows.
 """
 
