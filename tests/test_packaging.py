@@ -1,6 +1,7 @@
 """The installed package: everything that a command needs is in the wheel."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,8 +16,14 @@ ROOT = Path(__file__).parents[1]
 def installed(tmp_path_factory):
     """The unpacked wheel, in a folder of its own away from the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # without what earlier builds left
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("adamerge", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source],
         check=True,
         capture_output=True,
     )
@@ -30,7 +37,8 @@ def test_wheel_holds_every_module_config_and_zoo_file(installed):
     def names(root, pattern):
         return {str(p.relative_to(root)) for p in root.rglob(pattern) if "__pycache__" not in p.parts}
 
-    assert names(ROOT / "adamerge", "*.py") <= names(installed / "adamerge", "*.py")
+    modules = names(ROOT / "adamerge", "*.py") | {"configs/__init__.py"}
+    assert names(installed / "adamerge", "*.py") == modules
     assert names(ROOT / "configs", "*.yaml") == names(installed / "adamerge" / "configs", "*.yaml")
     shipped = {name for name in names(ROOT / "adamerge" / "zoo" / "files", "*") if "." in name}
     assert shipped <= names(installed / "adamerge" / "zoo" / "files", "*")
