@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from adamerge.coefficients import Coefficients
-from adamerge.data import Unlabeled, UnlabeledTasks
+from adamerge.data import UnlabeledTasks
 from adamerge.model import MergedModel, TaskStep
+from adamerge.streams import Unlabeled
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from toy import CLASSES, EXPERTS, Toy
 
 from adamerge import Coefficients, MergedModel
-from adamerge.data import Task, TaskBatch, UnlabeledTasks
+from adamerge.data import Task, UnlabeledTasks
 from adamerge.methods import GradientMerging
 from adamerge.objectives.entropy import Entropy
+from adamerge.streams import TaskBatch
 
 # Lightning's advice about what these tests choose on purpose, and a deprecation inside it.
 QUIET = pytest.mark.filterwarnings(

@@ -11,7 +11,8 @@ from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from adamerge import InputError
-from adamerge.data import StreamLoader, Task, TaskBatch, Unlabeled, UnlabeledTasks
+from adamerge.data import Task, UnlabeledTasks
+from adamerge.streams import StreamLoader, TaskBatch, Unlabeled
 
 
 class Numbers(Dataset):

@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adamerge.data import TaskBatch, UnlabeledTasks
+from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod
+from adamerge.streams import TaskBatch
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from adamerge.constraints import Simplex, Unconstrained
-from adamerge.data import TaskBatch
 from adamerge.errors import InputError, did_you_mean
 from adamerge.frank_wolfe import FrankWolfe, SoftFrankWolfe, StepRule, Vertices
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.objectives import Objective
+from adamerge.streams import TaskBatch
 
 _OPTIONS = {
     "mode": ("hard", "soft"),

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from adamerge.data import TaskBatch, UnlabeledTasks
+from adamerge.data import UnlabeledTasks
 from adamerge.errors import GuardError, InputError, did_you_mean, shorten
 from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
 from adamerge.objectives import Objective, check_objective
+from adamerge.streams import TaskBatch
 
 
 class MergingMethod(LightningModule):
