@@ -131,8 +131,8 @@ class OpenClip:
         """Return open_clip's evaluation transform for the model."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        config = self.sidecar().get("preprocess_cfg") or {}
-        transform: Callable[[Any], Tensor] = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        config = PreprocessCfg(**self.sidecar()["preprocess_cfg"])
+        transform: Callable[[Any], Tensor] = image_transform_v2(config, is_train=False)
         return transform
 
     def heads(
@@ -172,16 +172,14 @@ class OpenClip:
     def sidecar(self) -> dict[str, Any]:
         """Return the model's configuration in open_clip's file format."""
         import open_clip
-
-        if self._folder:
-            config: dict[str, Any] = json.loads((self._folder / "open_clip_config.json").read_text(encoding="utf-8"))
-            return config
         from open_clip.transform import PreprocessCfg
 
-        model = open_clip.get_model_config(self.model)
+        config: dict[str, Any] = {"model_cfg": open_clip.get_model_config(self.model)}
+        if self._folder:
+            config = json.loads((self._folder / "open_clip_config.json").read_text(encoding="utf-8"))
         # What open_clip gives a model without pretrained weights; building one only to ask it takes gigabytes.
-        preprocess = dataclasses.asdict(PreprocessCfg(size=model["vision_cfg"].get("image_size", 224)))
-        return {"model_cfg": model, "preprocess_cfg": preprocess}
+        default = PreprocessCfg(size=config["model_cfg"]["vision_cfg"].get("image_size", 224))
+        return {**config, "preprocess_cfg": dataclasses.asdict(default) | config.get("preprocess_cfg", {})}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
-from adamerge.callbacks.stop import EXIT_INTERRUPTED, Interrupted
-from adamerge.errors import GuardError, InputError
+from adamerge.errors import EXIT_INTERRUPTED, GuardError, InputError, Interrupted
 from adamerge.version import __version__
 
 EXIT_INPUT = 2
@@ -82,7 +81,14 @@ def adapt(overrides: tuple[str, ...]) -> None:
 )
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def check(overrides: tuple[str, ...]) -> None:
-    """Read configuration and file headers of `adamerge adapt OVERRIDES`, and report everything that is wrong."""
+    """Read configuration and file headers of `adamerge adapt OVERRIDES`, and report everything that is wrong.
+
+    \b
+    adamerge check objective=entropy granularity=row
+    adamerge check --config-dir my_configs pool=mine data=mine
+
+    It takes what `adamerge adapt` takes; see `adamerge adapt --help`.
+    """  # noqa: D301
     from adamerge import preflight
     from adamerge.composition import compose
 
@@ -132,13 +138,13 @@ def export(
     prefix: str,
     output: Path | None,
 ) -> None:
-    r"""Write the merged checkpoint of a run's last step, or replay a coefficients file without any data.
+    """Write the merged checkpoint of a run's last step, or replay a coefficients file without any data.
 
     \b
     adamerge export RUN_DIR                                  an interrupted run's last checkpoint
     adamerge export RUN_DIR --coefficients FILE --output DIR
     adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --output DIR
-    """
+    """  # noqa: D301
     from adamerge import replay
 
     if run_dir is not None:
@@ -357,6 +363,8 @@ def _fail(error: Exception, debug: bool) -> None:
     if debug:
         err.print_exception()
     text = str(error)
+    if "Original Traceback" in text:  # from a process that loads data
+        text = text.strip().splitlines()[-1]
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     err.print(f"[red]error:[/] {_escape(' '.join(text.split()))}")

@@ -15,6 +15,14 @@ class GuardError(RuntimeError):
     """A guard stopped the run (a loss, gradient or coefficient became NaN or infinite); exit code 3."""
 
 
+EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = 75
+
+
+class Interrupted(SystemExit):
+    """The run was stopped by a signal and saved; the exit code is 130 (Ctrl-C) or 75 (preempted: requeue)."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string.
 

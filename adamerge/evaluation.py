@@ -254,8 +254,10 @@ def _caption(content: Mapping[str, Any]) -> str:
     if any(row["uses_labels"] for row in content["rows"].values()):
         text += "\n* uses labels."
     if any(row["gap_closed"] is not None for row in content["rows"].values()):
-        text += "\ngap: share of the way from task arithmetic (0.3) to the experts; norm.: accuracy / expert's; %."
-    return f"{text}\n95 %: bootstrap over the scored images; ECE: expected calibration error, %, mean over tasks."
+        text += "\ngap: share of the way from task arithmetic (0.3) to the experts, %."
+    if any(row["normalised"] is not None for row in content["rows"].values()):
+        text += "\nnorm.: accuracy relative to the task's expert, %."
+    return f"{text}\n95 %: bootstrap over the scored images; ECE: expected calibration error, %; s: seconds."
 
 
 def _mean(values: Mapping[str, float]) -> float:

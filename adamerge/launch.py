@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 from torch import nn
 
 from adamerge.backbones import Backbone, check_classes
@@ -111,7 +112,8 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     if resume and not (folder / LAST).is_file():
         raise InputError(f"{folder}: nothing to resume: no {LAST}. Start the run without resume.")
     seed_everything(config.seed, workers=True, verbose=False)
-    assembly = assemble(config)
+    with Console(stderr=True).status("Reading the pool and building the heads"):
+        assembly = assemble(config)
     ensure_writable(folder)
     save_config(config, folder / CONFIG_FILE)
     objective = build(config, "objective")
@@ -125,6 +127,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     trainer: Trainer = build(config, "trainer", callbacks=_callbacks(config, folder, export), logger=_loggers(config))
     watch = Stopwatch()
     trainer.fit(method, datamodule=assembly.data, ckpt_path=str(folder / LAST) if resume else None, weights_only=True)
+    trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
     summary = None
     if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
         log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
@@ -255,6 +258,13 @@ def _loggers(config: DictConfig) -> list[Any] | bool:
 
 def _feature_width(model: MergedModel, data: UnlabeledTasks) -> int:
     """Run one image through the encoder, to know F."""
-    stream = next(iter(data.streams.values()))
-    with torch.no_grad():
-        return int(model(stream[0].inputs.unsqueeze(0), model.pool.base).shape[-1])
+    name, stream = next(iter(data.streams.items()))
+    inputs = stream[0].inputs.unsqueeze(0)
+    try:
+        with torch.no_grad():
+            return int(model(inputs, model.pool.base).shape[-1])
+    except RuntimeError as error:
+        raise InputError(
+            f"data.tasks.{name}: the encoder cannot take inputs of shape {tuple(inputs.shape)} ({error}). Do the data "
+            "set's transform and the backbone's image size agree?"
+        ) from error

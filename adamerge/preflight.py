@@ -253,7 +253,10 @@ def _check_signature(config: DictConfig, node: str) -> None:
     """Check that a node's target exists and takes the node's options, without calling it."""
     content = OmegaConf.select(config, node)
     if not isinstance(content, DictConfig) or "_target_" not in content:
-        raise InputError(f"{node}: expected a node with _target_ (an import path), found {content!r}.")
+        raise InputError(
+            f"{node}: expected a node with _target_ (an import path), found none. A yaml file of your own names its "
+            "class, or starts with one of the group's files: defaults: [folders]."
+        )
     target = str(content._target_)
     try:
         found: Callable[..., Any] = hydra.utils.get_object(target)
@@ -279,9 +282,10 @@ def check_options(where: str, target: Callable[..., Any], content: DictConfig) -
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key in map(str, content):
         if not key.startswith("_") and key not in parameters and not open_ended:
+            takes = f"It takes: {', '.join(parameters)}" if parameters else "It takes none"
             raise InputError(
-                f"{where}.{key}: {content._target_} takes no such option.{did_you_mean(key, parameters)} "
-                f"It takes: {', '.join(parameters)}."
+                f"{where}.{key}: {content._target_} takes no such option.{did_you_mean(key, parameters)} {takes}. "
+                "If the option is left over from the group's default, give your class a yaml file of its own."
             )
         if OmegaConf.is_missing(content, key):
             raise InputError(f"{where}.{key}: must be given: {where}.{key}=VALUE.")

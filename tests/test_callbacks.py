@@ -14,8 +14,9 @@ from rich.console import Console
 from toy import EXPERTS
 
 from adamerge import GuardError, InputError, load_state_dict, merge
-from adamerge.callbacks import ExportMergedWeights, GracefulStop, Interrupted
+from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
+from adamerge.errors import Interrupted
 from adamerge.objectives.imitation import Imitation
 
 pytestmark = QUIET

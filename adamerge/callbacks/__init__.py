@@ -4,4 +4,3 @@ from adamerge.callbacks.collapse import CollapseGuard as CollapseGuard
 from adamerge.callbacks.export import ExportMergedWeights as ExportMergedWeights
 from adamerge.callbacks.keep_best import KeepBest as KeepBest
 from adamerge.callbacks.stop import GracefulStop as GracefulStop
-from adamerge.callbacks.stop import Interrupted as Interrupted

@@ -8,14 +8,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from adamerge.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted
+
 log = logging.getLogger(__name__)
-
-EXIT_INTERRUPTED = 130
-EXIT_PREEMPTED = 75
-
-
-class Interrupted(SystemExit):
-    """The run was stopped by a signal and saved; the exit code is 130 (Ctrl-C) or 75 (preempted: requeue)."""
 
 
 class GracefulStop(Callback):
