@@ -5,7 +5,6 @@ The order of every stream is a function of (seed, task, step) alone, so that a r
 number of workers, sees the same batches.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,8 +16,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from adamerge.errors import InputError
 from adamerge.streams import Labelled, Steps, StreamLoader, Unlabeled, collate, length_of, permutation
 from adamerge.streams import TaskBatch as TaskBatch
-
-log = logging.getLogger(__name__)
 
 Protocol = Literal["split", "transductive"]
 

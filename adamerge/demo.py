@@ -6,7 +6,6 @@ Everything it prints is measured in the run.
 
 import functools
 import itertools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from rich.console import Console
-from torch import Tensor
 
 from adamerge import baselines, zoo
 from adamerge.backbones import OpenClip
@@ -42,8 +40,6 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool import ExpertPool
 from adamerge.scoring import checkpoint_parameters, score_experts
-
-log = logging.getLogger(__name__)
 
 EXPORTED = "imitation_row"
 ROWS = (
@@ -106,7 +102,8 @@ def run(
     start = MergedModel(backbone.encoder(), pool, Coefficients(pool, "task", 0.3, Unconstrained()), heads)
     rows = _constant_rows(start, data, seed)
     for name, recipe in _recipes(data, 0.1 if fast else 1.0).items():
-        model = MergedModel(backbone.encoder(), pool, _initial(pool, recipe), heads)
+        coefficients = Coefficients(pool, recipe.granularity, 0.3, recipe.constraint)
+        model = MergedModel(backbone.encoder(), pool, coefficients, heads)
         export = None
         if name == EXPORTED:
             export = ExportMergedWeights(
@@ -144,7 +141,7 @@ def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:
     def steps(count: int) -> int:
         return max(1, round(count * share))
 
-    labels = {name: _labels(data, name) for name in data.streams}
+    labels = {name: baselines.stream_labels(stream) for name, stream in data.streams.items()}  # for the oracle only
     return {
         "adamerging_task": Recipe(Entropy(), "task", Clamp(), 2e-3, steps(100), 16),
         "adamerging_layer": Recipe(Entropy(), "layer", Clamp(), 2e-3, steps(100), 16),
@@ -154,11 +151,6 @@ def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:
             baselines.LabelledCrossEntropy(labels), "layer", Box(), 1e-2, steps(150), 32, uses_labels=True
         ),
     }
-
-
-def _labels(data: UnlabeledTasks, task: str) -> Tensor:
-    """Labels of a stream, for the oracle and the grid search only."""
-    return baselines.stream_labels(data.streams[task])
 
 
 def _constant_rows(model: MergedModel, data: UnlabeledTasks, seed: int) -> dict[str, Row]:
@@ -176,10 +168,6 @@ def _constant_rows(model: MergedModel, data: UnlabeledTasks, seed: int) -> dict[
         scores, uses_labels=True, uses_data=True, seconds=seconds, seed=seed, extra={"coefficient": best}
     )
     return rows
-
-
-def _initial(pool: ExpertPool, recipe: Recipe) -> Coefficients:
-    return Coefficients(pool, recipe.granularity, 0.3, recipe.constraint)
 
 
 def _adapted_row(

@@ -1,4 +1,4 @@
-"""From a Hydra configuration to objects, a run folder and a result. Only here and in the CLI is Hydra known."""
+"""From a Hydra configuration to objects, a run folder and a result."""
 
 import contextlib
 import json
