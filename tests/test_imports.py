@@ -15,7 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors"],
-    ["pickles", "transforms"],
+    ["pickles", "transforms", "selection"],
     ["files"],
     ["checkpoints"],
     ["granularity", "constraints", "layout"],
@@ -23,12 +23,12 @@ ORDER = [
     ["pool"],
     ["descriptions"],
     ["coefficients"],
-    ["merge", "merges"],
+    ["merge"],
     ["teachers", "calls"],
     ["model"],
     ["objectives", "tasks", "frank_wolfe", "streams"],
     ["data"],
-    ["backbones"],
+    ["backbones", "merges"],
     ["baselines", "evaluation", "methods", "export"],
     ["callbacks"],
     ["zoo", "figures", "report"],
