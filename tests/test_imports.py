@@ -35,13 +35,23 @@ ORDER = [
     ["run_checks"],
     ["preflight"],
     ["scoring"],
-    ["launch", "inspection", "composition"],
-    ["replay", "demo"],
+    ["launch", "inspection", "composition", "pool_files"],
+    ["replay", "demo", "merging_command"],
     ["cli"],
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
-SHELL = {"preflight", "composition", "launch", "inspection", "replay", "demo", "cli"}  # what commands are made of
+SHELL = {
+    "preflight",
+    "composition",
+    "launch",
+    "inspection",
+    "replay",
+    "demo",
+    "pool_files",
+    "merging_command",
+    "cli",
+}  # what commands are made of
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
     "lightning_utilities": set(),

@@ -90,12 +90,13 @@ class DOGE:
         shared = shared_directions(stack, self.subspace)
         total = scales.sum()
         gap = stack - torch.einsum("e,emn->mn", scales, stack)
-        conflict = (stack * gap).sum(2)  # (E, m): each row's inner product at Delta = 0
+        conflict = (stack * gap).sum(2).T.unsqueeze(2)  # (m, E, 1): each row's inner products at Delta = 0
+        rows = stack.transpose(0, 1).contiguous()  # (m, E, n)
         change = torch.zeros_like(stack[0]).requires_grad_()
         optimizer = torch.optim.Adam([change], lr=self.lr)
         for _ in range(self.steps):
-            products = conflict - total * torch.einsum("emn,mn->em", stack, change.detach())
-            gradient = -2 * total * torch.einsum("em,emn->mn", products, stack)
+            products = conflict - total * torch.bmm(rows, change.detach().unsqueeze(2))
+            gradient = -2 * total * torch.bmm(products.transpose(1, 2), rows).squeeze(1)
             change.grad = gradient - shared @ (shared.T @ gradient)
             optimizer.step()
         return change.detach()

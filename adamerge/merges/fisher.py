@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adamerge.data import UnlabeledTasks
 from adamerge.merges import Merged
@@ -145,7 +146,9 @@ def fisher_sums(
             totals: dict[str, Tensor] = {}
             for first in range(0, labels.shape[1], classes):
                 part = (some, slice(first, first + classes))
-                for name, gradient in gradients(params, batch[some], labels[part]).items():
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be vectorised over examples
+                    found = gradients(params, batch[some], labels[part])
+                for name, gradient in found.items():
                     total = torch.einsum("bk,bk...->...", shares[part], gradient.detach().square_())
                     totals[name] = totals[name] + total if name in totals else total
             yield totals, len(batch[some])

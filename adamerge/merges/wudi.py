@@ -3,6 +3,7 @@
 Legend: E experts; D_i task vector of one matrix (m, n) in expert i; M the merged one.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,8 +12,19 @@ import torch
 from torch import Tensor
 
 from adamerge.merges import Merged
-from adamerge.merges.tensors import average, check_choice, check_count, check_globs, check_range, is_matrix, task_vector
+from adamerge.merges.tensors import (
+    average,
+    check_choice,
+    check_count,
+    check_globs,
+    check_range,
+    is_matrix,
+    task_vector,
+    tiles,
+)
 from adamerge.pool import ExpertPool
+
+_STEP = 0.04  # of the task vectors' root mean square, per step of Adam
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class WUDI:
     :math:`\min_M \sum_i \|(M - D_i) D_i^T\|_F^2 / \|D_i\|_F^2` from :math:`M = \sum_i D_i` with Adam; the rows of a
     task vector stand in for the inputs it was trained on. :math:`\theta = \theta_0 + M`, without a scale. The minimum
     itself is not wanted: published accuracies fall again after about 500 steps, so ``lr`` times ``steps``, the
-    distance that an entry can move, is what regularises. It should suit the task vectors. Deterministic.
+    distance that an entry can move, is what regularises. Deterministic.
 
     Tensors that are no matrices, and matrices that ``skip`` matches, are ``rest``: embeddings and projections are not
     applied as Linear layers are.
@@ -31,7 +43,8 @@ class WUDI:
 
     Args:
         steps: Of Adam; 300 in the authors' script.
-        lr: Of Adam.
+        lr: Of Adam; 1e-5 in the authors' script, for CLIP. None takes 0.04 times the root mean square of the matrix's
+            task vectors, this package's own choice, so that the merge scales with them.
         rest: ``base``: all else keeps the base's values, as in the authors' script; ``average``: it is averaged.
         skip: Globs of matrices that are not optimized.
 
@@ -40,14 +53,15 @@ class WUDI:
     """
 
     steps: int = 300
-    lr: float = 1e-5
+    lr: float | None = None
     rest: Literal["base", "average"] = "base"
     skip: Sequence[str] = ("*embed*", "proj", "*.proj", "*projection")
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self, "steps", 0)
-        check_range(self, "lr", 0, 1, open_low=True)
+        if self.lr is not None:
+            check_range(self, "lr", 0, 1, open_low=True)
         check_choice(self, "rest", ("base", "average"))
         check_globs(self, self.skip)
 
@@ -60,9 +74,12 @@ class WUDI:
                 yield name, average(pool, name) if self.rest == "average" else pool.base[name]
 
     def _minimize(self, pool: ExpertPool, name: str) -> Tensor:
-        start, curvature, pull = quadratic(task_vector(pool, name, row) for row in range(len(pool.expert_names)))
+        experts = range(len(pool.expert_names))
+        start, curvature, pull = quadratic(task_vector(pool, name, row) for row in experts)
+        squares = sum(tile.double().square().sum().item() for _, tile in tiles(pool, name))
+        typical = math.sqrt(squares / (start.numel() * len(experts)))
         merged = start.requires_grad_()
-        optimizer = torch.optim.Adam([merged], lr=self.lr)
+        optimizer = torch.optim.Adam([merged], lr=_STEP * typical if self.lr is None else self.lr)
         for _ in range(self.steps):
             merged.grad = 2 * torch.addmm(pull, merged.detach(), curvature, beta=-1)
             optimizer.step()
