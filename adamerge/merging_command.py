@@ -160,14 +160,14 @@ def rule_node(rule: str, settings: Sequence[str]) -> dict[str, Any]:
             f"{did_you_mean(rule, known)}"
         )
     for setting in settings:
-        option, separator, value = str(setting).partition("=")
+        option, separator, value = setting.partition("=")
         if not separator or not option:
             raise InputError(f"--set {setting}: expected OPTION=VALUE.")
         try:
             OmegaConf.update(node, option, OmegaConf.create(f"value: {value}").value)
         except Exception as error:  # whatever a yaml parser finds wrong
             raise InputError(f"--set {setting}: the value is no yaml: {str(error).splitlines()[0]}.") from error
-    missing = [key for key in node if OmegaConf.is_missing(node, key)]
+    missing = [str(key) for key in node if OmegaConf.is_missing(node, key)]
     if missing:
         raise InputError(f"--rule {rule}: {missing[0]} must be given: --set {missing[0]}=VALUE.")
     content = OmegaConf.to_container(node, resolve=True)

@@ -41,17 +41,7 @@ ORDER = [
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
-SHELL = {
-    "preflight",
-    "composition",
-    "launch",
-    "inspection",
-    "replay",
-    "demo",
-    "pool_files",
-    "merging_command",
-    "cli",
-}  # what commands are made of
+SHELL = {"preflight", "composition", "launch", "inspection", "replay", "demo", "pool_files", "merging_command", "cli"}
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
     "lightning_utilities": set(),
