@@ -117,7 +117,7 @@ def test_layer_swapping_takes_each_block_from_its_expert():
     base = {f"blocks.{i}.w": torch.zeros(2) for i in range(6)} | {"stem": torch.zeros(2)}
     experts = {name: {key: torch.full((2,), value) for key in base} for name, value in (("o", 1.0), ("i", 3.0))}
     merged = merged_state_dict(ExpertPool.from_state_dicts(base, experts), LayerSwapping("o", "i", 1, 2, 1))
-    assert [merged[f"blocks.{i}.w"][0].item() for i in range(6)] == [1, 2, 2, 1, 1, 1]
+    assert [merged[f"blocks.{i}.w"][0].item() for i in range(6)] == [1, 2, 3, 2, 1, 1]
     assert merged["stem"][0] == 1
 
 
@@ -268,12 +268,7 @@ def towers():
     )
     return {
         "open_clip": (clip.visual, "transformer.resblocks", "attn"),
-        "torchvision": (
-            VisionTransformer(8, 4, 2, 2, 12, 24, num_classes=3),
-            "encoder.layers",
-            "self_attention",
-            "ln_1",
-        ),
+        "torchvision": (VisionTransformer(8, 4, 2, 2, 12, 24, num_classes=3), "encoder.layers", "self_attention"),
     }
 
 

@@ -25,6 +25,7 @@ from adamerge.merges.tensors import (
 from adamerge.pool import ExpertPool
 
 _STEP = 0.04  # of the task vectors' root mean square, per step of Adam
+_EPSILON = 1e-8  # of the same
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,15 @@ class WUDI:
     def _minimize(self, pool: ExpertPool, name: str) -> Tensor:
         experts = range(len(pool.expert_names))
         start, curvature, pull = quadratic(task_vector(pool, name, row) for row in experts)
-        squares = sum(tile.double().square().sum().item() for _, tile in tiles(pool, name))
-        typical = math.sqrt(squares / (start.numel() * len(experts)))
+        if len(experts) == 1:
+            return start  # the minimum; Adam would only magnify rounding errors
+        options = {"lr": self.lr}
+        if self.lr is None:
+            squares = sum(tile.double().square().sum().item() for _, tile in tiles(pool, name))
+            typical = math.sqrt(squares / (start.numel() * len(experts)))
+            options = {"lr": _STEP * typical, "eps": _EPSILON * typical}
         merged = start.requires_grad_()
-        optimizer = torch.optim.Adam([merged], lr=_STEP * typical if self.lr is None else self.lr)
+        optimizer = torch.optim.Adam([merged], **options)
         for _ in range(self.steps):
             merged.grad = 2 * torch.addmm(pull, merged.detach(), curvature, beta=-1)
             optimizer.step()
