@@ -79,13 +79,13 @@ class WUDI:
         start, curvature, pull = quadratic(task_vector(pool, name, row) for row in experts)
         if len(experts) == 1:
             return start  # the minimum; Adam would only magnify rounding errors
-        options = {"lr": self.lr}
-        if self.lr is None:
+        lr, epsilon = self.lr, 1e-8
+        if lr is None:
             squares = sum(tile.double().square().sum().item() for _, tile in tiles(pool, name))
             typical = math.sqrt(squares / (start.numel() * len(experts)))
-            options = {"lr": _STEP * typical, "eps": _EPSILON * typical}
+            lr, epsilon = _STEP * typical, _EPSILON * typical
         merged = start.requires_grad_()
-        optimizer = torch.optim.Adam([merged], **options)
+        optimizer = torch.optim.Adam([merged], lr=lr, eps=epsilon)
         for _ in range(self.steps):
             merged.grad = 2 * torch.addmm(pull, merged.detach(), curvature, beta=-1)
             optimizer.step()
