@@ -19,7 +19,7 @@ from adamerge.layout import KeyMap, check_layout, check_names, shared_names
 from adamerge.task_vectors import Storage, TaskVectors, choose_storage
 from adamerge.transforms import Transform
 
-_PIECE = 1 << 17  # entries of the tiles that checks and reports read
+_PIECE = 1 << 19  # entries, of all experts together, of the tiles that checks and reports read
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,9 @@ class ExpertPool:
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
-        for start in range(0, self.base[name].numel(), _PIECE):
-            yield self.tile(name, start, min(start + _PIECE, self.base[name].numel()), reuse=True)
+        step = max(1024, _PIECE // len(self.expert_names) // 1024 * 1024)
+        for start in range(0, self.base[name].numel(), step):
+            yield self.tile(name, start, min(start + step, self.base[name].numel()), reuse=True)
 
     def checkpoint(self, expert: str) -> Checkpoint:
         """Return an expert's own file, for what is not merged, such as its classifier."""

@@ -12,14 +12,15 @@ from torch import Tensor
 from adamerge.errors import InputError
 from adamerge.pool import ExpertPool
 
-_PIECE = 1 << 17  # entries
+_PIECE = 1 << 19  # entries of all experts together, so that what is made of a piece does not grow with their number
 
 
 def tiles(pool: ExpertPool, name: str) -> Iterator[tuple[slice, Tensor]]:
     """Yield a parameter's task vectors in pieces: where, and (E, entries). A piece is valid until the next."""
     size = pool.base[name].numel()
-    for start in range(0, size, _PIECE):
-        stop = min(start + _PIECE, size)
+    step = max(1024, _PIECE // len(pool.expert_names) // 1024 * 1024)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
         yield slice(start, stop), pool.tile(name, start, stop, reuse=True)
 
 
