@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from adamerge.errors import InputError
 from adamerge.streams import Labelled, Steps, StreamLoader, Unlabeled, collate, length_of, permutation
 from adamerge.streams import TaskBatch as TaskBatch
+from adamerge.views import Views
 
 Protocol = Literal["split", "transductive"]
 
@@ -64,6 +65,8 @@ class UnlabeledTasks(LightningDataModule):
             images that are scored, as the AdaMerging paper does.
         limit: Most adaptation images per task, a seeded sample; None for all.
         holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
+        views: Random views that replace the adaptation images (not those held out or scored); None for
+            the images themselves.
         seed: Of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
         preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
@@ -82,6 +85,7 @@ class UnlabeledTasks(LightningDataModule):
         protocol: Protocol = "split",
         limit: int | None = None,
         holdout: float = 0.0,
+        views: Views | None = None,
         seed: int = 0,
         num_workers: int = 0,
         preprocess: Callable[[Any], Tensor] | None = None,
@@ -111,10 +115,12 @@ class UnlabeledTasks(LightningDataModule):
         for name, task in self.tasks.items():
             adapt, evaluate = self._divide(name, task)
             adapt = _sample(adapt, limit, f"{seed}/limit/{name}")
+            held_out = None
             if holdout:
                 adapt, held_out = _hold_out(adapt, holdout, f"{seed}/holdout/{name}")
-                self.holdout_streams[name] = Unlabeled(held_out, preprocess, first=length_of(adapt))
-            self.streams[name] = Unlabeled(adapt, preprocess)
+            self.streams[name] = Unlabeled(adapt, preprocess, views=views, key=f"{seed}/views/{name}")
+            if held_out is not None:
+                self.holdout_streams[name] = Unlabeled(held_out, preprocess, first=len(self.streams[name]))
             if evaluate is not None:
                 self.evaluation[name] = Labelled(evaluate, preprocess)
 

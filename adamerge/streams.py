@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from adamerge.errors import InputError
+from adamerge.views import Views
 
 
 class TaskBatch(NamedTuple):
@@ -28,24 +29,41 @@ class Unlabeled(Dataset[TaskBatch]):
         dataset: Items are inputs, or tuples that begin with the input.
         preprocess: Applied to inputs that are not tensors yet (PIL images).
         first: Position of the first item, where several data sets make up a stream.
+        views: Views of the images to give instead; item i is a view of image i modulo their number.
+        key: Fixes, with the position, what is random in the views.
 
     Attributes:
         source: The data set itself, for the baselines that are marked as using labels.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None, first: int = 0
+        self,
+        dataset: Dataset[Any],
+        preprocess: Callable[[Any], Tensor] | None = None,
+        first: int = 0,
+        views: Views | None = None,
+        key: str = "",
     ) -> None:
+        if views is not None and not isinstance(views, Views):
+            raise InputError(f"data.views: expected adamerge.views.Views (with _target_) or null, found {views!r}.")
         self.source = dataset
         self._preprocess = preprocess
         self._first = first
+        self._views = views
+        self._key = key
 
     def __len__(self) -> int:
-        return length_of(self.source)
+        return length_of(self.source) * (self._views.count if self._views else 1)
 
     def __getitem__(self, index: int) -> TaskBatch:
-        inputs = _split_item(self.source[index])[0]
-        return TaskBatch(_to_tensor(inputs, self._preprocess), torch.tensor(self._first + index))
+        if self._views:
+            inputs = self._views(self._image, length_of(self.source), index, self._key)
+        else:
+            inputs = self._image(index)
+        return TaskBatch(inputs, torch.tensor(self._first + index))
+
+    def _image(self, index: int) -> Tensor:
+        return _to_tensor(_split_item(self.source[index])[0], self._preprocess)
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor]]):

@@ -15,7 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors"],
-    ["pickles", "transforms"],
+    ["pickles", "transforms", "views"],
     ["files"],
     ["checkpoints"],
     ["granularity", "constraints", "layout"],
