@@ -149,7 +149,7 @@ def recommended(steps: int = 300) -> Recipe:
     from torchvision.transforms import v2  # imports slowly
 
     views = Views(v2.RandomAffine(degrees=15, translate=[0.08, 0.08], scale=[0.85, 1.15], shear=8))
-    return Recipe(Imitation(), "row", Unconstrained(), 3e-2, steps, 32, decay=True, views=views)
+    return Recipe(Imitation(), "row", Unconstrained(), 5e-2, steps, 32, decay=True, views=views)
 
 
 def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:

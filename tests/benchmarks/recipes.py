@@ -29,8 +29,8 @@ VARIATIONS: dict[str, str] = {
     "recommended": "",
     "images": "data.views=null",
     "no_decay": "method.scheduler=null",
-    "lr_0.01": "optimizer.lr=0.01",
-    "lr_0.05": "optimizer.lr=0.05",
+    "lr_0.02": "optimizer.lr=0.02",
+    "lr_0.1": "optimizer.lr=0.1",
     "temperature_2": "objective.temperature=2",
     "hard": "objective.targets=hard",
     "mix_half": "data.views.mix=0.5",
@@ -42,6 +42,7 @@ VARIATIONS: dict[str, str] = {
     "hidden": f"{_HIDDEN} +objective.terms.hidden.anchor=0 +objective.terms.hidden.distance=mean "
     "+objective.terms.hidden.hidden_layers=[transformer.resblocks.?]",
     "box": "constraint=box",
+    "finer": "granularity=chunk granularity.pieces=1000",
     "column": "granularity=column",
     "layer": "granularity=layer",
 }
