@@ -151,8 +151,8 @@ def records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
     gains = {(r["granularity"], r["seeds"]): r["gap_closed"] for r in result if r["objective"] == "oracle"}
     for r in result:
-        oracle = gains.get((r["granularity"], r["seeds"]))  # of other seeds it would say nothing
-        r["of_oracle"] = r["gap_closed"] / oracle if oracle else None
+        oracle = gains.get((r["granularity"], r["seeds"]), 0.0)  # of other seeds it would say nothing
+        r["of_oracle"] = r["gap_closed"] / oracle if oracle > 0.01 else None
     order = lambda r: (GRANULARITIES.index(r["granularity"]), r["objective"] != "oracle", -r["gap_closed"])  # noqa: E731
     return sorted(result, key=order)
 

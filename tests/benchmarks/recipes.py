@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
 def run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Adapt in a folder of its own, and return the row: accuracies, and the lowest loss on held-out images."""
     overrides = ["experiment=recommended", *VARIATIONS[name].split(), f"seed={seed}", f"steps={options.steps}"]
-    overrides += [f"run_dir={folder}", "trainer=cpu", "+trainer.enable_progress_bar=false"]
+    overrides += [f"run_dir={folder}", "trainer=cpu"]
     overrides += [] if options.full else ["callbacks=keep_best", "data.holdout=0.2"]
     overrides += ["data.protocol=transductive"] if options.transductive else []
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
