@@ -40,7 +40,7 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool import ExpertPool
 from adamerge.scoring import checkpoint_parameters, score_experts
-from adamerge.views import Views
+from adamerge.views import Affine, Views
 
 EXPORTED = "recommended"
 ROWS = (
@@ -146,10 +146,7 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
 
 def recommended(steps: int = 300) -> Recipe:
     """Return the recipe of ``experiment=recommended``."""
-    from torchvision.transforms import v2  # imports slowly
-
-    views = Views(v2.RandomAffine(degrees=15, translate=[0.08, 0.08], scale=[0.85, 1.15], shear=8))
-    return Recipe(Imitation(), "row", Unconstrained(), 5e-2, steps, 32, decay=True, views=views)
+    return Recipe(Imitation(), "row", Unconstrained(), 0.1, steps, 32, decay=True, views=Views(Affine()))
 
 
 def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:

@@ -41,8 +41,7 @@ def test_recommended_row_is_the_recommended_experiment():
     assert recipe.objective == build(config, "objective")
     assert by_name(recipe.granularity) == build(config, "granularity")
     assert recipe.constraint == build(config, "constraint")
-    views = build(config, "data.views")
-    assert repr(recipe.views) == repr(views)
+    assert recipe.views == build(config, "data.views")
     assert (recipe.lr, recipe.steps) == (config.optimizer.lr, config.steps)
     assert recipe.batch_size == config.data.batch_size
     assert recipe.decay

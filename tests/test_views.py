@@ -11,7 +11,7 @@ from adamerge.baselines import LabelledCrossEntropy, search_task_arithmetic, str
 from adamerge.callbacks import KeepBest
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.objectives.imitation import Imitation
-from adamerge.views import Views
+from adamerge.views import Affine, Views
 
 pytestmark = QUIET
 
@@ -99,6 +99,60 @@ def test_views_take_transforms_of_torchvision():
 def test_views_options_are_checked(options, message):
     with pytest.raises(InputError, match=message):
         Views(**options)
+
+
+def test_affine_without_motion_is_the_identity_and_stays_near_with_little():
+    image = torch.rand(3, 12, 20, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Affine(0, 0, 0, 0)(image), image, atol=1e-5, rtol=0)
+    assert (Affine(1, 0.001, 0.001, 0.001)(image) - image).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 41, 41), (1, 41, 81)])
+def test_affine_moves_as_it_says(shape, monkeypatch):
+    """A point goes where rotation, shift or scale by the largest amount puts it, on oblong images too."""
+    _, height, width = shape
+    top, left = height // 2, width // 2
+    image = torch.zeros(shape)
+    image[0, top - 1 : top + 2, left + 9 : left + 12] = 1  # ten to the right of the middle
+
+    def place(transform, *numbers):
+        monkeypatch.setattr(torch, "rand", lambda *_, dtype: (torch.tensor(numbers, dtype=dtype) + 1) / 2)
+        view = transform(image)[0]
+        y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, view.shape), indexing="ij"))
+        mass = view.flatten() / view.sum()
+        return round(float((mass * y).sum()) - top), round(float((mass * x).sum()) - left)
+
+    assert place(Affine(90, 0, 0, 0), 1, 0, 0, 0, 0) in ((10, 0), (-10, 0))
+    assert place(Affine(0, 0.1, 0, 0), 0, 0, 0, 1, 0) == (0, 10 - round(0.1 * width))
+    assert place(Affine(0, 0.1, 0, 0), 0, 0, 0, 0, 1) == (-round(0.1 * height), 10)
+    assert place(Affine(0, 0, 0.25, 0), 0, -1, 0, 0, 0) == (0, 13)
+
+
+def test_affine_repeats_the_border():
+    image = torch.full((3, 8, 8), -1.0)
+    assert torch.equal(Affine(45, 0.5, 0.5, 0.5)(image), image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"degrees": -1}, r"data\.views\.transform\.degrees: expected a number >= 0, found -1"),
+        ({"scale": 1.0}, r"data\.views\.transform\.scale: expected a share below 1, found 1\.0"),
+    ],
+)
+def test_affine_options_are_checked(options, message):
+    with pytest.raises(InputError, match=message):
+        Affine(**options)
+
+
+def test_views_leave_the_number_of_threads_alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        numbered(views=Views(Affine())).streams["a"][0]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_views_must_keep_the_shape_and_be_views():

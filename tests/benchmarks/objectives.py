@@ -189,7 +189,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         for method, marker in zip(METHODS, "osD", strict=True):
             points = [r for r in rows if r["method"] == method and r["objective"] != "oracle"]
             at = [objectives.index(r["objective"]) for r in points]
-            axes.plot([100 * r["gap_closed"] for r in points], at, marker, label=method, alpha=0.8)
+            if points:
+                axes.plot([100 * r["gap_closed"] for r in points], at, marker, label=method, alpha=0.8)
         for r in rows:
             if r["objective"] == "oracle":
                 axes.axvline(100 * r["gap_closed"], color="black", linestyle=":", label="oracle *")
