@@ -4,7 +4,8 @@ python tests/benchmarks/recipes.py --output runs/recipes
 python tests/benchmarks/recipes.py --output runs/recipes --variations recommended images row_pieces --seeds 0 1 2 --full
 
 A fifth of the adaptation images is held out, and variations are compared by the imitation loss on it, which needs no
-label (those of the objective cannot be, as each has its own loss); accuracies are shown beside it. With --full nothing is held out. Rows that are done stay in the folder.
+label (those of the objective cannot be, as each has its own loss); accuracies are shown beside it. With --full nothing
+is held out. Rows that are done stay in the folder.
 """
 
 import argparse
