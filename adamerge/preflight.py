@@ -25,6 +25,7 @@ from adamerge.run_checks import (
     check_init,
     check_run_dir,
     check_setting,
+    checkpoint_problems,
     class_problems,
     evaluation_problems,
     expert_problems,
@@ -75,6 +76,8 @@ def check(config: DictConfig) -> list[str]:
             check_objective(parts["objective"])
     with problems.naming("transform"):
         build_optional(config, "transform")
+    with problems.naming("encoder"):
+        parts["encoder"] = build_optional(config, "encoder")
     with problems.naming("optimizer"):
         _try_optimizer(config)
     with problems.naming("logger, callbacks"):
@@ -88,6 +91,7 @@ def check(config: DictConfig) -> list[str]:
         with problems.naming("pool"):
             parts["headers"] = _check_pool(config, parts["backbone"], problems)
             problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
+            problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
         with problems.naming("data"):
             parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
     with problems.naming("data"):

@@ -24,7 +24,7 @@ ORDER = [
     ["descriptions"],
     ["coefficients"],
     ["merge", "merges"],
-    ["teachers", "calls"],
+    ["teachers", "calls", "running"],
     ["model"],
     ["objectives", "tasks", "frank_wolfe", "streams"],
     ["data"],
