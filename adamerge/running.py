@@ -226,7 +226,7 @@ def _check_backend(backend: object) -> None:
     if backend not in known:
         raise InputError(
             f"encoder.compile: expected true, false or a backend of torch.compile, found {backend!r}."
-            f"{did_you_mean(str(backend), known)} Backends: {', '.join(known)}."
+            f"{did_you_mean(str(backend), known)} Backends: {', '.join(torch.compiler.list_backends())}."
         )
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if backend == "inductor" and not torch.cuda.is_available() and shutil.which(compiler) is None:

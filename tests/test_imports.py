@@ -27,6 +27,7 @@ ORDER = [
     ["teachers", "calls", "running"],
     ["model"],
     ["objectives", "tasks", "frank_wolfe", "streams"],
+    ["caching"],
     ["data"],
     ["backbones"],
     ["baselines", "evaluation", "methods", "export"],
