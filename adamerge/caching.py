@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,37 +29,35 @@ _SHARED_MEMORY = "/dev/shm"  # where torch puts tensors that processes share
 class InputCache:
     """Inputs by position, decoded once by whichever process needs them first.
 
-    Memory is taken as it is filled.
-
     Args:
-        rows: Positions below it are kept.
+        positions: Those that are kept.
         example: An input (*S); inputs of another shape or dtype are not kept.
         shared: Whether processes that load data shall see one another's inputs.
     """
 
-    def __init__(self, rows: int, example: Tensor, shared: bool) -> None:
-        shape = torch.Size((rows, *example.shape))
-        if shared:  # not share_memory_(): it would fill the memory by copying
+    def __init__(self, positions: Sequence[int], example: Tensor, shared: bool) -> None:
+        shape = torch.Size((len(positions), *example.shape))
+        if shared:  # not share_memory_(), which would fill the memory by copying
             storage = torch.UntypedStorage._new_shared(max(1, shape.numel() * example.element_size()))
             self._rows = torch.empty(0, dtype=example.dtype).set_(storage, 0, shape)
         else:
             self._rows = torch.empty(shape, dtype=example.dtype)
-        self._filled = torch.zeros(rows, dtype=torch.bool)
+        self._filled = torch.zeros(len(positions), dtype=torch.bool)
         if shared:
             self._filled.share_memory_()
+        self._row_of = {position: row for row, position in enumerate(positions)}
 
     def get(self, position: int) -> Tensor | None:
         """Return the input, or None where it is not kept."""
-        if position >= len(self._filled) or not self._filled[position]:
-            return None
-        return self._rows[position].clone()
+        row = self._row_of.get(position)
+        return self._rows[row].clone() if row is not None and self._filled[row] else None
 
     def put(self, position: int, inputs: Tensor) -> None:
         """Keep an input, if it can be kept."""
-        fits = (inputs.shape, inputs.dtype) == (self._rows.shape[1:], self._rows.dtype)
-        if fits and position < len(self._filled):
-            self._rows[position] = inputs
-            self._filled[position] = True  # last: whoever sees it finds the whole input
+        row = self._row_of.get(position)
+        if row is not None and (inputs.shape, inputs.dtype) == (self._rows.shape[1:], self._rows.dtype):
+            self._rows[row] = inputs
+            self._filled[row] = True  # last: whoever sees it finds the whole input
 
 
 class Nature(NamedTuple):
@@ -86,7 +84,7 @@ def nature_of(stream: Unlabeled) -> Nature:
 
 
 def keep_inputs(
-    streams: Mapping[str, tuple[Unlabeled, int]],
+    streams: Mapping[str, tuple[Unlabeled, Sequence[int]]],
     natures: Mapping[str, Nature],
     mode: Cache,
     *,
@@ -96,7 +94,7 @@ def keep_inputs(
     """Give streams a cache, where it gains and fits.
 
     Args:
-        streams: Name to a stream and the number of its inputs that a run visits.
+        streams: Name to a stream and the positions of its inputs that a run visits.
         natures: Of the same streams.
         mode: ``auto``: what draws random numbers is left out, and a quarter of the free memory is the limit, beyond
             which a part of each stream is kept; ``ram``: everything is kept, or refused; ``off``: nothing.
@@ -118,11 +116,13 @@ def keep_inputs(
     if drawn:
         log.info("data.cache: not kept, because their transforms draw random numbers: %s.", ", ".join(drawn))
     kept = [name for name in wanted if not natures[name].random and wanted[name][0].cache is None]
-    needed = sum(wanted[name][1] * natures[name].example.nbytes for name in kept)
+    needed = sum(len(wanted[name][1]) * natures[name].example.nbytes for name in kept)
     if needed:
         share = min(1.0, _limit(mode, needed, workers) / processes / needed)
-        for stream, example in ((wanted[name][0], natures[name].example) for name in kept):
-            stream.cache = InputCache(int(share * len(stream)), example, shared=workers > 0)
+        for name in kept:
+            stream, visited = wanted[name]
+            chosen = visited[: int(share * len(visited))]
+            stream.cache = InputCache(chosen, natures[name].example, shared=workers > 0)
         part = "" if share == 1 else f", {share:.0%} of the images"
         log.info("data.cache: inputs are decoded once and kept: up to %.2f GB%s.", needed * share / 1e9, part)
 

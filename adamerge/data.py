@@ -137,10 +137,10 @@ class UnlabeledTasks(LightningDataModule):
         steps = self._steps(self.streams)
         count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
         visited = {
-            name: (stream, len(stream) if count is None else len(steps.visited(name, count)))
+            name: (stream, range(len(stream)) if count is None else steps.visited(name, count))
             for name, stream in self.streams.items()
         }
-        held_out = {f"{name}, held out": (stream, len(stream)) for name, stream in self.holdout_streams.items()}
+        held_out = {f"{name}, held out": (stream, range(len(stream))) for name, stream in self.holdout_streams.items()}
         keep_inputs(
             visited | held_out,
             natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},

@@ -272,6 +272,19 @@ def test_fit_bf16_mixed_is_close_and_keeps_float32_coefficients(toy, tmp_path):
     assert (results["bf16-mixed"] - results["32-true"]).abs().max() < 0.1 * moved
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("objective", [Entropy, Imitation])
+def test_half_precision_gradient_points_the_same_way(toy, dtype, objective):
+    pool = toy.pool()
+    model = toy.model(pool, Coefficients(pool, "row"))
+    exact = run_step(model, objective(), toy)
+    with torch.autocast("cpu", dtype):
+        half = run_step(model, objective(), toy, scale=1024.0)
+    assert all(torch.isfinite(loss) for loss in half.losses.values())
+    assert half.gradient.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(half.gradient.flatten(), exact.gradient.flatten(), dim=0) > 0.99
+
+
 # Without the data module
 
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/options.py memory --model vit-b-32 --images 8
     python tests/benchmarks/options.py data
 
-Time: rows alternate in one process; the first call of a row, which compiles, is timed apart. Memory: every row
+Time: CPU seconds of one process, which other jobs do not change much with one thread; rows alternate; the first
+call of a row, which compiles, is timed apart, by the clock. Memory: every row
 in its own process, anonymous memory above that of the process with the encoder loaded. Data: a folder of JPEG
 files, a tiny encoder; the share of a step that waits for its images.
 """
@@ -87,7 +88,7 @@ def time_rows(options: argparse.Namespace, model: str) -> list[dict]:
             start = time.perf_counter()
             steps[row]()
             first[row] = time.perf_counter() - start
-        seconds = alternate(steps, options.repeats)
+        seconds = alternate(steps, options.repeats, time.process_time)
     return [{"what": "time", "model": model, "row": r, "seconds": seconds[r], "first": first[r]} for r in options.rows]
 
 
@@ -131,7 +132,7 @@ def write_images(folder: Path, count: int = 200) -> None:
         width, height = (224, 224) if i % 4 == 0 else (500, 375)
         coarse = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)  # smooth, as photographs are
         path = folder / f"class{i % 2}" / f"{i}.jpg"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
@@ -174,7 +175,7 @@ def data_rows(options: argparse.Namespace) -> list[dict]:
     pooled = torch.nn.Sequential(torch.nn.AvgPool2d(8), encoder)
     results = []
     with temporary_folder() as folder:
-        write_images(Path(folder, "images").absolute()) if Path(folder, "images").mkdir() is None else None
+        write_images(Path(folder, "images"))
         files = write_experts(pooled, Path(folder), 2)
         for row, chosen in DATA_ROWS.items():
             pool = ExpertPool.from_files(*files)
@@ -204,7 +205,7 @@ def show(results: list[dict]) -> None:
 def show_time(console: Console, results: list[dict]) -> None:
     from workload import median
 
-    table = Table("row", "median s", "/ plain", "first call s", title=f"Step time, {results[0]['model']}")
+    table = Table("row", "median CPU s", "/ plain", "first call s", title=f"Step time, {results[0]['model']}")
     plain = median(results[0]["seconds"])
     for result in results:
         own = median(result["seconds"])
