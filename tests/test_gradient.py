@@ -11,9 +11,9 @@ from fits import QUIET, batches, every_step, fit, make_data, make_method, values
 from lightning.pytorch import Callback
 from torch.func import functional_call
 from torch.nn import functional
-from toy import EXPERTS, group_ids, make_toy
+from toy import EXPERTS, group_ids, make_toy, run_step
 
-from adamerge import GuardError, InputError
+from adamerge import Coefficients, GuardError, InputError
 from adamerge.baselines import LabelledCrossEntropy
 from adamerge.methods import GradientMerging
 from adamerge.objectives.entropy import Entropy
