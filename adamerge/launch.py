@@ -89,6 +89,7 @@ def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
         exclude=[*backbone.exclude, *(strings(node.get("exclude")) or [])] or None,
         key_map=backbone.prefix,
         transform=build_optional(config, "transform"),
+        duplicates=node.get("duplicates") or "refuse",
     )
 
 

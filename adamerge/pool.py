@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,7 +74,10 @@ class ExpertPool:
         key_map: str | Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
         transform: Transform | None = None,
+        duplicates: Literal["refuse", "allow"] = "refuse",
     ) -> None:
+        if duplicates not in ("refuse", "allow"):
+            raise InputError(f"pool.duplicates: expected refuse or allow, found {duplicates!r}.")
         keys = KeyMap(base.keys, key_map)
         layout = check_layout(base, experts, keys, include, exclude, tied or {})
         if layout.problems:
@@ -105,7 +108,7 @@ class ExpertPool:
         self._load(layout.merged)
         self.names = tuple(self.base)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.base.items()}
-        self._check_content()
+        self._check_content(duplicates == "allow")
 
     @classmethod
     def from_files(
@@ -120,6 +123,7 @@ class ExpertPool:
         key_map: str | Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
         transform: Transform | None = None,
+        duplicates: Literal["refuse", "allow"] = "refuse",
     ) -> "ExpertPool":
         """Open a base and its experts from checkpoint files.
 
@@ -135,6 +139,7 @@ class ExpertPool:
                 a mapping from the files' keys to the encoder's names.
             tied: Alias to canonical parameter name, for weights that the encoder shares.
             transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; needs ``ram``.
+            duplicates: Whether two files with the same weights are an error; one file twice always is.
 
         Raises:
             FileNotFoundError: If a file does not exist.
@@ -144,7 +149,7 @@ class ExpertPool:
         opened = {name: open_checkpoint(path) for name, path in experts.items()}
         return cls(
             open_checkpoint(base), opened, storage=storage, dtype=dtype, include=include, exclude=exclude,
-            key_map=key_map, tied=tied, transform=transform,
+            key_map=key_map, tied=tied, transform=transform, duplicates=duplicates,
         )  # fmt: skip
 
     @classmethod
@@ -156,6 +161,7 @@ class ExpertPool:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         transform: Transform | None = None,
+        duplicates: Literal["refuse", "allow"] = "refuse",
     ) -> "ExpertPool":
         """Make a pool of state dicts in memory; names that share memory in ``base`` are tied.
 
@@ -165,6 +171,7 @@ class ExpertPool:
             include: Globs of parameter names to merge (default all).
             exclude: Globs of parameter names to leave at the base's values.
             transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`.
+            duplicates: Whether two experts with the same weights are an error.
 
         Raises:
             InputError: If anything does not fit.
@@ -177,6 +184,7 @@ class ExpertPool:
             exclude=exclude,
             tied=shared_names(base),
             transform=transform,
+            duplicates=duplicates,
         )
 
     def task_vectors(self, name: str) -> Tensor:
@@ -325,8 +333,8 @@ class ExpertPool:
                 continue
             self._norms[name] = norms
 
-    def _check_content(self) -> None:
-        """Refuse experts that are the base, or each other."""
+    def _check_content(self, allows_duplicates: bool) -> None:
+        """Refuse experts that are the base, or (a coefficient would count twice) each other."""
         if not self.names:
             raise InputError(
                 f"Every expert is identical to the base {self.source.name}: all task vectors are zero. "
@@ -339,11 +347,12 @@ class ExpertPool:
                     f"Expert {expert!r} ({self._experts[expert].name}) is identical to the base {self.source.name}: "
                     "its task vector is zero. Remove it or name its fine-tuned file."
                 )
-            for other in range(row):
+            for other in range(0 if allows_duplicates else row):
                 if torch.equal(norms[:, row], norms[:, other]) and self._equal(row, other):
                     raise InputError(
                         f"Experts {self.expert_names[other]!r} and {expert!r} have identical weights "
-                        f"({self._experts[expert].name}). Remove one or name its own file."
+                        f"({self._experts[expert].name}). Remove one or name its own file; "
+                        "if both are wanted, set pool.duplicates=allow."
                     )
 
     def _equal(self, first: int, second: int) -> bool:

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
-_POOL_KEYS = ("base", "experts", "storage", "dtype", "include", "exclude")
+_POOL_KEYS = ("base", "experts", "storage", "dtype", "include", "exclude", "duplicates")
 
 
 class _Problems(list[str]):
@@ -175,6 +175,8 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     dtype = node.get("dtype")
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         problems.append(f"pool.dtype: expected float32, bfloat16 or float16, found {dtype!r}.")
+    if node.get("duplicates") not in (None, "refuse", "allow"):
+        problems.append(f"pool.duplicates: expected refuse or allow, found {node.duplicates!r}.")
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
     headers = read_headers(base, experts, backbone.prefix, strings(node.get("include")), exclude)
     problems += headers.problems

@@ -65,7 +65,7 @@ def export_files(
     Raises:
         InputError: If anything does not fit.
     """
-    pool = ExpertPool.from_files(base, experts, key_map=prefix or None)
+    pool = ExpertPool.from_files(base, experts, key_map=prefix or None, duplicates="allow")
     return export(pool, load_coefficients(coefficients, pool), output, recipe={"replayed": str(coefficients)})
 
 

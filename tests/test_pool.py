@@ -409,6 +409,16 @@ def test_copies_of_one_file_are_refused(tmp_path):
         ExpertPool.from_files(base, experts)
 
 
+def test_copies_in_files_of_their_own_can_be_allowed_and_one_file_twice_cannot(tmp_path):
+    base, experts = write(tmp_path, {"w": W}, a={"w": W + 1}, b={"w": W + 1})
+    pool = ExpertPool.from_files(base, experts, duplicates="allow")
+    assert torch.equal(*pool.task_vectors("w"))
+    with pytest.raises(InputError, match="are the same file"):
+        ExpertPool.from_files(base, {"a": experts["a"], "b": experts["a"]}, duplicates="allow")
+    with pytest.raises(InputError, match=r"pool\.duplicates: expected refuse or allow, found 'alow'"):
+        ExpertPool.from_files(base, experts, duplicates="alow")
+
+
 def test_every_expert_identical_to_the_base_is_refused(tmp_path):
     base, experts = write(tmp_path, {"w": W}, a={"w": W}, b={"w": W.half().float()})
     with pytest.raises(
