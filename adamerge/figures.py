@@ -53,7 +53,7 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
 
 
 def save_lines(
-    panels: Mapping[str, Mapping[str, Mapping[float, float]]], path: Path, *, x: str, y: str, dpi: int = 100
+    panels: Mapping[str, Mapping[str, Mapping[float, float]]], path: Path, *, x: str, y: str, low: float | None = None
 ) -> None:
     """Draw lines side by side, the same colour for the same name, with one legend and one vertical scale.
 
@@ -62,12 +62,12 @@ def save_lines(
         path: A ``.png``, ``.svg`` or ``.pdf`` file, written atomically.
         x: Name of the positions.
         y: Name of the values.
-        dpi: Pixels per inch; a panel is about 3.2 inches wide.
+        low: Where the vertical scale begins; lines leave the picture below it. Default: at the lowest value.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(panels) + 0.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(panels) + 2.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     handles: dict[str, Any] = {}
@@ -86,6 +86,7 @@ def save_lines(
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_axisbelow(True)
     figure.axes[0].set_ylabel(y)
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, frameon=False)
+    figure.axes[0].set_ylim(bottom=low)
+    figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=dpi)
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=100)

@@ -70,9 +70,8 @@ _POOL = {**_SOFT, "vertices": ("experts", "base"), "vertex_scale": 2.0}  # exper
 METHODS = {
     "fw_hard": Method(Imitation(), 0.0, frank_wolfe={"step_rule": "harmonic"}),
     "fw_soft": Method(Imitation(), 0.0, frank_wolfe={**_SOFT, "granularity": "task"}),
-    "fw_pool": Method(
-        Imitation(), 0.0, "row", frank_wolfe={**_SOFT, "vertices": ("experts", "base"), "vertex_scale": 2.0}
-    ),
+    "fw_pool": Method(Imitation(), 0.0, "row", frank_wolfe={**_POOL, "granularity": "task"}),
+    "fw_pool_group": Method(Imitation(), 0.0, "row", frank_wolfe=_POOL),  # each row chooses its own experts
     "imitation_layer": Method(Imitation(), "mean", constraint="box"),
     "imitation_row": Method(Imitation(), "mean", "row"),
     "entropy_layer": Method(Entropy(), "mean", constraint="clamp", lr=2e-3),
@@ -89,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seed", type=int, default=0, help="of split and batches")
     parser.add_argument("--plot", type=Path, help="default OUTPUT/pools.png")
+    parser.add_argument("--low", type=float, default=60, help="lowest accuracy in the plot, %%")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16, help="per task")
     return parser.parse_args()
@@ -242,7 +242,7 @@ def main() -> None:
     show(rows, options.kinds, console)
     save_lines(
         {kind: curves(rows, kind) for kind in options.kinds}, options.plot or options.output / "pools.png",
-        x="experts added to six", y="mean accuracy, %",
+        x="experts added to six", y="mean accuracy, %", low=options.low,
     )  # fmt: skip
 
 
