@@ -90,8 +90,13 @@ def check(overrides: tuple[str, ...]) -> None:
     """  # noqa: D301
     from adamerge import preflight
     from adamerge.composition import compose
+    from adamerge.targets import foreign_targets
 
-    _report(preflight.check(compose(list(overrides))))
+    config = compose(list(overrides))
+    problems = preflight.check(config)
+    for target in foreign_targets(preflight.containers(config)):
+        out.print(_escape(str(target)), highlight=False)
+    _report(problems)
     out.print("No problems found.")
 
 
@@ -192,6 +197,29 @@ def inspect(
         click.echo(json.dumps(inspection.as_json(opened), indent=2))
     else:
         inspection.show(opened, out)
+
+
+@app.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, NAME.safetensors.")
+@click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
+def convert(source: Path, out: Path, key_prefix: str) -> None:
+    """Write the tensors of a pickled checkpoint or whole module as safetensors. Nothing in it is run."""
+    from adamerge import conversion
+    from adamerge.errors import shorten
+
+    done = conversion.convert(source, out, key_prefix)
+    counts = ", ".join(f"{count} {dtype}" for dtype, count in done.dtypes.items())
+    lines = [f"{source}: {done.of}", f"  {sum(done.dtypes.values())} tensors, {_size(done.nbytes)}: {counts}"]
+    if done.inert:
+        lines.append(f"  named in it, not imported: {shorten(done.inert)}")
+    if done.left_out:
+        lines.append(f"  left out: {shorten(done.left_out)}")
+    if done.prefix:
+        lines.append(f"  All names begin with {done.prefix!r}: --key-prefix {key_prefix}{done.prefix} takes it off.")
+    for line in (*lines, str(out)):
+        out_line = line.encode("ascii", "backslashreplace").decode()
+        click.echo(out_line)
 
 
 @app.group()

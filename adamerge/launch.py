@@ -30,8 +30,9 @@ from adamerge.files import atomic_path, ensure_writable, save_json
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
-from adamerge.preflight import build, build_optional, strings
+from adamerge.preflight import build, build_optional, containers, strings
 from adamerge.scoring import Made, score_run
+from adamerge.targets import announce, check_targets
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ def assemble(config: DictConfig) -> Assembly:
     Raises:
         InputError: If something does not fit; the message names the option.
     """
+    imports = containers(config)
+    check_targets(imports)
+    announce(imports)
     backbone: Backbone = build(config, "backbone")
     data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess())
     pool = build_pool(config, backbone)

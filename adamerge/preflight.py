@@ -31,6 +31,7 @@ from adamerge.run_checks import (
     forecast_problems,
     read_headers,
 )
+from adamerge.targets import check_targets
 from adamerge.task_vectors import check_storage
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,10 @@ class _Problems(list[str]):
 def check(config: DictConfig) -> list[str]:
     """Return everything that is wrong with a configuration, from configs and headers, before any weight is read."""
     problems, parts = _Problems(), dict[str, Any]()
+    with problems.naming("configuration"):
+        check_targets(containers(config))
+    if problems:
+        return problems  # before anything is imported
     with problems.naming("configuration"):
         problems += unknown_keys(config)
     for option in SETTINGS:
@@ -96,6 +101,14 @@ def check(config: DictConfig) -> list[str]:
     return problems
 
 
+def containers(config: DictConfig) -> Any:
+    """Return a configuration as plain containers, interpolations resolved where all of them can be."""
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:
+        return OmegaConf.to_container(config, resolve=False)
+
+
 def build(config: DictConfig, node: str, **objects: Any) -> Any:
     """Instantiate one node of the configuration; what goes wrong is said with the node's name.
 
@@ -109,7 +122,6 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
     """
     _check_signature(config, node)
     content = OmegaConf.select(config, node)
-    log.debug("%s: imports %s", node, content._target_)
     try:
         return hydra.utils.instantiate(content, _convert_="object", **objects)
     except InstantiationException as error:

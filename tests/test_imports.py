@@ -18,7 +18,7 @@ ORDER = [
     ["pickles", "transforms"],
     ["files"],
     ["checkpoints"],
-    ["granularity", "constraints", "layout"],
+    ["granularity", "constraints", "layout", "conversion", "targets"],
     ["task_vectors"],
     ["pool"],
     ["descriptions"],
