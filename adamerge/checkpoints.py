@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import atomic_path, sha256
-from adamerge.pickles import open_pickled
+from adamerge.pickles import find_tensors, open_pickled
 
 _NESTS = ("state_dict", "model_state_dict", "model")
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
@@ -230,7 +230,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     if not raw.startswith(b"{"):
         raise InputError(f"{path}: not a checkpoint. Expected a safetensors file or a torch file of tensors.")
     try:
-        header: dict[str, dict[str, Any]] = json.loads(raw)
+        header: dict[str, dict[str, Any]] = json.loads(raw, object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -246,8 +246,16 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError("a name is given twice")
+    return content
+
+
 def _read_torch_file(path: Path) -> dict[str, Tensor]:
-    open_pickled(path)  # torch's reader trusts sizes, unpacks what is compressed, and does not name what it refuses
+    find_tensors(
+        open_pickled(path)
+    )  # torch's reader trusts sizes, unpacks what is compressed, and does not name what it refuses
     try:
         # An open file, so that torch goes by the content and not by the suffix.
         with path.open("rb") as file, warnings.catch_warnings():

@@ -57,14 +57,11 @@ def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
         if file.read(9)[8:] == b"{":
             raise InputError(f"{source}: is a safetensors file already; nothing to convert.")
     pickled = open_pickled(source)
-    try:
-        found = find_tensors(pickled)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-    tensors = {name.removeprefix(key_prefix): t for name, t in found.tensors.items() if name.startswith(key_prefix)}
-    dropped = [name for name in found.tensors if not name.startswith(key_prefix)]
+    found = find_tensors(pickled)
+    tensors = {name.removeprefix(key_prefix): t for name, t in found.tensors().items() if name.startswith(key_prefix)}
+    dropped = [name for name in found.views if not name.startswith(key_prefix)]
     if not tensors or "" in tensors:
-        raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(found.tensors)}.")
+        raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(found.views)}.")
     save_state_dict(tensors, out, {"format": "pt"})
     return Conversion(
         of=f"{found.of}, {pickled.format}",

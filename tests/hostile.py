@@ -52,10 +52,21 @@ def _calls() -> dict[str, tuple[Pickle, str]]:
         *[("pip._internal.cli.main", "main"), ("torch.utils.collect_env", "run")],
     ]
     code = [
-        *[("builtins", "eval"), ("builtins", "exec"), ("__builtin__", "eval"), ("code", "interact"), ("timeit", "timeit")],
+        *[
+            ("builtins", "eval"),
+            ("builtins", "exec"),
+            ("__builtin__", "eval"),
+            ("code", "interact"),
+            ("timeit", "timeit"),
+        ],
         *[("bdb", "Bdb"), ("cProfile", "run"), ("torch.jit.unsupported_tensor_ops", "execWrapper")],
         *[("numpy.testing._private.utils", "runstring"), ("torch._dynamo.guards.GuardBuilder", "get")],
-        *[("torch._inductor.codecache", "compile_file"), ("pickle", "loads"), ("marshal", "loads"), ("types", "CodeType")],
+        *[
+            ("torch._inductor.codecache", "compile_file"),
+            ("pickle", "loads"),
+            ("marshal", "loads"),
+            ("types", "CodeType"),
+        ],
         *[("types", "FunctionType"), ("builtins", "compile"), ("pydoc", "pipepager"), ("doctest", "debug_script")],
     ]
     names = [
@@ -101,6 +112,7 @@ def tensor(
     offset: object = 0,
     size: object = (4,),
     stride: object = (1,),
+    old: bool = False,
 ) -> bytes:
     """Return the pickle of {"x": tensor} as torch writes it, with any numbers."""
 
@@ -108,6 +120,7 @@ def tensor(
         return pickle.dumps(item, 2)[2:-1]
 
     storage = b"(" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text(key) + text("cpu") + value(count)
+    storage += b"N" * old  # the legacy format's sixth part
     view = value(offset) + value(size) + value(stride) + b"\x89ccollections\nOrderedDict\n)R"
     made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQ" + view + b"tR"
     return b"\x80\x02}" + text("x") + made + b"s."

@@ -1,5 +1,4 @@
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -20,7 +19,7 @@ BODY = bytes(16)  # four float32
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    return dict(find_tensors(open_pickled(path)).tensors)
+    return dict(find_tensors(open_pickled(path)).tensors())
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -183,7 +182,7 @@ def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
         (b"\x80\x05\x97.", "the opcode NEXT_BUFFER"),
         (b"\x80\x02cos\nsystem\n.", r"asks for os\.system"),
         (b"\x80\x02cfoo bar\nBaz\n.", "asks for 'foo.bar Baz', which is no name"),
-        (b"\x80\x02c\xd0\xbes\nsystem\n.", "no name of a class"),
+        (b"\x80\x04" + hostile.text("\u043es") + hostile.text("system") + b"\x93.", "no name of a class"),
         (b"\x80\x02c\nX\n.", "no name of a class"),
         (b"\x80\x02cfoo\n" + b"A" * 4000 + b"\n.", "no name of a class"),
         (b"\x80\x02cfoo\nOuter.inner\n.", r"asks for foo\.Outer\.inner"),
@@ -192,7 +191,10 @@ def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
         (b"\x80\x02cfunctools\npartial\n(ctorch.hub\nload\ntR)R.", r"calls functools\.partial"),
         (b"\x80\x02U\x01xU\x01y\x85R.", "calls a value"),
         (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ctorch.hub\nload\nN)NtR.", r"calls torch\.hub\.load"),
-        (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)NtR.", "calls some"),
+        (
+            b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)NtR.",
+            "calls some",
+        ),
         (b"\x80\x02ccopyreg\n_reconstructor\n(ctorch.hub\nload\nNNtR.", r"an object of torch\.hub\.load"),
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.", r"changes torch\._utils\._rebuild_tensor_v2"),
         (b"\x80\x02cfoo\nBar\n}U\x08__init__cos\nsystem\nsb.", r"asks for os\.system"),
@@ -203,14 +205,15 @@ def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
         (nested(nested(b"N.")), "a file inside of a file"),
         (tuple_keys(), "keys that are neither texts nor numbers"),
         (b"\x80\x02}]Ns.", "keys that are neither"),
-        (b"\x80\x02(" + b"N" * 1_000_001 + b"t.", "takes more steps"),
+        (b"\x80\x02(" + b"N" * 20_001 + b"t.", "takes more steps"),
         (
             b"\x80\x02" + hostile.text("x" * 1000) + b"q\x000" + b"c_codecs\nencode\nq\x01h\x00\x85R" * 1000 + b".",
             "repeats more bytes",
         ),
     ],
 )
-def test_open_pickled_trick_is_refused(tmp_path, content, message):
+def test_open_pickled_trick_is_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr("adamerge.pickles.archive.MAX_STEPS", 20_000)
     refused(write(tmp_path / "x.pt", content), tmp_path / "canary", message)
     refused(archive(tmp_path / "y.pt", content), tmp_path / "canary", message)
 
@@ -249,7 +252,7 @@ def test_open_pickled_trick_is_refused(tmp_path, content, message):
         {"offset": 2**63 - 1},
         {"offset": None},
     ],
-    ids=lambda changed: ",".join(f"{k}={str(v)[:20] if k != 'count' or v != 10**5000 else 'huge'}" for k, v in changed.items()),
+    ids=lambda changed: ",".join(f"{k}={'huge' if v == 10**5000 else str(v)[:20]}" for k, v in changed.items()),
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 def test_open_pickled_lying_tensor_is_refused(tmp_path, kind, changed):
@@ -265,7 +268,7 @@ def test_open_pickled_tensor_made_by_hand_is_read(tmp_path):
     data = struct.pack("<4f", 1, 2, 3, 4)
     wanted = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert torch.equal(read(archive(tmp_path / "x.pt", tensor(), {"0": data}))["x"], wanted)
-    path = write(tmp_path / "y.pt", legacy(tensor(), storages=struct.pack("<q", 4) + data))
+    path = write(tmp_path / "y.pt", legacy(tensor(old=True), storages=struct.pack("<q", 4) + data))
     assert torch.equal(read(path)["x"], wanted)
     assert torch.equal(load_state_dict(path)["x"], wanted)
 
@@ -291,7 +294,9 @@ def overlapping(path: Path) -> None:
     content = bytearray(path.read_bytes())
     name = b"archive/data/"
     first, second = (content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + n) for n in (0, 1))
-    entries = [m for m in range(first, len(content)) if content[m : m + 4] == b"PK\x01\x02" and name in content[m : m + 62]]
+    entries = [
+        m for m in range(first, len(content)) if content[m : m + 4] == b"PK\x01\x02" and name in content[m : m + 62]
+    ]
     where = struct.unpack_from("<I", content, entries[0] + 42)
     struct.pack_into("<I", content, entries[1] + 42, *where)
     path.write_bytes(content)
@@ -374,8 +379,8 @@ def bomb(name: str, path: Path) -> None:
     if name == "expanded":
         archive(path, tensor(size=(2**20, 2**20), stride=(0, 0)), {"0": BODY})
     elif name == "zip bomb":
-        body = bytes(1 << 28)
-        archive(path, tensor(count=1 << 26, size=(1 << 26,)), {"0": body}, compression=zipfile.ZIP_DEFLATED)
+        body = bytes(1 << 26)
+        archive(path, tensor(count=1 << 24, size=(1 << 24,)), {"0": body}, compression=zipfile.ZIP_DEFLATED)
     elif name == "modules":
         # a module whose two children are the same module, sixty times over
         empty = b"ccollections\nOrderedDict\n)R"
@@ -392,34 +397,33 @@ def bomb(name: str, path: Path) -> None:
         path.write_bytes(BOMBS[name] or b"")
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_open_pickled_bomb_is_refused_in_little_memory(tmp_path, name):
-    bomb(name, tmp_path / "x.pt")
-    code = f"""
+def test_open_pickled_bombs_are_refused_in_little_memory_and_time(tmp_path):
+    for name in BOMBS:
+        bomb(name, tmp_path / f"{name}.pt")
+    code = """
         import resource, sys, time
         from pathlib import Path
         from adamerge import InputError, load_state_dict
         from adamerge.pickles import find_tensors, open_pickled
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.process_time()
-        for reader in (lambda p: find_tensors(open_pickled(p)), load_state_dict):
-            try:
-                reader(Path({str(tmp_path / "x.pt")!r}))
-                sys.exit("read")
-            except InputError as error:
-                print(error)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
-        print(grown, time.process_time() - start)
-        sys.exit(f"{{grown}} kB" if grown > 300_000 else 0)
+        for path in sorted(Path(sys.argv[1]).glob("*.pt")):
+            start = time.process_time()
+            for reader in (lambda p: find_tensors(open_pickled(p)), load_state_dict):
+                try:
+                    reader(path)
+                    sys.exit(f"{path} was read")
+                except InputError as error:
+                    print(error)
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+            seconds = time.process_time() - start
+            print(path.name, grown, "kB", seconds, "s")
+            if grown > 300_000 or seconds > 30:
+                sys.exit("too much")
     """
-    limit = 60  # seconds of CPU
-
-    def limits() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, preexec_fn=limits
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True, check=False
     )
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -31,12 +31,14 @@ class Pickled:
         root: The pickled object, of plain containers and :mod:`adamerge.pickles.records`.
         inert: Classes and functions that the pickle names and that were not imported, with how many objects of each.
         format: In words.
+        path: The file.
         size: Of the file, in bytes.
     """
 
     root: Any
     inert: Mapping[str, int]
     format: str
+    path: Path
     size: int
 
 
@@ -58,7 +60,7 @@ def open_pickled(path: Path) -> Pickled:
             raise InputError(f"{path}: empty file, expected a checkpoint.")
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         try:
-            found = _read_zip(file, mapped) if head[:2] == b"PK" else _read_stream(mapped)
+            root, inert, kind = _read_zip(file, mapped) if head[:2] == b"PK" else _read_stream(mapped)
         except Refused as error:
             raise InputError(
                 f"{path}: refused, nothing was run: {error}. Trust no such file; ask its author for safetensors."
@@ -69,7 +71,7 @@ def open_pickled(path: Path) -> Pickled:
             raise InputError(f"{path}: {error}") from error
         except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, struct.error) as error:
             raise _damaged(path, error) from error
-    return found
+    return Pickled(root, inert, kind, path, len(mapped))
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
@@ -90,7 +92,7 @@ class _Checked:
         return self.file.read(count)
 
 
-def _read_zip(file: IO[bytes], mapped: memoryview) -> Pickled:
+def _read_zip(file: IO[bytes], mapped: memoryview) -> tuple[Any, Mapping[str, int], str]:
     with zipfile.ZipFile(_Checked(file, len(mapped))) as archive:
         members = _members(archive, mapped)
     roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -117,7 +119,7 @@ def _read_zip(file: IO[bytes], mapped: memoryview) -> Pickled:
     budget = Budget(MAX_STEPS, len(mapped))
     machine = Machine(storage, lambda content: _read_nested(content, budget), budget)
     root = machine.read(Source(members[roots[0]]))
-    return Pickled(root, machine.inert, "torch zip archive", len(mapped))
+    return root, machine.inert, "torch zip archive"
 
 
 def _members(archive: zipfile.ZipFile, mapped: memoryview) -> dict[str, memoryview]:
@@ -153,14 +155,12 @@ def _members(archive: zipfile.ZipFile, mapped: memoryview) -> dict[str, memoryvi
     return members
 
 
-def _read_stream(mapped: memoryview) -> Pickled:
+def _read_stream(mapped: memoryview) -> tuple[Any, Mapping[str, int], str]:
     """Read torch's legacy format, or a plain pickle."""
     budget = Budget(MAX_STEPS, len(mapped))
     stream = _Stream(mapped, budget, lambda content: _read_nested(content, budget))
     root, is_legacy = stream.read()
-    return Pickled(
-        root, stream.machine.inert, "torch file, legacy format" if is_legacy else "plain pickle", len(mapped)
-    )
+    return root, stream.machine.inert, "torch file, legacy format" if is_legacy else "plain pickle"
 
 
 def _read_nested(content: Any, budget: Budget) -> Storage:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, shorten
 from adamerge.pickles.archive import Pickled
-from adamerge.pickles.records import Record, TensorView
+from adamerge.pickles.records import Damaged, Record, TensorView
 
 NESTS = ("state_dict", "model_state_dict", "model")
 _MAX_DEPTH = 100  # modules inside of modules
@@ -23,14 +23,18 @@ class Found:
     """The tensors of a pickled checkpoint.
 
     Attributes:
-        tensors: Name to tensor, views of the file where possible.
+        views: Name to tensor, unread.
         of: What held them, in words.
         left_out: Names beside them that hold something else.
     """
 
-    tensors: Mapping[str, Tensor]
+    views: Mapping[str, TensorView]
     of: str
     left_out: tuple[str, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return name to tensor, views of the file where possible."""
+        return {name: view.tensor() for name, view in self.views.items()}
 
 
 def find_tensors(pickled: Pickled) -> Found:
@@ -46,26 +50,36 @@ def find_tensors(pickled: Pickled) -> Found:
     left_out: tuple[str, ...] = ()
     entries = root.entries if isinstance(root, Record) and not _is_module(root) else root
     if _is_module(root):
-        views, kind = dict(_of_module(root)), f"module {root.kind}"
+        try:
+            views = dict(_of_module(root))
+        except Damaged as error:
+            raise InputError(f"{pickled.path}: refused: {error}.") from error
+        kind = f"module {root.kind}"
     elif isinstance(entries, dict):
         views = {key: value for key, value in entries.items() if isinstance(value, TensorView)}
         left_out = tuple(str(k)[:80] for k in entries if k not in views and isinstance(k, str))
         kind = "state dict"
     else:
         views, kind = {}, ""
+    _check(pickled, views)
+    return Found(views, kind, left_out)
+
+
+def _check(pickled: Pickled, views: Mapping[Any, TensorView]) -> None:
+    """Refuse names that are none, and tensors that repeat the same memory too often."""
+    root, path = pickled.root, pickled.path
     if not views:
         name = str(root.kind) if isinstance(root, Record) else type(root).__name__
-        raise InputError(f"expected a module or a state dict (name to tensor), found {name} without tensors.")
+        raise InputError(f"{path}: expected a state dict (name to tensor) or a module, found {name} without tensors.")
     bad = [ascii(name)[:80] for name in views if not isinstance(name, str) or not name or not name.isprintable()]
     if bad:
-        raise InputError(f"expected tensors with printable names, found {shorten(bad)}.")
+        raise InputError(f"{path}: expected tensors with printable names, found {shorten(bad)}.")
     total = sum(view.nbytes for view in views.values())
     if total > _MAX_GROWTH * pickled.size + _SMALL:
         raise InputError(
-            f"its tensors take {total:.3g} bytes, more than {_MAX_GROWTH} times the file's {pickled.size}: they repeat "
-            "the same memory. Refused."
+            f"{path}: refused: its tensors take {total:.3g} bytes, more than {_MAX_GROWTH} times the file's "
+            f"{pickled.size}, as they repeat the same memory. Save clones of them."
         )
-    return Found({name: view.tensor() for name, view in views.items()}, kind, left_out)
 
 
 def _is_module(value: Any) -> bool:
@@ -87,7 +101,7 @@ def _of_module(root: Record) -> Iterator[tuple[str, TensorView]]:
         prefix, module = pending.pop()
         steps += 1
         if prefix.count(".") > _MAX_DEPTH or steps > _MAX_NAMES:
-            raise InputError(f"its modules are nested more than {_MAX_DEPTH} deep, or are more than {_MAX_NAMES}.")
+            raise Damaged(f"its modules are nested more than {_MAX_DEPTH} deep, or are more than {_MAX_NAMES}")
         volatile = module.get("_non_persistent_buffers_set")
         skipped = volatile if isinstance(volatile, (set, frozenset)) else ()
         for kind in ("_parameters", "_buffers"):
@@ -102,5 +116,5 @@ def _of_module(root: Record) -> Iterator[tuple[str, TensorView]]:
 
 def _joined(prefix: str, name: Any) -> str:
     if not isinstance(name, str) or len(prefix) + len(name) > _MAX_NAME:
-        raise InputError(f"its modules have names that are no texts, or of more than {_MAX_NAME} characters.")
+        raise Damaged(f"its modules have names that are no texts, or of more than {_MAX_NAME} characters")
     return prefix + name

@@ -119,18 +119,16 @@ class Storage:
         return self.count * self.dtype.itemsize
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
-        """Return all bytes as a flat tensor of a dtype; no copy where dtype and alignment allow."""
+        """Return all bytes as a flat tensor of a dtype; no copy where the alignment allows."""
         if self.data is None or len(self.data) < self.nbytes:
             raise Damaged("the bytes of a tensor are missing")
         if self._flat is None:
             content = self.data[: self.nbytes]
             writable = bytearray(content) if content.readonly else content
             self._flat = torch.frombuffer(writable, dtype=torch.uint8) if self.nbytes else torch.empty(0).byte()
-        if dtype == torch.bool:  # any byte but 0 and 1 would be undefined behaviour
-            return self._flat.ne(0)
-        aligned = self._flat.data_ptr() % dtype.itemsize == 0
-        whole = len(self._flat) // dtype.itemsize * dtype.itemsize
-        return (self._flat if aligned else self._flat.clone())[:whole].view(dtype)
+        if self._flat.data_ptr() % dtype.itemsize:
+            self._flat = self._flat.clone()
+        return self._flat[: len(self._flat) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -152,7 +150,10 @@ class TensorView:
         """Return the tensor, a view of the file where possible."""
         if 0 in self.size:
             return torch.empty(self.size, dtype=self.dtype)
-        return self.storage.tensor(self.dtype).as_strided(self.size, self.stride, self.offset)
+        is_bool = self.dtype == torch.bool
+        flat = self.storage.tensor(torch.uint8 if is_bool else self.dtype)
+        view = flat.as_strided(self.size, self.stride, self.offset)
+        return view.ne(0) if is_bool else view  # any byte but 0 and 1 would be undefined behaviour
 
 
 def is_whole(value: Any) -> bool:
