@@ -178,9 +178,9 @@ class Coefficients(nn.Module):
             for label, (first, count) in result.index.labels.items():
                 try:
                     numbers = torch.as_tensor(stored[label], dtype=values.dtype).reshape(-1)
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                     raise InputError(
-                        f"{source}: expert {expert!r}, {label!r}: expected numbers, found {stored[label]!r}."
+                        f"{source}: expert {expert!r}, {label!r}: expected numbers, found {stored[label]!r:.80}."
                     ) from error
                 if len(numbers) != count:
                     raise InputError(
