@@ -184,6 +184,7 @@ def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
         (b"\x80\x02cfoo bar\nBaz\n.", "asks for 'foo.bar Baz', which is no name"),
         (b"\x80\x04" + hostile.text("\u043es") + hostile.text("system") + b"\x93.", "no name of a class"),
         (b"\x80\x02c\nX\n.", "no name of a class"),
+        (b"\x80\x02c\\Pfoo\nBar\n.", "no name of a class"),
         (b"\x80\x02cfoo\n" + b"A" * 4000 + b"\n.", "no name of a class"),
         (b"\x80\x02cfoo\nOuter.inner\n.", r"asks for foo\.Outer\.inner"),
         (b"\x80\x02cfoo\nBar\n)R)R.", r"calls foo\.Bar"),

@@ -5,6 +5,7 @@ number in the file, hash whatever stands as a key, and call methods of whatever 
 """
 
 import pickletools
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -101,17 +102,22 @@ class Machine:
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
         try:
-            for opcode, argument, _ in pickletools.genops(source):  # type: ignore[arg-type]  # all that it calls is there
-                self._budget.spend(1)
-                if opcode.name == "STOP":
-                    break
-                self._step(opcode.name, argument)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of unknown escape sequences in damaged texts
+                self._run(source)
             result = self._stack.pop()
         except InputError:
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise Damaged("its pickle is cut off or makes no sense") from error
         return result
+
+    def _run(self, source: Source) -> None:
+        for opcode, argument, _ in pickletools.genops(source):  # type: ignore[arg-type]  # all that it calls is there
+            self._budget.spend(1)
+            if opcode.name == "STOP":
+                return
+            self._step(opcode.name, argument)
 
     def _step(self, name: str, argument: Any) -> None:
         if name in _VALUES:
