@@ -87,6 +87,19 @@ class Coefficients(nn.Module):
         """Set the coefficients to ``values`` (E, G), as far as the constraint allows, in place."""
         self.raw.copy_(self.constraint.inverse(values.to(self.raw)))
 
+    @torch.no_grad()
+    def warm_start(self, values: Tensor) -> None:
+        """Start from ``values`` (E, G), in place; frozen groups keep them.
+
+        ``initial`` else stays what it was: anchors refer to it.
+        """
+        self.assign(values)
+        values = values.to(self.raw)
+        if self._frozen is not None:
+            self.initial.copy_(torch.where(self._frozen, values, self.initial))
+        if not torch.allclose(self(), values, atol=1e-4):
+            log.warning("The coefficients to start from lie outside the constraint, and were moved into it.")
+
     def check(self, pool: ExpertPool) -> None:
         """Refuse a pool of other experts or parameters than the coefficients were made for.
 

@@ -17,20 +17,23 @@ from omegaconf.errors import OmegaConfBaseException
 from adamerge.backbones import Backbone, Torchvision
 from adamerge.errors import InputError, did_you_mean
 from adamerge.objectives import check_objective
+from adamerge.refinement import Refinement
 from adamerge.run_checks import (
     SETTINGS,
     Headers,
     check_devices,
+    check_folder,
     check_groups,
     check_init,
-    check_run_dir,
     check_setting,
+    check_start,
     class_problems,
     evaluation_problems,
     expert_problems,
     forecast_problems,
     read_headers,
 )
+from adamerge.stages import first_stage, start_file
 from adamerge.task_vectors import check_storage
 
 log = logging.getLogger(__name__)
@@ -66,8 +69,33 @@ def check(config: DictConfig) -> list[str]:
         with problems.naming(option):
             check_setting(option, config.get(option))
     with problems.naming("run_dir"):
-        parts["run_dir"] = check_run_dir(config.get("run_dir"))
-    for node in ("objective", "granularity", "constraint", "backbone"):
+        parts["run_dir"] = check_folder("run_dir", config.get("run_dir"))
+    if config.get("teacher_cache") is not None:
+        with problems.naming("teacher_cache"):
+            check_folder("teacher_cache", config.teacher_cache)
+    _check_parts(config, parts, problems)
+    with problems.naming("backbone"):
+        parts["backbone"] = build(config, "backbone")
+    with problems.naming("trainer"):
+        _check_signature(config, "trainer")
+        _check_trainer(config)
+    if "backbone" in parts:
+        with problems.naming("pool"):
+            parts["headers"] = _check_pool(config, parts["backbone"], problems)
+            problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
+        with problems.naming("data"):
+            parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
+    _check_start(config, parts, problems)
+    with problems.naming("first_stage"):
+        _check_first_stage(config, parts, problems)
+    with problems.naming("data"):
+        _check_tasks(config, parts, problems)
+    return problems
+
+
+def _check_parts(config: DictConfig, parts: dict[str, Any], problems: _Problems) -> None:
+    """Build, or look at, what each stage of a run has of its own."""
+    for node in ("objective", "granularity", "constraint"):
         with problems.naming(node):
             parts[node] = build(config, node)
     with problems.naming("objective"):
@@ -77,23 +105,27 @@ def check(config: DictConfig) -> list[str]:
         build_optional(config, "transform")
     with problems.naming("optimizer"):
         _try_optimizer(config)
+    extras: list[str] = []
     with problems.naming("logger, callbacks"):
-        parts["extras"] = [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
-    for node in ("method", "trainer", *parts.get("extras", [])):
+        extras = [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
+    for node in ("method", *extras):
         with problems.naming(node):
             _check_signature(config, node)
-    with problems.naming("trainer"):
-        _check_trainer(config)
-    if "backbone" in parts:
-        with problems.naming("pool"):
-            parts["headers"] = _check_pool(config, parts["backbone"], problems)
-            problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
-        with problems.naming("data"):
-            parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
-    with problems.naming("data"):
-        _check_tasks(config, parts, problems)
-    _check_start(config, parts, problems)
-    return problems
+
+
+def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: _Problems) -> None:
+    """Hold the first stage to what the run is held to; what both have wrong is said once."""
+    stage = first_stage(config)
+    if stage is None:
+        return
+    found, own = _Problems(), dict(parts)
+    for option in ("steps", "checkpoint_every"):
+        with found.naming(option):
+            check_setting(option, stage.get(option))
+    _check_parts(stage, own, found)
+    _check_start(stage, own, found)
+    problems += [f"first_stage: {problem}" for problem in found if problem not in problems]
+    parts["objectives"] = [own.get("objective")]
 
 
 def build(config: DictConfig, node: str, **objects: Any) -> Any:
@@ -227,8 +259,9 @@ def _check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: list[st
     need = None
     if isinstance(parts["backbone"], Torchvision):
         need = "A torchvision backbone, whose heads are the experts' own classifiers,"
-    elif getattr(parts.get("objective"), "uses_teacher", False):
-        need = f"The objective {type(parts['objective']).__name__}"
+    for objective in (parts.get("objective"), *parts.get("objectives", [])):
+        if need is None and getattr(objective, "uses_teacher", False):
+            need = f"The objective {type(objective).__name__}"
     if isinstance(config.get("pool"), DictConfig) and "headers" in parts:
         problems += expert_problems(tasks, list(config.pool.experts), need)
 
@@ -238,7 +271,13 @@ def _check_start(config: DictConfig, parts: Mapping[str, Any], problems: _Proble
     headers, granularity = parts.get("headers"), parts.get("granularity")
     if headers is None or granularity is None or not headers.shapes:
         return
-    found = len(problems)
+    start, found = start_file(config), len(problems)
+    if start is not None and config.get("first_stage") is None:
+        with problems.naming("init"):
+            check_start(start)
+        return
+    if start is not None and isinstance(granularity, Refinement):
+        return  # its groups follow from what the first stage will learn
     with problems.naming("granularity"):
         check_groups(granularity, headers.shapes)
     if len(problems) > found or "constraint" not in parts or len(headers.experts) < len(config.pool.experts):

@@ -23,16 +23,17 @@ ORDER = [
     ["pool"],
     ["descriptions"],
     ["coefficients"],
-    ["merge", "merges"],
+    ["merge", "merges", "refinement"],
     ["teachers", "calls"],
     ["model"],
-    ["objectives", "tasks", "frank_wolfe", "streams"],
+    ["objectives", "tasks", "frank_wolfe", "streams", "teacher_files"],
     ["data"],
     ["backbones"],
     ["baselines", "evaluation", "methods", "export"],
     ["callbacks"],
     ["zoo", "figures", "report"],
-    ["run_checks"],
+    ["run_checks", "stages"],
+    ["run_folder"],
     ["preflight"],
     ["scoring"],
     ["launch", "inspection", "composition"],
@@ -41,7 +42,9 @@ ORDER = [
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
-SHELL = {"preflight", "composition", "launch", "inspection", "replay", "demo", "cli"}  # what commands are made of
+SHELL = {  # what commands are made of
+    *("stages", "run_folder", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
+}
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
     "lightning_utilities": set(),
