@@ -32,7 +32,7 @@ from adamerge.preflight import build, build_optional, strings
 from adamerge.refinement import Refinement, transfer
 from adamerge.run_folder import CONFIG_FILE, LAST, is_started, load_config, plain, save_config
 from adamerge.scoring import Made, score_run
-from adamerge.stages import COEFFICIENTS, STAGE, first_stage, start_file
+from adamerge.stages import STAGE, START, first_stage, start_file
 from adamerge.teacher_files import TeacherFiles
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     if resume and not is_started(folder):
         raise InputError(f"{folder}: nothing to resume: no {LAST}. Start the run without resume.")
     first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
-    todo = first if first is not None and not (folder / STAGE / COEFFICIENTS).is_file() else None
+    todo = first if first is not None and not (folder / START).is_file() else None
     with Console(stderr=True).status("Reading the pool and building the heads"):
         assembly = assemble(config if todo is None else todo)
     ensure_writable(folder)
@@ -156,10 +156,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     save_config(config, folder / CONFIG_FILE)
     watch = Stopwatch()
     if todo is not None:
-        stage = _fit(todo, folder / STAGE, assembly, [], "Stage 1 of 2", resume=resume)
-        if stage.is_global_zero:
-            save_coefficients(assembly.model.coefficients, folder / STAGE / COEFFICIENTS, assembly.pool)
-        _raise_reason(stage)
+        _fit_first(todo, folder, assembly, resume=resume)
         assembly = assemble(config, of=assembly)
     export = ExportMergedWeights(
         folder,
@@ -180,6 +177,18 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         record_metrics(export.files["recipe"], summary, seconds)
     _raise_reason(trainer)
     return summary
+
+
+def _fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> None:
+    """Run the first stage in its folder, and leave in the run's what the second starts from.
+
+    That is a file of its own, as an export on request may write the stage's ``coefficients.json`` at any time.
+    """
+    trainer = _fit(config, folder / STAGE, assembly, [], "Stage 1 of 2", resume=resume)
+    if trainer.is_global_zero:
+        for path in (folder / STAGE / "coefficients.json", folder / START):
+            save_coefficients(assembly.model.coefficients, path, assembly.pool)
+    _raise_reason(trainer)
 
 
 def _fit(

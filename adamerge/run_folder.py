@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from adamerge.errors import InputError
 from adamerge.files import atomic_path
-from adamerge.stages import COEFFICIENTS, STAGE
+from adamerge.stages import STAGE, START
 
 CONFIG_FILE = "config.yaml"
 LAST = Path("checkpoints") / "last.ckpt"
@@ -94,7 +94,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_started(folder: Path) -> bool:
     """Whether a run has saved something in its folder that it can go on from."""
-    return any((folder / name).is_file() for name in (LAST, STAGE / LAST, STAGE / COEFFICIENTS))
+    return any((folder / name).is_file() for name in (LAST, STAGE / LAST, START))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

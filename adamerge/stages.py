@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from adamerge.errors import InputError, did_you_mean
 
 STAGE = Path("stage_1")  # the first stage's folder, in the run's
-COEFFICIENTS = "coefficients.json"
+START = "start.json"  # what the second stage starts from; that it is there says that the first has ended
 _PARTS = (
     *("steps", "init", "objective", "granularity", "constraint", "optimizer", "method", "callbacks"),
     "checkpoint_every",
@@ -51,12 +51,11 @@ def first_stage(config: DictConfig) -> DictConfig | None:
 def start_file(config: DictConfig) -> Path | None:
     """Return the coefficients file that a run starts from: its first stage's, or the one that ``init`` names."""
     if config.get("first_stage") is not None:
-        return Path(str(config.run_dir)) / STAGE / COEFFICIENTS
+        return Path(str(config.run_dir)) / START
     init = config.get("init")
     return Path(init) if isinstance(init, str) and init.endswith(".json") else None
 
 
 def running_stage(folder: Path) -> Path:
     """Return the folder that a run stands in: its first stage's until that has ended, then its own."""
-    stage = folder / STAGE
-    return stage if stage.is_dir() and not (stage / COEFFICIENTS).is_file() else folder
+    return folder / STAGE if (folder / STAGE).is_dir() and not (folder / START).is_file() else folder

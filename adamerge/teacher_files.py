@@ -171,7 +171,7 @@ def digest(content: Any) -> str:
 
     result = hashlib.sha256(json.dumps(described(content)).encode())
     for tensor in tensors:
-        result.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 
