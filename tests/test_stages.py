@@ -26,6 +26,15 @@ class Interrupt(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Ends(Callback):
+    """A callback of a user's own that ends the run, and says why."""
+
+    reason = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.reason, trainer.should_stop = "Enough, said a callback.", True
+
+
 @pytest.fixture(autouse=True)
 def _uninterrupted():
     Interrupt.left = 0
@@ -156,6 +165,13 @@ def test_budget_that_buys_nothing_is_said_and_the_first_stage_is_kept(two, capsy
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: granularity.budget: 0.001 leaves all 56 tensors without a chunk")
     assert (tmp_path / "run" / "start.json").is_file()
+
+
+def test_reason_of_a_callback_ends_the_run_in_its_first_stage(two, capsys, tmp_path):
+    assert call("adapt", *two, "+callbacks.ends._target_=test_stages.Ends") == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "error: Enough, said a callback."
+    assert (tmp_path / "run" / "stage_1" / "coefficients.json").is_file()
+    assert not (tmp_path / "run" / "merged.safetensors").exists()
 
 
 def test_first_stage_takes_over_and_changes_parts_of_the_run():
