@@ -30,7 +30,7 @@ from adamerge.files import atomic_path, ensure_writable, save_json
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
-from adamerge.preflight import build, build_optional, strings
+from adamerge.preflight import build, build_init, build_optional, strings
 from adamerge.scoring import Made, score_run
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def assemble(config: DictConfig) -> Assembly:
     coefficients = Coefficients(
         pool,
         build(config, "granularity"),
-        init=plain(config)["init"],
+        init=build_init(config),
         constraint=build(config, "constraint"),
     )
     teachers = {name: task.expert for name, task in data.tasks.items() if task.expert}

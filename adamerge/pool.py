@@ -7,6 +7,7 @@ stacked on axis 0; names are the encoder's own (``key_map`` relates them to the 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from adamerge.checkpoints import Checkpoint, MemoryCheckpoint, open_checkpoint
 from adamerge.errors import InputError
 from adamerge.layout import KeyMap, check_layout, check_names, shared_names
 from adamerge.task_vectors import Storage, TaskVectors, choose_storage
-from adamerge.transforms import Transform
+from adamerge.transforms import Prepared, Transform
 
 _PIECE = 1 << 17  # entries of the tiles that checks and reports read
 
@@ -93,10 +94,14 @@ class ExpertPool:
         self.device = torch.device("cpu")
         self.fixed = {name: self._read(base, name).clone() for name in layout.fixed}
         self.transform = transform
+        self._prepared: Prepared | None = None
         if transform is not None:
             if storage == "stream":
                 raise InputError("pool.storage: transformed task vectors are kept in memory; use ram, or no transform.")
             storage = "ram"
+            # Statistics come from the raw experts as they are in their files, before any rounding to ``dtype``.
+            raw = partial(ExpertPool, include=include, exclude=exclude, key_map=key_map, tied=tied)
+            self._prepared = Prepared(transform, raw(base, experts, storage="stream"))
         entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in layout.merged)
         self.storage = choose_storage(storage, entries * len(experts) * self._dtype.itemsize)
         self.base: dict[str, Tensor] = {}
@@ -198,6 +203,12 @@ class ExpertPool:
         """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
         for start in range(0, self.base[name].numel(), _PIECE):
             yield self.tile(name, start, min(start + _PIECE, self.base[name].numel()), reuse=True)
+
+    def tiles(self) -> Iterator[tuple[str, Tensor]]:
+        """Pass over all task vectors once, in small tiles: name and (E, k), each valid until the next."""
+        for name in self.names:
+            for tile in self._pieces(name):
+                yield name, tile
 
     def checkpoint(self, expert: str) -> Checkpoint:
         """Return an expert's own file, for what is not merged, such as its classifier."""
@@ -307,7 +318,7 @@ class ExpertPool:
             _check_finite(base, self.source.name, self.keys.file_key(name))
             self.base[name] = base
             experts = (checkpoint.get(self.keys.file_key(name)) for checkpoint in self._experts.values())
-            self._task_vectors.add(name, experts, base, self.transform)
+            self._task_vectors.add(name, experts, base, self._prepared)
             squares = sum(tile.double().square().sum(1) for tile in self._pieces(name))
             norms = torch.as_tensor(squares).sqrt().to(self.compute_dtype)
             if not torch.isfinite(norms).all():
@@ -321,7 +332,7 @@ class ExpertPool:
             if not norms.any():
                 self.fixed[name] = self.base.pop(name)
                 self._task_vectors.drop(name)
-                self.skipped[self.keys.file_key(name)] = "no expert changed it"
+                self.skipped[self.keys.file_key(name)] = f"no expert changed it{self._after()}"
                 continue
             self._norms[name] = norms
 
@@ -329,22 +340,25 @@ class ExpertPool:
         """Refuse experts that are the base, or each other."""
         if not self.names:
             raise InputError(
-                f"Every expert is identical to the base {self.source.name}: all task vectors are zero. "
+                f"Every expert is identical to the base {self.source.name}{self._after()}: all task vectors are zero. "
                 "Are the experts the fine-tuned files?"
             )
         norms = torch.stack(list(self._norms.values()))
         for row, expert in enumerate(self.expert_names):
             if not norms[:, row].any():
                 raise InputError(
-                    f"Expert {expert!r} ({self._experts[expert].name}) is identical to the base {self.source.name}: "
-                    "its task vector is zero. Remove it or name its fine-tuned file."
+                    f"Expert {expert!r} ({self._experts[expert].name}) is identical to the base {self.source.name}"
+                    f"{self._after()}: its task vector is zero. Remove it or name its fine-tuned file."
                 )
             for other in range(row):
                 if torch.equal(norms[:, row], norms[:, other]) and self._equal(row, other):
                     raise InputError(
-                        f"Experts {self.expert_names[other]!r} and {expert!r} have identical weights "
+                        f"Experts {self.expert_names[other]!r} and {expert!r} have identical weights{self._after()} "
                         f"({self._experts[expert].name}). Remove one or name its own file."
                     )
+
+    def _after(self) -> str:
+        return f" after the transform {type(self.transform).__name__}" if self.transform is not None else ""
 
     def _equal(self, first: int, second: int) -> bool:
         tiles = (tile for name in self.names for tile in self._pieces(name))

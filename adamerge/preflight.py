@@ -32,6 +32,7 @@ from adamerge.run_checks import (
     read_headers,
 )
 from adamerge.task_vectors import check_storage
+from adamerge.transforms import check_transform
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,9 @@ def check(config: DictConfig) -> list[str]:
         if "objective" in parts:
             check_objective(parts["objective"])
     with problems.naming("transform"):
-        build_optional(config, "transform")
+        transform = build_optional(config, "transform")
+        if transform is not None:
+            check_transform(transform)
     with problems.naming("optimizer"):
         _try_optimizer(config)
     with problems.naming("logger, callbacks"):
@@ -129,6 +132,13 @@ def build_optional(config: DictConfig, node: str) -> Any:
     """Instantiate a node that may be absent: None where its ``_target_`` is null."""
     content = config.get(node)
     return None if content is None or content.get("_target_") is None else build(config, node)
+
+
+def build_init(config: DictConfig) -> Any:
+    """Return the initial coefficients: plain values, or the rule that ``init._target_`` names."""
+    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, ["init"]), resolve=True)
+    init = plain.get("init")
+    return build(config, "init") if isinstance(init, dict) and "_target_" in init else init
 
 
 def _try_optimizer(config: DictConfig) -> None:
@@ -244,9 +254,7 @@ def _check_start(config: DictConfig, parts: Mapping[str, Any], problems: _Proble
     if len(problems) > found or "constraint" not in parts or len(headers.experts) < len(config.pool.experts):
         return
     with problems.naming("init"):
-        node = OmegaConf.masked_copy(config, ["init"])
-        plain: Any = OmegaConf.to_container(node, resolve=True)
-        check_init(headers, granularity, plain.get("init"), parts["constraint"])
+        check_init(headers, granularity, build_init(config), parts["constraint"])
 
 
 def _check_signature(config: DictConfig, node: str) -> None:

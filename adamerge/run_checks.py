@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from adamerge import initial
 from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.constraints import Constraint
@@ -165,6 +166,9 @@ def check_init(headers: Headers, granularity: Granularity, init: Any, constraint
     Raises:
         InputError: If ``init`` does not fit the experts.
     """
+    start = initial.start_of(init)
+    if start is not None and not isinstance(start, initial.Lines):
+        return  # it may read weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says it
         Coefficients(cast(ExpertPool, headers), granularity, init, constraint)

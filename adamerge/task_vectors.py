@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.transforms import Transform
+from adamerge.transforms import Prepared
 
 Storage = Literal["auto", "ram", "stream"]
 _ALIGN = 16  # entries; 64 bytes of float32, what torch aligns tensors to
@@ -41,14 +41,14 @@ class TaskVectors:
         self._mapped: dict[str, list[Tensor]] = {}
         self._scratch: Tensor | None = None
 
-    def add(self, name: str, experts: Iterable[Tensor], base: Tensor, transform: Transform | None = None) -> None:
+    def add(self, name: str, experts: Iterable[Tensor], base: Tensor, transform: Prepared | None = None) -> None:
         """Form, or map, one parameter's task vectors.
 
         Args:
             name: The parameter.
             experts: Its value in each expert, (*S), read one at a time.
             base: Its value in the base, (*S) in ``compute_dtype``.
-            transform: Applied to the stack; NaN and infinity are left for the caller to find.
+            transform: Applied to the stack, unless it is zero; NaN and infinity are left for the caller to find.
         """
         if self._storage == "stream":
             self._mapped[name] = [expert.contiguous().view(-1) for expert in experts]
@@ -57,8 +57,9 @@ class TaskVectors:
         stack = torch.empty(self._experts, _padded(len(flat)), dtype=self._compute_dtype)[:, : len(flat)]
         for row, expert in zip(stack, experts, strict=True):
             row.copy_(expert.to(self._compute_dtype).reshape(-1)).sub_(flat)
-        if transform is not None and torch.isfinite(stack).all():
-            _apply(transform, name, stack, (self._experts, *base.shape))
+        if transform is not None and stack.any() and torch.isfinite(stack).all():
+            whole = stack.view(self._experts, *base.shape)
+            whole.copy_(transform(name, whole))
         self._stacks[name] = stack.to(self._dtype)
 
     def drop(self, name: str) -> None:
@@ -133,18 +134,6 @@ def free_memory() -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _apply(transform: Transform, name: str, stack: Tensor, shape: tuple[int, ...]) -> None:
-    """Transform a stack (E, n) in place, seen as (E, *S)."""
-    result = transform(stack.reshape(shape))
-    finite = bool(torch.isfinite(result).all())
-    if tuple(result.shape) != shape or not finite:
-        raise InputError(
-            f"transform {type(transform).__name__}: parameter {name!r}: expected finite task vectors of shape {shape}, "
-            f"found shape {tuple(result.shape)}{'' if finite else ' with NaN'}."
-        )
-    stack.copy_(result.reshape(stack.shape))
 
 
 def _padded(entries: int) -> int:

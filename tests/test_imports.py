@@ -15,11 +15,12 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors"],
-    ["pickles", "transforms"],
+    ["pickles"],
     ["files"],
     ["checkpoints"],
     ["granularity", "constraints", "layout"],
-    ["task_vectors"],
+    ["transforms"],
+    ["task_vectors", "initial"],
     ["pool"],
     ["descriptions"],
     ["coefficients"],
