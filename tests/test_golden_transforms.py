@@ -38,9 +38,7 @@ def check(found, expected, tolerance=TIGHT):
     assert set(found) >= set(expected)
     assert expected
     for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name].to(tensor.dtype), tensor, **tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[name].to(tensor.dtype), tensor, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def summed(stacks):
