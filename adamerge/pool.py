@@ -20,7 +20,7 @@ from adamerge.layout import KeyMap, check_layout, check_names, shared_names
 from adamerge.task_vectors import Storage, TaskVectors, choose_storage
 from adamerge.transforms import Prepared, Transform
 
-_PIECE = 1 << 17  # entries of the tiles that checks and reports read
+_TILE = 1 << 16  # entries, of all experts together, of the tiles that checks, reports and statistics read
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,9 @@ class ExpertPool:
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
-        for start in range(0, self.base[name].numel(), _PIECE):
-            yield self.tile(name, start, min(start + _PIECE, self.base[name].numel()), reuse=True)
+        width = max(1, _TILE // len(self.expert_names))
+        for start in range(0, self.base[name].numel(), width):
+            yield self.tile(name, start, min(start + width, self.base[name].numel()), reuse=True)
 
     def tiles(self) -> Iterator[tuple[str, Tensor]]:
         """Pass over all task vectors once, in small tiles: name and (E, k), each valid until the next."""
@@ -319,7 +320,9 @@ class ExpertPool:
             self.base[name] = base
             experts = (checkpoint.get(self.keys.file_key(name)) for checkpoint in self._experts.values())
             self._task_vectors.add(name, experts, base, self._prepared)
-            squares = sum(tile.double().square().sum(1) for tile in self._pieces(name))
+            # Without a float64 copy of each tile: between small tensors that stay, such copies fragment the heap.
+            tiles = self._pieces(name)
+            squares = sum(torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64).square() for tile in tiles)
             norms = torch.as_tensor(squares).sqrt().to(self.compute_dtype)
             if not torch.isfinite(norms).all():
                 expert = self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]

@@ -45,7 +45,7 @@ class Magnitude:
 
     :math:`\tau'_{e} = \tau_e [|\tau_e| > m_e] / (1 - p)`, m_e the ``int(p n)``-th smallest of n magnitudes (equal ones
     are dropped too), n counted per parameter or over the whole model. No tensor is skipped, but a parameter with
-    fewer than 1 / p entries loses none under ``scope="tensor"``. Cost: one selection per parameter, or two passes.
+    fewer than 1 / p entries loses none under ``scope="tensor"``. Cost: one selection per parameter, or three passes.
 
     Args:
         drop: p, the share of the entries that is dropped, in [0, 1).

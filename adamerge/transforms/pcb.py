@@ -34,7 +34,7 @@ class Pcb:
     1 - ``ratio`` quantile of s_e: 1 - ``ratio`` of all entries become 0.
 
     Global: N and quantiles run over the whole model. No tensor is skipped. tanh makes it sensitive to the scale of
-    task vectors. Cost: up to seven passes over the task vectors in float32, memory one tile.
+    task vectors. Cost: ten passes over the task vectors in float32, memory one tile.
 
     Args:
         ratio: Share of each task vector that stays, in (0, 1). 0.1 (root and NLP code), 0.05 (vision code).

@@ -13,7 +13,7 @@ from torch import Tensor
 from adamerge.errors import InputError
 
 Rule = Callable[[str, Tensor], Tensor]
-_PIECE = 1 << 17  # entries of a tile
+_TILE = 1 << 16  # entries of a tile, of all experts together
 
 
 class Transform(Protocol):
@@ -76,9 +76,9 @@ class Prepared:
         if not self.elementwise or not task_vectors.numel():
             return self._checked(name, task_vectors)
         flat = task_vectors.reshape(len(task_vectors), -1)
-        for start in range(0, flat.shape[1], _PIECE):
-            piece = flat[:, start : start + _PIECE]
-            piece.copy_(self._checked(name, piece))
+        width = max(1, _TILE // len(flat))
+        for tile in flat.split(width, dim=1):
+            tile.copy_(self._checked(name, tile))
         return flat.view(task_vectors.shape)
 
     def _checked(self, name: str, task_vectors: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Ties:
 
     No tensor is skipped: biases and norms compete with the matrices for the model's threshold. d counts the merged
     parameters that an expert changed; published figures count the unchanged text tower of old checkpoints too.
-    Cost: three passes over the task vectors, memory one tile.
+    Cost: four passes over the task vectors, memory one tile.
 
     Args:
         density: Share of each task vector that stays, in (0, 1]; the papers' K = 20 %.
