@@ -14,7 +14,10 @@ PREFIX = "base_model.model."
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: object) -> Path:
     """Write an adapter's folder; the tensors' names lack peft's prefix."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({PREFIX + key: tensor.contiguous().clone() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {PREFIX + key: tensor.contiguous().clone() for key, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
     content = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **config}
     (folder / "adapter_config.json").write_text(json.dumps(content))
     return folder
