@@ -64,10 +64,10 @@ def prepare(folder: Path, base: Path, experts: dict[str, Path], rank: int, prefi
         (folder / kind).mkdir()
     for name, path in experts.items():
         (folder / "full" / name).symlink_to(path.absolute())
-    pool = ExpertPool.from_files(base, experts, key_map=prefix or None, storage="stream")
+    pool = ExpertPool.from_files(base, files(folder, "full"), key_map=prefix or None, storage="stream")
     for dtype in ("float32", "bfloat16"):
         write_packed(pool, folder / f"{dtype}.safetensors", getattr(torch, dtype))
-    for number, name in enumerate(experts):
+    for number, name in enumerate(pool.expert_names):
         write_adapter(folder / "adapters" / name, pool, number, rank, prefix)
     adapted = ExpertPool.from_files(base, files(folder, "adapters"), key_map=prefix or None)
     state = load_state_dict(base)
