@@ -131,6 +131,13 @@ def describe_task_vectors(pool: ExpertPool) -> dict[str, Any]:
     """Return which parameters merge and what was done to their task vectors, ready for JSON."""
     return {
         "dtype": pool.dtype_name,
-        "transform": None if pool.transform is None else describe(pool.transform),
+        "transform": describe_transform(pool),
         "parameters": hashlib.sha256("\n".join(sorted(pool.names)).encode()).hexdigest()[:16],
     }
+
+
+def describe_transform(pool: ExpertPool) -> Any:
+    """Return what was done to a pool's task vectors, ready for JSON; a packed file says it of its own."""
+    if pool.packed is not None:
+        return pool.packed.transform
+    return None if pool.transform is None else describe(pool.transform)

@@ -32,6 +32,7 @@ from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_init, build_optional, strings
 from adamerge.scoring import Made, score_run
+from adamerge.task_vectors import dtype_of
 
 log = logging.getLogger(__name__)
 
@@ -77,18 +78,16 @@ def assemble(config: DictConfig) -> Assembly:
 def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
     """Open the pool that the configuration names, for a backbone."""
     node = config.pool
-    dtype = None if node.get("dtype") is None else getattr(torch, str(node.dtype), None)
-    if node.get("dtype") is not None and not isinstance(dtype, torch.dtype):
-        raise InputError(f"pool.dtype: expected float32, bfloat16 or float16, found {node.dtype!r}.")
     return ExpertPool.from_files(
         node.base,
         dict(node.experts),
         storage=node.get("storage") or "auto",
-        dtype=dtype,
+        dtype=dtype_of(node.get("dtype")),
         include=strings(node.get("include")),
         exclude=[*backbone.exclude, *(strings(node.get("exclude")) or [])] or None,
         key_map=backbone.prefix,
         transform=build_optional(config, "transform"),
+        task_vectors=node.get("task_vectors"),
     )
 
 

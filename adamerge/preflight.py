@@ -29,16 +29,17 @@ from adamerge.run_checks import (
     evaluation_problems,
     expert_problems,
     forecast_problems,
+    packed_problems,
     read_headers,
 )
-from adamerge.task_vectors import check_storage
+from adamerge.task_vectors import check_storage, dtype_of
 from adamerge.transforms import check_transform
 
 log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
-_POOL_KEYS = ("base", "experts", "storage", "dtype", "include", "exclude")
+_POOL_KEYS = ("base", "experts", "storage", "dtype", "task_vectors", "include", "exclude")
 
 
 class _Problems(list[str]):
@@ -182,12 +183,15 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     node = config.get("pool")
     base, experts = pool_files(node, "pool")
     check_storage(str(node.get("storage") or "auto"))
-    dtype = node.get("dtype")
-    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        problems.append(f"pool.dtype: expected float32, bfloat16 or float16, found {dtype!r}.")
+    try:
+        dtype_of(node.get("dtype"))
+    except InputError as error:
+        problems.append(str(error))
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
     headers = read_headers(base, experts, backbone.prefix, strings(node.get("include")), exclude)
     problems += headers.problems
+    if node.get("task_vectors") is not None:
+        problems += packed_problems(node.task_vectors, headers)
     return headers
 
 
