@@ -28,11 +28,12 @@ from adamerge.files import ensure_writable, save_json, sha256
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
-from adamerge.preflight import build, build_optional, strings
+from adamerge.preflight import build, build_init, build_optional, strings
 from adamerge.refinement import Refinement, transfer
 from adamerge.run_folder import CONFIG_FILE, LAST, is_started, load_config, plain, save_config
 from adamerge.scoring import Made, score_run
 from adamerge.stages import STAGE, START, first_stage, start_file
+from adamerge.task_vectors import dtype_of
 from adamerge.teacher_files import TeacherFiles
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
     After a first stage ``init`` stays what anchors refer to: the loss of both stages is the same.
     """
     granularity, constraint = build(config, "granularity"), build(config, "constraint")
-    init, path = plain(config)["init"], start_file(config)
+    init, path = build_init(config), start_file(config)
     if path is None:
         return Coefficients(pool, granularity, init, constraint), {}
     if not path.is_file():
@@ -112,18 +113,16 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
 def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
     """Open the pool that the configuration names, for a backbone."""
     node = config.pool
-    dtype = None if node.get("dtype") is None else getattr(torch, str(node.dtype), None)
-    if node.get("dtype") is not None and not isinstance(dtype, torch.dtype):
-        raise InputError(f"pool.dtype: expected float32, bfloat16 or float16, found {node.dtype!r}.")
     return ExpertPool.from_files(
         node.base,
         dict(node.experts),
         storage=node.get("storage") or "auto",
-        dtype=dtype,
+        dtype=dtype_of(node.get("dtype")),
         include=strings(node.get("include")),
         exclude=[*backbone.exclude, *(strings(node.get("exclude")) or [])] or None,
         key_map=backbone.prefix,
         transform=build_optional(config, "transform"),
+        task_vectors=node.get("task_vectors"),
     )
 
 

@@ -31,16 +31,18 @@ from adamerge.run_checks import (
     evaluation_problems,
     expert_problems,
     forecast_problems,
+    packed_problems,
     read_headers,
 )
 from adamerge.stages import first_stage, start_file
-from adamerge.task_vectors import check_storage
+from adamerge.task_vectors import check_storage, dtype_of
+from adamerge.transforms import check_transform
 
 log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
-_POOL_KEYS = ("base", "experts", "storage", "dtype", "include", "exclude")
+_POOL_KEYS = ("base", "experts", "storage", "dtype", "task_vectors", "include", "exclude")
 
 
 class _Problems(list[str]):
@@ -102,7 +104,9 @@ def _check_parts(config: DictConfig, parts: dict[str, Any], problems: _Problems)
         if "objective" in parts:
             check_objective(parts["objective"])
     with problems.naming("transform"):
-        build_optional(config, "transform")
+        transform = build_optional(config, "transform")
+        if transform is not None:
+            check_transform(transform)
     with problems.naming("optimizer"):
         _try_optimizer(config)
     extras: list[str] = []
@@ -163,6 +167,13 @@ def build_optional(config: DictConfig, node: str) -> Any:
     return None if content is None or content.get("_target_") is None else build(config, node)
 
 
+def build_init(config: DictConfig) -> Any:
+    """Return the initial coefficients: plain values, or the rule that ``init._target_`` names."""
+    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, ["init"]), resolve=True)
+    init = plain.get("init")
+    return build(config, "init") if isinstance(init, dict) and "_target_" in init else init
+
+
 def _try_optimizer(config: DictConfig) -> None:
     """Make the optimizer for a dummy parameter, as it refuses its options only when it is made."""
     make = build(config, "optimizer")
@@ -204,12 +215,15 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     node = config.get("pool")
     base, experts = pool_files(node, "pool")
     check_storage(str(node.get("storage") or "auto"))
-    dtype = node.get("dtype")
-    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        problems.append(f"pool.dtype: expected float32, bfloat16 or float16, found {dtype!r}.")
+    try:
+        dtype_of(node.get("dtype"))
+    except InputError as error:
+        problems.append(str(error))
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
     headers = read_headers(base, experts, backbone.prefix, strings(node.get("include")), exclude)
     problems += headers.problems
+    if node.get("task_vectors") is not None:
+        problems += packed_problems(node.task_vectors, headers)
     return headers
 
 
@@ -283,9 +297,7 @@ def _check_start(config: DictConfig, parts: Mapping[str, Any], problems: _Proble
     if len(problems) > found or "constraint" not in parts or len(headers.experts) < len(config.pool.experts):
         return
     with problems.naming("init"):
-        node = OmegaConf.masked_copy(config, ["init"])
-        plain: Any = OmegaConf.to_container(node, resolve=True)
-        check_init(headers, granularity, plain.get("init"), parts["constraint"])
+        check_init(headers, granularity, build_init(config), parts["constraint"])
 
 
 def _check_signature(config: DictConfig, node: str) -> None:

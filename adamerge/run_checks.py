@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import torch
 
+from adamerge import initial
+from adamerge.adapters import open_expert
 from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.constraints import Constraint
@@ -19,6 +21,7 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import ensure_writable
 from adamerge.granularity import Granularity, GroupIndex
 from adamerge.layout import KeyMap, check_layout, check_names
+from adamerge.packed_file import PackedFile
 from adamerge.pool import ExpertPool
 from adamerge.task_vectors import free_memory
 
@@ -70,8 +73,10 @@ def read_headers(
     except (InputError, OSError) as error:
         problems.append(str(error))
     for name, path in experts.items():
+        if source is None and Path(path).is_dir():
+            continue  # an adapter cannot be held against a base that is not there
         try:
-            opened[name] = open_checkpoint(path)
+            opened[name] = open_checkpoint(path) if source is None else open_expert(path, source, prefix)
         except (InputError, OSError) as error:
             problems.append(str(error))
     if source is None:
@@ -80,6 +85,17 @@ def read_headers(
     layout = check_layout(source, opened, keys, include, exclude, {})
     shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
     return Headers(opened, shapes, (*problems, *layout.problems))
+
+
+def packed_problems(path: Any, headers: Headers) -> list[str]:
+    """List how a file of packed task vectors differs from a pool, by its header; its hashes wait for the run."""
+    if not isinstance(path, str) or not path:
+        return [f"pool.task_vectors: expected a file, found {path!r}; name one or leave it out."]
+    try:
+        packed = PackedFile(path)
+    except (InputError, OSError) as error:
+        return [str(error)]
+    return list(packed.problems(headers.expert_names, headers.shapes)) if headers.shapes else []
 
 
 def check_setting(option: str, value: Any) -> None:
@@ -164,6 +180,9 @@ def check_init(headers: Headers, granularity: Granularity, init: Any, constraint
     Raises:
         InputError: If ``init`` does not fit the experts.
     """
+    start = initial.start_of(init)
+    if start is not None and not isinstance(start, initial.Lines):
+        return  # it may read weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says it
         Coefficients(cast(ExpertPool, headers), granularity, init, constraint)
