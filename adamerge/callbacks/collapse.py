@@ -155,7 +155,7 @@ class CollapseGuard(Callback):
             self._lowered[task] = self._lowered.get(task, 1.0) * self._factor
             log.warning("%s Its weight is now %g.", found, method.task_weights[task])
         elif self.reason is None:
-            self.reason = f"{found} The run was stopped there, and what it had learned exported."
+            self.reason = f"{found} The run was stopped there, and what it had learned saved."
             log.warning(self.reason)
             trainer.should_stop = True
 
