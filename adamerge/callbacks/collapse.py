@@ -172,7 +172,7 @@ class CollapseGuard(Callback):
                 step, values = self._good
                 with torch.no_grad():
                     method.model.coefficients.raw.copy_(values)
-            self.reason = f"{found} The run was stopped there, and what it had learned until step {step} exported."
+            self.reason = f"{found} The run was stopped there, and what it had learned until step {step} saved."
             log.warning(self.reason)
             trainer.should_stop = True
 

@@ -149,6 +149,10 @@ class FrankWolfeMerging(MergingMethod):
             )  # fmt: skip
         return self._frank_wolfe
 
+    def export_recipe(self) -> dict[str, Any]:
+        """Return the facts under the method's key."""
+        return {"frank_wolfe": self.export_facts()}
+
     def export_facts(self) -> dict[str, Any]:
         """Return the support, for ``merge.json``: each expert that has weight, its mean weight and its groups."""
         values = self.model.coefficients().detach()
