@@ -39,7 +39,7 @@ class InputCache:
         shape = torch.Size((len(positions), *example.shape))
         if shared:  # not share_memory_(), which would fill the memory by copying
             storage = torch.UntypedStorage._new_shared(max(1, shape.numel() * example.element_size()))
-            self._rows = torch.empty(0, dtype=example.dtype).set_(storage, 0, shape)
+            self._rows = torch.empty(0, dtype=example.dtype).set_(storage, 0, shape, torch.empty(shape, device="meta").stride())
         else:
             self._rows = torch.empty(shape, dtype=example.dtype)
         self._filled = torch.zeros(len(positions), dtype=torch.bool)

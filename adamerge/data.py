@@ -140,9 +140,10 @@ class UnlabeledTasks(LightningDataModule):
             name: (stream, range(len(stream)) if count is None else steps.visited(name, count))
             for name, stream in self.streams.items()
         }
-        held_out = {f"{name}, held out": (stream, range(len(stream))) for name, stream in self.holdout_streams.items()}
+        for name, stream in self.holdout_streams.items():
+            visited[f"{name}, held out"] = stream, range(len(stream))
         keep_inputs(
-            visited | held_out,
+            visited,
             natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},
             self._cache,
             workers=self.num_workers,
