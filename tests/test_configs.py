@@ -19,10 +19,13 @@ REQUIRED = {
     "backbone=torchvision": ["backbone.model=resnet18"],
     "pool=files": ["pool.base=base.safetensors", "pool.experts={cars: cars.safetensors}"],
     "data=folders": ["data.tasks={cars: {_target_: adamerge.data.Task}}"],
+    "transform=chain": ["transform.transforms=[{_target_: adamerge.transforms.Trim}]"],
     "granularity=pattern": [r"granularity.groups={attention: \.attn\.}"],
 }
 CHOICES = sorted(
-    f"{path.parent.relative_to(FOLDER)}={path.stem}" for path in FOLDER.rglob("*.yaml") if path.parent != FOLDER
+    f"{path.parent.relative_to(FOLDER)}={path.stem}"
+    for path in FOLDER.rglob("*.yaml")
+    if path.parent not in (FOLDER, FOLDER / "merge")  # rules are chosen by `adamerge merge`
 )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fits import QUIET, every_step, fit, make_data, make_method, values
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
 from adamerge import InputError
@@ -199,3 +199,31 @@ def test_labelled_baselines_know_views_of_the_images(toy):
         "outputs": type("Out", (), {"logits": torch.arange(6.0).view(2, 3)}),
     })  # fmt: skip
     assert oracle(step([1, 2])) == oracle(step([1 + count, 2 + 2 * count]))
+
+
+class Decoded(Dataset):
+    """Images that are decoded on each access, and counted."""
+
+    def __init__(self):
+        self.decoded = 0
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        self.decoded += 1
+        return torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(index)), 0
+
+
+def test_views_of_kept_images_are_the_same_and_each_image_is_decoded_once():
+    streams, sources = [], []
+    for cache in ("off", "ram"):
+        sources.append(Decoded())
+        data = UnlabeledTasks({"a": Task(adapt=sources[-1])}, views=Views(Affine(), count=4), cache=cache)
+        data.setup("fit")
+        streams.append(data.streams["a"])
+    for plain, kept in zip(*streams, strict=True):
+        assert torch.equal(plain.inputs, kept.inputs)
+    looks = 2  # at how images come about
+    assert sources[0].decoded == looks + 20
+    assert sources[1].decoded == looks + 5
