@@ -9,7 +9,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import atomic_path, sha256
+from adamerge.pickles import find_tensors, open_pickled
 
 _NESTS = ("state_dict", "model_state_dict", "model")
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
-_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
+_HEADER_LIMIT = 16_000_000  # bytes, over 100,000 tensors; reading a header as JSON takes many times its size
 # What torch's reader says of a file that names classes or functions other than those of tensors.
 _FOREIGN_OBJECT = re.compile(r"GLOBAL|create new object|Can only build|unrecognized function|must be imported")
 _DTYPES = {
@@ -229,7 +230,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     if not raw.startswith(b"{"):
         raise InputError(f"{path}: not a checkpoint. Expected a safetensors file or a torch file of tensors.")
     try:
-        header: dict[str, dict[str, Any]] = json.loads(raw)
+        header: dict[str, dict[str, Any]] = json.loads(raw, object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -245,7 +246,16 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError("a name is given twice")
+    return content
+
+
 def _read_torch_file(path: Path) -> dict[str, Tensor]:
+    find_tensors(
+        open_pickled(path)
+    )  # torch's reader trusts sizes, unpacks what is compressed, and does not name what it refuses
     try:
         # An open file, so that torch goes by the content and not by the suffix.
         with path.open("rb") as file, warnings.catch_warnings():
@@ -253,12 +263,6 @@ def _read_torch_file(path: Path) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything in torch's reader
         message = str(error)
-        if "TorchScript" in message:
-            raise InputError(
-                f"{path}: a TorchScript archive, expected a state dict. "
-                "Save its tensors: "
-                "safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'expert.safetensors')."
-            ) from error
         unpickling = isinstance(error, pickle.UnpicklingError)
         if unpickling and _FOREIGN_OBJECT.search(message):
             raise _refusal(path) from error
@@ -283,6 +287,5 @@ def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _refusal(path: Path) -> InputError:
     return InputError(
         f"{path}: holds pickled Python objects besides tensors, and unpickling can run code, so it is refused. "
-        "Where you trust its source, save its tensors as safetensors: "
-        "safetensors.torch.save_file(torch.load(path, weights_only=False).state_dict(), 'expert.safetensors')."
+        f"Write its tensors as safetensors, which runs nothing: adamerge convert {path} --out NAME.safetensors."
     )

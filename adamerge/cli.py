@@ -90,8 +90,13 @@ def check(overrides: tuple[str, ...]) -> None:
     """  # noqa: D301
     from adamerge import preflight
     from adamerge.composition import compose
+    from adamerge.targets import foreign_targets
 
-    _report(preflight.check(compose(list(overrides))))
+    config = compose(list(overrides))
+    problems = preflight.check(config)
+    for target in foreign_targets(preflight.containers(config)):
+        out.print(_escape(str(target)), highlight=False)
+    _report(problems)
     out.print("No problems found.")
 
 
@@ -101,13 +106,13 @@ def check(overrides: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines."""
-    from adamerge import launch
+    from adamerge import launch, run_folder
     from adamerge.evaluation import read_summary, summary, table, write_summary
     from adamerge.scoring import Made, score_run
 
     run_dir = run_dir.absolute()
     file = (checkpoint or run_dir / "merged.safetensors").absolute()
-    config = launch.load_config(run_dir)
+    config = run_folder.load_config(run_dir)
     assembly = launch.assemble(config)
     old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
     before = {} if checkpoint else old.get(str(config.name), {})
@@ -225,6 +230,29 @@ def inspect(
         inspection.show(opened, out)
 
 
+@app.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, NAME.safetensors.")
+@click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
+def convert(source: Path, out: Path, key_prefix: str) -> None:
+    """Write the tensors of a pickled checkpoint or whole module as safetensors. Nothing in it is run."""
+    from adamerge import conversion
+    from adamerge.errors import shorten
+
+    done = conversion.convert(source, out, key_prefix)
+    counts = ", ".join(f"{count} {dtype}" for dtype, count in done.dtypes.items())
+    lines = [f"{source}: {done.of}", f"  {sum(done.dtypes.values())} tensors, {_size(done.nbytes)}: {counts}"]
+    if done.inert:
+        lines.append(f"  named in it, not imported: {shorten(done.inert)}")
+    if done.left_out:
+        lines.append(f"  left out: {shorten(done.left_out)}")
+    if done.prefix:
+        lines.append(f"  All names begin with {done.prefix!r}: --key-prefix {key_prefix}{done.prefix} takes it off.")
+    for line in (*lines, str(out)):
+        out_line = line.encode("ascii", "backslashreplace").decode()
+        click.echo(out_line)
+
+
 @app.group()
 def zoo() -> None:
     """The demo zoo: a tiny CLIP and six experts, trained offline from files inside pip packages."""
@@ -279,16 +307,16 @@ def _job(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from adamerge import launch, preflight
+    from adamerge import preflight, run_folder
     from adamerge.composition import register_resolvers
 
     register_resolvers()
     folder = Path(HydraConfig.get().runtime.output_dir)
     config.run_dir = str(folder)
     config.cwd = str(Path.cwd())
-    if config.resume == "auto" and (folder / launch.LAST).is_file():
-        stored = launch.load_config(folder)
-        changed = launch.differences(config, stored)
+    if config.resume == "auto" and run_folder.is_started(folder):
+        stored = run_folder.load_config(folder)
+        changed = run_folder.differences(config, stored)
         if changed:
             message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
             raise _JobFailed(InputError(message))
@@ -296,7 +324,7 @@ def _job(config: Any) -> None:
         return
     config.resume = None
     try:
-        launch.check_unused(folder)
+        run_folder.check_unused(folder)
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # a single run has been checked before its folder was made
             _refuse(preflight.check(config))
     except InputError as error:
@@ -306,17 +334,17 @@ def _job(config: Any) -> None:
         _run(config, folder, resume=False)
     except (InputError, OSError, GuardError) as error:
         if fresh and not isinstance(error, GuardError):
-            launch.remove_unstarted(folder)
+            run_folder.remove_unstarted(folder)
         raise _JobFailed(error) from error
 
 
 def _resume(folder: Path, rest: Sequence[str]) -> None:
-    from adamerge import launch
+    from adamerge import run_folder
 
     if rest:
         raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(rest)}.")
     folder = folder.absolute()
-    _run(launch.load_config(folder), folder, resume=True)
+    _run(run_folder.load_config(folder), folder, resume=True)
 
 
 def _run(config: Any, folder: Path, *, resume: bool) -> None:
@@ -324,6 +352,7 @@ def _run(config: Any, folder: Path, *, resume: bool) -> None:
 
     from adamerge import launch
     from adamerge.evaluation import table
+    from adamerge.stages import running_stage
 
     handler = _log_to(folder / "adapt.log")
     try:
@@ -332,7 +361,7 @@ def _run(config: Any, folder: Path, *, resume: bool) -> None:
         raise InputError(f"trainer: {error}") from error
     except Interrupted:
         err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
-        err.print(f"Or export what there is: adamerge export {folder}")
+        err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
         raise
     finally:
         logging.getLogger().removeHandler(handler)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamerge import constraints
+from adamerge import constraints, initial
 from adamerge import granularity as granularities
 from adamerge.checkpoints import load_state_dict, save_state_dict
 from adamerge.constraints import Constraint
 from adamerge.descriptions import FORMAT, check_content, describe, describe_task_vectors, granularity_of
-from adamerge.errors import InputError, shorten
+from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import save_json, sha256
 from adamerge.granularity import Granularity
 from adamerge.pool import ExpertPool
@@ -37,7 +37,8 @@ class Coefficients(nn.Module):
         granularity: ``"task"``, ``"block"``, ``"layer"``, ``"chunk"``, ``"row"``, ``"column"``, or any
             :class:`~adamerge.granularity.Granularity`.
         init: Initial coefficient: a number, one number per expert (a sequence, or a mapping by expert
-            name), ``"mean"`` (1 / E: weight averaging), or a tensor (E, G). 0.3 suits up to 8 experts.
+            name), ``"mean"`` (1 / E: weight averaging), a rule of :mod:`adamerge.initial` or its name
+            (``"lines"``, ``"model_stock"``), or a tensor (E, G). 0.3 suits up to 8 experts.
         constraint: ``"box"``, ``"clamp"``, ``"sigmoid"``, ``"simplex"``, ``"none"``, or any
             :class:`Constraint`.
 
@@ -52,7 +53,7 @@ class Coefficients(nn.Module):
         self,
         pool: ExpertPool,
         granularity: str | Granularity = "layer",
-        init: float | str | Sequence[float] | Mapping[str, float] | Tensor = 0.3,
+        init: float | str | Sequence[float] | Mapping[str, float] | Tensor | initial.Start = 0.3,
         constraint: str | Constraint = "box",
     ) -> None:
         super().__init__()
@@ -61,7 +62,9 @@ class Coefficients(nn.Module):
         self.expert_names = pool.expert_names
         self._shapes = dict(pool.shapes)
         self.index = self.granularity(self._shapes)
-        values = _initial_values(init, pool, self.index.size)
+        start = initial.start_of(init)
+        given: Any = init if start is None else initial.by_group(start(pool), self.index, len(pool.expert_names))
+        values = _initial_values(given, pool, self.index.size)
         self.raw = nn.Parameter(self.constraint.inverse(values))
         self._frozen: Tensor | None
         self.initial: Tensor
@@ -86,6 +89,19 @@ class Coefficients(nn.Module):
     def assign(self, values: Tensor) -> None:
         """Set the coefficients to ``values`` (E, G), as far as the constraint allows, in place."""
         self.raw.copy_(self.constraint.inverse(values.to(self.raw)))
+
+    @torch.no_grad()
+    def warm_start(self, values: Tensor) -> None:
+        """Start from ``values`` (E, G), in place; frozen groups keep them.
+
+        ``initial`` else stays what it was: anchors refer to it.
+        """
+        self.assign(values)
+        values = values.to(self.raw)
+        if self._frozen is not None:
+            self.initial.copy_(torch.where(self._frozen, values, self.initial))
+        if not torch.allclose(self(), values, atol=1e-4):
+            log.warning("The coefficients to start from lie outside the constraint, and were moved into it.")
 
     def check(self, pool: ExpertPool) -> None:
         """Refuse a pool of other experts or parameters than the coefficients were made for.
@@ -178,9 +194,9 @@ class Coefficients(nn.Module):
             for label, (first, count) in result.index.labels.items():
                 try:
                     numbers = torch.as_tensor(stored[label], dtype=values.dtype).reshape(-1)
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                     raise InputError(
-                        f"{source}: expert {expert!r}, {label!r}: expected numbers, found {stored[label]!r}."
+                        f"{source}: expert {expert!r}, {label!r}: expected numbers, found {stored[label]!r:.80}."
                     ) from error
                 if len(numbers) != count:
                     raise InputError(
@@ -253,7 +269,11 @@ def _initial_values(
     values: Any = init
     if isinstance(init, str):
         if init != "mean":
-            raise InputError(f"init: expected a number, a list, a mapping by expert or 'mean', found {init!r}.")
+            names = ["mean", *initial.STARTS]
+            raise InputError(
+                f"init: expected a number, a list, a mapping by expert, a rule, or one of {', '.join(names)}, "
+                f"found {init!r}.{did_you_mean(init, names)}"
+            )
         values = 1 / experts
     if isinstance(init, Mapping):
         if set(init) != set(pool.expert_names):

@@ -19,7 +19,7 @@ def describe(item: Any) -> Any:
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         state = {key: repr(value) for key, value in sorted(getattr(item, "__dict__", {}).items())}
         return {"name": f"{type(item).__module__}.{type(item).__qualname__}", **state}
-    own = type(item).__module__ in (granularities.__name__, constraints.__name__, transforms.__name__)
+    own = type(item).__module__.startswith((granularities.__name__, constraints.__name__, f"{transforms.__name__}."))
     names = {"Unconstrained": "none"}
     name = (
         names.get(type(item).__name__, type(item).__name__.lower())
@@ -27,8 +27,17 @@ def describe(item: Any) -> Any:
         else f"{type(item).__module__}.{type(item).__qualname__}"
     )
     options = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
-    options = {key: dict(value) if isinstance(value, Mapping) else value for key, value in options.items()}
+    options = {key: _plain(value) for key, value in options.items()}
     return {"name": name, **options} if options else name
+
+
+def _plain(value: Any) -> Any:
+    """Return an option as JSON would give it back."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return describe(value) if dataclasses.is_dataclass(value) else value
 
 
 def granularity_of(described: Any, own: Granularity | None, source: str) -> Granularity:
@@ -122,6 +131,13 @@ def describe_task_vectors(pool: ExpertPool) -> dict[str, Any]:
     """Return which parameters merge and what was done to their task vectors, ready for JSON."""
     return {
         "dtype": pool.dtype_name,
-        "transform": None if pool.transform is None else describe(pool.transform),
+        "transform": describe_transform(pool),
         "parameters": hashlib.sha256("\n".join(sorted(pool.names)).encode()).hexdigest()[:16],
     }
+
+
+def describe_transform(pool: ExpertPool) -> Any:
+    """Return what was done to a pool's task vectors, ready for JSON; a packed file says it of its own."""
+    if pool.packed is not None:
+        return pool.packed.transform
+    return None if pool.transform is None else describe(pool.transform)

@@ -32,16 +32,18 @@ class Vertices:
         has_base: Whether the base is a vertex.
         start: The start's coefficients (E, G) if it is a vertex.
         is_joint: Whether one vertex is chosen for all groups together.
+        scale: Coefficient of an expert's own vertex: at 1 it is the expert, above 1 it lies beyond it.
     """
 
     num_experts: int
     has_base: bool = False
     start: Tensor | None = None
     is_joint: bool = False
+    scale: float = 1.0
 
     def scores(self, gradient: Tensor) -> Tensor:
         """Return the inner products of the gradient (E, G) with each vertex less the base, (V, G)."""
-        rows = [gradient]
+        rows = [gradient * self.scale]
         if self.has_base:
             rows.append(torch.zeros_like(gradient[:1]))
         if self.start is not None:
@@ -62,6 +64,7 @@ class Vertices:
         experts = torch.arange(self.num_experts, device=choice.device).unsqueeze(1)
         is_start = choice == self.num_experts + int(self.has_base)
         points = (experts == choice).to(torch.get_default_dtype() if self.start is None else self.start.dtype)
+        points *= self.scale
         return points if self.start is None else torch.where(is_start, self.start, points)
 
     def is_start(self, choice: Tensor) -> Tensor:

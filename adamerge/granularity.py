@@ -166,7 +166,8 @@ class Chunk:
         default: Pieces of tensors that the mapping does not name.
 
     Reference:
-        Expert Merging++ (arXiv:2509.25712), chunk-wise coefficients.
+        Expert Merging++ (arXiv:2509.25712), chunk-wise coefficients; as its released code has them, by hand. For
+        numbers that follow from importance see :class:`adamerge.refinement.ImportanceChunks`.
     """
 
     pieces: int | Mapping[str, int] = 4

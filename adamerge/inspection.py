@@ -84,6 +84,7 @@ def open_pool(files: PoolFiles, prefix: str) -> ExpertPool:
         storage="stream",
         include=files.include,
         exclude=files.exclude or None,
+        duplicates="allow",  # shown as a finding
     )
 
 

@@ -1,14 +1,11 @@
 """From a Hydra configuration to objects, a run folder and a result."""
 
-import contextlib
 import json
 import logging
-import os
 import resource
-import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,80 +17,123 @@ from rich.console import Console
 from torch import nn
 
 from adamerge.backbones import Backbone, check_classes
-from adamerge.callbacks import CollapseGuard, ExportMergedWeights, GracefulStop
+from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.coefficients import Coefficients
+from adamerge.coefficients import Coefficients, load_coefficients, save_coefficients
 from adamerge.data import UnlabeledTasks
+from adamerge.descriptions import describe
 from adamerge.errors import GuardError, InputError
 from adamerge.evaluation import Stopwatch, write_summary
-from adamerge.files import atomic_path, ensure_writable, save_json
+from adamerge.files import ensure_writable, save_json, sha256
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
-from adamerge.preflight import build, build_optional, strings
+from adamerge.preflight import build, build_init, build_optional, containers, strings
+from adamerge.refinement import Refinement, transfer
+from adamerge.run_folder import CONFIG_FILE, LAST, is_started, load_config, plain, save_config
 from adamerge.scoring import Made, score_run
+from adamerge.stages import STAGE, START, first_stage, start_file
+from adamerge.targets import announce, check_targets
+from adamerge.task_vectors import dtype_of
+from adamerge.teacher_files import TeacherFiles
 
 log = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
-LAST = Path("checkpoints") / "last.ckpt"
 
 
 @dataclass
 class Assembly:
-    """Everything a run needs, built from its configuration."""
+    """Everything a run needs, built from its configuration.
+
+    Attributes:
+        start: For ``merge.json``: the file whose coefficients the run starts from, and the groups that follow from it.
+    """
 
     backbone: Backbone
     data: UnlabeledTasks
     pool: ExpertPool
     heads: dict[str, nn.Module]
     model: MergedModel
+    start: dict[str, Any] = field(default_factory=dict)
 
 
-def assemble(config: DictConfig) -> Assembly:
+def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     """Build data, pool, heads and merged model.
+
+    Args:
+        config: Of a run or stage.
+        of: Another stage of the same run, whose data, pool, heads and encoder are taken over.
 
     Raises:
         InputError: If something does not fit; the message names the option.
     """
+    if of is not None:
+        coefficients, start = _coefficients(config, of.pool)
+        options = build_optional(config, "encoder")
+        model = MergedModel(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
+        return replace(of, model=model, start=start)
+    imports = containers(config)
+    check_targets(imports)
+    announce(imports)
     backbone: Backbone = build(config, "backbone")
     data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess())
     pool = build_pool(config, backbone)
     experts = {name: pool.checkpoint(name) for name in pool.expert_names}
     heads = backbone.heads(pool.source, experts, data.tasks)
     encoder = backbone.encoder()
-    coefficients = Coefficients(
-        pool,
-        build(config, "granularity"),
-        init=plain(config)["init"],
-        constraint=build(config, "constraint"),
-    )
+    coefficients, start = _coefficients(config, pool)
     teachers = {name: task.expert for name, task in data.tasks.items() if task.expert}
-    model = MergedModel(encoder, pool, coefficients, heads, teachers)
+    model = MergedModel(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
     check_classes(data.tasks, heads, _feature_width(model, data))
-    return Assembly(backbone, data, pool, heads, model)
+    return Assembly(backbone, data, pool, heads, model, start)
+
+
+def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, dict[str, Any]]:
+    """Make a run's coefficients, and the record of where they start if they start from others.
+
+    After a first stage ``init`` stays what anchors refer to: the loss of both stages is the same.
+    """
+    granularity, constraint = build(config, "granularity"), build(config, "constraint")
+    init, path = build_init(config), start_file(config)
+    if path is None:
+        return Coefficients(pool, granularity, init, constraint), {}
+    if not path.is_file():
+        hint = f"The run's first stage has not ended: go on with adamerge adapt resume={config.run_dir}, or export it."
+        raise InputError(f"{path}: no such file, to start from. {hint if config.get('first_stage') else 'Check init.'}")
+    of_stage = OmegaConf.select(config, "first_stage.granularity._target_") is not None
+    own = build(config, "first_stage.granularity") if of_stage else granularity
+    learned = load_coefficients(path, pool, own)
+    if isinstance(granularity, Refinement):
+        granularity = granularity.refine(pool, learned)
+    index = granularity(pool.shapes)
+    values = transfer(learned, index)
+    if isinstance(init, str) and init.endswith(".json"):
+        init = values if Path(init) == path else transfer(load_coefficients(Path(init), pool, granularity), index)
+    coefficients = Coefficients(pool, granularity, init, constraint)
+    coefficients.warm_start(values)
+    inside = path.is_relative_to(str(config.run_dir))
+    name = str(path.relative_to(str(config.run_dir)) if inside else path)
+    return coefficients, {"start": {"file": name, "sha256": sha256(path), "granularity": describe(granularity)}}
 
 
 def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
     """Open the pool that the configuration names, for a backbone."""
     node = config.pool
-    dtype = None if node.get("dtype") is None else getattr(torch, str(node.dtype), None)
-    if node.get("dtype") is not None and not isinstance(dtype, torch.dtype):
-        raise InputError(f"pool.dtype: expected float32, bfloat16 or float16, found {node.dtype!r}.")
     return ExpertPool.from_files(
         node.base,
         dict(node.experts),
         storage=node.get("storage") or "auto",
-        dtype=dtype,
+        dtype=dtype_of(node.get("dtype")),
         include=strings(node.get("include")),
         exclude=[*backbone.exclude, *(strings(node.get("exclude")) or [])] or None,
         key_map=backbone.prefix,
         transform=build_optional(config, "transform"),
+        task_vectors=node.get("task_vectors"),
+        duplicates=node.get("duplicates") or "refuse",
     )
 
 
 def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
-    """Adapt, export and evaluate; everything goes into ``folder``.
+    """Adapt, export and evaluate; everything goes into ``folder``, a first stage into a folder of its own in there.
 
     Args:
         config: The composed configuration; ``run_dir`` must be ``folder``.
@@ -106,124 +146,77 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     Raises:
         InputError: If the configuration or a file is wrong.
         GuardError: If the loss or a coefficient became NaN or infinite, or, once the export is written, if a
-            collapse guard stopped the run.
+            callback stopped the run for a ``reason``.
         SystemExit: If the run was stopped by a signal and saved.
     """
-    if resume and not (folder / LAST).is_file():
+    if resume and not is_started(folder):
         raise InputError(f"{folder}: nothing to resume: no {LAST}. Start the run without resume.")
-    seed_everything(config.seed, workers=True, verbose=False)
+    first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
+    todo = first if first is not None and not (folder / START).is_file() else None
     with Console(stderr=True).status("Reading the pool and building the heads"):
-        assembly = assemble(config)
+        assembly = assemble(config if todo is None else todo)
     ensure_writable(folder)
+    if first is not None:
+        save_config(first, folder / STAGE / CONFIG_FILE)
     save_config(config, folder / CONFIG_FILE)
-    objective = build(config, "objective")
-    method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
+    watch = Stopwatch()
+    if todo is not None:
+        _fit_first(todo, folder, assembly, resume=resume)
+        assembly = assemble(config, of=assembly)
     export = ExportMergedWeights(
         folder,
         head_info=head_info(assembly.data),
         sidecar=assembly.backbone.sidecar(),
-        recipe={"config": plain(config), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]},
+        recipe={"config": plain(config), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], **assembly.start},
     )
-    trainer: Trainer = build(config, "trainer", callbacks=_callbacks(config, folder, export), logger=_loggers(config))
-    watch = Stopwatch()
-    trainer.fit(method, datamodule=assembly.data, ckpt_path=str(folder / LAST) if resume else None, weights_only=True)
-    trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
+    trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
     summary = None
     if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
         log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
     elif trainer.is_global_zero and config.evaluate:
         seconds = watch.seconds()
-        uses_labels = bool(getattr(objective, "uses_labels", False))
+        uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
         merged = Made(str(config.name), export.files["merged"], seconds, int(config.seed), uses_labels)
         rows = score_run(assembly.model, assembly.data, merged, references=config.references)
         summary = write_summary(rows, assembly.data.protocol, folder / "summary.json")
         record_metrics(export.files["recipe"], summary, seconds)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, CollapseGuard) and callback.reason:
-            raise GuardError(callback.reason)
+    _raise_reason(trainer)
     return summary
 
 
-def save_config(config: DictConfig, path: Path) -> None:
-    """Write the resolved configuration, atomically."""
-    with atomic_path(path) as temporary:
-        OmegaConf.save(config, temporary, resolve=True)
+def _fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> None:
+    """Run the first stage in its folder, and leave in the run's what the second starts from.
 
-
-def load_config(folder: Path) -> DictConfig:
-    """Read a run's configuration; the folder may have moved since.
-
-    Relative paths in it start from the folder that the run was launched in, so this process moves there.
-
-    Args:
-        folder: The run's, absolute.
-
-    Raises:
-        InputError: If the folder is not a run's.
+    That is a file of its own, as an export on request may write the stage's ``coefficients.json`` at any time.
     """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(
-            f"{folder}: not a run folder: it has no {CONFIG_FILE}. Name a folder that `adamerge adapt` made."
-        )
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    config.run_dir = str(folder)
-    if config.get("cwd") and Path(config.cwd).is_dir():
-        os.chdir(config.cwd)
-    for logger in (config.get("logger") or {}).values():
-        if "save_dir" in logger:
-            logger.save_dir = str(folder)
-    return config
+    trainer = _fit(config, folder / STAGE, assembly, [], "Stage 1 of 2", resume=resume)
+    if trainer.is_global_zero:
+        for path in (folder / STAGE / "coefficients.json", folder / START):
+            save_coefficients(assembly.model.coefficients, path, assembly.pool)
+    _raise_reason(trainer)
 
 
-def check_unused(folder: Path) -> None:
-    """Refuse to start in the folder of another run, whose files would mix with the new ones.
-
-    Raises:
-        InputError: If the folder holds a run.
-    """
-    found = [name for name in (CONFIG_FILE, "merged.safetensors", str(LAST)) if (folder / name).exists()]
-    if found:
-        raise InputError(
-            f"{folder} holds a run already ({found[0]}). Choose another run_dir, or go on with it: resume={folder}."
-        )
-
-
-def remove_unstarted(folder: Path) -> None:
-    """Remove the folder of a run that failed before its first step; a folder with anything else in it is left alone."""
-    own = {folder / "adapt.log", folder / CONFIG_FILE}
-    if any(path.is_file() for path in folder.rglob("*") if path not in own):
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    parents = folder.absolute().parents
-    if len(parents) > 1 and parents[1].name == "runs":  # runs/<name>/<time>: its parents go too, where empty
-        for path in parents[:2]:
-            with contextlib.suppress(OSError):  # not empty
-                path.rmdir()
+def _fit(
+    config: DictConfig, folder: Path, assembly: Assembly, exports: list[Callback], description: str, *, resume: bool
+) -> Trainer:
+    """Run one stage to its end, from its own last checkpoint where it has one; seeded by itself, as a resume is."""
+    seed_everything(config.seed, workers=True, verbose=False)
+    objective = build(config, "objective")
+    method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
+    method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
+    callbacks = [MergingProgress(description), *_callbacks(config, folder), *exports, GracefulStop(folder / LAST)]
+    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config))
+    saved = str(folder / LAST) if resume and (folder / LAST).is_file() else None
+    trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
+    trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
+    return trainer
 
 
-def differences(config: DictConfig, stored: DictConfig) -> list[str]:
-    """Return the dotted options in which two configurations of one run differ, leaving out where it runs."""
-    first, second = (_flat(plain(c)) for c in (config, stored))
-    ignored = ("run_dir", "resume", "cwd", "logger.")
-    keys = [key for key in {**first, **second} if not key.startswith(ignored)]
-    return sorted(key for key in keys if first.get(key) != second.get(key))
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """Return the resolved configuration as plain containers."""
-    content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+def _raise_reason(trainer: Trainer) -> None:
+    """End with an error where a callback stopped the run for a ``reason`` that the user should know."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if reason := getattr(callback, "reason", None):
+            raise GuardError(reason)
 
 
 def head_info(data: UnlabeledTasks) -> dict[str, Any]:
@@ -238,7 +231,7 @@ def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> No
     save_json({**content, "metrics": summary["rows"], "seconds": seconds, "peak_memory_bytes": peak}, path)
 
 
-def _callbacks(config: DictConfig, folder: Path, export: ExportMergedWeights) -> list[Callback]:
+def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:
     checkpoints = ModelCheckpoint(
         dirpath=folder / LAST.parent,
         filename="step={step}",
@@ -248,8 +241,7 @@ def _callbacks(config: DictConfig, folder: Path, export: ExportMergedWeights) ->
         save_last=True,
         enable_version_counter=False,
     )
-    own = [build(config, f"callbacks.{name}") for name in config.callbacks or {}]
-    return [MergingProgress(), checkpoints, *own, export, GracefulStop(folder / LAST)]
+    return [checkpoints, *(build(config, f"callbacks.{name}") for name in config.callbacks or {})]
 
 
 def _loggers(config: DictConfig) -> list[Any] | bool:

@@ -7,6 +7,7 @@ Legend: E experts, G groups, n entries of a flattened parameter. Both passes wal
 of a segment small enough that the result stays in the processor's cache while the E task vectors
 stream through it once. A tile with one group is a matrix-vector product; one with several contiguous
 groups (rows, chunks) a batch of them; groups that interleave (columns) are broadcast elementwise.
+Parameters whose task vectors are products of thin matrices (LoRA) stay so: see :mod:`adamerge.factored`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adamerge import factored
 from adamerge.coefficients import Coefficients
 from adamerge.granularity import GroupIndex, Segment
+from adamerge.low_rank import Factors
 from adamerge.pool import ExpertPool
 
 _TILE = 1 << 17  # entries: the result stays in a second-level cache; longer sums in float32 would lose digits
@@ -71,11 +74,17 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool, index: GroupIndex, v
         index: The groups.
         values: Coefficients (E, G) on the pool's device.
     """
-    with _engine(pool.device):
+    with _engine(pool.device) as threads:
         weights = values.t().contiguous()  # (G, E)
         for name in pool.names:
-            base, target = pool.base[name].view(-1), out[name].view(-1)
-            for tile in _tiles(index.segments[name], pool.device):
+            base, target, segments = pool.base[name].view(-1), out[name].view(-1), index.segments[name]
+            factors = pool.factors(name)
+            if factors is not None:
+                whole, segments = _divided(factors, segments)
+                with _use_threads(threads):
+                    for segment in whole:
+                        factored.merge_segment(target, base, factors, segment, weights)
+            for tile in _tiles(segments, pool.device):
                 _merge_tile(target, base, pool.tile(name, tile.start, tile.stop, reuse=True), tile, weights)
 
 
@@ -115,9 +124,15 @@ class PullBack:
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Contract the gradient (*S) of one parameter, or a part of it, with its task vectors."""
-        flat, pool = gradient.reshape(-1), self._pool
-        with _engine(pool.device):
-            for tile in _tiles(self._index.segments[name], pool.device):
+        flat, pool, segments = gradient.reshape(-1), self._pool, self._index.segments[name]
+        with _engine(pool.device) as threads:
+            factors = pool.factors(name)
+            if factors is not None:
+                whole, segments = _divided(factors, segments)
+                with _use_threads(threads):
+                    for segment in whole:
+                        factored.pull_back_segment(self._sums, flat, factors, segment)
+            for tile in _tiles(segments, pool.device):
                 _pull_back_tile(self._sums, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
 
     @contextmanager
@@ -152,19 +167,33 @@ class PullBack:
 
 
 @contextmanager
-def _engine(device: torch.device) -> Iterator[None]:
-    """Run a pass: without autograd, in full precision, and on one thread.
+def _engine(device: torch.device) -> Iterator[int]:
+    """Run a pass: without autograd, in full precision, and on one thread; yields the number of threads outside.
 
     One thread already saturates memory on a small machine, and waiting for the others at the end of
     every tile costs more than they help, most of all where other processes compete for them.
     """
     threads = torch.get_num_threads()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _use_threads(1):
+        yield threads
+
+
+@contextmanager
+def _use_threads(count: int) -> Iterator[None]:
+    """Use so many threads: products of factors compute more than they read."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _divided(factors: Factors, segments: tuple[Segment, ...]) -> tuple[list[Segment], tuple[Segment, ...]]:
+    """Divide segments into those that the factored form takes, and those whose groups end within a row."""
+    width = factors.down.shape[1]
+    fitting = [segment for segment in segments if factored.fits(segment, width)]
+    return fitting, tuple(segment for segment in segments if not factored.fits(segment, width))
 
 
 def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segment]:
@@ -260,7 +289,7 @@ def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str,
         for tile in _tiles(coefficients.index.segments[name], torch.device("cpu")):
             block = (tile.outer, tile.groups, tile.inner)
             out = merged[tile.start : tile.stop].view(block)
-            tau = pool.tile(name, tile.start, tile.stop).cpu().double()
+            tau = pool.exact_tile(name, tile.start, tile.stop)
             for task_vector, weight in zip(tau, values, strict=True):
                 out += task_vector.view(block) * weight[tile.first : tile.first + tile.groups, None]
         state_dict[key] = merged.view(pool.shapes[name]).to(pool.source.spec(key)[1])

@@ -4,22 +4,29 @@ Legend: E experts, n entries of one parameter, ``*S`` its shape. Task vectors ar
 stacked on axis 0; names are the encoder's own (``key_map`` relates them to the files').
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
+from adamerge.adapters import change_of, open_expert
 from adamerge.checkpoints import Checkpoint, MemoryCheckpoint, open_checkpoint
 from adamerge.errors import InputError
-from adamerge.layout import KeyMap, check_layout, check_names, shared_names
-from adamerge.task_vectors import Storage, TaskVectors, choose_storage
-from adamerge.transforms import Transform
+from adamerge.layout import KeyMap, Layout, check_layout, check_names, shared_names
+from adamerge.low_rank import Factors
+from adamerge.packed_file import PackedFile
+from adamerge.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage
+from adamerge.transforms import Prepared, Transform
 
-_PIECE = 1 << 19  # entries, of all experts together, of the tiles that checks and reports read
+log = logging.getLogger(__name__)
+
+_TILE = 1 << 18  # entries, of all experts together, of the tiles that checks, reports and statistics read
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,10 @@ class PoolReport:
         skipped: Tensor name (as in the base file) to why it is not merged.
         cosines: Cosines between task vectors, (E, E).
         norms: Norm of each expert's task vector by parameter, name to (E,).
-        storage: ``ram`` or ``stream``.
+        storage: Where the task vectors are: ``device``, ``ram``, ``stream`` or ``packed``.
+        bytes: Memory that they hold; mapped files count as none.
+        dtype: That they are kept in.
+        transform: What was done to them: the transform, a packed file's description of it, or None.
     """
 
     experts: Mapping[str, Mapping[str, str | float]]
@@ -44,6 +54,9 @@ class PoolReport:
     cosines: Tensor
     norms: Mapping[str, Tensor]
     storage: str
+    bytes: int
+    dtype: str
+    transform: Any
 
 
 class ExpertPool:
@@ -58,23 +71,30 @@ class ExpertPool:
         fixed: Parameters of the encoder that are not merged (excluded, or no expert changed them).
         shapes: Name to shape, of the merged parameters.
         compute_dtype: float32, or float64 where the base is float64.
-        storage: ``ram`` (task vectors in memory) or ``stream`` (experts stay in their mapped files).
         skipped: Base tensor name to why it is not merged.
+        transform: Applied to the task vectors, or None.
+        packed: The file that the task vectors come from, or None.
     """
+
+    UNCHANGED = "no expert changed it"
 
     def __init__(
         self,
         base: Checkpoint,
         experts: Mapping[str, Checkpoint],
         *,
-        storage: Storage = "ram",
+        storage: Storage = "device",
         dtype: torch.dtype | None = None,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         key_map: str | Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
         transform: Transform | None = None,
+        task_vectors: Path | str | None = None,
+        duplicates: Literal["refuse", "allow"] = "refuse",
     ) -> None:
+        if duplicates not in ("refuse", "allow"):
+            raise InputError(f"pool.duplicates: expected refuse or allow, found {duplicates!r}.")
         keys = KeyMap(base.keys, key_map)
         layout = check_layout(base, experts, keys, include, exclude, tied or {})
         if layout.problems:
@@ -87,25 +107,33 @@ class ExpertPool:
         self._experts = dict(experts)
         dtypes = {base.spec(keys.file_key(name))[1] for name in layout.merged}
         self.compute_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        if dtype is not None and not dtype.is_floating_point:
-            raise InputError(f"pool.dtype: expected float32, float16 or bfloat16, found {dtype}.")
-        self._dtype = dtype or self.compute_dtype
         self.device = torch.device("cpu")
         self.fixed = {name: self._read(base, name).clone() for name in layout.fixed}
         self.transform = transform
+        self._prepared: Prepared | None = None
+        self.packed = None if task_vectors is None else PackedFile(task_vectors)
+        self._dtype = self._check_options(storage, dtype, layout)
         if transform is not None:
-            if storage == "stream":
-                raise InputError("pool.storage: transformed task vectors are kept in memory; use ram, or no transform.")
-            storage = "ram"
-        entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in layout.merged)
-        self.storage = choose_storage(storage, entries * len(experts) * self._dtype.itemsize)
+            # Statistics come from the raw experts as they are in their files, before any rounding to ``dtype``.
+            raw = partial(ExpertPool, include=include, exclude=exclude, key_map=key_map, tied=tied)
+            self._prepared = Prepared(transform, raw(base, experts, storage="stream"))
         self.base: dict[str, Tensor] = {}
-        self._task_vectors = TaskVectors(len(experts), self.storage, self._dtype, self.compute_dtype)
+        entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in layout.merged)
+        size = entries * len(experts) * self._dtype.itemsize if self.packed is None else self.packed.nbytes
+        start = choose_storage(storage, size) if transform is None else "ram"
+        self._task_vectors = TaskVectors(len(experts), storage, start, size, self._dtype, self.compute_dtype)
         self._norms: dict[str, Tensor] = {}
         self._load(layout.merged)
         self.names = tuple(self.base)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.base.items()}
-        self._check_content()
+        self._check_content(duplicates == "allow")
+        if storage == "auto":
+            self._log_storage()
+
+    @property
+    def storage(self) -> str:
+        """Where the task vectors are now: ``device`` (an accelerator), ``ram``, ``stream`` or ``packed``."""
+        return self._task_vectors.storage
 
     @classmethod
     def from_files(
@@ -120,31 +148,38 @@ class ExpertPool:
         key_map: str | Mapping[str, str] | None = None,
         tied: Mapping[str, str] | None = None,
         transform: Transform | None = None,
+        task_vectors: Path | str | None = None,
+        duplicates: Literal["refuse", "allow"] = "refuse",
     ) -> "ExpertPool":
         """Open a base and its experts from checkpoint files.
 
         Args:
             base: The pretrained checkpoint.
-            experts: Expert name to its checkpoint; the order becomes axis 0.
-            storage: ``ram``, ``stream``, or ``auto``: ``ram`` where the task vectors fit into half of
-                the free memory, else ``stream``.
-            dtype: Of stored task vectors (``ram`` only); bfloat16 halves memory. Default: as computed.
+            experts: Expert name to its checkpoint, or to the folder of a LoRA adapter in peft's format; the order
+                becomes axis 0.
+            storage: Where task vectors live: ``device``, ``ram`` (of the host), ``stream`` (formed tile by tile from
+                the mapped files), or ``auto``: the first of these where they fit into half of the free memory.
+            dtype: Of task vectors in memory: bfloat16 halves it, int8 quarters it. Default: as computed. Streamed
+                ones are never rounded, and products of LoRA stay as computed.
             include: Globs of parameter names to merge (default all).
             exclude: Globs of parameter names to leave at the base's values.
             key_map: Prefix to strip from the files' keys (``"visual."``: other keys are not merged), or
                 a mapping from the files' keys to the encoder's names.
             tied: Alias to canonical parameter name, for weights that the encoder shares.
-            transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; needs ``ram``.
+            transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; not with ``stream``.
+            task_vectors: A file of packed task vectors, see :mod:`adamerge.packed`; ``experts`` stay the teachers.
+            duplicates: Whether two files with the same weights are an error; one file twice always is.
 
         Raises:
             FileNotFoundError: If a file does not exist.
             InputError: If anything does not fit; the message names file and tensor.
         """
         check_names(experts)
-        opened = {name: open_checkpoint(path) for name, path in experts.items()}
+        source, prefix = open_checkpoint(base), key_map if isinstance(key_map, str) else ""
+        opened = {name: open_expert(path, source, prefix) for name, path in experts.items()}
         return cls(
-            open_checkpoint(base), opened, storage=storage, dtype=dtype, include=include, exclude=exclude,
-            key_map=key_map, tied=tied, transform=transform,
+            source, opened, storage=storage, dtype=dtype, include=include, exclude=exclude, key_map=key_map,
+            tied=tied, transform=transform, task_vectors=task_vectors, duplicates=duplicates,
         )  # fmt: skip
 
     @classmethod
@@ -156,6 +191,7 @@ class ExpertPool:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         transform: Transform | None = None,
+        duplicates: Literal["refuse", "allow"] = "refuse",
     ) -> "ExpertPool":
         """Make a pool of state dicts in memory; names that share memory in ``base`` are tied.
 
@@ -165,6 +201,7 @@ class ExpertPool:
             include: Globs of parameter names to merge (default all).
             exclude: Globs of parameter names to leave at the base's values.
             transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`.
+            duplicates: Whether two experts with the same weights are an error.
 
         Raises:
             InputError: If anything does not fit.
@@ -177,6 +214,7 @@ class ExpertPool:
             exclude=exclude,
             tied=shared_names(base),
             transform=transform,
+            duplicates=duplicates,
         )
 
     def task_vectors(self, name: str) -> Tensor:
@@ -194,11 +232,31 @@ class ExpertPool:
         """
         return self._task_vectors.tile(name, start, stop, self.base[name].view(-1), reuse)
 
+    def exact_tile(self, name: str, start: int, stop: int) -> Tensor:
+        """Return the same as :meth:`tile` on the CPU in float64, with the same bits wherever task vectors live."""
+        factors = self.factors(name)
+        if factors is None:
+            return self.tile(name, start, stop).cpu().double()
+        tile = torch.empty(len(self.expert_names), stop - start, dtype=torch.float64)
+        for row, expert in zip(tile, factors.experts, strict=True):
+            expert.to(tile.device, tile.dtype).expand(start, stop, row)
+        return tile
+
+    def factors(self, name: str) -> Factors | None:
+        """Return a parameter's task vectors as products of thin matrices, where all experts came so; else None."""
+        return self._task_vectors.factors(name)
+
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
-        step = max(1024, _PIECE // len(self.expert_names) // 1024 * 1024)
+        step = max(1024, _TILE // len(self.expert_names) // 1024 * 1024)
         for start in range(0, self.base[name].numel(), step):
             yield self.tile(name, start, min(start + step, self.base[name].numel()), reuse=True)
+
+    def tiles(self) -> Iterator[tuple[str, Tensor]]:
+        """Pass over all task vectors once, in small tiles: name and (E, k), each valid until the next."""
+        for name in self.names:
+            for tile in self._pieces(name):
+                yield name, tile
 
     def checkpoint(self, expert: str) -> Checkpoint:
         """Return an expert's own file, for what is not merged, such as its classifier."""
@@ -247,18 +305,26 @@ class ExpertPool:
         return values
 
     def to(self, device: torch.device | str) -> "ExpertPool":
-        """Move base and in-memory task vectors to a device, in place; streamed experts stay mapped."""
+        """Move to a device, in place; which task vectors come along is a matter of the storage."""
         self.device = torch.device(device)
-        self._task_vectors.to(self.device)
         self.base = {name: tensor.to(self.device) for name, tensor in self.base.items()}
         self.fixed = {name: tensor.to(self.device) for name, tensor in self.fixed.items()}
+        before = self.storage
+        self._task_vectors.to(self.device, self.base)
+        if self.storage != before:
+            self._log_storage()
         return self
 
     @property
     def dtype_name(self) -> str:
         """Dtype of the stored task vectors, such as ``float32``; streamed ones are never rounded."""
-        dtype = self._dtype if self.storage == "ram" else self.compute_dtype
+        dtype = self.compute_dtype if self.storage == "stream" else self._dtype
         return str(dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the task vectors hold; mapped files count as none."""
+        return self._task_vectors.nbytes
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of the base (key ``base``) and of each expert; reads every file once."""
@@ -293,6 +359,9 @@ class ExpertPool:
             cosines=gram / torch.outer(norms, norms),
             norms=self._norms,
             storage=self.storage,
+            bytes=self.nbytes,
+            dtype=self.dtype_name,
+            transform=self.transform if self.packed is None else self.packed.transform,
         )
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
@@ -307,9 +376,12 @@ class ExpertPool:
                 base = base.clone()  # the caller may go on changing its own tensors
             _check_finite(base, self.source.name, self.keys.file_key(name))
             self.base[name] = base
-            experts = (checkpoint.get(self.keys.file_key(name)) for checkpoint in self._experts.values())
-            self._task_vectors.add(name, experts, base, self.transform)
-            squares = sum(tile.double().square().sum(1) for tile in self._pieces(name))
+            if not self._add(name, base):
+                self._set_aside(name)
+                continue
+            # Without a float64 copy of each tile: between small tensors that stay, such copies fragment the heap.
+            tiles = self._pieces(name)
+            squares = sum(torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64).square() for tile in tiles)
             norms = torch.as_tensor(squares).sqrt().to(self.compute_dtype)
             if not torch.isfinite(norms).all():
                 expert = self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]
@@ -320,32 +392,82 @@ class ExpertPool:
                     "Use bfloat16 or float32, and check the file if that fails too."
                 )
             if not norms.any():
-                self.fixed[name] = self.base.pop(name)
-                self._task_vectors.drop(name)
-                self.skipped[self.keys.file_key(name)] = "no expert changed it"
+                self._set_aside(name)
                 continue
             self._norms[name] = norms
 
-    def _check_content(self) -> None:
-        """Refuse experts that are the base, or each other."""
+    def _add(self, name: str, base: Tensor) -> bool:
+        """Form, or map, one parameter's task vectors; returns whether a packed file has any."""
+        if self.packed is None:
+            key = self.keys.file_key(name)
+            changes = (change_of(checkpoint, key) for checkpoint in self._experts.values())
+            self._task_vectors.add(name, changes, base, self._prepared)
+            return True
+        stack = self.packed.stack(name)
+        if stack is not None:
+            self._task_vectors.add_packed(name, stack)
+        return stack is not None
+
+    def _set_aside(self, name: str) -> None:
+        """Keep a parameter at the base's values, as no expert changed it."""
+        self.fixed[name] = self.base.pop(name)
+        self._task_vectors.drop(name)
+        self.skipped[self.keys.file_key(name)] = self.UNCHANGED + self._after()
+
+    def _check_options(self, storage: str, dtype: torch.dtype | None, layout: Layout) -> torch.dtype:
+        """Hold the options about task vectors against each other, and return the dtype of stored ones."""
+        check_storage(storage)
+        if dtype is not None and dtype not in DTYPES.values():
+            raise InputError(f"pool.dtype: expected float32, bfloat16, float16 or int8, found {dtype}.")
+        if self.transform is not None and storage == "stream":
+            raise InputError(
+                "pool.storage: transformed task vectors are kept in memory; use ram, no transform, or pack them and "
+                "name the file as pool.task_vectors."
+            )
+        if self.packed is None:
+            return dtype or self.compute_dtype
+        where = f"pool.task_vectors: {self.packed.name}"
+        if self.transform is not None:
+            raise InputError(
+                f"{where}: holds {self.packed.transform or 'plain'} task vectors; expected no transform, found "
+                f"{type(self.transform).__name__}. Leave the transform out, or pack the pool with it."
+            )
+        if dtype not in (None, self.packed.dtype):
+            raise InputError(f"pool.dtype: {self.packed.name} holds {self.packed.dtype}, found {dtype}; leave it out.")
+        shapes = {name: self.source.spec(self.keys.file_key(name))[0] for name in layout.merged}
+        for problem in self.packed.problems(self.expert_names, shapes):
+            raise InputError(problem)
+        self.packed.check_hashes(self.hashes())
+        return self.packed.dtype
+
+    def _log_storage(self) -> None:
+        held = self.nbytes / 1e6
+        log.info("Task vectors of %d experts: %s, %.0f MB of memory.", len(self.expert_names), self.storage, held)
+
+    def _check_content(self, allows_duplicates: bool) -> None:
+        """Refuse experts that are the base, or (a coefficient would count twice) each other."""
         if not self.names:
             raise InputError(
-                f"Every expert is identical to the base {self.source.name}: all task vectors are zero. "
+                f"Every expert is identical to the base {self.source.name}{self._after()}: all task vectors are zero. "
                 "Are the experts the fine-tuned files?"
             )
         norms = torch.stack(list(self._norms.values()))
         for row, expert in enumerate(self.expert_names):
             if not norms[:, row].any():
                 raise InputError(
-                    f"Expert {expert!r} ({self._experts[expert].name}) is identical to the base {self.source.name}: "
-                    "its task vector is zero. Remove it or name its fine-tuned file."
+                    f"Expert {expert!r} ({self._experts[expert].name}) is identical to the base {self.source.name}"
+                    f"{self._after()}: its task vector is zero. Remove it or name its fine-tuned file."
                 )
-            for other in range(row):
+            for other in range(0 if allows_duplicates else row):
                 if torch.equal(norms[:, row], norms[:, other]) and self._equal(row, other):
                     raise InputError(
-                        f"Experts {self.expert_names[other]!r} and {expert!r} have identical weights "
-                        f"({self._experts[expert].name}). Remove one or name its own file."
+                        f"Experts {self.expert_names[other]!r} and {expert!r} have identical weights{self._after()} "
+                        f"({self._experts[expert].name}). Remove one or name its own file; "
+                        "if both are wanted, set pool.duplicates=allow."
                     )
+
+    def _after(self) -> str:
+        return f" after the transform {type(self.transform).__name__}" if self.transform is not None else ""
 
     def _equal(self, first: int, second: int) -> bool:
         tiles = (tile for name in self.names for tile in self._pieces(name))

@@ -17,27 +17,34 @@ from omegaconf.errors import OmegaConfBaseException
 from adamerge.backbones import Backbone, Torchvision
 from adamerge.errors import InputError, did_you_mean
 from adamerge.objectives import check_objective
+from adamerge.refinement import Refinement
 from adamerge.run_checks import (
     SETTINGS,
     Headers,
     check_devices,
+    check_folder,
     check_groups,
     check_init,
-    check_run_dir,
     check_setting,
+    check_start,
+    checkpoint_problems,
     class_problems,
     evaluation_problems,
     expert_problems,
     forecast_problems,
+    packed_problems,
     read_headers,
 )
-from adamerge.task_vectors import check_storage
+from adamerge.stages import first_stage, start_file
+from adamerge.targets import check_targets
+from adamerge.task_vectors import check_storage, dtype_of
+from adamerge.transforms import check_transform
 
 log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
-_POOL_KEYS = ("base", "experts", "storage", "dtype", "include", "exclude")
+_POOL_KEYS = ("base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates")
 
 
 class _Problems(list[str]):
@@ -61,39 +68,85 @@ def check(config: DictConfig) -> list[str]:
     """Return everything that is wrong with a configuration, from configs and headers, before any weight is read."""
     problems, parts = _Problems(), dict[str, Any]()
     with problems.naming("configuration"):
+        check_targets(containers(config))
+    if problems:
+        return problems  # before anything is imported
+    with problems.naming("configuration"):
         problems += unknown_keys(config)
     for option in SETTINGS:
         with problems.naming(option):
             check_setting(option, config.get(option))
     with problems.naming("run_dir"):
-        parts["run_dir"] = check_run_dir(config.get("run_dir"))
-    for node in ("objective", "granularity", "constraint", "backbone"):
+        parts["run_dir"] = check_folder("run_dir", config.get("run_dir"))
+    if config.get("teacher_cache") is not None:
+        with problems.naming("teacher_cache"):
+            check_folder("teacher_cache", config.teacher_cache)
+    _check_parts(config, parts, problems)
+    with problems.naming("encoder"):
+        parts["encoder"] = build_optional(config, "encoder")
+    with problems.naming("backbone"):
+        parts["backbone"] = build(config, "backbone")
+    with problems.naming("trainer"):
+        _check_signature(config, "trainer")
+        _check_trainer(config)
+    if "backbone" in parts:
+        with problems.naming("pool"):
+            parts["headers"] = _check_pool(config, parts["backbone"], problems)
+            problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
+            problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
+        with problems.naming("data"):
+            parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
+    _check_start(config, parts, problems)
+    with problems.naming("first_stage"):
+        _check_first_stage(config, parts, problems)
+    with problems.naming("data"):
+        _check_tasks(config, parts, problems)
+    return problems
+
+
+def containers(config: DictConfig) -> Any:
+    """Return a configuration as plain containers, interpolations resolved where all of them can be."""
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:
+        return OmegaConf.to_container(config, resolve=False)
+
+
+def _check_parts(config: DictConfig, parts: dict[str, Any], problems: _Problems) -> None:
+    """Build, or look at, what each stage of a run has of its own."""
+    for node in ("objective", "granularity", "constraint"):
         with problems.naming(node):
             parts[node] = build(config, node)
     with problems.naming("objective"):
         if "objective" in parts:
             check_objective(parts["objective"])
     with problems.naming("transform"):
-        build_optional(config, "transform")
+        transform = build_optional(config, "transform")
+        if transform is not None:
+            check_transform(transform)
     with problems.naming("optimizer"):
         _try_optimizer(config)
+    extras: list[str] = []
     with problems.naming("logger, callbacks"):
-        parts["extras"] = [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
-    for node in ("method", "trainer", *parts.get("extras", [])):
+        extras = [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
+    for node in ("method", *extras):
         with problems.naming(node):
             _check_signature(config, node)
-    with problems.naming("trainer"):
-        _check_trainer(config)
-    if "backbone" in parts:
-        with problems.naming("pool"):
-            parts["headers"] = _check_pool(config, parts["backbone"], problems)
-            problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
-        with problems.naming("data"):
-            parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
-    with problems.naming("data"):
-        _check_tasks(config, parts, problems)
-    _check_start(config, parts, problems)
-    return problems
+
+
+def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: _Problems) -> None:
+    """Hold the first stage to what the run is held to; what both have wrong is said once."""
+    stage = first_stage(config)
+    if stage is None:
+        return
+    found, own = _Problems(), dict(parts)
+    for option in ("steps", "checkpoint_every"):
+        with found.naming(option):
+            check_setting(option, stage.get(option))
+    _check_parts(stage, own, found)
+    _check_start(stage, own, found)
+    problems += [f"first_stage: {problem}" for problem in found if problem not in problems]
+    parts["objectives"] = [own.get("objective")]
 
 
 def build(config: DictConfig, node: str, **objects: Any) -> Any:
@@ -109,7 +162,6 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
     """
     _check_signature(config, node)
     content = OmegaConf.select(config, node)
-    log.debug("%s: imports %s", node, content._target_)
     try:
         return hydra.utils.instantiate(content, _convert_="object", **objects)
     except InstantiationException as error:
@@ -129,6 +181,13 @@ def build_optional(config: DictConfig, node: str) -> Any:
     """Instantiate a node that may be absent: None where its ``_target_`` is null."""
     content = config.get(node)
     return None if content is None or content.get("_target_") is None else build(config, node)
+
+
+def build_init(config: DictConfig) -> Any:
+    """Return the initial coefficients: plain values, or the rule that ``init._target_`` names."""
+    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, ["init"]), resolve=True)
+    init = plain.get("init")
+    return build(config, "init") if isinstance(init, dict) and "_target_" in init else init
 
 
 def _try_optimizer(config: DictConfig) -> None:
@@ -172,12 +231,17 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     node = config.get("pool")
     base, experts = pool_files(node, "pool")
     check_storage(str(node.get("storage") or "auto"))
-    dtype = node.get("dtype")
-    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
-        problems.append(f"pool.dtype: expected float32, bfloat16 or float16, found {dtype!r}.")
+    try:
+        dtype_of(node.get("dtype"))
+    except InputError as error:
+        problems.append(str(error))
+    if node.get("duplicates") not in (None, "refuse", "allow"):
+        problems.append(f"pool.duplicates: expected refuse or allow, found {node.duplicates!r}.")
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
     headers = read_headers(base, experts, backbone.prefix, strings(node.get("include")), exclude)
     problems += headers.problems
+    if node.get("task_vectors") is not None:
+        problems += packed_problems(node.task_vectors, headers)
     return headers
 
 
@@ -227,8 +291,9 @@ def _check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: list[st
     need = None
     if isinstance(parts["backbone"], Torchvision):
         need = "A torchvision backbone, whose heads are the experts' own classifiers,"
-    elif getattr(parts.get("objective"), "uses_teacher", False):
-        need = f"The objective {type(parts['objective']).__name__}"
+    for objective in (parts.get("objective"), *parts.get("objectives", [])):
+        if need is None and getattr(objective, "uses_teacher", False):
+            need = f"The objective {type(objective).__name__}"
     if isinstance(config.get("pool"), DictConfig) and "headers" in parts:
         problems += expert_problems(tasks, list(config.pool.experts), need)
 
@@ -238,15 +303,19 @@ def _check_start(config: DictConfig, parts: Mapping[str, Any], problems: _Proble
     headers, granularity = parts.get("headers"), parts.get("granularity")
     if headers is None or granularity is None or not headers.shapes:
         return
-    found = len(problems)
+    start, found = start_file(config), len(problems)
+    if start is not None and config.get("first_stage") is None:
+        with problems.naming("init"):
+            check_start(start)
+        return
+    if start is not None and isinstance(granularity, Refinement):
+        return  # its groups follow from what the first stage will learn
     with problems.naming("granularity"):
         check_groups(granularity, headers.shapes)
     if len(problems) > found or "constraint" not in parts or len(headers.experts) < len(config.pool.experts):
         return
     with problems.naming("init"):
-        node = OmegaConf.masked_copy(config, ["init"])
-        plain: Any = OmegaConf.to_container(node, resolve=True)
-        check_init(headers, granularity, plain.get("init"), parts["constraint"])
+        check_init(headers, granularity, build_init(config), parts["constraint"])
 
 
 def _check_signature(config: DictConfig, node: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from adamerge import launch
+from adamerge import launch, run_folder
 from adamerge.coefficients import Coefficients, load_coefficients
 from adamerge.errors import InputError
 from adamerge.export import export
@@ -28,11 +28,11 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
     """
     run_dir, output = run_dir.absolute(), output.absolute()
     coefficients = coefficients.absolute() if coefficients else None
-    config = launch.load_config(run_dir)
+    config = run_folder.load_config(run_dir)
     if output.resolve() == run_dir.resolve() and (run_dir / "merged.safetensors").exists():
         raise InputError(f"{run_dir} has an export already, which would be replaced. Give --output.")
-    source = coefficients or run_dir / launch.LAST
-    recipe = {"config": launch.plain(config), "replayed": str(source)}
+    source = coefficients or run_dir / run_folder.LAST
+    recipe = {"config": run_folder.plain(config), "replayed": str(source)}
     if coefficients is None:
         assembly = launch.assemble(config)
         values = assembly.model.coefficients  # frozen groups keep their initial value; the checkpoint lacks them
@@ -65,7 +65,7 @@ def export_files(
     Raises:
         InputError: If anything does not fit.
     """
-    pool = ExpertPool.from_files(base, experts, key_map=prefix or None)
+    pool = ExpertPool.from_files(base, experts, key_map=prefix or None, duplicates="allow")
     return export(pool, load_coefficients(coefficients, pool), output, recipe={"replayed": str(coefficients)})
 
 

@@ -1,5 +1,6 @@
 """What a run's settings, file headers and tasks decide before anything is read or trained."""
 
+import json
 import math
 import shutil
 import warnings
@@ -10,6 +11,8 @@ from typing import Any, cast
 
 import torch
 
+from adamerge import initial
+from adamerge.adapters import open_expert
 from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.constraints import Constraint
@@ -18,7 +21,9 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import ensure_writable
 from adamerge.granularity import Granularity, GroupIndex
 from adamerge.layout import KeyMap, check_layout, check_names
+from adamerge.packed_file import PackedFile
 from adamerge.pool import ExpertPool
+from adamerge.running import EncoderOptions, select
 from adamerge.task_vectors import free_memory
 
 RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
@@ -69,8 +74,10 @@ def read_headers(
     except (InputError, OSError) as error:
         problems.append(str(error))
     for name, path in experts.items():
+        if source is None and Path(path).is_dir():
+            continue  # an adapter cannot be held against a base that is not there
         try:
-            opened[name] = open_checkpoint(path)
+            opened[name] = open_checkpoint(path) if source is None else open_expert(path, source, prefix)
         except (InputError, OSError) as error:
             problems.append(str(error))
     if source is None:
@@ -79,6 +86,17 @@ def read_headers(
     layout = check_layout(source, opened, keys, include, exclude, {})
     shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
     return Headers(opened, shapes, (*problems, *layout.problems))
+
+
+def packed_problems(path: Any, headers: Headers) -> list[str]:
+    """List how a file of packed task vectors differs from a pool, by its header; its hashes wait for the run."""
+    if not isinstance(path, str) or not path:
+        return [f"pool.task_vectors: expected a file, found {path!r}; name one or leave it out."]
+    try:
+        packed = PackedFile(path)
+    except (InputError, OSError) as error:
+        return [str(error)]
+    return list(packed.problems(headers.expert_names, headers.shapes)) if headers.shapes else []
 
 
 def check_setting(option: str, value: Any) -> None:
@@ -124,27 +142,25 @@ def check_devices(devices: Any, num_nodes: Any) -> None:
             )
 
 
-def check_run_dir(run_dir: Any) -> Path:
-    """Check that a run can write there, and return the folder that exists of it; none is made.
+def check_folder(option: str, path: Any) -> Path:
+    """Check that a run can write to the folder that an option names, and return what exists of it; none is made.
 
     Raises:
         InputError: If it cannot.
     """
-    if not isinstance(run_dir, str) or not run_dir.strip():
-        raise InputError(f"run_dir: expected a folder, found {run_dir!r}; such as run_dir=runs/first.")
-    folder = Path(run_dir).absolute()
+    if not isinstance(path, str) or not path.strip():
+        raise InputError(f"{option}: expected a folder, found {path!r}; such as {option}=runs/first.")
+    folder = Path(path).absolute()
     if folder.resolve() == Path(folder.anchor):
-        raise InputError(
-            f"run_dir: expected a folder of the run's own, found {run_dir}, the root; choose one below it."
-        )
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+        raise InputError(f"{option}: expected a folder of the run's own, found {path}, the root; choose one below it.")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         where = "" if existing == folder else f"{existing}, which is "
-        raise InputError(f"run_dir: expected a folder, found {run_dir}: {where}a file. Choose another run_dir.")
+        raise InputError(f"{option}: expected a folder, found {path}: {where}a file. Choose another {option}.")
     try:
         ensure_writable(existing)
     except InputError as error:
-        raise InputError(f"run_dir: {error}") from error
+        raise InputError(f"{option}: {error}") from error
     return existing
 
 
@@ -165,9 +181,28 @@ def check_init(headers: Headers, granularity: Granularity, init: Any, constraint
     Raises:
         InputError: If ``init`` does not fit the experts.
     """
+    start = initial.start_of(init)
+    if start is not None and not isinstance(start, initial.Lines):
+        return  # it may read weights
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says it
         Coefficients(cast(ExpertPool, headers), granularity, init, constraint)
+
+
+def check_start(path: Path) -> None:
+    """Check that a coefficients file is there and is one, as far as that shows without the pool.
+
+    Raises:
+        InputError: If not.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"init: {path}: no such file. Name a coefficients.json that a run has written.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"init: {path}: not a coefficients file: expected JSON ({error}).") from error
+    if not isinstance(content, dict) or "coefficients" not in content:
+        raise InputError(f"init: {path}: not a coefficients file: expected the coefficients.json of a run.")
 
 
 def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None) -> list[str]:
@@ -183,6 +218,22 @@ def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None
         problems.append(
             f"Disk: {folder} has less than the {2 * model_bytes / 1e9:.1f} GB free that an export may need."
         )
+    return problems
+
+
+def checkpoint_problems(shapes: Mapping[str, tuple[int, ...]], options: EncoderOptions | None) -> list[str]:
+    """List what ``encoder.checkpoint`` names and no merged parameter lies in; the encoder itself is not built."""
+    patterns = getattr(options, "checkpoint", False)
+    if isinstance(patterns, bool) or not shapes:
+        return []
+    parts = [name.split(".")[:-1] for name in shapes]
+    modules = dict.fromkeys(".".join(part[:i]) for part in parts for i in range(1, len(part) + 1))
+    problems = []
+    for pattern in patterns:
+        try:
+            select(modules, pattern, "encoder.checkpoint")
+        except InputError as error:
+            problems.append(str(error))
     return problems
 
 

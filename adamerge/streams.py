@@ -4,14 +4,17 @@ Labels are dropped where data enters. The order of every stream is a function of
 """
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from adamerge.errors import InputError
+from adamerge.views import Views
 
 
 class TaskBatch(NamedTuple):
@@ -21,6 +24,18 @@ class TaskBatch(NamedTuple):
     indices: Tensor
 
 
+class Store(Protocol):
+    """Inputs by position."""
+
+    def get(self, position: int) -> Tensor | None:
+        """Return an input, or None."""
+        ...
+
+    def put(self, position: int, inputs: Tensor) -> None:
+        """Keep an input, or not."""
+        ...
+
+
 class Unlabeled(Dataset[TaskBatch]):
     """A dataset without its labels: items are (input, position).
 
@@ -28,24 +43,60 @@ class Unlabeled(Dataset[TaskBatch]):
         dataset: Items are inputs, or tuples that begin with the input.
         preprocess: Applied to inputs that are not tensors yet (PIL images).
         first: Position of the first item, where several data sets make up a stream.
+        views: Views of the images to give instead; item i is a view of image i modulo their number.
+        key: Fixes, with the position, what is random in the views.
 
     Attributes:
         source: The data set itself, for the baselines that are marked as using labels.
+        cache: Keeps inputs that have been loaded; None for none.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None, first: int = 0
+        self,
+        dataset: Dataset[Any],
+        preprocess: Callable[[Any], Tensor] | None = None,
+        first: int = 0,
+        views: Views | None = None,
+        key: str = "",
     ) -> None:
+        if views is not None and not isinstance(views, Views):
+            raise InputError(f"data.views: expected adamerge.views.Views (with _target_) or null, found {views!r}.")
         self.source = dataset
+        self.cache: Store | None = None
         self._preprocess = preprocess
         self._first = first
+        self._views = views
+        self._key = key
 
     def __len__(self) -> int:
-        return length_of(self.source)
+        return length_of(self.source) * (self._views.count if self._views else 1)
 
     def __getitem__(self, index: int) -> TaskBatch:
-        inputs = _split_item(self.source[index])[0]
-        return TaskBatch(_to_tensor(inputs, self._preprocess), torch.tensor(self._first + index))
+        if self._views is None:
+            inputs = self._image(index)
+        else:
+            inputs = self._views(self._image, length_of(self.source), index, self._key)
+        return TaskBatch(inputs, torch.tensor(self._first + index))
+
+    def images(self, positions: Sequence[int]) -> Sequence[int]:
+        """Return the numbers of the images in the data set that inputs at these positions are made of."""
+        count = length_of(self.source)
+        if self._views is None:
+            return positions
+        return range(count) if self._views.mix else sorted({position % count for position in positions})
+
+    def _image(self, number: int) -> Tensor:
+        """Return an image, from the cache where that has it."""
+        inputs = None if self.cache is None else self.cache.get(number)
+        if inputs is None:
+            inputs = self.load(number)
+            if self.cache is not None:
+                self.cache.put(number, inputs)
+        return inputs
+
+    def load(self, number: int) -> Tensor:
+        """Return an image from the data set itself."""
+        return _to_tensor(_split_item(self.source[number])[0], self._preprocess)
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
@@ -75,14 +126,24 @@ class StreamLoader(DataLoader[dict[str, TaskBatch]]):
         length: Steps per epoch.
         position: Returns the number of steps done in this epoch, for checkpoints.
         num_workers: Processes that load data.
+        prefetch: Steps that each process loads ahead; without processes, that a thread loads ahead (0: none).
     """
 
-    def __init__(self, steps: "Steps", length: int, position: Callable[[], int], num_workers: int = 0) -> None:
+    def __init__(
+        self, steps: "Steps", length: int, position: Callable[[], int], num_workers: int = 0, prefetch: int = 0
+    ) -> None:
         super().__init__(
             steps, batch_size=None, sampler=_StepSampler(length), num_workers=num_workers,
             persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+            prefetch_factor=max(1, prefetch) if num_workers else None,
         )  # fmt: skip
         self._current_position = position
+        self._ahead = 0 if num_workers else prefetch
+
+    def __iter__(self) -> Any:
+        """Return an iterator of steps."""
+        batches = super().__iter__()
+        return _read_ahead(batches, self._ahead) if self._ahead else batches
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, counted over all epochs, for Lightning's checkpoint."""
@@ -96,6 +157,18 @@ class StreamLoader(DataLoader[dict[str, TaskBatch]]):
         """
         assert isinstance(self.sampler, _StepSampler)
         self.sampler.epoch, self.sampler.start = divmod(state["position"], self.sampler.length)
+
+
+def _read_ahead(batches: Iterator[dict[str, TaskBatch]], count: int) -> Iterator[dict[str, TaskBatch]]:
+    """Yield batches that a thread loads while the ones before them are used: decoding leaves Python's lock."""
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        waiting = deque(thread.submit(next, batches, None) for _ in range(count))
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, batches, None))
+                yield batch
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 class _StepSampler(Sampler[int]):

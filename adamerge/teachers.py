@@ -14,6 +14,11 @@ class Outputs:
     features: Tensor
     hidden: dict[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> "Outputs":
+        """Return the same on another device."""
+        hidden = {name: value.to(device) for name, value in self.hidden.items()}
+        return Outputs(self.logits.to(device), self.features.to(device), hidden)
+
 
 class TeacherCache:
     """The experts' outputs by task and sample index.

@@ -149,7 +149,7 @@ def test_load_state_dict_malicious_pickle_is_refused_and_not_run(tmp_path, legac
     attack = Malicious(tmp_path / "marker")
     content = {"a": attack} if where == "value" else {"state_dict": tensors(), "args": attack}
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(InputError, match=r"x\.pt: holds pickled Python objects .* refused.*save_file"):
+    with pytest.raises(InputError, match=r"x\.pt: refused, nothing was run: the pickle asks for posix\.mkdir"):
         load_state_dict(tmp_path / "x.pt")
     assert not (tmp_path / "marker").exists()
 
@@ -164,7 +164,7 @@ def test_load_state_dict_plain_pickle_is_refused_and_not_run(tmp_path, protocol)
 
 def test_load_state_dict_whole_module_is_refused_with_remedy(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
-    with pytest.raises(InputError, match=r"holds pickled Python objects .*weights_only=False\)\.state_dict\(\)"):
+    with pytest.raises(InputError, match=r"holds pickled Python objects .*: adamerge convert .*x\.pt --out NAME"):
         load_state_dict(tmp_path / "x.pt")
 
 

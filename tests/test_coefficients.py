@@ -108,7 +108,7 @@ def test_init_tensor_of_experts_and_groups_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ("average", r"init: expected a number, .* or 'mean', found 'average'"),
+        ("average", r"init: expected a number, .* or one of mean, .*, found 'average'"),
         ({"red": 0.1}, r"init: expected one number for each of 'red', 'green', 'blue', found 'red'"),
         ({"red": 0.1, "green": 0.1, "blu": 0.1}, r"init: expected one number for each of 'red'.*'blu'"),
         ([0.1, 0.2], r"init: expected a number, 3 numbers or a tensor \(3, 1\), found shape \(2,\)"),

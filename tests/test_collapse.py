@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from fits import QUIET, batches, every_step, fit, make_data, make_method, values
+from lightning.pytorch import Callback
 from torch.utils.data import Subset
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, cli, zoo
@@ -77,6 +78,20 @@ def test_guard_stops_and_what_was_learned_is_exported(toy, tmp_path):
     assert 3 < trainer.global_step < 40
     assert "collapses: its predictions name ever fewer classes" in guard.reason
     assert export.files["merged"].is_file()
+
+
+def test_guard_that_stops_goes_back_to_before_the_collapse(toy, tmp_path):
+    seen = {}
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.setdefault(trainer.global_step, values(pl_module))
+
+    guard = CollapseGuard("stop", window=3)
+    method, trainer = collapsing(toy, guard, tmp_path, also=[Keep()])  # called after the guard
+    step = int(guard.reason.split("until step ")[1].split(" ")[0])
+    assert 3 <= step < trainer.global_step
+    assert torch.equal(values(method), seen[step])
 
 
 def test_guard_is_silent_while_nothing_collapses(toy, tmp_path):

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adamerge.evaluation import Row, TaskScore, summary
-from adamerge.figures import save_comparison
+from adamerge.figures import save_comparison, save_lines
 
 
 def content(tasks=("a", "b")):
@@ -81,3 +81,18 @@ def test_save_comparison_failing_leaves_the_earlier_picture(tmp_path, monkeypatc
         save_comparison(content(), path)
     assert path.read_bytes() == b"earlier"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_save_lines_draws_every_line_of_every_panel(tmp_path, monkeypatch):
+    panels = {"left": {"a": {0: 1.0, 4: 2.0}}, "right": {"b": {0: 3.0}, "a": {16: 1.0}}}
+    figures = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k)))
+    save_lines(panels, tmp_path / "lines.png", x="added", y="accuracy")
+    left, right = figures[0].axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[1, 2]]
+    assert len(right.lines) == 2
+    assert right.lines[1].get_color() == left.lines[0].get_color()
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
+    with Image.open(tmp_path / "lines.png") as image:
+        assert image.width > image.height

@@ -7,9 +7,9 @@ import pytest
 import torch
 from fits import QUIET, batches, every_step, fit, make_data
 from lightning.pytorch import Callback
-from toy import EXPERTS, make_toy, run_step
+from toy import EXPERTS, make_toy, perturbed, run_step
 
-from adamerge import Coefficients, InputError, MergedModel
+from adamerge import Coefficients, ExpertPool, InputError, MergedModel
 from adamerge.callbacks import ExportMergedWeights
 from adamerge.frank_wolfe import FrankWolfe, SoftFrankWolfe, Vertices, harmonic, line_search
 from adamerge.methods import FrankWolfeMerging
@@ -98,6 +98,15 @@ def test_vertices_scores_and_points_by_hand():
     assert joint.gap(gradient, torch.tensor([[1.0, 0.0], [0.0, 0.0]])).tolist() == [2, 2]
 
 
+def test_scaled_vertices_by_hand():
+    vertices = Vertices(2, has_base=True, start=torch.tensor([[0.3], [0.2]]), scale=2.0)
+    gradient = torch.tensor([[1.0], [-4.0]])
+    torch.testing.assert_close(vertices.scores(gradient)[:, 0], torch.tensor([2.0, -8.0, 0.0, -0.5]))
+    assert vertices.coefficients(torch.tensor([1])).tolist() == [[0], [2]]
+    assert vertices.coefficients(torch.tensor([2])).tolist() == [[0], [0]]
+    assert vertices.gap(gradient, torch.tensor([[0.0], [1.0]])).tolist() == [4]
+
+
 # The steps, on a quadratic
 
 
@@ -143,6 +152,19 @@ def test_soft_frank_wolfe_finds_an_interior_point_and_stays_on_the_simplex():
     assert (trace[-1] - TARGET).abs().max() < 0.03
     assert gaps[-1] < 0.1 * gaps[0]
     assert optimizer.iteration == 20
+
+
+def test_soft_frank_wolfe_reaches_past_the_experts_where_vertices_are_scaled():
+    target = torch.tensor([[0.9], [0.7], [0.0]])
+
+    def end(scale):
+        optimizer = lambda raw: SoftFrankWolfe(  # noqa: E731
+            raw, Vertices(3, has_base=True, scale=scale), top_k=3, inner_steps=20, lr=0.05
+        )
+        return minimize(optimizer, target, torch.zeros(3, 1), 400)[0][-1]
+
+    assert end(1.0).sum() <= 1 + 1e-6
+    assert (end(2.0) - target).abs().max() < 0.03
 
 
 def test_soft_frank_wolfe_moves_to_at_most_k_vertices():
@@ -259,6 +281,25 @@ def test_fit_imitation_of_one_of_several_experts_goes_to_that_expert(toy, tmp_pa
     assert values(method)[:, 0].tolist() == pytest.approx([0, 1, 0], abs=0.02)
 
 
+@pytest.mark.parametrize("options", [{"step_rule": "line_search"}, {"mode": "soft", "granularity": "task"}], ids=str)
+def test_fit_irrelevant_experts_and_a_duplicate_change_little(toy, tmp_path, options):
+    """Sixteen random experts and a copy: the weight stays with the experts of the tasks, the copy takes a share."""
+
+    def fitted(**added):
+        pool = ExpertPool.from_state_dicts(toy.base, toy.experts | added, duplicates="allow")
+        model = MergedModel(toy.encoder, pool, Coefficients(pool, "task", 0.0, "none"), toy.heads)
+        method = FrankWolfeMerging(model, Imitation(), **options)
+        trainer = fit(method, batches(toy, 60, tasks=["green"]), tmp_path, steps=60)
+        return dict(zip(pool.expert_names, values(method)[:, 0].tolist(), strict=True)), trainer
+
+    alone, before = fitted()
+    noise = {f"noise{number}": perturbed(toy.base) for number in range(16)}
+    crowded, after = fitted(**noise, copy=toy.experts["green"])
+    assert alone["green"] > 0.9
+    assert crowded["green"] + crowded["copy"] > 0.9
+    assert after.callback_metrics["adapt/loss"] < before.callback_metrics["adapt/loss"] + 0.01
+
+
 @pytest.mark.parametrize("mode", ["hard", "soft"])
 def test_fit_pool_of_one_expert(toy, tmp_path, mode):
     toy.experts = {"red": toy.experts["red"]}
@@ -371,6 +412,12 @@ def test_constraints_other_than_simplex_and_none_are_refused(toy, constraint):
         ({"vertices": ["base"]}, "method.vertices: expected a list with 'experts'"),
         ({"vertices": "experts"}, "method.vertices: expected a list with 'experts', found 'experts'"),
         ({"vertices": ["experts", "base"]}, "constraint.total is 'equal'. Set constraint.total=at_most"),
+        (
+            {"vertex_scale": 2.0},
+            "method.vertex_scale: .*found 2.0; it is 1 with constraint=simplex",
+        ),
+        ({"vertex_scale": 0, "constraint": "none"}, "method.vertex_scale: expected a number > 0, found 0"),
+        ({"vertex_scale": 2.0, "constraint": "none", "ranking": "cosine"}, "method.vertex_scale: .*cosine"),
         ({"step_size": 2.0}, r"expected a product in \(0, 1\], found 2.0"),
         ({"steps": 0}, "method.steps: expected a number >= 1, found 0"),
         ({"top_k": 0}, "method.top_k: expected a number >= 1"),

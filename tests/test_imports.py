@@ -15,24 +15,27 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors"],
-    ["pickles", "transforms", "selection"],
-    ["files"],
+    ["pickles", "low_rank", "selection", "views"],
+    ["files", "stacks"],
     ["checkpoints"],
-    ["granularity", "constraints", "layout"],
-    ["task_vectors"],
+    ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets"],
+    ["transforms"],
+    ["task_vectors", "initial", "factored"],
     ["pool"],
     ["descriptions"],
-    ["coefficients"],
-    ["merge"],
-    ["teachers", "calls"],
+    ["coefficients", "packed"],
+    ["merge", "refinement"],
+    ["teachers", "calls", "running"],
     ["model"],
-    ["objectives", "tasks", "frank_wolfe", "streams"],
+    ["objectives", "tasks", "frank_wolfe", "streams", "teacher_files"],
+    ["caching"],
     ["data"],
     ["backbones", "merges"],
     ["baselines", "evaluation", "methods", "export"],
     ["callbacks"],
     ["zoo", "figures", "report"],
-    ["run_checks"],
+    ["run_checks", "stages"],
+    ["run_folder"],
     ["preflight"],
     ["scoring"],
     ["launch", "inspection", "composition", "pool_files"],
@@ -41,7 +44,10 @@ ORDER = [
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
-SHELL = {"preflight", "composition", "launch", "inspection", "replay", "demo", "pool_files", "merging_command", "cli"}
+SHELL = {  # what commands are made of
+    *("stages", "run_folder", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
+    *("pool_files", "merging_command"),
+}
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
     "lightning_utilities": set(),

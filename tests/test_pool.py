@@ -182,10 +182,10 @@ def test_dtype_of_streamed_experts_is_that_of_the_computation(tmp_path):
     assert pool.dtype_name == "float32"
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
-def test_dtype_that_is_not_floating_point_is_refused(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [torch.int16, torch.bool])
+def test_dtype_that_task_vectors_cannot_have_is_refused(tmp_path, dtype):
     base, experts = write(tmp_path, {"w": W}, a={"w": W + 1})
-    with pytest.raises(InputError, match=r"pool\.dtype: expected float32, float16 or bfloat16, found torch\."):
+    with pytest.raises(InputError, match=r"pool\.dtype: expected float32, bfloat16, float16 or int8, found torch\."):
         ExpertPool.from_files(base, experts, dtype=dtype)
 
 
@@ -274,7 +274,7 @@ def test_storage_auto_is_decided_and_unknown_is_refused(tmp_path, monkeypatch):
     assert ExpertPool.from_files(base, experts).storage == "ram"
     monkeypatch.setattr("adamerge.task_vectors.free_memory", lambda: 8)
     assert ExpertPool.from_files(base, experts).storage == "stream"
-    with pytest.raises(InputError, match=r"pool\.storage: expected 'auto', 'ram' or 'stream', found 'disk'"):
+    with pytest.raises(InputError, match=r"pool\.storage: expected auto, device, ram or stream, found 'disk'"):
         ExpertPool.from_files(base, experts, storage="disk")
 
 
@@ -407,6 +407,16 @@ def test_copies_of_one_file_are_refused(tmp_path):
         InputError, match=r"Experts 'a' and 'b' have identical weights \(.*b\.safetensors\)\. Remove one"
     ):
         ExpertPool.from_files(base, experts)
+
+
+def test_copies_in_files_of_their_own_can_be_allowed_and_one_file_twice_cannot(tmp_path):
+    base, experts = write(tmp_path, {"w": W}, a={"w": W + 1}, b={"w": W + 1})
+    pool = ExpertPool.from_files(base, experts, duplicates="allow")
+    assert torch.equal(*pool.task_vectors("w"))
+    with pytest.raises(InputError, match="are the same file"):
+        ExpertPool.from_files(base, {"a": experts["a"], "b": experts["a"]}, duplicates="allow")
+    with pytest.raises(InputError, match=r"pool\.duplicates: expected refuse or allow, found 'alow'"):
+        ExpertPool.from_files(base, experts, duplicates="alow")
 
 
 def test_every_expert_identical_to_the_base_is_refused(tmp_path):

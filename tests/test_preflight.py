@@ -3,13 +3,15 @@
 import re
 
 import pytest
+from adapters import random_adapter
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from adamerge import preflight, zoo
+from adamerge import ExpertPool, preflight, zoo
 from adamerge.composition import compose
 from adamerge.errors import InputError
+from adamerge.packed import write_packed
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,41 @@ def test_check_reads_no_weight_for_init(found, tmp_path):
     tensors["visual.proj"] = tensors["visual.proj"] * float("nan")
     save_file(tensors, tmp_path / "nan.safetensors")
     assert found("pool.experts.digits=nan.safetensors") == []
+
+
+def test_check_lora_expert_is_held_against_the_base(found, tmp_path):
+    shapes = {"visual.transformer.resblocks.0.mlp.c_fc": (384, 96)}
+    overrides = ["pool.experts.digits=lora", "pool.experts.mnist=lora"]
+    random_adapter(tmp_path / "lora", shapes)
+    assert found(overrides[0]) == []
+    random_adapter(tmp_path / "lora", shapes, use_dora=True)
+    (problem,) = found(overrides[0])
+    assert re.search(r"lora/adapter_config\.json: use_dora", problem)
+    random_adapter(tmp_path / "lora", {"visual.nowhere": (384, 96)})
+    (problem,) = found(overrides[0])
+    assert re.search(
+        r"lora/adapter_model\.safetensors: .*'visual\.nowhere\.weight', which .*base\.safetensors lacks", problem
+    )
+    problems = found(overrides[1], "pool.base=absent.safetensors")
+    assert [re.match(r".*absent\.safetensors: no such file", problem) is not None for problem in problems] == [True]
+
+
+def test_check_packed_task_vectors_are_held_against_the_pool(found, tmp_path):
+    experts = {name: zoo.files() / "experts" / f"{name}.safetensors" for name in ("mnist", "digits")}
+    pool = ExpertPool.from_files(
+        zoo.files() / "base.safetensors", experts, key_map="visual.", include=["proj", "conv1*"]
+    )
+    write_packed(pool, tmp_path / "packed.safetensors")
+    narrow = "+pool.include=[proj,conv1.weight]"
+    assert found("+pool.task_vectors=packed.safetensors", narrow) == []
+    for override, words in (
+        (["+pool.task_vectors=packed.safetensors"], "packed.safetensors: lacks 54 parameters that the pool merges"),
+        (["+pool.task_vectors=absent.safetensors"], "absent.safetensors: no such file"),
+        (["+pool.task_vectors=3"], "pool.task_vectors: expected a file, found 3"),
+        ([f"+pool.task_vectors={experts['mnist']}"], "not a file of packed task vectors"),
+    ):
+        (problem,) = found(*override)
+        assert words in problem
 
 
 def test_check_existing_folder_is_fine(found, tmp_path):

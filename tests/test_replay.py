@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from toy import EXPERTS, make_toy, save_files
 
-from adamerge import Coefficients, ExpertPool, InputError, MergedModel, launch, load_state_dict
+from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_state_dict
 from adamerge.callbacks import ExportMergedWeights
 from adamerge.export import export, load_heads
 from adamerge.granularity import Chunk
 from adamerge.replay import export_files, export_run
+from adamerge.run_folder import CONFIG_FILE, LAST
 
 pytestmark = QUIET
 
@@ -135,7 +136,7 @@ def run_folder(toy, folder, granularity):
     callback = ExportMergedWeights(folder / "own")
     trainer = fit(method, make_data(), folder, steps=3, callbacks=[callback])
     run = folder / "run"
-    trainer.save_checkpoint(run / launch.LAST)
+    trainer.save_checkpoint(run / LAST)
     config = {
         "backbone": {"_target_": f"{__name__}.ToyBackbone"},
         "data": {"_target_": f"{__name__}.toy_data"},
@@ -146,7 +147,7 @@ def run_folder(toy, folder, granularity):
     }
     if isinstance(granularity, Chunk):
         config["granularity"] |= {"pieces": dict(granularity.pieces), "default": granularity.default}
-    OmegaConf.save(OmegaConf.create(config), run / launch.CONFIG_FILE)
+    OmegaConf.save(OmegaConf.create(config), run / CONFIG_FILE)
     return run, callback.files
 
 
@@ -173,7 +174,7 @@ def test_export_run_into_its_own_folder_replaces_no_export(toy, tmp_path):
 
 def test_export_run_without_checkpoint_or_configuration_is_named(toy, tmp_path):
     run, _ = run_folder(toy, tmp_path, "layer")
-    (run / launch.LAST).unlink()
+    (run / LAST).unlink()
     with pytest.raises(InputError, match=r"last\.ckpt: no such checkpoint.*Give --coefficients instead"):
         export_run(run, None, tmp_path / "a")
     with pytest.raises(InputError, match=r"not a run folder: it has no config\.yaml"):
@@ -183,8 +184,8 @@ def test_export_run_without_checkpoint_or_configuration_is_named(toy, tmp_path):
 
 def test_export_run_checkpoint_of_another_granularity_is_refused(toy, tmp_path):
     run, _ = run_folder(toy, tmp_path, "layer")
-    config = OmegaConf.load(run / launch.CONFIG_FILE)
+    config = OmegaConf.load(run / CONFIG_FILE)
     config.granularity = {"_target_": "adamerge.granularity.Task"}
-    OmegaConf.save(config, run / launch.CONFIG_FILE)
+    OmegaConf.save(config, run / CONFIG_FILE)
     with pytest.raises(InputError, match=r"last\.ckpt: expected coefficients of shape \(3, 1\), found \(3, \d+\)"):
         export_run(run, None, tmp_path / "a")

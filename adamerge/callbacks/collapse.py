@@ -42,6 +42,10 @@ class _Watch:
         p = self.marginal / self.marginal.sum()
         return float(torch.special.entr(p).sum()) / math.log(len(p))
 
+    def now(self) -> tuple[float, float]:
+        """Marginal entropy and disagreement."""
+        return self.entropy(), self.disagreement or 0.0
+
 
 class CollapseGuard(Callback):
     """Act where the predicted classes of a task's stream become few, or leave the expert's.
@@ -53,8 +57,8 @@ class CollapseGuard(Callback):
 
     Args:
         action: ``"warn"``: once per task. ``"lower"``: multiply the task's weight by ``factor``, and compare
-            with the present from then on. ``"stop"``: end the run; what has been learned is exported, and the
-            command ends with exit code 3.
+            with the present from then on. ``"stop"``: end the run, and go back to the coefficients of the last
+            step at which no task was half-way to collapse; they are exported, and the command ends with exit code 3.
         marginal: A task has collapsed when its marginal entropy is below this share of what it was.
         disagreement: Or when its disagreement has risen by this much, in [0, 1]; None to not ask the experts.
         window: Steps.
@@ -86,6 +90,7 @@ class CollapseGuard(Callback):
         self._factor = factor
         self._watched: dict[str, _Watch] = {}
         self._lowered: dict[str, float] = {}
+        self._good: tuple[int, Tensor] | None = None  # the last good step, and its coefficients
         self.reason: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -126,11 +131,13 @@ class CollapseGuard(Callback):
     ) -> None:
         """Log, and act on what has collapsed."""
         assert isinstance(pl_module, MergingMethod)
+        if self._action == "stop" and self._is_good():
+            self._good = (trainer.global_step, pl_module.model.coefficients.raw.detach().clone())
         for task, watch in self._watched.items():
             pl_module.log(f"guard/marginal/{task}", watch.entropy())
             if watch.disagreement is not None:
                 pl_module.log(f"guard/disagreement/{task}", watch.disagreement)
-            now = (watch.entropy(), watch.disagreement or 0.0)
+            now = watch.now()
             if watch.reference is None:
                 watch.reference = now if watch.steps >= self._window else None
             elif (problem := self._problem(watch.reference, now)) and not watch.was_told:
@@ -138,11 +145,16 @@ class CollapseGuard(Callback):
                 watch.was_told = self._action == "warn"
                 watch.reference = now
 
-    def _problem(self, before: tuple[float, float], now: tuple[float, float]) -> str | None:
-        """Say what is wrong with a task, from its marginal entropies and disagreements."""
-        if now[0] < self._marginal * before[0]:
+    def _is_good(self) -> bool:
+        """Whether no task is half-way to collapse."""
+        watched = [watch for watch in self._watched.values() if watch.reference is not None]
+        return not any(self._problem(watch.reference, watch.now(), share=0.5) for watch in watched if watch.reference)
+
+    def _problem(self, before: tuple[float, float], now: tuple[float, float], share: float = 1.0) -> str | None:
+        """Say what is wrong with a task, from its marginal entropies and disagreements, at a share of the limits."""
+        if now[0] < (1 - share * (1 - self._marginal)) * before[0]:
             return f"its predictions name ever fewer classes (marginal entropy {before[0]:.2f}, now {now[0]:.2f})"
-        if self._disagreement is not None and now[1] - before[1] > self._disagreement:
+        if self._disagreement is not None and now[1] - before[1] > share * self._disagreement:
             return f"it leaves its expert (disagreement {before[1]:.2f}, now {now[1]:.2f})"
         return None
 
@@ -155,16 +167,22 @@ class CollapseGuard(Callback):
             self._lowered[task] = self._lowered.get(task, 1.0) * self._factor
             log.warning("%s Its weight is now %g.", found, method.task_weights[task])
         elif self.reason is None:
-            self.reason = f"{found} The run was stopped there, and what it had learned exported."
+            step = trainer.global_step
+            if self._good is not None:
+                step, values = self._good
+                with torch.no_grad():
+                    method.model.coefficients.raw.copy_(values)
+            self.reason = f"{found} The run was stopped there, and what it had learned until step {step} saved."
             log.warning(self.reason)
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running means, for checkpoints."""
         watched = {task: dict(vars(watch)) for task, watch in self._watched.items()}
-        return {"watched": watched, "lowered": self._lowered}
+        return {"watched": watched, "lowered": self._lowered, "good": self._good}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stood."""
         self._watched = {task: _Watch(**watch) for task, watch in state_dict["watched"].items()}
         self._lowered = dict(state_dict["lowered"])
+        self._good = state_dict["good"]

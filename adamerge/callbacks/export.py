@@ -11,7 +11,7 @@ from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.export import export
 from adamerge.files import ensure_writable
-from adamerge.methods import FrankWolfeMerging
+from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 
 
@@ -65,8 +65,8 @@ class ExportMergedWeights(Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
             recipe |= {"protocol": data.protocol, "seed": data.seed}
-        if isinstance(pl_module, FrankWolfeMerging):
-            recipe["frank_wolfe"] = pl_module.export_facts()
+        if isinstance(pl_module, MergingMethod):
+            recipe |= pl_module.export_recipe()
         self.files = export(
             model.pool,
             model.coefficients,

@@ -46,6 +46,8 @@ class FrankWolfeMerging(MergingMethod):
         granularity: ``"group"``: each group of coefficients chooses its vertex; ``"task"``: one for the model.
         mode: ``"hard"`` or ``"soft"``.
         vertices: ``"experts"``, and optionally ``"base"`` and ``"start"`` (the initial coefficients).
+        vertex_scale: What an expert's vertex is: the base plus this many of its task vector. 1, as in the paper,
+            bounds the sum of a group's coefficients by 1; above, the hull reaches beyond the experts.
         tolerance: Stop when the gap falls to this; None for never.
         step_size: Factor of the step size, in (0, 1].
         scaling: A second one, as in the released code.
@@ -74,6 +76,7 @@ class FrankWolfeMerging(MergingMethod):
         *,
         mode: Literal["hard", "soft"] = "hard",
         vertices: Sequence[str] = ("experts",),
+        vertex_scale: float = 1.0,
         tolerance: float | None = None,
         step_size: float = 1.0,
         scaling: float = 1.0,
@@ -90,11 +93,11 @@ class FrankWolfeMerging(MergingMethod):
         for option, value in chosen.items():
             if value not in _OPTIONS[option]:
                 raise InputError(f"method.{option}: expected {' or '.join(_OPTIONS[option])}, found {value!r}.")
+        self._vertex_scale, self._is_cosine = vertex_scale, ranking == "cosine"
         self._check_hull(vertices)
         self._steps, self._step_rule, self._is_soft, self._tolerance = steps, step_rule, mode == "soft", tolerance
         self._factor = step_size * scaling
         self._top_k, self._inner_steps, self._inner_lr = top_k, inner_steps, inner_lr
-        self._is_cosine = ranking == "cosine"
         self._check_numbers()
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
@@ -146,6 +149,10 @@ class FrankWolfeMerging(MergingMethod):
             )  # fmt: skip
         return self._frank_wolfe
 
+    def export_recipe(self) -> dict[str, Any]:
+        """Return the facts under the method's key."""
+        return {"frank_wolfe": self.export_facts()}
+
     def export_facts(self) -> dict[str, Any]:
         """Return the support, for ``merge.json``: each expert that has weight, its mean weight and its groups."""
         values = self.model.coefficients().detach()
@@ -162,7 +169,8 @@ class FrankWolfeMerging(MergingMethod):
 
     def _vertices(self) -> Vertices:
         start = self.model.coefficients.initial if "start" in self._vertex_kinds else None
-        return Vertices(len(self.model.pool.expert_names), "base" in self._vertex_kinds, start, self._is_joint)
+        count, has_base = len(self.model.pool.expert_names), "base" in self._vertex_kinds
+        return Vertices(count, has_base, start, self._is_joint, self._vertex_scale)
 
     def _loss_at(self, values: Tensor) -> float:
         """The objective at coefficients (E, G) on the current batch, the same on all devices."""
@@ -208,6 +216,13 @@ class FrankWolfeMerging(MergingMethod):
                 f"method: Frank-Wolfe moves in the convex hull of the experts, so constraint must be simplex or none, "
                 f"found {type(constraint).__name__.lower()}. Set constraint=simplex."
             )
+        if not self._vertex_scale > 0 or (isinstance(constraint, Simplex) and self._vertex_scale != 1):
+            raise InputError(
+                f"method.vertex_scale: expected a number > 0, found {self._vertex_scale}; it is 1 with "
+                "constraint=simplex, for another set constraint=none."
+            )
+        if self._vertex_scale != 1 and self._is_cosine:
+            raise InputError("method.vertex_scale: the released code's ranking (cosine) knows the experts only; use 1.")
         if isinstance(constraint, Simplex) and constraint.total == "equal" and "base" in vertices:
             raise InputError(
                 "method.vertices: with the base as a vertex coefficients sum to less than 1, but constraint.total is "

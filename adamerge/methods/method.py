@@ -1,7 +1,8 @@
 """What all methods share: one step of the objective on the merged model, its teachers, guards and reports."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,9 @@ from adamerge.errors import GuardError, InputError, did_you_mean, shorten
 from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
 from adamerge.objectives import Objective, check_objective
 from adamerge.streams import TaskBatch
+from adamerge.teacher_files import TeacherFiles, ask_expert
+
+log = logging.getLogger(__name__)
 
 
 class MergingMethod(LightningModule):
@@ -40,6 +44,7 @@ class MergingMethod(LightningModule):
         task_weights: Task to factor; callbacks may change it between steps.
         uses_teacher: Whether the experts are asked before the first step; callbacks may set it in ``setup``.
         observers: Called with each :class:`TaskStep` of a training step; they must not change it.
+        teacher_files: A folder that keeps the experts' outputs from run to run; None to ask them in each run.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class MergingMethod(LightningModule):
         self.task_weights = dict(task_weights or {})
         self.uses_teacher = bool(getattr(objective, "uses_teacher", False))
         self.observers: list[Callable[[TaskStep], None]] = []
+        self.teacher_files: TeacherFiles | None = None
         self._reduction = reduction
         self._micro_batch = micro_batch
 
@@ -138,6 +144,10 @@ class MergingMethod(LightningModule):
         share = 1 / len(tasks) if self._reduction == "mean" else 1.0
         return {task: share * self.task_weights.get(task, 1.0) for task in tasks}
 
+    def export_recipe(self) -> dict[str, Any]:
+        """Return what ``merge.json`` tells of the method's result, by a key of the method's own; JSON-ready."""
+        return {}
+
     def on_parameter_gradient(self, name: str, gradient: Tensor) -> None:
         """See the gradient (*S) of one merged parameter during a training step's backward pass."""
 
@@ -208,6 +218,8 @@ class MergingMethod(LightningModule):
         self.observers = observers
 
     def _teacher(self, task: str, inputs: Tensor, indices: Tensor) -> Outputs:
+        if self.teacher_files is not None and self.model.teacher_cache.get(task, indices) is None:
+            self._ask(task, [TaskBatch(inputs, indices)])  # held-out images
         return self.model.teacher(task, inputs, indices, self._hidden_layers)
 
     def _ask_teachers(self, data: UnlabeledTasks) -> None:
@@ -217,11 +229,14 @@ class MergingMethod(LightningModule):
         hide = not (console.is_terminal and self.trainer.is_global_zero and self.trainer.progress_bar_callback)
         for task in track(data.streams, "Asking the experts", console=console, transient=True, disable=hide):
             batches = [TaskBatch(*batch) for batch in data.teacher_loader(task, steps)]
-            inputs = ((task, batch.inputs.to(self.device)) for batch in batches)
             with self.trainer.precision_plugin.forward_context():
-                outputs = self.model.expert_outputs(self.model.teacher_of(task), inputs, self._hidden_layers)
-                for batch, output in zip(batches, outputs, strict=True):
-                    self.model.teacher_cache.put(task, batch.indices, output)
+                self._ask(task, batches)
+        if self.teacher_files is not None:
+            log.info("Teachers: %s", self.teacher_files.summary())
+
+    def _ask(self, task: str, batches: Sequence[TaskBatch]) -> None:
+        computed = {"precision": str(self.trainer.precision), "device": self.device.type}
+        ask_expert(self.model, task, batches, self._hidden_layers, self.teacher_files, computed)
 
     def _datamodule(self) -> UnlabeledTasks | None:
         data = getattr(self.trainer, "datamodule", None)

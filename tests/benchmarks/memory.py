@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-ROWS = ["ours stream", "ours ram", "ours bfloat16", "shared graph", "naive"]
+ROWS = ["ours stream", "ours ram", "ours bfloat16", "shared graph", "naive", "floor", "fusion-bench"]
 
 
 def arguments() -> argparse.Namespace:
@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--tasks", type=int, default=2, help="the same for every number of experts")
     parser.add_argument("--images", type=int, default=4, help="per task")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS[:-1], help="fusion-bench where it is installed")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the measurements here")
     parser.add_argument("--plot", type=Path, help="write a picture here (.png, .svg, .pdf)")
@@ -71,14 +71,16 @@ def child(options: argparse.Namespace) -> dict:
     row, experts, folder = options.child[0], int(options.child[1]), Path(options.child[2])
     encoder, size = MODELS[options.model]()
     before = rss_anon()
-    storage = "stream" if row == "ours stream" else "ram"
+    storage = "stream" if row in ("ours stream", "floor") else "ram"
     paths = {f"task{e}": folder / f"task{e}.safetensors" for e in range(experts)}
     with Peak() as peak:
         dtype = torch.bfloat16 if row == "ours bfloat16" else None
         pool = ExpertPool.from_files(folder / "base.safetensors", paths, storage=storage, dtype=dtype)
         work = Work.make(encoder, size, pool, options.images)
         work.inputs = dict(list(work.inputs.items())[: options.tasks])
-        step = {"naive": work.naive, "shared graph": work.shared}.get(row, work.ours)()
+        others = {"naive": work.naive, "shared graph": work.shared, "floor": work.floor}
+        others |= {"fusion-bench": work.fusion_bench}
+        step = others.get(row, work.ours)()
         seconds = []
         for _ in range(options.steps):
             start = time.perf_counter()

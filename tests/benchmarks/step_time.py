@@ -72,6 +72,25 @@ def show(results: list[dict]) -> None:
     Console(width=110).print(table)
 
 
+def show_fits(results: list[dict]) -> None:
+    """Fit a straight line to the step time over the number of experts: slope, and largest distance from it."""
+    experts = sorted({r["experts"] for r in results})
+    if len(experts) < 3:
+        return
+    table = Table("formulation", "images", "s per expert", "s at E=0", "R2", "largest residual", title="Linear in E?")
+    for row, images in dict.fromkeys((r["row"], r["images"]) for r in results):
+        points = {r["experts"]: median(r["seconds"]) for r in results if (r["row"], r["images"]) == (row, images)}
+        x = torch.tensor(list(points), dtype=torch.float64)
+        y = torch.tensor(list(points.values()), dtype=torch.float64)
+        design = torch.stack([x, torch.ones_like(x)], 1)
+        slope, constant = torch.linalg.lstsq(design, y.unsqueeze(1)).solution.squeeze(1).tolist()
+        residuals = y - (slope * x + constant)
+        r2 = 1 - residuals.square().sum() / (y - y.mean()).square().sum()
+        worst = (residuals.abs() / y).max()
+        table.add_row(row, str(images), f"{slope:.3f}", f"{constant:.3f}", f"{r2:.4f}", f"{worst:.1%}")
+    Console(width=110).print(table)
+
+
 def plot(results: list[dict], path: Path) -> None:
     """Draw median step time over the number of experts, or of images where there is one number of experts."""
     from matplotlib.figure import Figure
@@ -94,6 +113,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     results = measure(options)
+    show_fits(results)
     if options.json:
         content = {"machine": machine(), "options": vars(options), "results": results}
         options.json.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""A run's folder: what lies where, and whether a run may start, or go on, in it."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from adamerge.errors import InputError
+from adamerge.files import atomic_path
+from adamerge.stages import STAGE, START
+
+CONFIG_FILE = "config.yaml"
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+def save_config(config: DictConfig, path: Path) -> None:
+    """Write the resolved configuration, atomically."""
+    with atomic_path(path) as temporary:
+        OmegaConf.save(config, temporary, resolve=True)
+
+
+def load_config(folder: Path) -> DictConfig:
+    """Read a run's configuration; the folder may have moved since.
+
+    Relative paths in it start from the folder that the run was launched in, so this process moves there.
+
+    Args:
+        folder: The run's, absolute.
+
+    Raises:
+        InputError: If the folder is not a run's.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder}: not a run folder: it has no {CONFIG_FILE}. Name a folder that `adamerge adapt` made."
+        )
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    config.run_dir = str(folder)
+    if config.get("cwd") and Path(config.cwd).is_dir():
+        os.chdir(config.cwd)
+    for logger in (config.get("logger") or {}).values():
+        if "save_dir" in logger:
+            logger.save_dir = str(folder)
+    return config
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse to start in the folder of another run, whose files would mix with the new ones.
+
+    Raises:
+        InputError: If the folder holds a run.
+    """
+    found = [name for name in (CONFIG_FILE, "merged.safetensors", str(LAST)) if (folder / name).exists()]
+    if found:
+        raise InputError(
+            f"{folder} holds a run already ({found[0]}). Choose another run_dir, or go on with it: resume={folder}."
+        )
+
+
+def remove_unstarted(folder: Path) -> None:
+    """Remove the folder of a run that failed before its first step; a folder with anything else in it is left alone."""
+    own = {folder / "adapt.log", folder / CONFIG_FILE, folder / STAGE / CONFIG_FILE}
+    if any(path.is_file() for path in folder.rglob("*") if path not in own):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    parents = folder.absolute().parents
+    if len(parents) > 1 and parents[1].name == "runs":  # runs/<name>/<time>: its parents go too, where empty
+        for path in parents[:2]:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def differences(config: DictConfig, stored: DictConfig) -> list[str]:
+    """Return the dotted options in which two configurations of one run differ, leaving out where it runs."""
+    first, second = (_flat(plain(c)) for c in (config, stored))
+    ignored = ("run_dir", "resume", "cwd", "logger.")
+    keys = [key for key in {**first, **second} if not key.startswith(ignored)]
+    return sorted(key for key in keys if first.get(key) != second.get(key))
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def is_started(folder: Path) -> bool:
+    """Whether a run has saved something in its folder that it can go on from."""
+    return any((folder / name).is_file() for name in (LAST, STAGE / LAST, START))
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration as plain containers."""
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}

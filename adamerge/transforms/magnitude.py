@@ -1,0 +1,87 @@
+"""Keep large entries of each task vector, zero small ones."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert
+from adamerge.transforms.selection import kth_smallest
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Keep the largest entries of each expert's task vector, parameter by parameter, and zero the others.
+
+    Exactly ``int(density * n)`` of n entries stay, at least one; of equal magnitudes the first ones stay. No tensor
+    is skipped; a tensor of one value keeps it. Cost: one sort per parameter.
+
+    Args:
+        density: Share of the entries that stays, in (0, 1].
+
+    Reference:
+        Yadav et al., TIES-Merging, arXiv:2306.01708, the trim step, with the threshold taken per parameter
+        (the paper's is over the whole model: :class:`~adamerge.transforms.ties.Ties`).
+    """
+
+    density: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density, one=True)
+
+    def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
+        """Return the trimmed task vectors."""
+        flat = task_vectors.reshape(len(task_vectors), -1)
+        keep = max(1, int(self.density * flat.shape[1]))
+        order = flat.abs().argsort(dim=1, descending=True, stable=True)[:, :keep]
+        mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True)
+        return flat.masked_fill(~mask, 0).view_as(task_vectors)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    r"""Magnitude pruning: drop the smallest entries of each task vector, and rescale the rest where asked.
+
+    :math:`\tau'_{e} = \tau_e [|\tau_e| > m_e] / (1 - p)`, m_e the ``int(p n)``-th smallest of n magnitudes (equal ones
+    are dropped too), n counted per parameter or over the whole model. No tensor is skipped, but a parameter with
+    fewer than 1 / p entries loses none under ``scope="tensor"``. Cost: one selection per parameter, or three passes.
+
+    Args:
+        drop: p, the share of the entries that is dropped, in [0, 1).
+        scope: Threshold per ``tensor``, or one per expert over the ``model``.
+        rescale: Whether to divide by 1 - p, as DARE does.
+
+    Reference:
+        The magnitude baseline of Yu et al., DARE, arXiv:2311.03099; released code (MergeLM), per tensor.
+    """
+
+    drop: float = 0.8
+    scope: Literal["tensor", "model"] = "tensor"
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        check_share("drop", self.drop, zero=True)
+        check_choice("scope", self.scope, ("tensor", "model"))
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether thresholds are known beforehand."""
+        return self.scope == "model"
+
+    def prepare(self, source: Source) -> Rule:
+        """Return the rule, after finding the thresholds where they are the model's."""
+        rank = int(self.drop * entries(source)) if self.scope == "model" else 0
+        found = kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), rank) if rank else None
+
+        def rule(name: str, task_vectors: Tensor) -> Tensor:
+            magnitudes = task_vectors.abs()
+            flat = magnitudes.reshape(len(magnitudes), -1)
+            threshold = found
+            if self.scope == "tensor" and (k := int(self.drop * flat.shape[1])):
+                threshold = flat.kthvalue(k, dim=1).values
+            if threshold is not None:
+                task_vectors = task_vectors.masked_fill(magnitudes <= per_expert(threshold, magnitudes), 0)
+            return task_vectors / (1 - self.drop) if self.rescale else task_vectors
+
+        return rule

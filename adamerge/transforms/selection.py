@@ -1,0 +1,62 @@
+"""Exact order statistics of whole task vectors, by streaming.
+
+Legend: E experts, d values of each, k of them in a tile.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+_DIGIT = 11  # bits of a float's pattern that one pass decides
+
+
+def kth_smallest(tiles: Callable[[], Iterable[Tensor]], rank: int) -> Tensor:
+    """Return the ``rank``-th smallest of each expert's d values, exactly: a radix selection over float bit patterns.
+
+    Memory: a histogram of 2,048 counts per expert, and a tile, whatever d is. Three passes for float32, six for
+    float64; work O(E d) in each.
+
+    Args:
+        tiles: Called once for each pass; gives all values as tiles (E, k), float32 or float64, without NaN.
+        rank: From 1 (the minimum) to d.
+
+    Returns:
+        Shape (E,), dtype and device of the tiles.
+
+    >>> kth_smallest(lambda: [torch.tensor([[3.0, -1.0]]), torch.tensor([[2.0]])], rank=2)
+    tensor([2.])
+    """
+    first = next(iter(tiles()))
+    kind = torch.int64 if first.dtype == torch.float64 else torch.int32
+    bits = above = torch.iinfo(kind).bits
+    prefix = torch.zeros(len(first), dtype=torch.int64)
+    remaining = torch.full((len(first),), rank, dtype=torch.int64)
+    while above:
+        shift = max(above - _DIGIT, 0)
+        counts = torch.zeros(len(first), 1 << (above - shift), dtype=torch.int64)
+        for tile in tiles():
+            for row, values in enumerate(tile):
+                keys = _ordered(values, kind)
+                if above < bits:
+                    keys = keys[(keys >> above) & ((1 << (bits - above)) - 1) == prefix[row]]
+                digits = (keys >> shift) & (counts.shape[1] - 1)
+                counts[row] += torch.bincount(digits, minlength=counts.shape[1]).cpu()
+        reached = counts.cumsum(1)
+        digit = (reached < remaining.unsqueeze(1)).sum(1, keepdim=True)
+        remaining -= (reached - counts).gather(1, digit).squeeze(1)
+        prefix = (prefix << (above - shift)) | digit.squeeze(1)
+        above = shift
+    keys = (prefix + torch.iinfo(kind).min).to(kind)  # undo the flip of the sign bit; int64 wraps around
+    return _magnitudes_reversed(keys).view(first.dtype).to(first.device)
+
+
+def _ordered(values: Tensor, kind: torch.dtype) -> Tensor:
+    """Return integers whose unsigned order is the order of the values (-0.0 comes before 0.0)."""
+    return _magnitudes_reversed(values.contiguous().view(kind)) ^ torch.iinfo(kind).min
+
+
+def _magnitudes_reversed(patterns: Tensor) -> Tensor:
+    """Flip the magnitude bits of negative patterns, so that they order as signed integers; its own inverse."""
+    info = torch.iinfo(patterns.dtype)
+    return patterns ^ ((patterns >> (info.bits - 1)) & info.max)

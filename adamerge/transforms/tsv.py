@@ -1,0 +1,69 @@
+"""TSV: the leading singular vectors of each expert's matrices, decorrelated across experts.
+
+Legend: E experts, (m, n) the shape of a matrix, r = min(m, n), q singular triplets per expert.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adamerge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Tsv:
+    r"""Compress every matrix to its share of the rank, and whiten the experts' singular vectors against each other.
+
+    With the top q = int(r / E) triplets of each expert, U = [U_1 .. U_E] and polar(A) = P Q^T for A = P S Q^T:
+    :math:`\tau'_e = \mathrm{polar}(U)_e\, S_e\, \mathrm{polar}(V)_e^T`. With coefficient 1 for all, their sum is
+    TSV-Merge. Tensors that are not matrices, matrices with r < E, and those named in ``average`` become tau_e / E:
+    there the method averages, so coefficient 1 gives it too. An expert of lower rank (LoRA) gets as many triplets as
+    it has.
+    Cost: E + 2 SVDs per matrix, by far the slowest transform here.
+
+    Args:
+        average: Globs of parameter names that are averaged though they are matrices, such as embeddings; the authors
+            leave out ``*text_projection*``.
+
+    Reference:
+        Gargiulo et al., Task Singular Vectors, arXiv:2412.00081.
+    """
+
+    average: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.average, str) or not all(isinstance(glob, str) for glob in self.average):
+            raise InputError(f"transform.average: expected a list of globs, found {self.average!r}.")
+
+    def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
+        """Return the decorrelated task vectors."""
+        experts = len(task_vectors)
+        is_matrix = task_vectors.ndim == 3 and min(task_vectors.shape[1:]) >= experts
+        if not is_matrix or any(fnmatch.fnmatchcase(name, glob) for glob in self.average):
+            return task_vectors / experts
+        share = min(task_vectors.shape[1:]) // experts
+        left, values, right = zip(*(_leading(matrix, share) for matrix in task_vectors), strict=True)
+        counts = [len(sizes) for sizes in values]
+        if not sum(counts):
+            return task_vectors
+        lefts = _polar(torch.cat(left, 1)).split(counts, 1)
+        rights = _polar(torch.cat(right, 1)).split(counts, 1)
+        return torch.stack([u * s @ v.T for u, s, v in zip(lefts, values, rights, strict=True)])
+
+
+def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the top singular triplets as (m, q), (q,), (n, q); fewer where the numerical rank is lower."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    noise = s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps
+    count = min(count, int((s > noise).sum()))
+    return u[:, :count], s[:count], vh[:count].T
+
+
+def _polar(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix with orthonormal columns."""
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    nearest: Tensor = u @ vh
+    return nearest
