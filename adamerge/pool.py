@@ -441,8 +441,8 @@ class ExpertPool:
         return self.packed.dtype
 
     def _log_storage(self) -> None:
-        held = self.nbytes / 1e6
-        log.info("Task vectors of %d experts: %s, %.0f MB of memory.", len(self.expert_names), self.storage, held)
+        held, level = self.nbytes / 1e6, logging.INFO if self.storage == "stream" else logging.DEBUG
+        log.log(level, "Task vectors of %d experts: %s, %.0f MB.", len(self.expert_names), self.storage, held)
 
     def _check_content(self, allows_duplicates: bool) -> None:
         """Refuse experts that are the base, or (a coefficient would count twice) each other."""
