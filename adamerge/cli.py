@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,15 @@ def export(
     adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --output DIR
     """  # noqa: D301
     from adamerge import replay
+    from adamerge.pool_files import named_files
 
     if run_dir is not None:
         files = replay.export_run(run_dir, coefficients, output or run_dir)
     elif base is None or coefficients is None or output is None or not experts:
         raise InputError("export: give RUN_DIR, or all of --base, --expert, --coefficients and --output.")
     else:
-        files = replay.export_files(base, _named_files(experts), coefficients, output, prefix)
+        paths = {name: entry.file for name, entry in named_files(experts).items()}
+        files = replay.export_files(base, paths, coefficients, output, prefix)
     for path in files.values():
         out.print(str(path), highlight=False)
 
@@ -192,10 +195,59 @@ def merge(output: Path, **options: Any) -> None:
         out.print(str(path), highlight=False)
 
 
+class _Lists(click.Command):
+    """Options that take all words up to the next option; what follows ``--`` are overrides."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        words: list[str] = []
+        option = None
+        for word in args[:at]:
+            if word.startswith("--"):
+                option = word if word in ("--rows", "--seeds") else None
+            elif option and words[-1] != option:
+                words.append(option)
+            words.append(word)
+        return super().parse_args(ctx, [*words, *args[at:]])
+
+
+@app.command(cls=_Lists, options_metavar="[OPTIONS] [-- OVERRIDES...]")
+@click.option("--rows", multiple=True, metavar="ROW...", help="What to compare, see below.")
+@click.option("--preset", help="Rows from a file, or a shipped one: demo (every merge, every transform, and more).")
+@click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, metavar="SEED...")
+@click.option("--out", "folder", type=click.Path(path_type=Path), required=True, help="Folder; go on in it.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def compare(rows: tuple[str, ...], preset: str | None, seeds: tuple[int, ...], folder: Path, overrides: Any) -> None:
+    """Make many merges of one pool, score them side by side, and write tables; run it again to go on.
+
+    \b
+    adamerge compare --rows weight_average ties tsvm experiment=recommended --seeds 0 1 2 --out runs/compare
+    adamerge compare --rows "ties density=0.1" "task_arithmetic transform=pcb" --out runs/compare
+    adamerge compare --rows "transform=ties experiment=adamerging_layer" --out runs/compare
+    adamerge compare --rows "experiment=imitation_row start=wudi" --out runs/compare
+    adamerge compare --preset demo --out runs/compare -- data=mine backbone=open_clip backbone.model=ViT-B-32
+
+    A row is pretrained, experts, a rule of `adamerge merge` with its options, or what `adamerge adapt` takes;
+    start=RULE adapts from that rule's merge. OVERRIDES name pool, data and backbone as for `adamerge adapt`; the
+    default is the demo zoo.
+    """  # noqa: D301
+    from adamerge import comparison
+
+    plan = comparison.plan_of(rows, preset, overrides, seeds, folder)
+    failed = comparison.run(plan, out, _quiet)
+    _report([f"{row}: {message}" for row, message in failed.items()])
+    click.echo(str(folder))
+
+
+def _quiet() -> None:
+    """Set a row's process up."""
+    _configure_logging(False)
+
+
 @app.command()
 @click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
 @click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
-@click.option("--pool", help="Instead: a pool of the configuration, such as zoo, or a pool's yaml file.")
+@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
 @click.option("--prefix", default=None, help="Key prefix of the encoder, such as visual. (the zoo's default).")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out, such as a head's; repeat.")
@@ -211,19 +263,18 @@ def inspect(
 ) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
     from adamerge import inspection
-    from adamerge.composition import register_resolvers
+    from adamerge.composition import named_pool
+    from adamerge.pool_files import PoolFile, PoolFiles, named_files
 
-    register_resolvers()
     if pool is not None:
-        files = inspection.read_pool(pool)
-        prefix = "visual." if prefix is None and pool == "zoo" else prefix
+        files = named_pool(pool)
     elif base is None or not experts:
         raise InputError("inspect: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME.")
     else:
-        files = inspection.PoolFiles(base, _named_files(experts))
-    files = files.narrowed(include, exclude)
-    _report(inspection.header_problems(files, prefix or ""))
-    opened = inspection.open_pool(files, prefix or "")
+        files = PoolFiles(PoolFile(base), named_files(experts))
+    files = (files if prefix is None else replace(files, key_prefix=prefix)).narrowed(include, exclude)
+    _report(inspection.header_problems(files))
+    opened = inspection.open_pool(files)
     if as_json:
         click.echo(json.dumps(inspection.as_json(opened), indent=2))
     else:
@@ -308,10 +359,11 @@ def _job(config: Any) -> None:
     from hydra.types import RunMode
 
     from adamerge import preflight, run_folder
-    from adamerge.composition import register_resolvers
+    from adamerge.composition import expanded, register_resolvers
 
     register_resolvers()
     folder = Path(HydraConfig.get().runtime.output_dir)
+    config = expanded(config)
     config.run_dir = str(folder)
     config.cwd = str(Path.cwd())
     if config.resume == "auto" and run_folder.is_started(folder):
@@ -389,18 +441,6 @@ def _report(problems: Sequence[str]) -> None:
         err.print(f"[red]error:[/] {_escape(problem)}")
     if problems:
         sys.exit(EXIT_INPUT)
-
-
-def _named_files(pairs: Sequence[str]) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not separator or not name or not path:
-            raise InputError(f"--expert {pair}: expected NAME=FILE.")
-        if name in files:
-            raise InputError(f"--expert {pair}: the name {name!r} is given twice.")
-        files[name] = Path(path)
-    return files
 
 
 def _list_files(folder: Path) -> None:

@@ -1,16 +1,21 @@
 """Hydra for the command line: composing the configuration of ``adapt``, and errors a person understands."""
 
+import contextlib
+import importlib.resources
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.errors import InputError, did_you_mean
+from adamerge.pool_files import PoolFiles, load_pool_file, pool_files
 from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
 from adamerge.zoo import files
 
@@ -18,6 +23,11 @@ _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
     *("--package", "-p", "--cfg", "-c"),
 )
+
+
+_SHIPPED_PREFIX = {"zoo": "visual."}
+_NODE = ("file", "base", "experts")  # of a pool: what a pool file decides
+_NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
 
 
 def register_resolvers() -> None:
@@ -38,21 +48,145 @@ def compose(arguments: Sequence[str]) -> DictConfig:
         overrides.append(f"hydra.searchpath=['file://{folder.absolute()}']")
     try:
         with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
-            return hydra.compose(CONFIG_NAME, overrides=overrides)
+            return expanded(hydra.compose(CONFIG_NAME, overrides=overrides))
     except Exception as error:
         raise _explained(error, arguments) from error
+
+
+def expanded(config: DictConfig) -> DictConfig:
+    """Put a pool file's content into the configuration, where ``pool.file`` names one.
+
+    Options that the configuration sets stand in for the file's. A task of the data gets the expert that names it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is no pool file, or the configuration names a base or experts besides.
+    """
+    node = config.get("pool")
+    if not isinstance(node, DictConfig) or node.get("file") is None:
+        return config
+    own = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(own, dict)
+    given = [key for key in ("base", "experts") if own.get(key) not in (None, "???")]
+    if given:
+        raise InputError(f"pool.{given[0]}: pool.file={node.file} says it already; leave one of the two out.")
+    files = load_pool_file(Path(str(node.file)).absolute())
+    usual = {"storage": "auto", "duplicates": "refuse"}
+    chosen = {key: value for key, value in own.items() if key not in _NODE and value not in (None, usual.get(str(key)))}
+    config.pool = {**own, **files.node(), **chosen}
+    del config.pool["file"]
+    name_experts(config, files)
+    return config
+
+
+def name_experts(config: DictConfig, files: PoolFiles) -> None:
+    """Tell the data's tasks which expert is theirs, where a pool file says so."""
+    tasks = config.data.get("tasks") if isinstance(config.get("data"), DictConfig) else None
+    for name, entry in files.experts.items():
+        if entry.task and isinstance(tasks, DictConfig) and entry.task in tasks and "_target_" not in tasks:
+            OmegaConf.update(tasks, f"{entry.task}.expert", name, force_add=True)
+
+
+def named_pool(pool: str) -> PoolFiles:
+    """Return a shipped pool by name, or read a pool file.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    register_resolvers()
+    if pool in _SHIPPED_PREFIX:
+        text = (importlib.resources.files(CONFIG_MODULE) / "pool" / f"{pool}.yaml").read_text(encoding="utf-8")
+        content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        return pool_files({**content, "key_prefix": _SHIPPED_PREFIX[pool]}, f"--pool {pool}", Path())
+    if not Path(pool).is_file():
+        raise InputError(
+            f"--pool {pool}: no such pool file, and no shipped pool of that name; shipped: "
+            f"{', '.join(_SHIPPED_PREFIX)}.{did_you_mean(pool, _SHIPPED_PREFIX)}"
+        )
+    return load_pool_file(Path(pool))
+
+
+def rule_names(group: str) -> list[str]:
+    """Return the names of what ships in a group, such as ``merge`` or ``transform``."""
+    folder = importlib.resources.files(CONFIG_MODULE) / group
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset_file(group: str, preset: str) -> Path:
+    """Return the file of a shipped preset of a group such as ``compare``, or the file that is named itself.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    known = rule_names(group)
+    if preset in known:
+        return Path(str(importlib.resources.files(CONFIG_MODULE) / group / f"{preset}.yaml"))
+    if not Path(preset).is_file():
+        raise InputError(
+            f"--preset {preset}: no such file, and no shipped preset of that name; shipped: {', '.join(known)}."
+            f"{did_you_mean(preset, known)}"
+        )
+    return Path(preset)
+
+
+def rule_node(group: str, rule: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Return a rule's node: a shipped one by name, or any class by import path, with options set.
+
+    Args:
+        group: ``merge`` or ``transform``.
+        rule: Such as ``tsvm``, or ``my_package.MyRule``.
+        settings: ``option=value``; values are yaml.
+
+    Raises:
+        InputError: If there is no such rule, or a setting cannot be read.
+    """
+    known = rule_names(group)
+    if rule in known:
+        file = importlib.resources.files(CONFIG_MODULE) / group / f"{rule}.yaml"
+        node = OmegaConf.create(file.read_text(encoding="utf-8"))
+    elif "." in rule:
+        node = OmegaConf.create({"_target_": rule})
+    else:
+        raise InputError(
+            f"--rule: expected one of {', '.join(known)}, or an import path such as my_package.MyRule, found {rule!r}."
+            f"{did_you_mean(rule, known)}"
+        )
+    for setting in settings:
+        option, separator, value = setting.partition("=")
+        if not separator or not option:
+            raise InputError(f"--set {setting}: expected OPTION=VALUE.")
+        try:
+            OmegaConf.update(node, option, OmegaConf.create(f"value: {value}").value)
+        except Exception as error:  # whatever a yaml parser finds wrong
+            raise InputError(f"--set {setting}: the value is no yaml: {str(error).splitlines()[0]}.") from error
+    missing = [str(key) for key in node if OmegaConf.is_missing(node, key)]
+    if missing:
+        raise InputError(f"--rule {rule}: {missing[0]} must be given: --set {missing[0]}=VALUE.")
+    content = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> None:
     """Hand over to Hydra: it composes again, makes the run folder (or the sweep's), and calls the job."""
     sys.argv = ["adamerge adapt", *_flags_first(arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
+    main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
     try:
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)()
+        _help(main) if {"--help", "-h"} & set(arguments) else main()
     except Exception as error:
         if type(error).__module__.startswith(("hydra", "omegaconf")):
             raise _explained(error, arguments) from error
         raise
+
+
+def _help(main: Callable[[], None]) -> None:
+    """Let Hydra print its help, without the groups that ``adapt`` does not take."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main()
+    for line in printed.getvalue().splitlines():
+        if not line.startswith(tuple(f"{group}: " for group in _NOT_OF_ADAPT)):
+            print(line)
 
 
 def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.granularity import Block, GroupIndex
+from adamerge.stock import stock_ratio
 from adamerge.transforms.depth import relative_depths
 from adamerge.transforms.protocol import Source
 
@@ -60,19 +61,7 @@ class ModelStock:
         for name, tile in pool.tiles():
             values = tile.double()
             grams[name] += (values @ values.T).cpu()
-        return {name: _stock(gram) / experts for name, gram in grams.items()}
-
-
-def _stock(gram: Tensor) -> float:
-    """Return t of a tensor from its experts' Gram matrix; an expert that did not change it agrees with none."""
-    experts = len(gram)
-    if experts == 1:
-        return 1.0
-    norms = gram.diagonal().sqrt()
-    cosines = torch.where(torch.outer(norms, norms) > 0, gram / torch.outer(norms, norms), 0.0)
-    pairs = cosines.sum() - cosines.diagonal().sum()
-    mean = min(max(pairs.item() / (experts * (experts - 1)), 0.0), 1.0)
-    return experts * mean / (1 + (experts - 1) * mean)
+        return {name: stock_ratio(gram[None]).item() / experts for name, gram in grams.items()}
 
 
 STARTS: dict[str, Start] = {"lines": Lines(), "model_stock": ModelStock()}

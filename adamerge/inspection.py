@@ -1,91 +1,27 @@
 """What is in a pool, for people: sizes, norms and cosines of the task vectors, and what is wrong."""
 
-import importlib.resources
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from adamerge.errors import InputError, did_you_mean
 from adamerge.pool import ExpertPool, PoolReport
-from adamerge.preflight import CONFIG_MODULE, pool_files, strings
+from adamerge.pool_files import PoolFiles
 from adamerge.run_checks import read_headers
 
 _ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning
 
 
-@dataclass(frozen=True)
-class PoolFiles:
-    """What to inspect.
-
-    Attributes:
-        base: The base's file.
-        experts: Expert name to file.
-        include: Globs of parameter names to merge; None for all.
-        exclude: Globs of parameter names to leave at the base's values.
-    """
-
-    base: Path
-    experts: Mapping[str, Path]
-    include: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] = ()
-
-    def narrowed(self, include: Sequence[str], exclude: Sequence[str]) -> "PoolFiles":
-        """Return the same files with further globs."""
-        every = (*(self.include or ()), *include)
-        return replace(self, include=every or self.include, exclude=(*self.exclude, *exclude))
-
-
-def read_pool(pool: str) -> PoolFiles:
-    """Read a pool's yaml: a name among the shipped ones, or a file.
-
-    Raises:
-        InputError: If there is no such pool, it is no yaml, or it names no files.
-    """
-    folder = importlib.resources.files(CONFIG_MODULE) / "pool"
-    known = [Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")]
-    if pool not in known and not Path(pool).is_file():
-        raise InputError(f"--pool {pool}: no such file, and no pool of that name.{did_you_mean(pool, known)}")
-    path = folder / f"{pool}.yaml" if pool in known else Path(pool)
-    try:
-        config = OmegaConf.create(path.read_text(encoding="utf-8"))
-        OmegaConf.resolve(config)
-    except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"--pool {pool}: expected a yaml file with base: FILE and experts: {{name: FILE}}, found: {reason}."
-        ) from error
-    base, experts = pool_files(config, f"--pool {pool}")
-    assert isinstance(config, DictConfig)  # or pool_files had refused it
-    try:
-        include, exclude = (strings(config.get(key)) for key in ("include", "exclude"))
-    except InputError as error:
-        raise InputError(f"--pool {pool}: {error}") from error
-    files = {name: Path(file) for name, file in experts.items()}
-    return PoolFiles(Path(base), files, None if include is None else tuple(include), tuple(exclude or ()))
-
-
-def header_problems(files: PoolFiles, prefix: str) -> tuple[str, ...]:
+def header_problems(files: PoolFiles) -> tuple[str, ...]:
     """Return all that the headers of the files say is wrong."""
-    return read_headers(files.base, files.experts, prefix, files.include, files.exclude).problems
+    experts = {name: entry.file for name, entry in files.experts.items()}
+    return read_headers(files.base.file, experts, files.key_prefix or "", files.include, files.exclude or ()).problems
 
 
-def open_pool(files: PoolFiles, prefix: str) -> ExpertPool:
+def open_pool(files: PoolFiles) -> ExpertPool:
     """Open and check a pool, experts staying in their mapped files."""
-    return ExpertPool.from_files(
-        files.base,
-        files.experts,
-        key_map=prefix or None,
-        storage="stream",
-        include=files.include,
-        exclude=files.exclude or None,
-        duplicates="allow",  # shown as a finding
-    )
+    return files.open(storage="stream", dtype=None, duplicates="allow")  # duplicates are shown as a finding
 
 
 def as_json(pool: ExpertPool) -> dict[str, Any]:

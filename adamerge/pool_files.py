@@ -5,12 +5,13 @@
     experts:
       cars: cars.safetensors
       dtd: {file: dtd.safetensors, task: textures, licence: MIT, sha256: 1f0c...}
+    task_vectors: task_vectors.safetensors
 
 Paths start from the folder of the file.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from omegaconf import OmegaConf
 
 from adamerge.errors import InputError, did_you_mean
 from adamerge.files import sha256
+from adamerge.pool import ExpertPool
+from adamerge.task_vectors import dtype_of
 
-_KEYS = ("base", "experts", "key_prefix", "storage", "dtype", "include", "exclude")
+_KEYS = (
+    *("base", "experts", "key_prefix", "storage", "dtype", "include", "exclude"),
+    *("task_vectors", "duplicates"),
+)
 _FILE_KEYS = ("file", "task", "licence", "sha256")
 
 
@@ -51,6 +57,58 @@ class PoolFiles:
     dtype: str | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
+    task_vectors: PoolFile | None = None
+    duplicates: str = "refuse"
+
+    def narrowed(self, include: Sequence[str], exclude: Sequence[str]) -> "PoolFiles":
+        """Return the same files with further globs."""
+        both = (*(self.include or ()), *include), (*(self.exclude or ()), *exclude)
+        return replace(self, include=both[0] or self.include, exclude=both[1] or self.exclude)
+
+    def pinned(self, hashes: Mapping[str, str]) -> "PoolFiles":
+        """Return the same files, to be verified by the SHA-256 of the base (key ``base``) and the experts."""
+        experts = {name: replace(entry, sha256=hashes.get(name)) for name, entry in self.experts.items()}
+        return replace(self, base=replace(self.base, sha256=hashes.get("base")), experts=experts)
+
+    def open(self, **options: Any) -> ExpertPool:
+        """Open the pool; ``options`` are those of ``ExpertPool.from_files`` that stand in for the file's."""
+        own = {
+            "storage": self.storage,
+            "dtype": dtype_of(self.dtype),
+            "include": self.include,
+            "exclude": self.exclude,
+            "key_map": self.key_prefix or None,
+            "task_vectors": self.task_vectors and self.task_vectors.file,
+            "duplicates": self.duplicates,
+        }
+        experts = {name: entry.file for name, entry in self.experts.items()}
+        return ExpertPool.from_files(self.base.file, experts, **{**own, **options})
+
+    def node(self) -> dict[str, Any]:
+        """Return the files and options as the group ``pool`` of the configuration has them."""
+        return {
+            "base": str(self.base.file),
+            "experts": {name: str(entry.file) for name, entry in self.experts.items()},
+            "storage": self.storage,
+            "dtype": self.dtype,
+            "include": None if self.include is None else list(self.include),
+            "exclude": None if self.exclude is None else list(self.exclude),
+            "task_vectors": self.task_vectors and str(self.task_vectors.file),
+            "duplicates": self.duplicates,
+        }
+
+    def described(self) -> dict[str, Any]:
+        """Return a pool file's content, with absolute paths; a packed file with its hash."""
+        packed = self.task_vectors
+        if packed is not None:
+            packed = replace(packed, sha256=sha256(packed.file))
+        return {
+            **self.node(),
+            "base": _described(self.base),
+            "experts": {name: _described(found) for name, found in self.experts.items()},
+            "key_prefix": self.key_prefix,
+            "task_vectors": packed and _described(packed),
+        }
 
     def verify(self) -> None:
         """Compare the files with the hashes that are given.
@@ -59,7 +117,8 @@ class PoolFiles:
             FileNotFoundError: If a file is not there.
             InputError: If one has another hash.
         """
-        for name, entry in {"base": self.base, **self.experts}.items():
+        packed = {} if self.task_vectors is None else {"task_vectors": self.task_vectors}
+        for name, entry in {"base": self.base, **self.experts, **packed}.items():
             if not entry.file.is_file():
                 siblings = [p.name for p in entry.file.parent.iterdir()] if entry.file.parent.is_dir() else []
                 raise FileNotFoundError(
@@ -106,9 +165,10 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
             raise InputError(f"{where}: {key}: must be given; such as {key}: {_EXAMPLES[key]}.")
     if not isinstance(content["experts"], Mapping):
         raise InputError(f"{where}: experts: expected {_EXAMPLES['experts']}, found {content['experts']!r}.")
-    for key in ("key_prefix", "storage", "dtype"):
+    for key in ("key_prefix", "storage", "dtype", "duplicates"):
         if not isinstance(content.get(key) or "", str):
             raise InputError(f"{where}: {key}: expected a text, found {content[key]!r}.")
+    packed = content.get("task_vectors")
     return PoolFiles(
         base=_entry(content["base"], f"{where}: base", folder),
         experts={str(n): _entry(e, f"{where}: experts.{n}", folder) for n, e in content["experts"].items()},
@@ -117,7 +177,28 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
         dtype=content.get("dtype"),
         include=_globs(content.get("include"), f"{where}: include"),
         exclude=_globs(content.get("exclude"), f"{where}: exclude"),
+        task_vectors=_entry(packed, f"{where}: task_vectors", folder)
+        if (packed := content.get("task_vectors"))
+        else None,
+        duplicates=content.get("duplicates") or "refuse",
     )
+
+
+def named_files(pairs: Sequence[str]) -> dict[str, PoolFile]:
+    """Read ``--expert NAME=FILE`` options.
+
+    Raises:
+        InputError: If one is something else, or a name is given twice.
+    """
+    files: dict[str, PoolFile] = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not separator or not name or not path:
+            raise InputError(f"--expert {pair}: expected NAME=FILE.")
+        if name in files:
+            raise InputError(f"--expert {pair}: the name {name!r} is given twice.")
+        files[name] = PoolFile(Path(path))
+    return files
 
 
 _EXAMPLES = {"base": "FILE", "experts": "{name: FILE, ...}"}
@@ -135,6 +216,11 @@ def _entry(found: Any, where: str, folder: Path) -> PoolFile:
         if value is not None and not isinstance(value, str):
             raise InputError(f"{where}.{key}: expected a text, found {value!r}; put it in quotes.")
     return PoolFile(folder / found["file"], found.get("task"), found.get("licence"), found.get("sha256"))
+
+
+def _described(found: PoolFile) -> dict[str, str]:
+    facts = {"file": str(found.file.absolute()), "task": found.task, "licence": found.licence, "sha256": found.sha256}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _check_keys(content: Any, known: Sequence[str], where: str) -> None:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
-_POOL_KEYS = ("base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates")
+_POOL_KEYS = ("file", "base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates")
 
 
 class _Problems(list[str]):

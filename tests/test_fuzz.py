@@ -23,8 +23,8 @@ from toy import make_toy
 
 from adamerge import Coefficients, InputError, load_state_dict
 from adamerge.coefficients import load_coefficients, save_coefficients
-from adamerge.inspection import read_pool
 from adamerge.pickles import find_tensors, open_pickled
+from adamerge.pool_files import load_pool_file
 
 TRIED: Counter[str] = Counter()
 SECONDS, KILOBYTES = 10, 500_000  # what one file may take; what the process may grow by
@@ -268,13 +268,13 @@ YAML = [
 
 
 @profiles(60, 2000)
-def test_read_pool_damaged_file_is_read_or_refused(tmp_path, cases):
+def test_load_pool_file_damaged_file_is_read_or_refused(tmp_path, cases):
     path = tmp_path / "pool.yaml"
     pieces = st.sampled_from(YAML + [line + b"\n" for line in POOL_FILE.splitlines()])
     invented = st.lists(pieces | st.binary(max_size=3), max_size=12).map(b"".join)
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        attempt(lambda p: read_pool(str(p)), path)
+        attempt(load_pool_file, path)
 
     run(cases, edits(POOL_FILE) | invented, check)

@@ -15,7 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors"],
-    ["pickles", "low_rank", "selection", "views"],
+    ["pickles", "low_rank", "selection", "stock", "views"],
     ["files", "stacks"],
     ["checkpoints"],
     ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets"],
@@ -35,18 +35,19 @@ ORDER = [
     ["callbacks"],
     ["zoo", "figures", "report"],
     ["run_checks", "stages"],
-    ["run_folder"],
+    ["run_folder", "pool_files"],
     ["preflight"],
-    ["scoring"],
-    ["launch", "inspection", "composition", "pool_files"],
-    ["replay", "demo", "merging_command"],
+    ["scoring", "composition"],
+    ["launch", "inspection"],
+    ["replay", "demo", "merging_command", "transform_command", "compare_row", "comparison_table"],
+    ["comparison"],
     ["cli"],
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
     *("stages", "run_folder", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
-    *("pool_files", "merging_command"),
+    *("pool_files", "merging_command", "transform_command", "compare_row", "comparison"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

@@ -1,13 +1,14 @@
 """`adamerge inspect`: which files it reads, and what it says where they do not fit."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adamerge import cli, inspection, zoo
-from adamerge.composition import register_resolvers
+from adamerge import cli, zoo
+from adamerge.composition import named_pool
 from adamerge.errors import InputError
 
 BASE = zoo.files() / "base.safetensors"
@@ -96,14 +97,14 @@ def test_inspect_exclude_leaves_out_what_does_not_fit(capsys, tmp_path):
     [
         ("base: [unclosed", ["yaml"]),
         ("\tbase: x", ["yaml"]),
-        ("base: x\nexperts: [a.safetensors]", ["experts", "mapping"]),
-        ("base: x\nexperts: a.safetensors", ["experts", "mapping"]),
-        ("base: x\nexperts: {}", ["experts", "at least one"]),
+        ("base: x\nexperts: [a.safetensors]", ["experts", "{name: FILE"]),
+        ("base: x\nexperts: a.safetensors", ["experts", "{name: FILE"]),
+        ("base: x\nexperts: {}", ["experts", "must be given"]),
         ("base: x\nexperts: {a: null}", ["experts.a", "None"]),
         ("base: null\nexperts: {a: b}", ["base"]),
         ("base: x\nexperts: {a: b}\nexclude: proj", ["exclude", "list of globs"]),
         ("base: ${nothing}\nexperts: {a: b}", ["nothing"]),
-        ("[base, experts]", ["base and experts"]),
+        ("[base, experts]", ["base, experts"]),
         ("just words", ["base"]),
         ("", ["base"]),
     ],
@@ -118,10 +119,15 @@ def test_inspect_wrong_pool_file_is_one_line_that_names_it(capsys, tmp_path, tex
         assert word in errors[0]
 
 
-def test_read_pool_shipped_name_or_nearest():
-    register_resolvers()
-    assert list(inspection.read_pool("zoo").experts) == list(zoo.TASKS)
+def test_named_pool_shipped_name_or_nearest():
+    assert list(named_pool("zoo").experts) == list(zoo.TASKS)
     with pytest.raises(InputError, match="Did you mean 'zoo'"):
-        inspection.read_pool("zooo")
-    with pytest.raises(InputError, match=r"--pool files\.base: must be given"):
-        inspection.read_pool("files")
+        named_pool("zooo")
+
+
+def test_inspect_paths_of_a_pool_file_start_from_its_folder(capsys, tmp_path, monkeypatch):
+    shutil.copy(BASE, tmp_path / "base.safetensors")
+    shutil.copy(MNIST, tmp_path / "mnist.safetensors")
+    (tmp_path / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: mnist.safetensors}\n")
+    monkeypatch.chdir("/")
+    assert call(capsys, "--pool", tmp_path / "pool.yaml", "--prefix", "visual.")[0] == 0

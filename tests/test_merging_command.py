@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from toy import make_toy, save_files
 
 from adamerge import cli, preflight
+from adamerge.composition import rule_node
 from adamerge.files import sha256
-from adamerge.merging_command import rule_node
 from adamerge.pool_files import load_pool_file
 
 RULES = sorted((Path(adamerge.configs.__file__).parent / "merge").glob("*.yaml"))
@@ -47,7 +47,7 @@ def pool(files, tmp_path):
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
 def test_rule_file_names_a_class_and_its_defaults(path):
-    node = OmegaConf.create(rule_node(path.stem, GIVEN.get(path.stem, [])))
+    node = OmegaConf.create(rule_node("merge", path.stem, GIVEN.get(path.stem, [])))
     target = hydra.utils.get_object(node._target_)
     preflight.check_options("merge", target, node)
     rule = preflight.build(OmegaConf.create({"merge": node}), "merge")

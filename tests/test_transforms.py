@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from adamerge import ExpertPool, InputError
 from adamerge.descriptions import describe
+from adamerge.selection import kth_smallest
 from adamerge.transforms import (
     Awd,
     Breadcrumbs,
@@ -34,7 +35,6 @@ from adamerge.transforms.awd import redundant_vector
 from adamerge.transforms.dare import dare_mask
 from adamerge.transforms.depth import relative_depths
 from adamerge.transforms.protocol import Stacks
-from adamerge.transforms.selection import kth_smallest
 
 NAMES = ("stem", "blocks.0.w", "blocks.1.w", "scale")
 ALL = [

@@ -16,6 +16,7 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.merges import Merged
 from adamerge.merges.tensors import average, check_choice, check_count, check_range, tiles, weighted
 from adamerge.pool import ExpertPool
+from adamerge.stock import stock_ratio
 
 
 @dataclass(frozen=True)
@@ -192,25 +193,13 @@ class ModelStock:
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and drawn-in means."""
-        experts = len(pool.expert_names)
         for name in pool.names:
             shape = pool.shapes[name]
             rows = shape[0] if self.per_row and len(shape) > 1 else 1
-            ratio = self._ratio(_grams(pool, name, rows)).to(pool.base[name])  # (rows,)
+            ratio = stock_ratio(_grams(pool, name, rows), self.agreement).to(pool.base[name])  # (rows,)
             base = pool.base[name].reshape(rows, -1)
             mean = average(pool, name).view(rows, -1) - base
-            yield name, (base + (ratio[:, None] if experts > 1 else 1.0) * mean).view(shape)
-
-    def _ratio(self, grams: Tensor) -> Tensor:
-        """Return t of each row, (rows,), from inner products (rows, E, E)."""
-        experts = grams.shape[-1]
-        norms = grams.diagonal(dim1=1, dim2=2).sqrt()
-        cosines = (grams / (norms[:, :, None] * norms[:, None, :])).nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)
-        first, second = torch.triu_indices(experts, experts, 1).to(grams.device)
-        pairs = cosines[:, first, second]
-        mean = pairs.mean(1) if self.agreement == "cosine" else pairs.acos().mean(1).cos()
-        mean = mean.clamp(min=0)
-        return experts * mean / (1 + (experts - 1) * mean)
+            yield name, (base + ratio[:, None] * mean).view(shape)
 
 
 def _grams(pool: ExpertPool, name: str, rows: int) -> Tensor:

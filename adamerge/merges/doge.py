@@ -13,8 +13,8 @@ from torch import Tensor
 from adamerge.merges import Merged
 from adamerge.merges.singular import singular_vectors
 from adamerge.merges.tensors import average, check_choice, check_count, check_globs, check_range, is_matrix, tiles
-from adamerge.merges.ties import thresholds
 from adamerge.pool import ExpertPool
+from adamerge.transforms.ties import trim_threshold
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,20 @@ class DOGE:
         def pieces() -> Iterator[Tensor]:
             return (tile for name in matrices for _, tile in tiles(pool, name))
 
-        limits = thresholds(pieces, self.density, len(pool.expert_names)) if matrices else None
+        size = sum(pool.base[name].numel() for name in matrices)
+        limits = trim_threshold(pieces, self.density, size) if matrices else None
         for name in pool.names:
-            if name in matrices and limits is not None:
+            if name in matrices:
                 yield name, pool.base[name] + self._merge(pool.task_vectors(name), limits)
             else:
                 yield name, average(pool, name) if self.rest == "average" else pool.base[name]
 
-    def _merge(self, stack: Tensor, limits: Tensor) -> Tensor:
+    def _merge(self, stack: Tensor, limits: Tensor | None) -> Tensor:
         """Return the merged task vector (m, n) of task vectors (E, m, n)."""
         norms = stack.flatten(1).norm(dim=1)
         scales = torch.where(norms > 0, self.scale / norms, 0)  # (E,)
         change = self._learn(stack, scales)
-        kept = stack.abs() >= limits[:, None, None]
+        kept = stack.abs() >= (0 if limits is None else limits[:, None, None])
         return torch.einsum("e,emn->mn", scales, (stack + change) * kept)
 
     def _learn(self, stack: Tensor, scales: Tensor) -> Tensor:

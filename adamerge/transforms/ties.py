@@ -3,15 +3,16 @@
 Legend: E experts, d entries of the whole model, k of a tile.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adamerge.selection import kth_smallest
 from adamerge.transforms.magnitude import Trim
 from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert, total
-from adamerge.transforms.selection import kth_smallest
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,22 @@ class Ties:
         if self.scope == "tensor":
             trim = Trim(self.density)
             return lambda name, task_vectors: elect(trim(name, task_vectors), 1.0)
-        size = entries(source)
-        rank = size - int(self.density * size)
-        threshold = kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), rank) if rank else None
+        threshold = trim_threshold(lambda: (tile for _, tile in source.tiles()), self.density, entries(source))
         signs = sum(int(total(_trimmed(tile, threshold)).sign().sum(dtype=torch.int64)) for _, tile in source.tiles())
         majority = 1.0 if signs > 0 else -1.0
         return lambda name, task_vectors: elect(_trimmed(task_vectors, threshold), majority)
+
+
+def trim_threshold(tiles: Callable[[], Iterable[Tensor]], density: float, size: int) -> Tensor | None:
+    """Return the magnitude from which each expert's entries stay, (E,); None where all do.
+
+    Args:
+        tiles: Called once for each pass over all entries; gives tiles (E, k).
+        density: Share of the entries that stays: ``int(density size) + 1`` of them.
+        size: Number of entries of an expert.
+    """
+    rank = size - int(density * size)
+    return kth_smallest(lambda: (tile.abs() for tile in tiles()), rank) if rank else None
 
 
 def elect(task_vectors: Tensor, majority: float) -> Tensor:

@@ -1,0 +1,202 @@
+"""The command ``adamerge compare``: many ways to merge one pool, with seeds, scored side by side.
+
+Every row runs in a process of its own, so that one that fails, or is killed, takes no other along and peaks of memory
+belong to the row. Its result is a file; what is there is not run again.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from adamerge import compare_row
+from adamerge.comparison_table import GOAL, START, compared, markdown, terminal
+from adamerge.composition import compose, preset_file
+from adamerge.errors import GuardError, InputError
+from adamerge.figures import save_comparison
+from adamerge.files import atomic_path, ensure_writable, save_json
+from adamerge.version import __version__
+
+log = logging.getLogger(__name__)
+
+_RESULT = "row.json"
+_PRESET_KEYS = ("rows", "overrides")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        rows: Name to what it is, see :mod:`adamerge.compare_row`.
+        overrides: Of the configuration of ``adapt``, for all rows: pool, data, backbone.
+        seeds: Every row is made with each.
+        folder: Of results and tables.
+    """
+
+    rows: Mapping[str, compare_row.Spec]
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    folder: Path
+
+
+def plan_of(
+    rows: Sequence[str], preset: str | None, overrides: Sequence[str], seeds: Sequence[int], folder: Path
+) -> Plan:
+    """Read the command's options; task arithmetic and the experts, to which measures refer, are always among the rows.
+
+    Raises:
+        InputError: If a row, the preset or an override is wrong.
+    """
+    named, common = ({}, []) if preset is None else _read_preset(preset)
+    named |= {row: row for row in rows}
+    if not named:
+        raise InputError("compare: give --rows ROW ..., or --preset NAME or FILE, such as --preset demo.")
+    if len(set(seeds)) != len(seeds):
+        raise InputError(f"--seeds: expected each once, found {' '.join(map(str, seeds))}.")
+    for reference in (START, GOAL):
+        named.setdefault(reference, reference)
+    named[GOAL] = named.pop(GOAL)  # last in the tables
+    specs = {}
+    for name, text in named.items():
+        specs[name] = compare_row.read_row(text)
+        try:
+            compose([*common, *overrides, *specs[name].overrides])
+        except InputError as error:
+            raise InputError(f"row {name!r}: {error}") from error
+    folders = [_slug(name) for name in specs]
+    for name, slug in zip(specs, folders, strict=True):
+        if folders.count(slug) > 1:
+            raise InputError(
+                f"row {name!r}: another row's name gives the same folder {slug!r}; rename one in a preset."
+            )
+    return Plan(specs, (*common, *overrides), tuple(seeds), folder)
+
+
+def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None) -> dict[str, str]:
+    """Make the rows that have no result yet, and write tables of all.
+
+    Args:
+        plan: What to compare.
+        console: Where progress and the table go.
+        on_start: Called first in each row's process, such as to set up logging; importable.
+
+    Returns:
+        What went wrong, by row and seed; run again to try those again.
+
+    Raises:
+        InputError: If the folder holds results of other options under a row's name, or nothing could be scored.
+        Interrupted: If it was stopped; what is done is kept.
+    """
+    ensure_writable(plan.folder)
+    jobs = [(seed, name) for seed in plan.seeds for name in plan.rows]
+    done = {job: result for job in jobs if (result := _stored(plan, *job)) is not None}
+    failed: dict[str, str] = {}
+    try:
+        for number, (seed, name) in enumerate(jobs, 1):
+            if (seed, name) in done:
+                continue
+            label = f"[{number}/{len(jobs)}] seed {seed}  {name}"
+            try:
+                result = _in_process(plan, seed, name, on_start)
+            except (InputError, GuardError, OSError, BrokenProcessPool, RuntimeError) as error:
+                failed[f"{name}, seed {seed}"] = " ".join(str(error).split())
+                console.print(f"{label}: failed", markup=False, highlight=False)
+                continue
+            done[seed, name] = result
+            save_json({**_key(plan, seed, name), "result": result}, _folder(plan, seed, name) / _RESULT)
+            facts = f"{100 * result['mean']:.1f} %, {result['seconds']:.1f} s"
+            console.print(f"{label}: {facts}", markup=False, highlight=False)
+    finally:
+        if done:
+            _write(plan, done, console)
+    return failed
+
+
+def _write(plan: Plan, done: Mapping[tuple[int, str], Any], console: Console) -> None:
+    """Write summary, tables and picture of what is there."""
+    results = {name: [done[seed, name] for seed in plan.seeds if (seed, name) in done] for name in plan.rows}
+    content = compared(results)
+    save_json(content, plan.folder / "summary.json")
+    with atomic_path(plan.folder / "table.md") as temporary:
+        temporary.write_text(markdown(content), encoding="utf-8")
+    try:
+        save_comparison(content, plan.folder / "comparison.png")
+    except ImportError:
+        log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
+    console.print(terminal(content))
+
+
+def _in_process(plan: Plan, seed: int, name: str, on_start: Callable[[], None] | None) -> dict[str, Any]:
+    """Make a row in a fresh process, forked from one that has imported everything but computed nothing."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([compare_row.__name__])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=on_start) as executor:
+        arguments = (plan.rows[name], plan.overrides, seed, _folder(plan, seed, name))
+        try:
+            return executor.submit(compare_row.make_row, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError("its process was killed, as the system does when memory runs out.") from error
+
+
+def _key(plan: Plan, seed: int, name: str) -> dict[str, Any]:
+    """Return what a result depends on."""
+    row = plan.rows[name].as_json()
+    return {"format": 1, "version": __version__, "row": row, "overrides": list(plan.overrides), "seed": seed}
+
+
+def _stored(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
+    """Return a row's result, or None where there is none.
+
+    Raises:
+        InputError: If it is the result of other options.
+    """
+    path = _folder(plan, seed, name) / _RESULT
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = content.pop("result")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: no result of `adamerge compare`; remove the file to make the row again.") from error
+    changed = [
+        key for key, value in _key(plan, seed, name).items() if content.get(key) != json.loads(json.dumps(value))
+    ]
+    if changed:
+        raise InputError(
+            f"{path}: made with another {changed[0]}: expected {_key(plan, seed, name)[changed[0]]}, found "
+            f"{content.get(changed[0])}. Choose another --out, or remove its folder to make the row again."
+        )
+    return result
+
+
+def _folder(plan: Plan, seed: int, name: str) -> Path:
+    return plan.folder.absolute() / f"seed_{seed}" / _slug(name)
+
+
+def _slug(name: str) -> str:
+    """Return a row's name as that of a folder."""
+    return re.sub(r"[^\w.=+,-]+", "_", name).strip("_.")[:150] or "row"
+
+
+def _read_preset(preset: str) -> tuple[dict[str, str], list[str]]:
+    """Read rows and overrides from a shipped preset or a yaml file."""
+    path = preset_file("compare", preset)
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
+    except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
+        raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
+    rows = content.get("rows") if isinstance(content, Mapping) else None
+    overrides = content.get("overrides") or [] if isinstance(content, Mapping) else None
+    if not isinstance(rows, Mapping) or not isinstance(overrides, list) or set(content) - set(_PRESET_KEYS):
+        raise InputError(f"{path}: expected rows: {{name: row, ...}} and overrides: [...], found {content!r}.")
+    return {str(name): str(name if row is None else row) for name, row in rows.items()}, [str(o) for o in overrides]
