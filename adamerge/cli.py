@@ -9,7 +9,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +194,52 @@ def merge(output: Path, **options: Any) -> None:
         out.print(str(path), highlight=False)
 
 
+@app.command()
+@click.option(
+    "--rule", help="Name of a transform, such as ties (docs/methods.md), an import path, or none to pack only."
+)
+@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
+@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
+@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Instead of all else: a transform.json to run again.")
+@click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat.")
+@click.option("--key-prefix", default=None, help="Key prefix of the encoder in the files, such as visual.")
+@click.option("--dtype", default=None, help="float32 (default), bfloat16, float16 or int8.")
+@click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
+def transform(
+    rule: str | None,
+    base: Path | None,
+    experts: tuple[str, ...],
+    pool: str | None,
+    recipe: Path | None,
+    settings: tuple[str, ...],
+    key_prefix: str | None,
+    dtype: str | None,
+    output: Path,
+) -> None:
+    """Write a pool's transformed task vectors into one file, which is streamed from then on.
+
+    \b
+    adamerge transform --rule ties --set density=0.3 --pool pool.yaml --dtype bfloat16 --out packed
+    adamerge adapt pool=files pool.file=packed/pool.yaml data=mine
+    adamerge merge --rule task_arithmetic --pool packed/pool.yaml --out merged
+    """  # noqa: D301
+    from adamerge import transform_command
+    from adamerge.composition import chosen_pool, rule_node
+
+    if recipe is not None:
+        if rule or base or experts or pool or settings or key_prefix or dtype:
+            raise InputError("transform: --recipe holds everything but --out; leave the other options out.")
+        job = transform_command.read_recipe(recipe)
+    elif rule is None:
+        raise InputError("transform: give --rule NAME; docs/methods.md lists them; none packs only.")
+    else:
+        files = chosen_pool("transform", base, experts, pool, key_prefix)
+        job = transform_command.Job(rule_node("transform", rule, settings), files, dtype)
+    for path in transform_command.run(job, output).values():
+        out.print(str(path), highlight=False)
+
+
 class _Lists(click.Command):
     """Options that take all words up to the next option; what follows ``--`` are overrides."""
 
@@ -263,16 +308,9 @@ def inspect(
 ) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
     from adamerge import inspection
-    from adamerge.composition import named_pool
-    from adamerge.pool_files import PoolFile, PoolFiles, named_files
+    from adamerge.composition import chosen_pool
 
-    if pool is not None:
-        files = named_pool(pool)
-    elif base is None or not experts:
-        raise InputError("inspect: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME.")
-    else:
-        files = PoolFiles(PoolFile(base), named_files(experts))
-    files = (files if prefix is None else replace(files, key_prefix=prefix)).narrowed(include, exclude)
+    files = chosen_pool("inspect", base, experts, pool, prefix).narrowed(include, exclude)
     _report(inspection.header_problems(files))
     opened = inspection.open_pool(files)
     if as_json:

@@ -76,9 +76,7 @@ def plan_of(
     folders = [_slug(name) for name in specs]
     for name, slug in zip(specs, folders, strict=True):
         if folders.count(slug) > 1:
-            raise InputError(
-                f"row {name!r}: another row's name gives the same folder {slug!r}; rename one in a preset."
-            )
+            raise InputError(f"row {name!r}: another row has the same folder {slug!r}; rename one in a preset.")
     return Plan(specs, (*common, *overrides), tuple(seeds), folder)
 
 
@@ -168,12 +166,11 @@ def _stored(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
         result: dict[str, Any] = content.pop("result")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: no result of `adamerge compare`; remove the file to make the row again.") from error
-    changed = [
-        key for key, value in _key(plan, seed, name).items() if content.get(key) != json.loads(json.dumps(value))
-    ]
+    own = json.loads(json.dumps(_key(plan, seed, name)))
+    changed = [key for key, value in own.items() if content.get(key) != value]
     if changed:
         raise InputError(
-            f"{path}: made with another {changed[0]}: expected {_key(plan, seed, name)[changed[0]]}, found "
+            f"{path}: made with another {changed[0]}: expected {own[changed[0]]}, found "
             f"{content.get(changed[0])}. Choose another --out, or remove its folder to make the row again."
         )
     return result

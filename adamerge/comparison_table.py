@@ -33,10 +33,9 @@ def compared(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
 def _averaged(found: Mapping[int, Result], every: Mapping[str, Mapping[int, Result]]) -> dict[str, Any]:
     results = list(found.values())
     tasks = list(results[0]["per_task"])
-    ratios = [ratio for seed, result in found.items() if (ratio := _ratios(result, every.get(GOAL, {}).get(seed)))]
-    gaps = [
-        _gap(result, every.get(START, {}).get(seed), every.get(GOAL, {}).get(seed)) for seed, result in found.items()
-    ]
+    start, goal = every.get(START, {}), every.get(GOAL, {})
+    ratios = [ratio for seed, result in found.items() if (ratio := _ratios(result, goal.get(seed)))]
+    gaps = [_gap(result, start.get(seed), goal.get(seed)) for seed, result in found.items()]
     means = [result["mean"] for result in results]
     known = [gap for gap in gaps if gap is not None]
     per_task = {task: _mean([ratio[task] for ratio in ratios]) for task in tasks} if ratios else None
@@ -96,7 +95,7 @@ def caption(content: Mapping[str, Any]) -> str:
     """Say what the columns are."""
     measure = "accuracy relative to the task's expert" if _is_normalised(content) else "accuracy"
     return (
-        f"Tasks: {measure}, %; norm.: their mean; acc.: mean accuracy, %; sd: over seeds, else 95 % of the test images; "
+        f"Tasks: {measure}, %; norm.: their mean; acc.: mean accuracy, %, ±: 95 % over images, or sd over seeds; "
         f"gap: share of the way from task arithmetic (0.3) to the experts, %; data: what it saw beside the weights; "
         f"s: to make it; MB: peak memory of its process. Protocol: {content['protocol']}."
     )

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.errors import InputError, did_you_mean
-from adamerge.pool_files import PoolFiles, load_pool_file, pool_files
+from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, pool_files
 from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
 from adamerge.zoo import files
 
@@ -104,6 +105,22 @@ def named_pool(pool: str) -> PoolFiles:
             f"{', '.join(_SHIPPED_PREFIX)}.{did_you_mean(pool, _SHIPPED_PREFIX)}"
         )
     return load_pool_file(Path(pool))
+
+
+def chosen_pool(
+    command: str, base: Path | None, experts: Sequence[str], pool: str | None, key_prefix: str | None
+) -> PoolFiles:
+    """Read a command's options that name a pool: ``--pool``, or ``--base`` and ``--expert``.
+
+    Raises:
+        InputError: If both or neither are given, or one is wrong.
+    """
+    if pool is not None and (base or experts):
+        raise InputError(f"{command}: give either --pool, or --base and --expert, not both.")
+    if pool is None and (base is None or not experts):
+        raise InputError(f"{command}: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME or FILE.")
+    files = named_pool(pool) if pool is not None else PoolFiles(PoolFile(Path(str(base))), named_files(experts))
+    return files if key_prefix is None else replace(files, key_prefix=key_prefix)
 
 
 def rule_names(group: str) -> list[str]:

@@ -6,7 +6,7 @@ What decides the result goes into ``merge.json``; running that recipe again give
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from adamerge import launch
-from adamerge.composition import compose, name_experts, named_pool, rule_node
+from adamerge.composition import chosen_pool, compose, name_experts, rule_node
 from adamerge.errors import InputError
 from adamerge.evaluation import Stopwatch
 from adamerge.export import export_merge
 from adamerge.files import ensure_writable
 from adamerge.merges import merged_state_dict
-from adamerge.pool_files import PoolFile, PoolFiles, named_files, pool_files
+from adamerge.pool_files import PoolFiles, pool_files
 from adamerge.preflight import build
 
 RULES = "merge"  # folder of the rules' yaml files
@@ -76,7 +76,7 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
         }
     else:
         pool, model, data = job.pool.open(), None, None
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task(f"Merging: {type(rule).__name__}", total=len(pool.names))
         state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: progress.advance(bar))
     decided = {"rule": dict(job.rule), "overrides": list(job.overrides)}
@@ -114,13 +114,7 @@ def job_of(
         return read_recipe(recipe)
     if rule is None:
         raise InputError("merge: give --rule NAME; docs/methods.md lists them.")
-    if pool is not None and (base or experts):
-        raise InputError("merge: give either --pool, or --base and --expert, not both.")
-    if pool is None and (base is None or not experts):
-        raise InputError("merge: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME or FILE.")
-    files = named_pool(pool) if pool is not None else PoolFiles(PoolFile(Path(str(base))), named_files(experts))
-    if key_prefix is not None:
-        files = replace(files, key_prefix=key_prefix)
+    files = chosen_pool("merge", base, experts, pool, key_prefix)
     found = (f"--config-dir={config_dir.absolute()}",) if config_dir is not None else ()
     return Job(rule_node(RULES, rule, settings), files, (*found, *overrides))
 
@@ -176,7 +170,8 @@ def _check_overrides(job: Job, config: DictConfig) -> None:
     name_experts(config, job.pool)
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Return a bar for parameters, shown on terminals only."""
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),

@@ -39,8 +39,8 @@ ORDER = [
     ["preflight"],
     ["scoring", "composition"],
     ["launch", "inspection"],
-    ["replay", "demo", "merging_command", "transform_command", "compare_row", "comparison_table"],
-    ["comparison"],
+    ["replay", "demo", "merging_command", "compare_row", "comparison_table"],
+    ["comparison", "transform_command"],
     ["cli"],
 ]
 

@@ -1,0 +1,110 @@
+"""The command ``adamerge transform``: a pool and a transform in, a file of packed task vectors out.
+
+The experts are streamed, so that memory does not grow with their number. ``pool.yaml`` beside the file names it and the
+raw experts, which stay the teachers; ``transform.json`` is the recipe, and running it again gives the same bytes.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from adamerge.errors import InputError
+from adamerge.evaluation import Stopwatch
+from adamerge.export import versions
+from adamerge.files import atomic_path, ensure_writable, save_json
+from adamerge.merging_command import progress_bar
+from adamerge.packed import write_packed
+from adamerge.pool_files import PoolFiles, pool_files
+from adamerge.preflight import build_optional
+from adamerge.task_vectors import dtype_of
+
+FORMAT = 1
+_PACKED, _POOL, _RECIPE = "task_vectors.safetensors", "pool.yaml", "transform.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One transformation.
+
+    Attributes:
+        rule: The transform's node: ``_target_`` (null for none) and its options.
+        pool: Base and raw experts.
+        dtype: Of the packed task vectors; None for the pool's compute dtype.
+    """
+
+    rule: Mapping[str, Any]
+    pool: PoolFiles
+    dtype: str | None = None
+
+
+def run(job: Job, folder: Path) -> dict[str, Path]:
+    """Transform and pack.
+
+    Args:
+        job: What to transform, and how.
+        folder: Where to write.
+
+    Returns:
+        Short name to file, of what was written.
+
+    Raises:
+        InputError: If the transform, an option or a file is wrong.
+    """
+    if job.pool.task_vectors is not None:
+        packed = job.pool.task_vectors.file
+        raise InputError(f"transform: the pool has packed task vectors already ({packed}); name one of raw experts.")
+    dtype = dtype_of(job.dtype)
+    transform = build_optional(OmegaConf.create({"transform": dict(job.rule)}), "transform")
+    ensure_writable(folder)
+    job.pool.verify()
+    watch = Stopwatch()
+    pool = job.pool.open(storage="stream", dtype=None)
+    files = {"task_vectors": folder / _PACKED, "pool": folder / _POOL, "recipe": folder / _RECIPE}
+    name = type(transform).__name__ if transform is not None else "packing"
+    with progress_bar() as progress:
+        bar = progress.add_task(f"Writing task vectors: {name}", total=len(pool.names))
+        write_packed(pool, files["task_vectors"], dtype, transform, lambda _: progress.advance(bar))
+    described = {key: value for key, value in job.pool.described().items() if value is not None}
+    with atomic_path(files["pool"]) as temporary:
+        content = {**described, "dtype": None, "storage": "auto", "task_vectors": _PACKED}
+        temporary.write_text(OmegaConf.to_yaml({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
+    recipe = {
+        "format": FORMAT,
+        "versions": versions(),
+        "rule": dict(job.rule),
+        "dtype": job.dtype,
+        "files": described,
+        "hashes": pool.hashes(),
+        "skipped": pool.skipped,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "cwd": str(Path.cwd()),
+        "threads": torch.get_num_threads(),
+        "seconds": watch.seconds(),
+    }
+    save_json(recipe, files["recipe"])
+    return files
+
+
+def read_recipe(path: Path) -> Job:
+    """Read a ``transform.json`` for another run; its files must still have the hashes that it records.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is no recipe of this command.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rule, files, dtype, hashes = (content[key] for key in ("rule", "files", "dtype", "hashes"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: no recipe of `adamerge transform` ({type(error).__name__}: {error}). Name a {_RECIPE} it wrote."
+        ) from error
+    return Job(rule, pool_files(files, str(path), path.parent).pinned(hashes), dtype)

@@ -1,0 +1,161 @@
+"""The command ``adamerge compare``: rows, results that are kept, measures and tables."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from adamerge import cli, comparison
+from adamerge.compare_row import read_row
+from adamerge.comparison import plan_of
+from adamerge.comparison_table import compared, markdown
+from adamerge.composition import rule_names
+from adamerge.errors import GuardError, InputError
+
+QUIET = Console(quiet=True)
+
+
+def result(mean, seed=0, **more):
+    return {
+        "per_task": {"a": mean, "b": mean / 2}, "calibration_error": {"a": 0.1, "b": 0.1}, "mean": 0.75 * mean,
+        "interval": [mean - 0.1, mean + 0.1], "uses_labels": False, "uses_data": False, "seconds": 1.0, "seed": seed,
+        "protocol": "split", "peak_memory_bytes": 1e6, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Rows that were made, instead of making them; those called bad fail."""
+    calls = []
+
+    def make(plan, seed, name, on_start):
+        calls.append((seed, name))
+        if "bad" in name or "sum" in name:
+            raise GuardError("it diverged")
+        return result(0.8 if name == "experts" else 0.4 + 0.1 * seed, seed)
+
+    monkeypatch.setattr(comparison, "_in_process", make)
+    monkeypatch.setattr(comparison, "save_comparison", lambda content, path: path.touch())
+    return calls
+
+
+def test_rows_are_references_merges_or_runs():
+    assert read_row("experts").rule is None
+    merge = read_row("ties density=0.1 transform=lines transform.beta=1")
+    assert merge.rule["density"] == 0.1
+    assert merge.overrides == ("transform=lines", "transform.beta=1")
+    assert not merge.adapts
+    assert read_row("task_arithmetic_0.3").rule["coefficient"] == 0.3
+    run = read_row("experiment=recommended start=wudi start.steps=10 'granularity.groups={a: x}'")
+    assert run.adapts
+    assert run.rule["steps"] == 10
+    assert run.overrides == ("experiment=recommended", "granularity.groups={a: x}")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("tie", "Did you mean 'ties'?"),
+        ("ties densty=1", "Did you mean 'density'?"),
+        ("ties density", "expected OPTION=VALUE"),
+        ("experiment=x start.a=1", "no start=RULE"),
+        ("objective=entropi", "entropi"),
+        ("ties 'open", "No closing quotation"),
+        ("", "expected a rule"),
+    ],
+)
+def test_wrong_row_is_refused_before_anything_runs(row, message, tmp_path, made):
+    with pytest.raises(InputError, match="row") as refused:
+        plan_of([row], None, [], [0], tmp_path)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert made == []
+
+
+def test_shipped_preset_has_every_merge_and_every_transform(tmp_path):
+    plan = plan_of([], "demo", [], [0], tmp_path)
+    asked = {"layer_swapping", "metrics_weighted", "task_arithmetic"}  # need options, or stand there as _0.3
+    assert set(rule_names("merge")) - asked <= set(plan.rows)
+    texts = " ".join(spec.text for spec in plan.rows.values())
+    assert all(f"transform={name}" in texts for name in rule_names("transform") if name not in ("none", "chain"))
+    with pytest.raises(InputError, match="Did you mean 'demo'"):
+        plan_of([], "demmo", [], [0], tmp_path)
+    (tmp_path / "mine.yaml").write_text("row: {a: ties}")
+    with pytest.raises(InputError, match="expected rows"):
+        plan_of([], str(tmp_path / "mine.yaml"), [], [0], tmp_path)
+
+
+def test_run_goes_on_row_by_row_and_keeps_the_others_when_one_fails(tmp_path, made):
+    plan = plan_of(["ties", "ties aggregate=sum"], None, [], [0, 1], tmp_path)
+    failed = comparison.run(plan, QUIET)
+    assert failed == {f"ties aggregate=sum, seed {seed}": "it diverged" for seed in (0, 1)}
+    assert len(made) == 8
+    made.clear()
+    wider = plan_of(["ties", "ties aggregate=sum", "tsvm"], None, [], [0, 1], tmp_path)
+    comparison.run(wider, QUIET)
+    assert made == [(s, name) for s in (0, 1) for name in ("ties aggregate=sum", "tsvm")]
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert list(content["rows"]) == ["ties", "tsvm", "task_arithmetic_0.3", "experts"]
+    row = content["rows"]["ties"]
+    assert row["seeds"] == [0, 1]
+    assert row["per_task"]["a"] == pytest.approx(0.45)
+    assert row["normalised"] == pytest.approx(0.45 / 0.8)
+    assert (tmp_path / "comparison.png").exists()
+    assert "`tsvm`" in (tmp_path / "table.md").read_text()
+
+
+def test_results_of_other_options_are_refused(tmp_path, made):
+    comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+    with pytest.raises(InputError, match=r"made with another overrides.*Choose another --out"):
+        comparison.run(plan_of(["ties"], None, ["data.batch_size=8"], [0], tmp_path), QUIET)
+    path = next(tmp_path.glob("seed_0/ties/row.json"))
+    path.write_text("{}")
+    with pytest.raises(InputError, match="no result of"):
+        comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+
+
+def test_measures_refer_to_the_same_seed():
+    found = {
+        "task_arithmetic_0.3": [result(0.4, 0), result(0.2, 1)],
+        "mine": [result(0.6, 0), result(0.2, 1)],
+        "experts": [result(0.8, 0), result(0.4, 1)],
+        "none yet": [],
+    }
+    rows = compared(found)["rows"]
+    assert rows["mine"]["gap_closed"] == pytest.approx((0.5 + 0.0) / 2)
+    assert rows["mine"]["normalised_per_task"]["a"] == pytest.approx((0.75 + 0.5) / 2)
+    assert rows["mine"]["spread"] == pytest.approx(0.75 * 0.4 / 2**0.5)
+    assert rows["experts"]["normalised"] == pytest.approx(1)
+    assert "none yet" not in rows
+    lines = markdown(compared(found)).splitlines()
+    assert lines[0].startswith("| row | a | b | norm. |")
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
+    assert compared({"mine": found["mine"]})["rows"]["mine"]["normalised"] is None
+
+
+def test_command_takes_lists_and_reports_failures(tmp_path, made, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--rows", "tsvm", "ties aggregate=sum", "--seeds", "0", "1", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert {name for _, name in made} == {"tsvm", "ties aggregate=sum", "task_arithmetic_0.3", "experts"}
+    assert {seed for seed, _ in made} == {0, 1}
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    made.clear()
+    arguments = ["--rows", "tsvm", "--out", str(tmp_path / "b"), "--", "data.batch_size=8"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", *arguments])
+    assert not stopped.value.code
+    assert json.loads(next((tmp_path / "b").rglob("row.json")).read_text())["overrides"] == ["data.batch_size=8"]
+
+
+@pytest.mark.slow
+def test_compare_on_the_zoo_makes_rows_in_processes(tmp_path, capsys):
+    rows = ["ties", "task_arithmetic transform=ties", "experiment=adamerging_layer start=tsvm steps=2"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--rows", *rows, "--out", str(tmp_path)])
+    assert not stopped.value.code
+    content = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert content["ties"]["mean"] > 0.5
+    assert content[rows[2]]["uses_data"]
+    assert not content["ties"]["uses_data"]
+    assert content["ties"]["peak_memory_bytes"] > 1e8
