@@ -74,8 +74,8 @@ def expanded(config: DictConfig) -> DictConfig:
     files = load_pool_file(Path(str(node.file)).absolute())
     usual = {"storage": "auto", "duplicates": "refuse"}
     chosen = {key: value for key, value in own.items() if key not in _NODE and value not in (None, usual.get(str(key)))}
+    own.pop("file")
     config.pool = {**own, **files.node(), **chosen}
-    del config.pool["file"]
     name_experts(config, files)
     return config
 

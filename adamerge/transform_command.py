@@ -70,16 +70,16 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
     with progress_bar() as progress:
         bar = progress.add_task(f"Writing task vectors: {name}", total=len(pool.names))
         write_packed(pool, files["task_vectors"], dtype, transform, lambda _: progress.advance(bar))
-    described = {key: value for key, value in job.pool.described().items() if value is not None}
+    raw = job.pool.pinned({})  # the packed file knows the hashes
+    content = {**raw.described(), "dtype": None, "storage": None, "task_vectors": _PACKED}
     with atomic_path(files["pool"]) as temporary:
-        content = {**described, "dtype": None, "storage": "auto", "task_vectors": _PACKED}
         temporary.write_text(OmegaConf.to_yaml({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
     recipe = {
         "format": FORMAT,
         "versions": versions(),
         "rule": dict(job.rule),
         "dtype": job.dtype,
-        "files": described,
+        "files": job.pool.described(),
         "hashes": pool.hashes(),
         "skipped": pool.skipped,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
