@@ -49,9 +49,10 @@ def compose(arguments: Sequence[str]) -> DictConfig:
         overrides.append(f"hydra.searchpath=['file://{folder.absolute()}']")
     try:
         with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
-            return expanded(hydra.compose(CONFIG_NAME, overrides=overrides))
+            config = hydra.compose(CONFIG_NAME, overrides=overrides)
     except Exception as error:
         raise _explained(error, arguments) from error
+    return expanded(config)
 
 
 def expanded(config: DictConfig) -> DictConfig:
