@@ -200,7 +200,7 @@ def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> No
 
 def _help(main: Callable[[], None]) -> None:
     """Let Hydra print its help, without the groups that ``adapt`` does not take."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         main()
     for line in printed.getvalue().splitlines():
         if not line.startswith(tuple(f"{group}: " for group in _NOT_OF_ADAPT)):
