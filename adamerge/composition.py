@@ -55,6 +55,11 @@ def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> No
         raise
 
 
+def quoted(text: object) -> str:
+    """Return a text as a value of an override, whatever is in it."""
+    return "'" + str(text).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """Split Hydra's flags off, as the compose API takes overrides only."""
     overrides, folder = [], None

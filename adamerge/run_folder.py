@@ -94,7 +94,14 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_started(folder: Path) -> bool:
     """Whether a run has saved something in its folder that it can go on from."""
-    return any((folder / name).is_file() for name in (LAST, STAGE / LAST, START))
+    found = (last_checkpoint(folder), last_checkpoint(folder / STAGE))
+    return any(path is not None for path in found) or (folder / START).is_file()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint of a run or stage, its own or what Lightning wrote before a requeue; or None."""
+    found = [path for path in (folder / LAST, *folder.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -175,8 +175,8 @@ class FrankWolfeMerging(MergingMethod):
     def _loss_at(self, values: Tensor) -> float:
         """The objective at coefficients (E, G) on the current batch, the same on all devices."""
         with self.trainer.precision_plugin.forward_context():
-            loss, _ = self.run(self._batch, values, needs_gradient=False)
-        return float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
+            loss, _ = self.step(self._batch, values, needs_gradient=False)
+        return float(loss)
 
     def _cosine(self, name: str, gradient: Tensor) -> Tensor:
         """Cosines of one parameter's gradient with all vertices, (V,)."""

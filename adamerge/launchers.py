@@ -1,0 +1,141 @@
+"""Where the processes of a run come from: torchrun, srun, or the command line itself."""
+
+import atexit
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from torch import distributed
+
+from adamerge import ranks
+from adamerge.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_GRACE = 20.0  # seconds that the other processes have to end by themselves after one has failed
+
+Environment = TorchElasticEnvironment | SLURMEnvironment
+
+
+def environment() -> Environment | None:
+    """Return what tells this process its place among several; None where it is alone."""
+    if TorchElasticEnvironment.detect():
+        found: Environment = TorchElasticEnvironment()
+    elif SLURMEnvironment.detect():
+        found = SLURMEnvironment(auto_requeue=False)
+    else:
+        return None
+    return found if found.world_size() > 1 else None
+
+
+def join() -> None:
+    """Join the other processes of the run, if a launcher has started several."""
+    found = environment()
+    if found is None or distributed.is_initialized():
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = found.main_address, str(found.main_port)
+    has_gpus = torch.cuda.is_available()
+    if has_gpus:
+        torch.cuda.set_device(found.local_rank() % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+    distributed.init_process_group(backend, rank=found.global_rank(), world_size=found.world_size())
+    atexit.register(_leave)
+    if not ranks.is_first():
+        logging.getLogger().setLevel(logging.ERROR)  # the first rank talks to the user
+
+
+def trainer_options() -> dict[str, Any]:
+    """Return the trainer's arguments that follow from the launcher, which knows better than a configuration."""
+    found = environment()
+    if found is None:
+        return {}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if isinstance(found, TorchElasticEnvironment) else 0
+    local = local or found.world_size() // int(os.environ.get("SLURM_NNODES", 1))
+    options: dict[str, Any] = {"devices": local, "num_nodes": max(1, found.world_size() // local)}
+    if isinstance(found, SLURMEnvironment) and "SUBMITIT_EXECUTOR" in os.environ:
+        options["plugins"] = [found]  # submitit requeues the job; Lightning must not too
+    return options
+
+
+def wanted(trainer: Mapping[str, Any]) -> int:
+    """Return how many processes a run of these trainer options needs on this machine.
+
+    Raises:
+        InputError: If it needs several machines, where only a launcher can start processes.
+    """
+    if int(trainer.get("num_nodes") or 1) > 1:
+        raise InputError(
+            f"trainer.num_nodes: found {trainer['num_nodes']}, but this command runs on one machine. Start it on each "
+            "with torchrun or srun (docs/cluster.md), and leave trainer.num_nodes out."
+        )
+    devices = trainer.get("devices", 1)
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if trainer.get("accelerator") != "cpu" else 1
+    return int(devices) if isinstance(devices, (int, str)) else len(devices)
+
+
+def start(count: int, arguments: Sequence[str]) -> int:
+    """Run a command of this program as processes of one group on this machine, and return the exit code.
+
+    Ctrl-C and SIGTERM reach all of them once. When one fails, the others end too.
+    """
+    shared = {
+        **os.environ,
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "adamerge"},
+        **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"},
+    }
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    command = [sys.executable, "-m", "adamerge.cli", *arguments]
+    processes = [
+        subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
+        for i in range(count)
+    ]
+
+    def forward(number: int, _: Any) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Wait for all, or for a while after the first failure, and return the first code that is not 0."""
+    failed: int | None = None
+    limit = float("inf")
+    while any(process.poll() is None for process in processes) and time.monotonic() < limit:
+        codes = [process.returncode for process in processes]
+        if failed is None and any(codes):
+            failed, limit = next(code for code in codes if code), time.monotonic() + _GRACE
+        time.sleep(0.05)
+    if failed is None:
+        failed = next((process.returncode for process in processes if process.returncode), 0)
+    return 128 - failed if failed < 0 else failed
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
