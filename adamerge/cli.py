@@ -295,12 +295,17 @@ def _job(config: Any) -> None:
     from adamerge.composition import register_resolvers
 
     register_resolvers()
+    if launchers.job_id() and not logging.getLogger().isEnabledFor(logging.INFO):
+        _configure_logging(debug=False)  # this is a process of submitit's, which main() has not seen
     launchers.join()
     folder = Path(HydraConfig.get().runtime.output_dir)
     config.run_dir = str(folder)
     config.cwd = str(Path.cwd())
-    if config.resume == "auto" and run_folder.is_started(folder):
+    config.job = launchers.job_id()
+    again = ranks.of_first(run_folder.is_of_job(folder, config.job))  # the scheduler has started it anew
+    if (again or config.resume == "auto") and run_folder.is_started(folder):
         stored = run_folder.load_config(folder)
+        stored.job = config.job
         changed = run_folder.differences(config, stored)
         if changed:
             message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
@@ -312,7 +317,8 @@ def _job(config: Any) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # a single run has been checked before its folder was made
             _refuse(preflight.check(config))
             _refuse_ranks(config)
-        _on_first(run_folder.check_unused, folder)
+        if not again:
+            _on_first(run_folder.check_unused, folder)
     except InputError as error:
         raise _JobFailed(error) from error
     fresh = not any(folder.iterdir()) if folder.exists() else True

@@ -95,6 +95,8 @@ def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
     """Turn Hydra's message into one line, with the nearest name for an unknown key."""
     text = str(error).split("Config search path")[0]
     text = re.sub(r"\s*\n\s*", " ", text.strip())
+    if "hydra_submitit_launcher" in text:
+        return InputError('hydra/launcher: the package submitit is not installed: pip install "adamerge[cluster]".')
     match = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if match:
         known = _known_options()

@@ -20,17 +20,25 @@ from adamerge.errors import InputError
 
 log = logging.getLogger(__name__)
 
+_PROGRAM = ("-m", "adamerge.cli")
 _GRACE = 20.0  # seconds that the other processes have to end by themselves after one has failed
 
 Environment = TorchElasticEnvironment | SLURMEnvironment
 
 
 def environment() -> Environment | None:
-    """Return what tells this process its place among several; None where it is alone."""
+    """Return what tells this process its place among several; None where it is alone.
+
+    Raises:
+        InputError: If srun was called with options that do not say how many processes a node has.
+    """
     if TorchElasticEnvironment.detect():
         found: Environment = TorchElasticEnvironment()
     elif SLURMEnvironment.detect():
-        found = SLURMEnvironment(auto_requeue=False)
+        try:
+            found = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:
+            raise InputError(f"srun: {error}") from error
     else:
         return None
     return found if found.world_size() > 1 else None
@@ -55,14 +63,22 @@ def join() -> None:
 def trainer_options() -> dict[str, Any]:
     """Return the trainer's arguments that follow from the launcher, which knows better than a configuration."""
     found = environment()
+    options: dict[str, Any] = {}
+    if "SUBMITIT_EXECUTOR" in os.environ and SLURMEnvironment.detect():
+        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit does it; Lightning must not too
     if found is None:
-        return {}
+        return options
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if isinstance(found, TorchElasticEnvironment) else 0
     local = local or found.world_size() // int(os.environ.get("SLURM_NNODES", 1))
-    options: dict[str, Any] = {"devices": local, "num_nodes": max(1, found.world_size() // local)}
-    if isinstance(found, SLURMEnvironment) and "SUBMITIT_EXECUTOR" in os.environ:
-        options["plugins"] = [found]  # submitit requeues the job; Lightning must not too
-    return options
+    return {**options, "devices": local, "num_nodes": max(1, found.world_size() // local)}
+
+
+def job_id() -> str | None:
+    """Return the scheduler's name for this job, the same when it is started again; None without a scheduler."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    if array and task:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
 
 
 def wanted(trainer: Mapping[str, Any]) -> int:
@@ -93,7 +109,7 @@ def start(count: int, arguments: Sequence[str]) -> int:
         **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"},
     }
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    command = [sys.executable, "-m", "adamerge.cli", *arguments]
+    command = [sys.executable, *_PROGRAM, *arguments]
     processes = [
         subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
         for i in range(count)
@@ -120,13 +136,14 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
     """Wait for all, or for a while after the first failure, and return the first code that is not 0."""
     failed: int | None = None
     limit = float("inf")
-    while any(process.poll() is None for process in processes) and time.monotonic() < limit:
-        codes = [process.returncode for process in processes]
+    while time.monotonic() < limit:
+        codes = [process.poll() for process in processes]
         if failed is None and any(codes):
             failed, limit = next(code for code in codes if code), time.monotonic() + _GRACE
+        if None not in codes:
+            break
         time.sleep(0.05)
-    if failed is None:
-        failed = next((process.returncode for process in processes if process.returncode), 0)
+    failed = failed or 0
     return 128 - failed if failed < 0 else failed
 
 

@@ -1,4 +1,4 @@
-"""Functions run as several processes of one group, forked, so that nothing is imported again."""
+"""Functions of test modules, run as several processes of one group."""
 
 import multiprocessing
 import os
@@ -16,7 +16,9 @@ def run_ranks(function, count, *arguments, timeout=60):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    # Forked from a fresh process that has imported what takes long: this one may have threads, which forks lack.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adamerge.launch", "adamerge.launchers", "adamerge.callbacks", "torchvision"])
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
         context.Process(target=_rank, args=(rank, count, port, function, arguments, pipes[rank][1]), daemon=True)

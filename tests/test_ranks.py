@@ -62,8 +62,12 @@ CASES = {
     "soft, tasks": {"method": partial(frank_wolfe, mode="soft", inner_steps=2), "distribute": "tasks"},
 }
 
+FAST = ("entropy", "tasks", "line search")
 
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_two_processes_learn_what_one_does(case, tmp_path):
     options = CASES[case]
     whole, loss = trained(tmp_path, 8, **options)
@@ -74,6 +78,7 @@ def test_two_processes_learn_what_one_does(case, tmp_path):
     assert torch.equal(found[0][0], found[1][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribute", ["samples", "tasks"])
 def test_four_processes_learn_what_one_does_though_some_have_nothing_to_do(distribute, tmp_path):
     counts = {"red": 3, "green": 2, "blue": 1}
@@ -82,6 +87,7 @@ def test_four_processes_learn_what_one_does_though_some_have_nothing_to_do(distr
         torch.testing.assert_close(part, whole, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_in_single_precision_processes_agree_to_rounding(tmp_path):
     whole, _ = trained(tmp_path, 8, dtype=torch.float32)
     for part, _ in run_ranks(partial(trained, tmp_path, 4, dtype=torch.float32), 2):
@@ -119,6 +125,7 @@ def interrupted_and_resumed(folder):
     return values(merging)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_two_processes_goes_on_as_one_would(tmp_path):
     whole, _ = trained(tmp_path, 8)
     for part in run_ranks(partial(interrupted_and_resumed, tmp_path), 2):
@@ -133,7 +140,7 @@ def guarded(folder, batch_size, distribute="samples"):
     return found, {task: watch.now() for task, watch in guard._watched.items()}, best.best
 
 
-@pytest.mark.parametrize("distribute", ["samples", "tasks"])
+@pytest.mark.parametrize("distribute", ["samples", pytest.param("tasks", marks=pytest.mark.slow)])
 def test_guards_see_the_same_on_two_processes_as_on_one(distribute, tmp_path):
     (whole, _), watched, best = guarded(tmp_path, 6)
     for (part, _), now, kept in run_ranks(partial(guarded, tmp_path, 3, distribute), 2):
