@@ -144,11 +144,13 @@ class UnlabeledTasks(LightningDataModule):
         natures = {name: nature_of(stream) for name, stream in self.streams.items()}
         steps = self._steps(self.streams)
         count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
-        visited = {
+        visited: dict[str, tuple[Unlabeled, Sequence[int]]] = {
             name: (stream, range(len(stream)) if count is None else steps.visited(name, count))
             for name, stream in self.streams.items()
         }
-        held_out = {f"{name}, held out": (stream, range(len(stream))) for name, stream in self.holdout_streams.items()}
+        held_out: dict[str, tuple[Unlabeled, Sequence[int]]] = {
+            f"{name}, held out": (stream, range(len(stream))) for name, stream in self.holdout_streams.items()
+        }
         keep_inputs(
             visited | held_out,
             natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import distributed
 
 from adamerge import ranks
@@ -85,8 +86,11 @@ def wanted(trainer: Mapping[str, Any]) -> int:
     """Return how many processes a run of these trainer options needs on this machine.
 
     Raises:
-        InputError: If it needs several machines, where only a launcher can start processes.
+        InputError: If it needs several machines, where only a launcher can start processes, or SLURM.
     """
+    slurm = any("SLURMEnvironment" in str(plugin) for plugin in trainer.get("plugins") or [])
+    if slurm and "SLURM_JOB_ID" not in os.environ:
+        raise InputError("trainer=slurm: this is no job of SLURM's. Start it with srun, or set trainer=ddp.")
     if int(trainer.get("num_nodes") or 1) > 1:
         raise InputError(
             f"trainer.num_nodes: found {trainer['num_nodes']}, but this command runs on one machine. Start it on each "

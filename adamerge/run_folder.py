@@ -66,7 +66,7 @@ def check_unused(folder: Path) -> None:
 def is_of_job(folder: Path, job: str | None) -> bool:
     """Whether a folder holds the run of a scheduler's job."""
     path = folder / CONFIG_FILE
-    return job is not None and path.is_file() and OmegaConf.load(path).get("job") == job
+    return job is not None and path.is_file() and bool(OmegaConf.select(OmegaConf.load(path), "job") == job)
 
 
 def remove_unstarted(folder: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from processes import run_ranks
 from safetensors.torch import load_file
 from test_cli import arguments, call, configs, refusal  # noqa: F401
@@ -36,6 +37,12 @@ def test_wanted_processes_follow_from_the_devices(trainer, count):
 def test_several_nodes_need_a_launcher():
     with pytest.raises(InputError, match=r"trainer\.num_nodes.*torchrun or srun"):
         launchers.wanted({"num_nodes": 2})
+
+
+def test_slurm_trainer_needs_slurm(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(InputError, match="no job of SLURM's"):
+        launchers.wanted({"plugins": [{"_target_": "lightning.pytorch.plugins.environments.SLURMEnvironment"}]})
 
 
 def slurm(monkeypatch, **variables):
@@ -158,6 +165,7 @@ def as_rank(*words):
         return left.code, printed.getvalue(), said.getvalue()
 
 
+@pytest.mark.slow
 def test_adapt_on_two_processes_writes_what_one_does(arguments, tmp_path, capsys):  # noqa: F811
     small = [*arguments, "trainer=ddp", "trainer.accelerator=cpu", "references=false", "optimizer.lr=0.01"]
     assert call("adapt", *small, "data.batch_size=4", "run_dir=one", "evaluate=false") == 0
@@ -169,7 +177,7 @@ def test_adapt_on_two_processes_writes_what_one_does(arguments, tmp_path, capsys
     (folder,) = (tmp_path / "runs" / "adapt").iterdir()  # named by the clock, and one for both
     whole, parts = (load_file(path / "merged.safetensors") for path in (tmp_path / "one", folder))
     for name, tensor in whole.items():
-        assert (tensor - parts[name]).abs().max() < 1e-5, name
+        torch.testing.assert_close(parts[name], tensor, rtol=2e-3, atol=2e-5, msg=name)  # rounded to half precision
     assert json.loads((folder / "summary.json").read_text())["rows"].keys() == {"adapt"}
     again = run_ranks(partial(as_rank, "adapt", f"resume={folder}"), 2)
     assert [code for code, _, _ in again] == [0, 0]

@@ -112,4 +112,4 @@ def holdout_loss(trainer: Trainer, method: MergingMethod) -> float:
                 totals[task] += float(loss) * len(batch[task].indices) / len(data.holdout_streams[task])
     means = ranks.total(torch.tensor(list(totals.values()), dtype=torch.float64).to(method.device)).tolist()
     weights = method.weights(totals)
-    return sum(weights[task] * mean for task, mean in zip(totals, means, strict=True))
+    return float(sum(weights[task] * mean for task, mean in zip(totals, means, strict=True)))
