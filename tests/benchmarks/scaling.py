@@ -4,6 +4,7 @@ python tests/benchmarks/scaling.py --steps 20
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -50,7 +51,7 @@ def measured(steps: int, options: list[str]) -> tuple[float, int]:
     )
     trainer.fit(method, datamodule=assembly.data)
     losses = 4 * (len(assembly.data.streams) + 1) if ranks.count() > 1 else 0
-    return statistics.median(b - a for a, b in zip(marks[1:], marks[2:], strict=False)), sum(sent[-1:]) + losses
+    return statistics.median(b - a for a, b in itertools.pairwise(marks[1:])), sum(sent[-1:]) + losses
 
 
 def main() -> None:
@@ -61,7 +62,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for count in (1, 2):
         found = run_ranks(partial(measured, arguments.steps, arguments.overrides), count, timeout=500)
-        print(f"{count} processes: {1000 * max(t for t, _ in found):.0f} ms per step, {found[0][1]} bytes per step")
+        print(
+            f"{count} processes: {1000 * max(t for t, _ in found):.0f} ms per step, {found[0][1]} bytes per step",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
