@@ -124,8 +124,8 @@ def keep_inputs(
             stream, visited = wanted[name]
             chosen = visited[: int(share * len(visited))]
             stream.cache = InputCache(chosen, natures[name].example, shared=workers > 0)
-        part = "" if share == 1 else f", {share:.0%} of the images"
-        log.info("data.cache: inputs are decoded once and kept: up to %.2f GB%s.", needed * share / 1e9, part)
+        level = logging.DEBUG if share == 1 else logging.INFO
+        log.log(level, "data.cache: %.0f %% of the images are decoded once and kept.", 100 * share)
 
 
 def _limit(mode: Cache, needed: int, workers: int) -> float:

@@ -120,7 +120,7 @@ LANES = {
         ("data.tasks.mnist.classes=[a, b]", ["data.tasks.mnist.classes", "2 names", "10 classes"]),
         ("data.tasks.mnist.expert=digts", ["data.tasks.mnist.expert", "Imitation", "'digts'", "'digits'"]),
         ("objective=entropy data.tasks.mnist.expert=digts", ["data.tasks.mnist.expert", "'digts'"]),
-        ("data.batch_size=four", ["data: ", "'str'"]),
+        ("data.batch_size=four", ["data.batch_size", "'four'"]),
     ],
 }  # fmt: skip
 
