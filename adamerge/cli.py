@@ -173,6 +173,37 @@ def export(
 
 
 @app.command()
+@click.option("--rule", help="Name of a rule, such as tsvm, ties or regmean++ (docs/methods.md), or an import path.")
+@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
+@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
+@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Instead of all else: a merge.json to run again.")
+@click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat.")
+@click.option("--key-prefix", default=None, help="Key prefix of the encoder in the files, such as visual.")
+@click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
+@click.option("--config-dir", type=click.Path(path_type=Path), help="Your own yaml files, for OVERRIDES.")
+@click.argument("overrides", nargs=-1)
+def merge(output: Path, **options: Any) -> None:
+    """Merge a pool by a rule, without training.
+
+    \b
+    adamerge merge --rule tsvm --base BASE --expert cars=FILE --expert dtd=FILE --out merged
+    adamerge merge --rule ties --set density=0.1 --pool pool.yaml --out merged
+    adamerge merge --rule regmean++ --pool zoo --out merged
+    adamerge merge --rule regmean --pool pool.yaml --config-dir my_configs --out merged \\
+        data=mine backbone=open_clip backbone.model=ViT-B-32
+    adamerge merge --recipe merged/merge.json --out again
+
+    Rules that need unlabeled data (fisher, regmean, regmean++) take OVERRIDES that name backbone and data, as
+    `adamerge adapt` does; the default is the demo zoo's.
+    """  # noqa: D301
+    from adamerge import merging_command
+
+    for path in merging_command.run(merging_command.job_of(**options), output).values():
+        out.print(str(path), highlight=False)
+
+
+@app.command()
 @click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
 @click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
 @click.option("--pool", help="Instead: a pool of the configuration, such as zoo, or a pool's yaml file.")

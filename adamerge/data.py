@@ -17,6 +17,7 @@ from adamerge.caching import CACHES, Cache, keep_inputs, nature_of
 from adamerge.errors import InputError
 from adamerge.streams import Labelled, Steps, StreamLoader, Unlabeled, collate, length_of, permutation
 from adamerge.streams import TaskBatch as TaskBatch
+from adamerge.views import Views
 
 Protocol = Literal["split", "transductive"]
 PROTOCOLS = ("split", "transductive")
@@ -70,6 +71,8 @@ class UnlabeledTasks(LightningDataModule):
             images that are scored, as the AdaMerging paper does.
         limit: Most adaptation images per task, a seeded sample; None for all.
         holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
+        views: Random views that replace the adaptation images (not those held out or scored); None for
+            the images themselves.
         seed: Of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
         prefetch: Steps whose images are loaded ahead, by each process or, without any, by a thread; 0 loads them when
@@ -93,6 +96,7 @@ class UnlabeledTasks(LightningDataModule):
         protocol: Protocol = "split",
         limit: int | None = None,
         holdout: float = 0.0,
+        views: Views | None = None,
         seed: int = 0,
         num_workers: int = 0,
         prefetch: int = 2,
@@ -123,6 +127,7 @@ class UnlabeledTasks(LightningDataModule):
         self._prefetch = prefetch
         self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
         self._cache = cache
+        self._has_views = views is not None
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
         self.holdout_streams: dict[str, Unlabeled] = {}
@@ -130,10 +135,12 @@ class UnlabeledTasks(LightningDataModule):
         for name, task in self.tasks.items():
             adapt, evaluate = self._divide(name, task)
             adapt = _sample(adapt, limit, f"{seed}/limit/{name}")
+            held_out = None
             if holdout:
                 adapt, held_out = _hold_out(adapt, holdout, f"{seed}/holdout/{name}")
-                self.holdout_streams[name] = Unlabeled(held_out, preprocess, first=length_of(adapt))
-            self.streams[name] = Unlabeled(adapt, preprocess)
+            self.streams[name] = Unlabeled(adapt, preprocess, views=views, key=f"{seed}/views/{name}")
+            if held_out is not None:
+                self.holdout_streams[name] = Unlabeled(held_out, preprocess, first=len(self.streams[name]))
             if evaluate is not None:
                 self.evaluation[name] = Labelled(evaluate, preprocess)
 
@@ -145,20 +152,20 @@ class UnlabeledTasks(LightningDataModule):
         steps = self._steps(self.streams)
         count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
         visited: dict[str, tuple[Unlabeled, Sequence[int]]] = {
-            name: (stream, range(len(stream)) if count is None else steps.visited(name, count))
+            name: (stream, stream.images(range(len(stream)) if count is None else steps.visited(name, count)))
             for name, stream in self.streams.items()
         }
-        held_out: dict[str, tuple[Unlabeled, Sequence[int]]] = {
-            f"{name}, held out": (stream, range(len(stream))) for name, stream in self.holdout_streams.items()
-        }
+        for name, stream in self.holdout_streams.items():
+            visited[f"{name}, held out"] = stream, range(len(stream))
         keep_inputs(
-            visited | held_out,
+            visited,
             natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},
             self._cache,
             workers=self.num_workers,
             processes=self.trainer.world_size if self.trainer else 1,
         )
-        drawn = any(nature.random for nature in natures.values())  # a thread would draw them in another order
+        # A thread would draw random numbers in another order, and views use the generator of the whole process.
+        drawn = self._has_views or any(nature.random for nature in natures.values())
         in_memory = all(nature.in_memory for nature in natures.values())
         if self.num_workers == 0:
             self._ahead = 0 if drawn or in_memory else self._prefetch

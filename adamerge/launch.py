@@ -69,7 +69,8 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     """
     if of is not None:
         coefficients, start = _coefficients(config, of.pool)
-        model = MergedModel(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers)
+        options = build_optional(config, "encoder")
+        model = MergedModel(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
         return replace(of, model=model, start=start)
     imports = containers(config)
     check_targets(imports)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from adamerge.errors import InputError
+from adamerge.views import Views
 
 
 class TaskBatch(NamedTuple):
@@ -42,6 +43,8 @@ class Unlabeled(Dataset[TaskBatch]):
         dataset: Items are inputs, or tuples that begin with the input.
         preprocess: Applied to inputs that are not tensors yet (PIL images).
         first: Position of the first item, where several data sets make up a stream.
+        views: Views of the images to give instead; item i is a view of image i modulo their number.
+        key: Fixes, with the position, what is random in the views.
 
     Attributes:
         source: The data set itself, for the baselines that are marked as using labels.
@@ -49,27 +52,51 @@ class Unlabeled(Dataset[TaskBatch]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None, first: int = 0
+        self,
+        dataset: Dataset[Any],
+        preprocess: Callable[[Any], Tensor] | None = None,
+        first: int = 0,
+        views: Views | None = None,
+        key: str = "",
     ) -> None:
+        if views is not None and not isinstance(views, Views):
+            raise InputError(f"data.views: expected adamerge.views.Views (with _target_) or null, found {views!r}.")
         self.source = dataset
         self.cache: Store | None = None
         self._preprocess = preprocess
         self._first = first
+        self._views = views
+        self._key = key
 
     def __len__(self) -> int:
-        return length_of(self.source)
+        return length_of(self.source) * (self._views.count if self._views else 1)
 
     def __getitem__(self, index: int) -> TaskBatch:
-        inputs = None if self.cache is None else self.cache.get(index)
-        if inputs is None:
-            inputs = self.load(index)
-            if self.cache is not None:
-                self.cache.put(index, inputs)
+        if self._views is None:
+            inputs = self._image(index)
+        else:
+            inputs = self._views(self._image, length_of(self.source), index, self._key)
         return TaskBatch(inputs, torch.tensor(self._first + index))
 
-    def load(self, index: int) -> Tensor:
-        """Return an input from the data set itself."""
-        return _to_tensor(_split_item(self.source[index])[0], self._preprocess)
+    def images(self, positions: Sequence[int]) -> Sequence[int]:
+        """Return the numbers of the images in the data set that inputs at these positions are made of."""
+        count = length_of(self.source)
+        if self._views is None:
+            return positions
+        return range(count) if self._views.mix else sorted({position % count for position in positions})
+
+    def _image(self, number: int) -> Tensor:
+        """Return an image, from the cache where that has it."""
+        inputs = None if self.cache is None else self.cache.get(number)
+        if inputs is None:
+            inputs = self.load(number)
+            if self.cache is not None:
+                self.cache.put(number, inputs)
+        return inputs
+
+    def load(self, number: int) -> Tensor:
+        """Return an image from the data set itself."""
+        return _to_tensor(_split_item(self.source[number])[0], self._preprocess)
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor]]):

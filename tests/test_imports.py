@@ -15,7 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors", "ranks"],
-    ["pickles", "low_rank"],
+    ["pickles", "low_rank", "selection", "views"],
     ["files", "stacks"],
     ["checkpoints"],
     ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets"],
@@ -24,13 +24,13 @@ ORDER = [
     ["pool"],
     ["descriptions"],
     ["coefficients", "packed"],
-    ["merge", "merges", "refinement"],
+    ["merge", "refinement"],
     ["teachers", "calls", "running"],
     ["model"],
     ["objectives", "tasks", "frank_wolfe", "streams", "teacher_files"],
     ["caching"],
     ["data"],
-    ["backbones"],
+    ["backbones", "merges"],
     ["baselines", "evaluation", "methods", "export"],
     ["callbacks"],
     ["zoo", "figures", "report"],
@@ -38,14 +38,15 @@ ORDER = [
     ["run_folder"],
     ["preflight"],
     ["scoring", "launchers"],
-    ["launch", "inspection", "composition"],
-    ["replay", "demo"],
+    ["launch", "inspection", "composition", "pool_files"],
+    ["replay", "demo", "merging_command"],
     ["cli"],
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
     *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
+    *("pool_files", "merging_command"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
