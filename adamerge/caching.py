@@ -132,7 +132,7 @@ def _limit(mode: Cache, needed: int, workers: int) -> float:
     """Return the bytes that may be kept; what ``ram`` needs must be there."""
     shared = float("inf")
     if workers and os.path.isdir(_SHARED_MEMORY):
-        shared = 0.9 * shutil.disk_usage(_SHARED_MEMORY).free
+        shared = 0.5 * shutil.disk_usage(_SHARED_MEMORY).free
     if mode == "auto":
         return min(_SHARE * free_memory(), shared)
     for found, what in ((free_memory(), "free memory"), (shared, f"shared memory ({_SHARED_MEMORY})")):

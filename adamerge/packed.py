@@ -123,6 +123,7 @@ def _facts(pool: ExpertPool, dtype: torch.dtype) -> dict[str, object]:
         "format": FORMAT,
         "experts": list(pool.expert_names),
         "hashes": pool.hashes(),
+        "keys": pool.keys_digest,
         "transform": describe_transform(pool),
         "dtype": str(dtype).removeprefix("torch."),
         "unchanged": unchanged,

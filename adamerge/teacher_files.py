@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from adamerge.checkpoints import SafetensorsCheckpoint, save_state_dict
 from adamerge.errors import InputError
 from adamerge.files import ensure_writable
+from adamerge.low_rank import matmul_precision
 from adamerge.model import MergedModel
 from adamerge.teachers import Outputs
 
@@ -145,12 +146,12 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
     return digest(
         {
             "format": _FORMAT,
-            "files": [hashes["base"], hashes[model.teacher_of(task)]],
+            "files": [hashes["base"], hashes[model.teacher_of(task)], model.pool.keys_digest],
             "encoder": [*_described(encoder), dict(encoder.named_buffers())],
             "head": [*_described(head), head.state_dict()],
             "hidden_layers": list(hidden_layers),
             "dtype": str(model.pool.compute_dtype),
-            "matmul": torch.get_float32_matmul_precision(),
+            "matmul": matmul_precision(),
             "torch": torch.__version__,
             "computed": dict(computed),
         }

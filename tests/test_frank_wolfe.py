@@ -435,6 +435,7 @@ def test_constraints_other_than_simplex_and_none_are_refused(toy, constraint):
         ({"step_size": 2.0}, r"expected a product in \(0, 1\], found 2.0"),
         ({"steps": 0}, "method.steps: expected a number >= 1, found 0"),
         ({"top_k": 0}, "method.top_k: expected a number >= 1"),
+        ({"ranking": "cosine", "average_gradients": True}, "average_gradients"),
         ({"ranking": "cosine", "mode": "soft"}, "'cosine' ranks whole parameters in mode 'hard', found mode 'soft'"),
     ],
 )

@@ -97,11 +97,11 @@ class FrankWolfeMerging(MergingMethod):
             if value not in _OPTIONS[option]:
                 raise InputError(f"method.{option}: expected {' or '.join(_OPTIONS[option])}, found {value!r}.")
         self._vertex_scale, self._is_cosine = vertex_scale, ranking == "cosine"
+        self._averages = average_gradients
         self._check_hull(vertices)
         self._steps, self._step_rule, self._is_soft, self._tolerance = steps, step_rule, mode == "soft", tolerance
         self._factor = step_size * scaling
         self._top_k, self._inner_steps, self._inner_lr = top_k, inner_steps, inner_lr
-        self._averages = average_gradients
         self._check_numbers()
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
@@ -226,6 +226,8 @@ class FrankWolfeMerging(MergingMethod):
                 f"method.vertex_scale: expected a number > 0, found {self._vertex_scale}; it is 1 with "
                 "constraint=simplex, for another set constraint=none."
             )
+        if self._averages and self._is_cosine:
+            raise InputError("method.average_gradients: the released code's ranking (cosine) is of single batches.")
         if self._vertex_scale != 1 and self._is_cosine:
             raise InputError("method.vertex_scale: the released code's ranking (cosine) knows the experts only; use 1.")
         if isinstance(constraint, Simplex) and constraint.total == "equal" and "base" in vertices:
