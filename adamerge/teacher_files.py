@@ -1,7 +1,8 @@
 """What the experts say, kept in a folder from run to run.
 
 One safetensors file per batch, named by a hash of everything that decides its content: the expert, the head, the
-encoder, the layers asked for, how it is computed, and the inputs themselves. So nothing in the folder can be stale,
+encoder, the layers asked for, how it is computed, and the inputs themselves. What differs in any of these
+has another name (an encoder counts by its class, its print and its buffers: empty the folder after editing its code),
 and every file can be deleted. The inputs are hashed as the encoder sees them, preprocessed: images are still read in
 each run, which costs little beside asking an expert, and another transform, split or sample is another name.
 
