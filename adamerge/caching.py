@@ -124,15 +124,15 @@ def keep_inputs(
             stream, visited = wanted[name]
             chosen = visited[: int(share * len(visited))]
             stream.cache = InputCache(chosen, natures[name].example, shared=workers > 0)
-        part = "" if share == 1 else f", {share:.0%} of the images"
-        log.info("data.cache: inputs are decoded once and kept: up to %.2f GB%s.", needed * share / 1e9, part)
+        level = logging.DEBUG if share == 1 else logging.INFO
+        log.log(level, "data.cache: %.0f %% of the images are decoded once and kept.", 100 * share)
 
 
 def _limit(mode: Cache, needed: int, workers: int) -> float:
     """Return the bytes that may be kept; what ``ram`` needs must be there."""
     shared = float("inf")
     if workers and os.path.isdir(_SHARED_MEMORY):
-        shared = 0.9 * shutil.disk_usage(_SHARED_MEMORY).free
+        shared = 0.5 * shutil.disk_usage(_SHARED_MEMORY).free
     if mode == "auto":
         return min(_SHARE * free_memory(), shared)
     for found, what in ((free_memory(), "free memory"), (shared, f"shared memory ({_SHARED_MEMORY})")):

@@ -21,6 +21,7 @@ from adamerge.views import Views
 
 Protocol = Literal["split", "transductive"]
 PROTOCOLS = ("split", "transductive")
+DISTRIBUTIONS = ("samples", "tasks")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class UnlabeledTasks(LightningDataModule):
     Args:
         tasks: Task name to its data.
         batch_size: Inputs per task and batch (on each device).
+        distribute: With several devices: ``"samples"``, each takes its part of every task's batch; or ``"tasks"``,
+            each takes whole batches of its own tasks, so that fewer experts are asked and run per device. The
+            gradient is the same.
         batches_per_step: Batches per task and step, whose losses are summed; AdaMerging's released script
             uses 2.
         protocol: ``"split"``: images that adapt are never scored. ``"transductive"``: adapt on the very
@@ -88,6 +92,7 @@ class UnlabeledTasks(LightningDataModule):
         *,
         batch_size: int = 16,
         batches_per_step: int = 1,
+        distribute: Literal["samples", "tasks"] = "samples",
         protocol: Protocol = "split",
         limit: int | None = None,
         holdout: float = 0.0,
@@ -105,7 +110,9 @@ class UnlabeledTasks(LightningDataModule):
         if not 0 <= holdout < 1:
             raise InputError(f"data.holdout: expected a share in [0, 1), found {holdout}.")
         cache = "off" if cache is False else cache  # what a yaml file reads from a bare off
-        for option, found, known in (("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES)):
+        for option, found, known in (
+            ("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES), ("distribute", distribute, DISTRIBUTIONS),
+        ):  # fmt: skip
             if found not in known:
                 raise InputError(f"data.{option}: expected {' or '.join(map(repr, known))}, found {found!r}.")
         _check_numbers(1, batch_size=batch_size, batches_per_step=batches_per_step)
@@ -113,6 +120,7 @@ class UnlabeledTasks(LightningDataModule):
         self.tasks = dict(tasks)
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
+        self.distribute = distribute
         self.protocol = protocol
         self.seed = seed
         self.num_workers = num_workers
@@ -143,7 +151,7 @@ class UnlabeledTasks(LightningDataModule):
         natures = {name: nature_of(stream) for name, stream in self.streams.items()}
         steps = self._steps(self.streams)
         count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
-        visited = {
+        visited: dict[str, tuple[Unlabeled, Sequence[int]]] = {
             name: (stream, stream.images(range(len(stream)) if count is None else steps.visited(name, count)))
             for name, stream in self.streams.items()
         }
@@ -168,13 +176,22 @@ class UnlabeledTasks(LightningDataModule):
         return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers, self._ahead)
 
     def first_batch(self) -> dict[str, TaskBatch]:
-        """Return what the first step of a run sees."""
+        """Return what the first step of a run sees; on each of several devices its part of that."""
         return self._steps(self.streams)[0]
 
+    def shares(self) -> dict[str, float]:
+        """Return, for every task, this device's part of a step's inputs, times the number of devices."""
+        steps = self._steps(self.streams)
+        return {task: steps.share(task) for task in self.streams}
+
     def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
-        """Yield the held-out images once, in their own order; tasks with fewer end earlier."""
+        """Yield the held-out images once, in their own order; tasks with fewer end earlier.
+
+        Each of several devices has every so many of the batches.
+        """
         size, streams = self.batch_size * self.batches_per_step, self.holdout_streams
-        for start in range(0, max(map(len, streams.values()), default=0), size):
+        world, rank = self._ranks()
+        for start in range(rank * size, max(map(len, streams.values()), default=0), world * size):
             yield {
                 task: collate([stream[i] for i in range(start, min(start + size, len(stream)))])
                 for task, stream in streams.items()
@@ -186,7 +203,7 @@ class UnlabeledTasks(LightningDataModule):
         return DataLoader(self.evaluation[task], self.evaluation_batch_size, num_workers=self.num_workers)
 
     def teacher_loader(self, task: str, steps: int | None = None) -> DataLoader[TaskBatch]:
-        """Return the stream's samples that the first ``steps`` steps visit (None: all), in ascending order.
+        """Return the stream's samples that this device visits in ``steps`` steps (None: all), in ascending order.
 
         The order does not depend on the run's position, so that cached teacher outputs are the same
         to the last bit after a resume.
@@ -194,7 +211,7 @@ class UnlabeledTasks(LightningDataModule):
         stream = self.streams[task]
         visited = list(range(len(stream)))
         if steps is not None:
-            visited = self._steps({task: stream}).visited(task, steps)
+            visited = self._steps(self.streams).visited(task, steps)
         batch_size = max(self.batch_size, self.evaluation_batch_size)
         return DataLoader(Subset(stream, visited), batch_size, num_workers=self.num_workers, collate_fn=collate)
 
@@ -224,8 +241,13 @@ class UnlabeledTasks(LightningDataModule):
         return task.adapt, task.evaluate
 
     def _steps(self, streams: Mapping[str, Unlabeled]) -> "Steps":
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return Steps(streams, self.batch_size * self.batches_per_step, self.seed, rank, world)
+        world, rank = self._ranks()
+        size = self.batch_size * self.batches_per_step
+        return Steps(streams, size, self.seed, rank, world, by_task=self.distribute == "tasks")
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of devices, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _steps_per_epoch(self, steps: "Steps") -> int:
         """One epoch is the whole run where the trainer counts steps, else one pass over the longest stream."""

@@ -133,6 +133,7 @@ def describe_task_vectors(pool: ExpertPool) -> dict[str, Any]:
         "dtype": pool.dtype_name,
         "transform": describe_transform(pool),
         "parameters": hashlib.sha256("\n".join(sorted(pool.names)).encode()).hexdigest()[:16],
+        "keys": pool.keys_digest,
     }
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from adamerge import launchers, ranks
 from adamerge.backbones import Backbone, check_classes
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
@@ -30,7 +31,7 @@ from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_init, build_optional, containers, strings
 from adamerge.refinement import Refinement, transfer
-from adamerge.run_folder import CONFIG_FILE, LAST, is_started, load_config, plain, save_config
+from adamerge.run_folder import CONFIG_FILE, LAST, is_started, last_checkpoint, load_config, plain, save_config
 from adamerge.scoring import Made, score_run
 from adamerge.stages import STAGE, START, first_stage, start_file
 from adamerge.targets import announce, check_targets
@@ -153,12 +154,13 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         raise InputError(f"{folder}: nothing to resume: no {LAST}. Start the run without resume.")
     first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
     todo = first if first is not None and not (folder / START).is_file() else None
-    with Console(stderr=True).status("Reading the pool and building the heads"):
+    with Console(stderr=True, quiet=not ranks.is_first()).status("Reading the pool and building the heads"):
         assembly = assemble(config if todo is None else todo)
-    ensure_writable(folder)
-    if first is not None:
-        save_config(first, folder / STAGE / CONFIG_FILE)
-    save_config(config, folder / CONFIG_FILE)
+    if ranks.is_first():
+        ensure_writable(folder)
+        if first is not None:
+            save_config(first, folder / STAGE / CONFIG_FILE)
+        save_config(config, folder / CONFIG_FILE)
     watch = Stopwatch()
     if todo is not None:
         _fit_first(todo, folder, assembly, resume=resume)
@@ -193,6 +195,7 @@ def _fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: 
     if trainer.is_global_zero:
         for path in (folder / STAGE / "coefficients.json", folder / START):
             save_coefficients(assembly.model.coefficients, path, assembly.pool)
+    ranks.wait()  # for the files
     _raise_reason(trainer)
 
 
@@ -205,8 +208,9 @@ def _fit(
     method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
     callbacks = [MergingProgress(description), *_callbacks(config, folder), *exports, GracefulStop(folder / LAST)]
-    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config))
-    saved = str(folder / LAST) if resume and (folder / LAST).is_file() else None
+    options = {"default_root_dir": folder, **launchers.trainer_options()}
+    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
+    saved = last_checkpoint(folder) if resume else None
     trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
     trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
     return trainer

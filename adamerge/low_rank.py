@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BY_BACKEND = "by backend"
 _PIECE = 1 << 17  # entries that are expanded at a time, so that temporaries stay in the cache
 
 
@@ -126,11 +127,19 @@ def rectangles(start: int, stop: int, width: int, run: Tensor) -> Iterator[tuple
         at += size
 
 
+def matmul_precision() -> str:
+    """Return torch's precision of matrix products; it cannot say where the switches of single backends were used."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return _BY_BACKEND
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Multiply matrices in full precision, whatever ``torch.set_float32_matmul_precision`` says."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
+    before = matmul_precision()
+    if before in ("highest", _BY_BACKEND):
         yield
         return
     torch.set_float32_matmul_precision("highest")

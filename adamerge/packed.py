@@ -153,6 +153,7 @@ def _facts(pool: ExpertPool, dtype: torch.dtype, transform: Any) -> dict[str, ob
         "format": FORMAT,
         "experts": list(pool.expert_names),
         "hashes": pool.hashes(),
+        "keys": pool.keys_digest,
         "transform": transform,
         "dtype": str(dtype).removeprefix("torch."),
         "unchanged": unchanged,

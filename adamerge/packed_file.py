@@ -62,6 +62,7 @@ class PackedFile:
         self.unchanged = frozenset(content["unchanged"])
         self._file = opened
         self._keys = set(opened.keys)
+        self._keys_digest = content.get("keys")
 
     @property
     def nbytes(self) -> int:
@@ -88,12 +89,17 @@ class PackedFile:
                 yield f"{where}: {name!r}: expected {expected}, found {self._file.spec(name)[0]}. {_REMEDY}"
                 return
 
-    def check_hashes(self, hashes: Mapping[str, str]) -> None:
-        """Refuse a pool whose files have changed since.
+    def check_source(self, hashes: Mapping[str, str], keys: str) -> None:
+        """Refuse a pool whose files have changed since, or that reads other keys of them.
 
         Raises:
             InputError: If a hash differs.
         """
+        if self._keys_digest != keys:
+            raise InputError(
+                f"pool.task_vectors: {self.name}: made from other keys of the same files (key prefix, include, "
+                f"exclude or tied weights differ). {_REMEDY}"
+            )
         changed = [name for name, value in hashes.items() if self.hashes.get(name) != value]
         if changed:
             raise InputError(

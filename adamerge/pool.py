@@ -4,6 +4,8 @@ Legend: E experts, n entries of one parameter, ``*S`` its shape. Task vectors ar
 stacked on axis 0; names are the encoder's own (``key_map`` relates them to the files').
 """
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,13 +111,16 @@ class ExpertPool:
         self.compute_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.device = torch.device("cpu")
         self.fixed = {name: self._read(base, name).clone() for name in layout.fixed}
+        self._every_name = sorted((*layout.merged, *layout.fixed))
         self.transform = transform
         self._prepared: Prepared | None = None
         self.packed = None if task_vectors is None else PackedFile(task_vectors)
         self._dtype = self._check_options(storage, dtype, layout)
         if transform is not None:
             # Statistics come from the raw experts as they are in their files, before any rounding to ``dtype``.
-            raw = partial(ExpertPool, include=include, exclude=exclude, key_map=key_map, tied=tied)
+            raw = partial(
+                ExpertPool, include=include, exclude=exclude, key_map=key_map, tied=tied, duplicates=duplicates
+            )
             self._prepared = Prepared(transform, raw(base, experts, storage="stream"))
         self.base: dict[str, Tensor] = {}
         entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in layout.merged)
@@ -326,6 +331,12 @@ class ExpertPool:
         """Bytes of memory that the task vectors hold; mapped files count as none."""
         return self._task_vectors.nbytes
 
+    @property
+    def keys_digest(self) -> str:
+        """What tells pools apart that read other keys of the same files: a hash of names and keys."""
+        keys = {name: self.keys.file_key(name) for name in self._every_name}
+        return hashlib.sha256(json.dumps([keys, sorted(self.tied.items())]).encode()).hexdigest()[:16]
+
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of the base (key ``base``) and of each expert; reads every file once."""
         if not hasattr(self, "_hashes"):
@@ -437,7 +448,7 @@ class ExpertPool:
         shapes = {name: self.source.spec(self.keys.file_key(name))[0] for name in layout.merged}
         for problem in self.packed.problems(self.expert_names, shapes):
             raise InputError(problem)
-        self.packed.check_hashes(self.hashes())
+        self.packed.check_source(self.hashes(), self.keys_digest)
         return self.packed.dtype
 
     def _log_storage(self) -> None:

@@ -193,36 +193,70 @@ class _StepSampler(Sampler[int]):
 
 
 class Steps(Dataset[dict[str, TaskBatch]]):
-    """Step number to every task's batch: consecutive pieces of seeded permutations, pass after pass."""
+    """Step number to every task's batch: consecutive pieces of seeded permutations, pass after pass.
 
-    def __init__(self, streams: Mapping[str, Unlabeled], batch_size: int, seed: int, rank: int, world: int) -> None:
+    What all ranks together see in a step depends on the size of the global batch alone; each takes its part of it.
+
+    Args:
+        streams: Task to its stream.
+        batch_size: Inputs per task, step and rank; a stream shorter than a global batch gives each input once.
+        seed: Of the orders.
+        rank: Of ``world`` ranks, the one whose parts these are.
+        world: Number of ranks.
+        by_task: A rank takes whole batches of some tasks, instead of a part of every task's batch.
+    """
+
+    def __init__(
+        self, streams: Mapping[str, Unlabeled], batch_size: int, seed: int, rank: int, world: int, by_task: bool = False
+    ) -> None:
         self._streams = dict(streams)
-        self._batch_size = batch_size
+        self._sizes = {task: min(batch_size * world, len(stream)) for task, stream in streams.items()}
         self._seed = seed
         self._rank, self._world = rank, world
+        self._by_task = by_task
         self._orders: dict[tuple[str, int], Tensor] = {}
 
-    def batch_size(self, task: str) -> int:
-        """Inputs per rank and step: a stream shorter than a global batch gives each of its images once."""
-        return max(1, min(self._batch_size, len(self._streams[task]) // self._world))
+    def global_size(self, task: str) -> int:
+        """Inputs per step on all ranks together."""
+        return self._sizes[task]
 
     def per_pass(self, task: str) -> int:
         """Steps that one pass over a task's stream takes."""
-        return len(self._streams[task]) // (self.batch_size(task) * self._world)
+        return len(self._streams[task]) // self._sizes[task]
+
+    def part(self, task: str) -> range:
+        """Return which positions of a global batch this rank takes; parts of ranks differ by at most one input."""
+        size = self._sizes[task]
+        if self._by_task:
+            return range(size if list(self._streams).index(task) % self._world == self._rank else 0)
+        return range(size * self._rank // self._world, size * (self._rank + 1) // self._world)
+
+    def share(self, task: str) -> float:
+        """Return this rank's part of a global batch, times the number of ranks.
+
+        The mean over ranks of (share x mean over the rank's part) is the mean over the global batch.
+        """
+        return self._world * len(self.part(task)) / self._sizes[task]
 
     def __getitem__(self, step: int) -> dict[str, TaskBatch]:
-        return {task: collate([stream[i] for i in self._indices(task, step)]) for task, stream in self._streams.items()}
+        indices = {task: self._indices(task, step) for task in self._streams}
+        return {task: collate([self._streams[task][i] for i in found]) for task, found in indices.items() if found}
 
     def visited(self, task: str, steps: int) -> list[int]:
-        """Return the positions that the first ``steps`` steps visit on all ranks, ascending."""
-        total = steps * self.batch_size(task) * self._world
-        length = len(self._streams[task])
-        return list(range(length)) if total >= length else sorted(self._order(task, 0)[:total].tolist())
+        """Return the positions that this rank visits in the first ``steps`` steps, ascending."""
+        if self._world == 1:
+            total, length = steps * self._sizes[task], len(self._streams[task])
+            return list(range(length)) if total >= length else sorted(self._order(task, 0)[:total].tolist())
+        found: set[int] = set()
+        for step in range(steps if len(self.part(task)) else 0):
+            found.update(self._indices(task, step))
+            if len(found) == len(self._streams[task]):
+                break
+        return sorted(found)
 
     def _indices(self, task: str, step: int) -> list[int]:
-        size, length = self.batch_size(task), len(self._streams[task])
-        first = (step * self._world + self._rank) * size
-        return [int(self._order(task, p // length)[p % length]) for p in range(first, first + size)]
+        first, length = step * self._sizes[task], len(self._streams[task])
+        return [int(self._order(task, (first + i) // length)[(first + i) % length]) for i in self.part(task)]
 
     def _order(self, task: str, number: int) -> Tensor:
         """The permutation of pass ``number``; the two latest are kept."""

@@ -85,7 +85,8 @@ class TaskVectors:
             base: Its value in the base, (*S) in ``compute_dtype``.
             transform: Applied to the stack, unless it is zero; NaN and infinity are left for the caller to find.
         """
-        sources = [source if isinstance(source, LowRank) else source.reshape(-1) for source in experts]
+        dtype = self._compute_dtype
+        sources = [s.to(dtype=dtype) if isinstance(s, LowRank) else s.reshape(-1) for s in experts]
         products = [source for source in sources if isinstance(source, LowRank)]
         if len(products) == len(sources) and transform is None:
             self._stacks[name] = Factored(Factors(products))

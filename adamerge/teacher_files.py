@@ -1,7 +1,8 @@
 """What the experts say, kept in a folder from run to run.
 
 One safetensors file per batch, named by a hash of everything that decides its content: the expert, the head, the
-encoder, the layers asked for, how it is computed, and the inputs themselves. So nothing in the folder can be stale,
+encoder, the layers asked for, how it is computed, and the inputs themselves. What differs in any of these
+has another name (an encoder counts by its class, its print and its buffers: empty the folder after editing its code),
 and every file can be deleted. The inputs are hashed as the encoder sees them, preprocessed: images are still read in
 each run, which costs little beside asking an expert, and another transform, split or sample is another name.
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from adamerge.checkpoints import SafetensorsCheckpoint, save_state_dict
 from adamerge.errors import InputError
 from adamerge.files import ensure_writable
+from adamerge.low_rank import matmul_precision
 from adamerge.model import MergedModel
 from adamerge.teachers import Outputs
 
@@ -145,12 +147,12 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
     return digest(
         {
             "format": _FORMAT,
-            "files": [hashes["base"], hashes[model.teacher_of(task)]],
+            "files": [hashes["base"], hashes[model.teacher_of(task)], model.pool.keys_digest],
             "encoder": [*_described(encoder), dict(encoder.named_buffers())],
             "head": [*_described(head), head.state_dict()],
             "hidden_layers": list(hidden_layers),
             "dtype": str(model.pool.compute_dtype),
-            "matmul": torch.get_float32_matmul_precision(),
+            "matmul": matmul_precision(),
             "torch": torch.__version__,
             "computed": dict(computed),
         }

@@ -23,45 +23,44 @@ class Outputs:
 class TeacherCache:
     """The experts' outputs by task and sample index.
 
-    Rows live in tensors that grow by doubling, on the device of the outputs. Memory: per sample the
-    logits, the features, and whatever hidden layers the objective asks for.
+    Rows live in tensors that grow by doubling, on the device of the outputs. Memory: per sample that was put the
+    logits, the features, and whatever hidden layers the objective asks for; per position in the stream a number.
     """
 
     def __init__(self) -> None:
         self._rows: dict[str, Outputs] = {}
-        self._filled: dict[str, Tensor] = {}
+        self._row_of: dict[str, Tensor] = {}  # position to row, -1 where there is none
+        self._counts: dict[str, int] = {}
 
     def clear(self) -> None:
         """Forget everything: positions mean other samples in another data set."""
-        self._rows, self._filled = {}, {}
+        self._rows, self._row_of, self._counts = {}, {}, {}
 
     def get(self, task: str, indices: Tensor) -> Outputs | None:
         """Return the outputs at ``indices`` (B,), or None if any of them is missing."""
-        filled, positions = self._filled.get(task), indices.cpu()
-        if filled is None or int(positions.max()) >= len(filled) or not bool(filled[positions].all()):
+        row_of, positions = self._row_of.get(task), indices.cpu()
+        if row_of is None or int(positions.max()) >= len(row_of) or bool((row_of[positions] < 0).any()):
             return None
         rows = self._rows[task]
-        at = indices.to(rows.logits.device)
+        at = row_of[positions].to(rows.logits.device)
         return Outputs(rows.logits[at], rows.features[at], {name: value[at] for name, value in rows.hidden.items()})
 
     def put(self, task: str, indices: Tensor, outputs: Outputs) -> None:
         """Store outputs (B, ...) at ``indices`` (B,)."""
         positions = indices.cpu()
         if task in self._rows and set(self._rows[task].hidden) != set(outputs.hidden):
-            del self._rows[task], self._filled[task]  # another objective wants other layers
-        filled = self._filled.get(task, torch.zeros(0, dtype=torch.bool))
-        size = max(len(filled), 1)
-        while size <= int(positions.max()):
-            size *= 2
-        self._filled[task] = _grown(filled, size)
-        self._filled[task][positions] = True
-        rows = self._rows.get(task, _empty(outputs))
+            del self._rows[task], self._row_of[task], self._counts[task]  # another objective wants other layers
+        row_of = _grown(self._row_of.get(task, torch.zeros(0, dtype=torch.long)), int(positions.max()) + 1, -1)
+        new, count = positions[row_of[positions] < 0].unique(), self._counts.get(task, 0)
+        row_of[new] = torch.arange(count, count + len(new))
+        self._row_of[task], self._counts[task] = row_of, count + len(new)
+        rows, size = self._rows.get(task, _empty(outputs)), count + len(new)
         kept = Outputs(
             _grown(rows.logits, size),
             _grown(rows.features, size),
             {name: _grown(value, size) for name, value in rows.hidden.items()},
         )
-        at = indices.to(kept.logits.device)
+        at = row_of[positions].to(kept.logits.device)
         kept.logits[at] = outputs.logits.detach()
         kept.features[at] = outputs.features.detach()
         for name, value in kept.hidden.items():
@@ -75,9 +74,10 @@ def _empty(outputs: Outputs) -> Outputs:
     return Outputs(logits, features, hidden)
 
 
-def _grown(rows: Tensor, size: int) -> Tensor:
-    if len(rows) == size:
+def _grown(rows: Tensor, size: int, fill: int = 0) -> Tensor:
+    """Return rows with room for ``size``, at least doubled where there was less."""
+    if len(rows) >= size:
         return rows
-    grown = rows.new_zeros(size, *rows.shape[1:])
+    grown = rows.new_full((max(size, 2 * len(rows)), *rows.shape[1:]), fill)
     grown[: len(rows)] = rows
     return grown

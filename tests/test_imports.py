@@ -14,7 +14,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # Lowest first. A module may import from lines above its own, never from its own line or below;
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
-    ["version", "errors"],
+    ["version", "errors", "ranks"],
     ["pickles", "low_rank", "selection", "stock", "views"],
     ["files", "stacks"],
     ["checkpoints"],
@@ -37,7 +37,7 @@ ORDER = [
     ["run_checks", "stages"],
     ["run_folder", "pool_files"],
     ["preflight"],
-    ["scoring", "composition"],
+    ["scoring", "composition", "launchers"],
     ["launch", "inspection"],
     ["replay", "demo", "merging_command", "compare_row", "comparison_table"],
     ["comparison", "transform_command"],
@@ -46,7 +46,7 @@ ORDER = [
 
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
-    *("stages", "run_folder", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
+    *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
     *("pool_files", "merging_command", "transform_command", "compare_row", "comparison"),
 }
 ALLOWED = {

@@ -386,3 +386,13 @@ def test_merge_of_streamed_experts_equals_that_in_memory(rule, tmp_path: Path):
         merged_state_dict(ExpertPool.from_files(base, experts, storage=storage), rule) for storage in ("ram", "stream")
     ]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_layer_swapping_orders_blocks_by_number_not_by_name():
+    names = [f"blocks.{i}.w" for i in sorted(range(12), key=str)]
+    base = {name: torch.zeros(2) for name in names}
+    pool = ExpertPool.from_state_dicts(
+        base, {"a": {name: torch.ones(2) for name in names}, "b": {name: torch.full((2,), 2.0) for name in names}}
+    )
+    merged = dict(LayerSwapping(outer="a", inner="b", bottom=3, top=3)(pool))
+    assert [int(merged[f"blocks.{i}.w"][0]) for i in range(12)] == [1] * 3 + [2] * 6 + [1] * 3

@@ -5,6 +5,7 @@ import torch
 from toy import Toy, save_files
 
 from adamerge import Coefficients, ExpertPool, InputError, merge
+from adamerge.checkpoints import MemoryCheckpoint
 from adamerge.coefficients import load_coefficients, save_coefficients
 from adamerge.transforms import Dare, Lines, Tall, Ties, Trim
 
@@ -76,3 +77,11 @@ def test_coefficients_of_other_parameters_are_refused(toy: Toy, tmp_path):
     save_coefficients(Coefficients(fewer, "task"), tmp_path / "c.json", fewer)
     with pytest.raises(InputError, match=r"same dtype, transform and parameters \(include, exclude\)"):
         load_coefficients(tmp_path / "c.json", toy.pool())
+
+
+def test_duplicates_are_allowed_with_a_transform_too(toy: Toy):
+    name = next(iter(toy.experts))
+    experts = {key: MemoryCheckpoint(key, toy.experts[name]) for key in ("a", "copy")}
+    pool = ExpertPool(MemoryCheckpoint("base", toy.base), experts, transform=Ties(), duplicates="allow")
+    first, second = pool.task_vectors(pool.names[0])
+    assert torch.equal(first, second)

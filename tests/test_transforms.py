@@ -405,3 +405,8 @@ def test_pool_as_a_source_equals_stacks_in_memory(toy):
             torch.testing.assert_close(pool.task_vectors(name), expected[name], rtol=1e-6, atol=1e-8)
         gone = set(raw.names) - set(pool.names)
         assert all(not expected[name].any() for name in gone)
+
+
+def test_pcb_of_a_hundred_experts_is_finite():
+    stacks = {"w": torch.randn(100, 50, generator=torch.Generator().manual_seed(0))}
+    assert torch.isfinite(apply(Pcb(), stacks)["w"]).all()

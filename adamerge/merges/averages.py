@@ -17,6 +17,7 @@ from adamerge.merges import Merged
 from adamerge.merges.tensors import average, check_choice, check_count, check_range, tiles, weighted
 from adamerge.pool import ExpertPool
 from adamerge.stock import stock_ratio
+from adamerge.transforms.depth import block_order
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class LayerSwapping:
                     f"{did_you_mean(str(expert), pool.expert_names)}"
                 )
         found = {name: match.group() for name in pool.names if (match := re.search(self.blocks, name))}
-        order = {block: number for number, block in enumerate(dict.fromkeys(found.values()))}
+        order = {block: number for number, block in enumerate(sorted(set(found.values()), key=block_order))}
         if self.bottom + self.top + 2 * self.transition > len(order):
             raise InputError(
                 f"LayerSwapping: bottom + top + 2 x transition: expected at most the model's {len(order)} blocks, "

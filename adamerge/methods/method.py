@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from adamerge import ranks
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import GuardError, InputError, did_you_mean, shorten
 from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
@@ -29,6 +30,9 @@ class MergingMethod(LightningModule):
     :math:`\bar\lambda` is the detached :math:`\lambda` and :math:`g = dL/d\lambda` comes from the engine:
     its value is the loss and its gradient is g, so that Lightning's automatic optimization does clipping,
     accumulation, gradient scaling and the reduction over devices, and constraints differentiate themselves.
+
+    On several devices each runs its part of a step: g is averaged by Lightning, (E, G) numbers per step; the losses,
+    one number per task, are summed here, so that all devices see the same and act alike.
 
     Args:
         model: The merged model; its coefficients are the only parameters.
@@ -66,6 +70,8 @@ class MergingMethod(LightningModule):
         self.uses_teacher = bool(getattr(objective, "uses_teacher", False))
         self.observers: list[Callable[[TaskStep], None]] = []
         self.teacher_files: TeacherFiles | None = None
+        # Constants, the same on all devices: torch would broadcast them before each step.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._reduction = reduction
         self._micro_batch = micro_batch
 
@@ -110,11 +116,41 @@ class MergingMethod(LightningModule):
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
-        loss, result = self.run(batch, values, scale=self._loss_scale())
+        loss, result = self.step(batch, values, scale=self._loss_scale())
         self._guard(result.losses, result.gradient)
         self._report(loss, result.losses, values, sum(len(data.indices) for data in batch.values()))
         surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
         return surrogate
+
+    def step(
+        self,
+        batch: Mapping[str, TaskBatch],
+        values: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        needs_gradient: bool = True,
+    ) -> tuple[Tensor, StepResult]:
+        """Run this device's part of a step.
+
+        Returns:
+            The total loss at coefficients ``values`` (E, G), the losses by task, both of all devices, and this
+            device's gradient (E, G): the mean over devices is the whole one. Where it is not finite on one of them,
+            it is not on any.
+        """
+        data = self._datamodule() if ranks.count() > 1 else None
+        shares = data.shares() if data else dict.fromkeys(batch, 1.0)
+        loss, result = self.run(batch, values, scale=scale, needs_gradient=needs_gradient, shares=shares)
+        if ranks.count() == 1:
+            return loss, result
+        zero = values.new_zeros(())
+        parts = [result.losses[task] * share if task in batch else zero for task, share in shares.items()]
+        finite = (result.gradient * 0).sum()  # NaN unless it is
+        sums = ranks.total(torch.stack([part.to(values) for part in (*parts, finite)]))
+        *means, finite = (sums / ranks.count()).unbind()
+        losses = dict(zip(shares, means, strict=True))
+        gradient = result.gradient if torch.isfinite(finite) else ranks.total(result.gradient)
+        weights = self.weights(shares)
+        return torch.stack([losses[task] * weights[task] for task in losses]).sum(), StepResult(losses, gradient)
 
     def run(
         self,
@@ -123,12 +159,17 @@ class MergingMethod(LightningModule):
         *,
         scale: float | Tensor = 1.0,
         needs_gradient: bool = True,
+        shares: Mapping[str, float] | None = None,
     ) -> tuple[Tensor, StepResult]:
-        """Return the total loss at coefficients ``values`` (E, G), the losses by task, and the gradient (E, G)."""
-        weights = self.weights(batch)
+        """Return the total loss at coefficients ``values`` (E, G), the losses by task, and the gradient (E, G).
+
+        Of this device alone; ``shares`` are further factors of the tasks of all devices.
+        """
+        shares = shares or dict.fromkeys(batch, 1.0)
+        weights = {task: weight * shares[task] for task, weight in self.weights(shares).items()}
         result = self.model.step(
             {task: data.inputs for task, data in batch.items()},
-            functools.partial(self._loss, batch),
+            functools.partial(self._loss, batch, len(shares)),
             values=values,
             weights=weights,
             hidden_layers=self._hidden_layers,
@@ -137,7 +178,8 @@ class MergingMethod(LightningModule):
             needs_gradient=needs_gradient,
             on_gradient=self.on_parameter_gradient if needs_gradient else None,
         )
-        return torch.stack([result.losses[task] * weights[task] for task in batch]).sum(), result
+        parts = [result.losses[task] * weights[task] for task in batch]
+        return torch.stack(parts).sum() if parts else values.new_zeros(()), result
 
     def weights(self, tasks: Collection[str]) -> dict[str, float]:
         """Return the factor of each task's loss in a step of these tasks."""
@@ -158,6 +200,7 @@ class MergingMethod(LightningModule):
     def _loss(
         self,
         batch: Mapping[str, TaskBatch],
+        num_tasks: int,
         task: str,
         outputs: Outputs,
         coefficients: Tensor,
@@ -170,7 +213,7 @@ class MergingMethod(LightningModule):
         for (inputs, indices), part in _parts(batch[task], outputs, count):
             step = TaskStep(
                 task, inputs, indices, part, coefficients, self._teacher, forward,
-                initial=self.model.coefficients.initial, num_tasks=len(batch) * count,
+                initial=self.model.coefficients.initial, num_tasks=num_tasks * count,
             )  # fmt: skip
             loss = self.objective(step)
             self._check(loss, task)
@@ -200,7 +243,7 @@ class MergingMethod(LightningModule):
         observers, self.observers = self.observers, []
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            _, result = self.run(batch, values)
+            _, result = self.step(batch, values)
             name = type(self.objective).__name__
             for task, loss in result.losses.items():
                 if not torch.isfinite(loss):
@@ -208,8 +251,8 @@ class MergingMethod(LightningModule):
                         f"Objective {name} gives {loss.item()} for task {task!r} before the first step. Look at that "
                         "task's images, and at logarithms and divisions in the objective."
                     )
-            if not result.gradient.any():
-                _, moved = self.run(batch, values * 0.5 + 0.1, needs_gradient=False)
+            if not ranks.total(result.gradient).any():
+                _, moved = self.step(batch, values * 0.5 + 0.1, needs_gradient=False)
                 if all(torch.equal(moved.losses[task], loss) for task, loss in result.losses.items()):
                     raise InputError(
                         f"Objective {name} does not change with the coefficients on the first batch. Compute it from "

@@ -56,10 +56,13 @@ class Source:
 
     def readline(self) -> bytes:
         """Return a line with its end."""
-        window = bytes(self.data[self.position : self.position + _MAX_LINE])
-        stop = window.find(b"\n") + 1
-        if not stop:
-            raise Damaged("a line without an end")
+        length, stop = 256, 0  # most lines are short, and a window of the longest would be copied for each
+        while not stop:
+            window = bytes(self.data[self.position : self.position + length])
+            stop = window.find(b"\n") + 1
+            if not stop and (length >= _MAX_LINE or len(window) < length):
+                raise Damaged("a line without an end")
+            length = min(2 * length, _MAX_LINE)
         self.position += stop
         return window[:stop]
 

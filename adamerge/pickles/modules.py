@@ -77,8 +77,8 @@ def _check(pickled: Pickled, views: Mapping[Any, TensorView]) -> None:
     total = sum(view.nbytes for view in views.values())
     if total > _MAX_GROWTH * pickled.size + _SMALL:
         raise InputError(
-            f"{path}: refused: its tensors take {total:.3g} bytes, more than {_MAX_GROWTH} times the file's "
-            f"{pickled.size}, as they repeat the same memory. Save clones of them."
+            f"{path}: refused: its tensors take {min(total, 10**300):.3g} bytes, more than {_MAX_GROWTH} times the "
+            f"file's {pickled.size}, as they repeat the same memory. Save clones of them."
         )
 
 

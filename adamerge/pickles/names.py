@@ -105,7 +105,8 @@ def _parameter(data: Any, *_: Any) -> TensorView:
 
 
 def _from_type(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
-    if not isinstance(function, Rebuild) or function.function is _from_type or not isinstance(arguments, tuple):
+    makes_tensor = isinstance(function, Rebuild) and function.function in (_tensor, _tensor_v3, _parameter)
+    if not makes_tensor or not isinstance(arguments, tuple):
         raise Refused(f"the pickle calls {function if isinstance(function, Global) else 'something'} to make a tensor")
     return function.function(*arguments)
 

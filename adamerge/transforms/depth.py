@@ -97,6 +97,15 @@ def _norm_of_sum(source: Source) -> float:
     return sum(total(tile).double().abs().sum().item() for _, tile in source.tiles())
 
 
+def block_order(block: str) -> tuple[str, tuple[int, ...]]:
+    """Return what sorts blocks by depth: their tower, then their numbers; files may list block 10 before block 2.
+
+    >>> sorted(["blocks.10", "blocks.2"], key=block_order)
+    ['blocks.2', 'blocks.10']
+    """
+    return _tower(block), _numbers(block)
+
+
 def _tower(block: str) -> str:
     return re.sub(r"\d+", "#", block)
 

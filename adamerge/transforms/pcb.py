@@ -79,7 +79,8 @@ class Pcb:
         """Return s, (E, k)."""
         normal = _scaled(_clamped(tile, low, high), low, high)
         balance = tile if self.balance == "raw" else tile.sign() * normal
-        return torch.exp(len(tile) * normal.square()) * torch.tanh(tile * total(balance))
+        # Weights do not change with a common factor: exp(E (N^2 - 1)) in place of exp(E N^2) does not overflow.
+        return torch.exp(len(tile) * (normal.square() - 1)) * torch.tanh(tile * total(balance))
 
     def _weighed(self, task_vectors: Tensor, found: _Statistics) -> Tensor:
         clamped = _clamped(task_vectors, found.low, found.high) * task_vectors.sign()
