@@ -1,8 +1,6 @@
-"""Running an encoder: which tasks share a forward pass, which hidden layers are kept, whose parameters it uses."""
+"""Calling an encoder: which tasks share a forward pass, whose parameters it uses."""
 
-import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -55,31 +53,6 @@ def fused(inputs: Mapping[str, Tensor], micro_batch: MicroBatch) -> list[list[st
             groups.append([])
         groups[-1].append(task)
     return [group for groups in kinds.values() for group in groups]
-
-
-@contextmanager
-def capture(encoder: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of the encoder's modules that match a path or glob, while the block runs."""
-    captured: dict[str, Tensor] = {}
-    names = [name for name, _ in encoder.named_modules() if name] if patterns else []
-    handles = []
-    try:
-        for pattern in patterns:
-            matching = fnmatch.filter(names, pattern)
-            if not matching:
-                raise InputError(
-                    f"hidden_layers: {pattern!r} matches no module of the encoder.{did_you_mean(pattern, names)}"
-                )
-            for name in matching:
-
-                def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                    captured[name] = output[0] if isinstance(output, tuple) else output
-
-                handles.append(encoder.get_submodule(name).register_forward_hook(keep))
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_names(encoder: nn.Module, pool: ExpertPool) -> None:

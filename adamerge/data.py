@@ -13,11 +13,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from adamerge.caching import CACHES, Cache, keep_inputs, nature_of
 from adamerge.errors import InputError
 from adamerge.streams import Labelled, Steps, StreamLoader, Unlabeled, collate, length_of, permutation
 from adamerge.streams import TaskBatch as TaskBatch
 
 Protocol = Literal["split", "transductive"]
+PROTOCOLS = ("split", "transductive")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class UnlabeledTasks(LightningDataModule):
         holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
         seed: Of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
+        prefetch: Steps whose images are loaded ahead, by each process or, without any, by a thread; 0 loads them when
+            they are due. The thread is for images that are neither in memory nor drawn at random.
+        cache: ``"auto"`` keeps decoded images, in up to a quarter of the free memory; ``"ram"`` all or refuses;
+            ``"off"`` none. What draws random numbers is never kept.
         preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
         evaluation_batch_size: Inputs per batch when scoring.
 
@@ -84,26 +90,31 @@ class UnlabeledTasks(LightningDataModule):
         holdout: float = 0.0,
         seed: int = 0,
         num_workers: int = 0,
+        prefetch: int = 2,
+        cache: Cache | Literal[False] = "auto",
         preprocess: Callable[[Any], Tensor] | None = None,
         evaluation_batch_size: int = 256,
     ) -> None:
         super().__init__()
         if not tasks:
             raise InputError("data.tasks: expected at least one task, found none.")
-        if batch_size < 1:
-            raise InputError(f"data.batch_size: expected a number >= 1, found {batch_size}.")
-        if batches_per_step < 1:
-            raise InputError(f"data.batches_per_step: expected a number >= 1, found {batches_per_step}.")
         if not 0 <= holdout < 1:
             raise InputError(f"data.holdout: expected a share in [0, 1), found {holdout}.")
-        if protocol not in ("split", "transductive"):
-            raise InputError(f"data.protocol: expected 'split' or 'transductive', found {protocol!r}.")
+        cache = "off" if cache is False else cache  # what a yaml file reads from a bare off
+        for option, found, known in (("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES)):
+            if found not in known:
+                raise InputError(f"data.{option}: expected {' or '.join(map(repr, known))}, found {found!r}.")
+        _check_numbers(1, batch_size=batch_size, batches_per_step=batches_per_step)
+        _check_numbers(0, num_workers=num_workers, prefetch=prefetch)
         self.tasks = dict(tasks)
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
         self.protocol = protocol
         self.seed = seed
         self.num_workers = num_workers
+        self._prefetch = prefetch
+        self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
+        self._cache = cache
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
         self.holdout_streams: dict[str, Unlabeled] = {}
@@ -118,10 +129,34 @@ class UnlabeledTasks(LightningDataModule):
             if evaluate is not None:
                 self.evaluation[name] = Labelled(evaluate, preprocess)
 
+    def setup(self, stage: str) -> None:
+        """Look at how inputs come about, and decide what is kept and read ahead."""
+        if stage != "fit":
+            return
+        natures = {name: nature_of(stream) for name, stream in self.streams.items()}
+        steps = self._steps(self.streams)
+        count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
+        visited = {
+            name: (stream, range(len(stream)) if count is None else steps.visited(name, count))
+            for name, stream in self.streams.items()
+        }
+        held_out = {f"{name}, held out": (stream, range(len(stream))) for name, stream in self.holdout_streams.items()}
+        keep_inputs(
+            visited | held_out,
+            natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},
+            self._cache,
+            workers=self.num_workers,
+            processes=self.trainer.world_size if self.trainer else 1,
+        )
+        drawn = any(nature.random for nature in natures.values())  # a thread would draw them in another order
+        in_memory = all(nature.in_memory for nature in natures.values())
+        if self.num_workers == 0:
+            self._ahead = 0 if drawn or in_memory else self._prefetch
+
     def train_dataloader(self) -> "StreamLoader":
         """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""
         steps = self._steps(self.streams)
-        return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers)
+        return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers, self._ahead)
 
     def first_batch(self) -> dict[str, TaskBatch]:
         """Return what the first step of a run sees."""
@@ -196,6 +231,12 @@ class UnlabeledTasks(LightningDataModule):
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)
+
+
+def _check_numbers(least: int, **options: object) -> None:
+    for option, found in options.items():
+        if not isinstance(found, int) or isinstance(found, bool) or found < least:
+            raise InputError(f"data.{option}: expected a whole number >= {least}, found {found!r}.")
 
 
 def _sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:

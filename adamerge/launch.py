@@ -81,7 +81,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     encoder = backbone.encoder()
     coefficients, start = _coefficients(config, pool)
     teachers = {name: task.expert for name, task in data.tasks.items() if task.expert}
-    model = MergedModel(encoder, pool, coefficients, heads, teachers)
+    model = MergedModel(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
     check_classes(data.tasks, heads, _feature_width(model, data))
     return Assembly(backbone, data, pool, heads, model, start)
 

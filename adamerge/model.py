@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamerge.calls import MicroBatch, call_with, capture, check_names, fused
+from adamerge.calls import MicroBatch, call_with, check_names, fused
 from adamerge.coefficients import Coefficients
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.merge import PullBack, merge, merge_into
 from adamerge.pool import ExpertPool
+from adamerge.running import EncoderOptions, Runner
 from adamerge.teachers import Outputs as Outputs
 from adamerge.teachers import TeacherCache
 
@@ -84,10 +85,11 @@ class MergedModel(nn.Module):
         coefficients: Made for ``pool``.
         heads: Task to its frozen classifier, features (B, F) to logits (B, C); copied.
         teachers: Task to the expert that teaches it; default the expert of the same name.
+        options: How a step runs the encoder; default as it is.
 
     Raises:
         InputError: If names or shapes of encoder and pool differ, the coefficients are another pool's,
-            or a teacher is unknown.
+            a teacher is unknown, or the options name modules that the encoder lacks.
 
     Attributes:
         heads: Task to head, on the pool's device.
@@ -100,6 +102,7 @@ class MergedModel(nn.Module):
         coefficients: Coefficients,
         heads: Mapping[str, nn.Module],
         teachers: Mapping[str, str] | None = None,
+        options: EncoderOptions | None = None,
     ) -> None:
         super().__init__()
         coefficients.check(pool)
@@ -108,6 +111,7 @@ class MergedModel(nn.Module):
         # In a tuple and a dict, so that nn.Module does not register them: they must not enter
         # checkpoints, optimizers or the broadcasts of distributed training.
         self._unregistered = (encoder.eval(),)
+        self._runner = Runner(encoder, options or EncoderOptions())
         self.heads = {task: copy.deepcopy(head).eval().requires_grad_(False) for task, head in heads.items()}
         self.pool = pool
         self._buffers_of_encoder = pool.buffers({name: b.detach().clone() for name, b in encoder.named_buffers()})
@@ -142,7 +146,9 @@ class MergedModel(nn.Module):
 
     def forward(self, inputs: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the encoder's features (B, F) under ``params`` (default: a fresh merge)."""
-        features: Tensor = self._call(lambda encoder: encoder(inputs), self.merge() if params is None else params)
+        features: Tensor = self._call(
+            lambda encoder: self._runner(encoder, inputs, plain=True)[0], self.merge() if params is None else params
+        )
         return features
 
     def logits(self, inputs: Tensor, task: str, params: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -187,28 +193,26 @@ class MergedModel(nn.Module):
         groups = fused(inputs, micro_batch)
 
         def run(encoder: nn.Module) -> None:
-            with capture(encoder, hidden_layers) as captured:
+            def outputs(tasks: Mapping[str, Tensor]) -> dict[str, Outputs]:
+                batches = list(tasks.values())
+                joined = torch.cat(batches) if len(batches) > 1 else batches[0]
+                features, hidden = self._runner(encoder, joined, hidden_layers)
+                return self._split(features, hidden, {task: len(batch) for task, batch in tasks.items()})
 
-                def outputs(tasks: Mapping[str, Tensor]) -> dict[str, Outputs]:
-                    captured.clear()
-                    batches = list(tasks.values())
-                    features = encoder(torch.cat(batches) if len(batches) > 1 else batches[0])
-                    return self._split(features, dict(captured), {task: len(batch) for task, batch in tasks.items()})
+            def forward(batch: Tensor, task: str) -> Outputs:
+                return outputs({task: batch})[task]
 
-                def forward(batch: Tensor, task: str) -> Outputs:
-                    return outputs({task: batch})[task]
-
-                for i, tasks in enumerate(groups):
-                    total = torch.zeros((), device=values.device)
-                    for task, output in outputs({task: inputs[task] for task in tasks}).items():
-                        value = loss(task, output, anchor, forward)
-                        losses[task] = value.detach()
-                        total = total + value * (weights or {}).get(task, 1.0)
-                    if not needs_gradient:
-                        continue
-                    complete = leaves if i + 1 == len(groups) else {}  # before, the gradients of the groups add up
-                    with gradient.collect(complete, on_gradient), torch.autocast(values.device.type, enabled=False):
-                        (total * scale).backward()
+            for i, tasks in enumerate(groups):
+                total = torch.zeros((), device=values.device)
+                for task, output in outputs({task: inputs[task] for task in tasks}).items():
+                    value = loss(task, output, anchor, forward)
+                    losses[task] = value.detach()
+                    total = total + value * (weights or {}).get(task, 1.0)
+                if not needs_gradient:
+                    continue
+                complete = leaves if i + 1 == len(groups) else {}  # before, the gradients of the groups add up
+                with gradient.collect(complete, on_gradient), torch.autocast(values.device.type, enabled=False):
+                    (total * scale).backward()
 
         with torch.set_grad_enabled(needs_gradient):
             self._call(run, leaves)
@@ -232,9 +236,8 @@ class MergedModel(nn.Module):
         for task, inputs in batches:
 
             def run(encoder: nn.Module, task: str = task, inputs: Tensor = inputs) -> Outputs:
-                with capture(encoder, hidden_layers) as captured:
-                    features = encoder(inputs)
-                    return self._split(features, dict(captured), {task: len(inputs)})[task]
+                features, hidden = self._runner(encoder, inputs, hidden_layers, plain=True)
+                return self._split(features, hidden, {task: len(inputs)})[task]
 
             yield self._call(run, params)
 

@@ -27,6 +27,7 @@ from adamerge.run_checks import (
     check_init,
     check_setting,
     check_start,
+    checkpoint_problems,
     class_problems,
     evaluation_problems,
     expert_problems,
@@ -83,6 +84,8 @@ def check(config: DictConfig) -> list[str]:
     _check_parts(config, parts, problems)
     with problems.naming("backbone"):
         parts["backbone"] = build(config, "backbone")
+    with problems.naming("encoder"):
+        parts["encoder"] = build_optional(config, "encoder")
     with problems.naming("trainer"):
         _check_signature(config, "trainer")
         _check_trainer(config)
@@ -90,6 +93,7 @@ def check(config: DictConfig) -> list[str]:
         with problems.naming("pool"):
             parts["headers"] = _check_pool(config, parts["backbone"], problems)
             problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
+            problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
         with problems.naming("data"):
             parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
     _check_start(config, parts, problems)

@@ -23,6 +23,7 @@ from adamerge.granularity import Granularity, GroupIndex
 from adamerge.layout import KeyMap, check_layout, check_names
 from adamerge.packed_file import PackedFile
 from adamerge.pool import ExpertPool
+from adamerge.running import EncoderOptions, select
 from adamerge.task_vectors import free_memory
 
 RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
@@ -217,6 +218,22 @@ def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None
         problems.append(
             f"Disk: {folder} has less than the {2 * model_bytes / 1e9:.1f} GB free that an export may need."
         )
+    return problems
+
+
+def checkpoint_problems(shapes: Mapping[str, tuple[int, ...]], options: EncoderOptions | None) -> list[str]:
+    """List what ``encoder.checkpoint`` names and no merged parameter lies in; the encoder itself is not built."""
+    patterns = getattr(options, "checkpoint", False)
+    if isinstance(patterns, bool) or not shapes:
+        return []
+    parts = [name.split(".")[:-1] for name in shapes]
+    modules = dict.fromkeys(".".join(part[:i]) for part in parts for i in range(1, len(part) + 1))
+    problems = []
+    for pattern in patterns:
+        try:
+            select(modules, pattern, "encoder.checkpoint")
+        except InputError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -4,8 +4,10 @@ Labels are dropped where data enters. The order of every stream is a function of
 """
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +23,18 @@ class TaskBatch(NamedTuple):
     indices: Tensor
 
 
+class Store(Protocol):
+    """Inputs by position."""
+
+    def get(self, position: int) -> Tensor | None:
+        """Return an input, or None."""
+        ...
+
+    def put(self, position: int, inputs: Tensor) -> None:
+        """Keep an input, or not."""
+        ...
+
+
 class Unlabeled(Dataset[TaskBatch]):
     """A dataset without its labels: items are (input, position).
 
@@ -31,12 +45,14 @@ class Unlabeled(Dataset[TaskBatch]):
 
     Attributes:
         source: The data set itself, for the baselines that are marked as using labels.
+        cache: Keeps inputs that have been loaded; None for none.
     """
 
     def __init__(
         self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None, first: int = 0
     ) -> None:
         self.source = dataset
+        self.cache: Store | None = None
         self._preprocess = preprocess
         self._first = first
 
@@ -44,8 +60,16 @@ class Unlabeled(Dataset[TaskBatch]):
         return length_of(self.source)
 
     def __getitem__(self, index: int) -> TaskBatch:
-        inputs = _split_item(self.source[index])[0]
-        return TaskBatch(_to_tensor(inputs, self._preprocess), torch.tensor(self._first + index))
+        inputs = None if self.cache is None else self.cache.get(index)
+        if inputs is None:
+            inputs = self.load(index)
+            if self.cache is not None:
+                self.cache.put(index, inputs)
+        return TaskBatch(inputs, torch.tensor(self._first + index))
+
+    def load(self, index: int) -> Tensor:
+        """Return an input from the data set itself."""
+        return _to_tensor(_split_item(self.source[index])[0], self._preprocess)
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
@@ -75,14 +99,24 @@ class StreamLoader(DataLoader[dict[str, TaskBatch]]):
         length: Steps per epoch.
         position: Returns the number of steps done in this epoch, for checkpoints.
         num_workers: Processes that load data.
+        prefetch: Steps that each process loads ahead; without processes, that a thread loads ahead (0: none).
     """
 
-    def __init__(self, steps: "Steps", length: int, position: Callable[[], int], num_workers: int = 0) -> None:
+    def __init__(
+        self, steps: "Steps", length: int, position: Callable[[], int], num_workers: int = 0, prefetch: int = 0
+    ) -> None:
         super().__init__(
             steps, batch_size=None, sampler=_StepSampler(length), num_workers=num_workers,
             persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+            prefetch_factor=max(1, prefetch) if num_workers else None,
         )  # fmt: skip
         self._current_position = position
+        self._ahead = 0 if num_workers else prefetch
+
+    def __iter__(self) -> Any:
+        """Return an iterator of steps."""
+        batches = super().__iter__()
+        return _read_ahead(batches, self._ahead) if self._ahead else batches
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, counted over all epochs, for Lightning's checkpoint."""
@@ -96,6 +130,18 @@ class StreamLoader(DataLoader[dict[str, TaskBatch]]):
         """
         assert isinstance(self.sampler, _StepSampler)
         self.sampler.epoch, self.sampler.start = divmod(state["position"], self.sampler.length)
+
+
+def _read_ahead(batches: Iterator[dict[str, TaskBatch]], count: int) -> Iterator[dict[str, TaskBatch]]:
+    """Yield batches that a thread loads while the ones before them are used: decoding leaves Python's lock."""
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        waiting = deque(thread.submit(next, batches, None) for _ in range(count))
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, batches, None))
+                yield batch
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
 
 class _StepSampler(Sampler[int]):

@@ -379,8 +379,11 @@ class Endless(IterableDataset):
         (Task(dataset=Numbers(1)), {}, r"data\.tasks\.a\.dataset: one image cannot be split; expected at least two"),
         (Task(adapt=Endless()), {}, r"data\.tasks\.a\.adapt: Endless has no length\. Expected a map-style"),
         (Task(adapt=Numbers(3)), {"limit": 0}, r"data\.limit: expected a number >= 1, found 0"),
-        (Task(adapt=Numbers(3)), {"batch_size": 0}, r"data\.batch_size: expected a number >= 1, found 0"),
+        (Task(adapt=Numbers(3)), {"batch_size": 0}, r"data\.batch_size: expected a whole number >= 1, found 0"),
         (Task(adapt=Numbers(3)), {"protocol": "splitt"}, r"data\.protocol: expected 'split' or .*found 'splitt'"),
+        (Task(adapt=Numbers(3)), {"cache": "disk"}, r"data\.cache: expected 'auto' or 'ram' or 'off', found 'disk'"),
+        (Task(adapt=Numbers(3)), {"prefetch": -1}, r"data\.prefetch: expected a whole number >= 0, found -1"),
+        (Task(adapt=Numbers(3)), {"num_workers": 1.5}, r"data\.num_workers: expected a whole number >= 0, found 1\.5"),
     ],
 )
 def test_unlabeled_tasks_bad_input_is_named(task, options, message):

@@ -11,9 +11,9 @@ from fits import QUIET, batches, every_step, fit, make_data, make_method, values
 from lightning.pytorch import Callback
 from torch.func import functional_call
 from torch.nn import functional
-from toy import EXPERTS, group_ids, make_toy
+from toy import EXPERTS, group_ids, make_toy, run_step
 
-from adamerge import GuardError, InputError
+from adamerge import Coefficients, GuardError, InputError
 from adamerge.baselines import LabelledCrossEntropy
 from adamerge.methods import GradientMerging
 from adamerge.objectives.entropy import Entropy
@@ -270,6 +270,19 @@ def test_fit_bf16_mixed_is_close_and_keeps_float32_coefficients(toy, tmp_path):
     assert moved > 0.01
     assert not torch.equal(results["bf16-mixed"], results["32-true"])  # autocast was on
     assert (results["bf16-mixed"] - results["32-true"]).abs().max() < 0.1 * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("objective", [Entropy, Imitation])
+def test_half_precision_gradient_points_the_same_way(toy, dtype, objective):
+    pool = toy.pool()
+    model = toy.model(pool, Coefficients(pool, "row"))
+    exact = run_step(model, objective(), toy)
+    with torch.autocast("cpu", dtype):
+        half = run_step(model, objective(), toy, scale=1024.0)
+    assert all(torch.isfinite(loss) for loss in half.losses.values())
+    assert half.gradient.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(half.gradient.flatten(), exact.gradient.flatten(), dim=0) > 0.99
 
 
 # Without the data module

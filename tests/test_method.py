@@ -62,7 +62,7 @@ def test_batches_per_step_hands_each_batch_to_the_objective(toy, tmp_path):
 def test_batches_per_step_with_teachers_resumes_and_is_checked(toy, tmp_path):
     method = make_method(toy, Imitation())
     fit(method, make_data(batch_size=2, count=20, batches_per_step=2), tmp_path, steps=3)
-    with pytest.raises(InputError, match=r"data\.batches_per_step: expected a number >= 1, found 0"):
+    with pytest.raises(InputError, match=r"data\.batches_per_step: expected a whole number >= 1, found 0"):
         make_data(batches_per_step=0)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge import Coefficients, ExpertPool, MergedModel
+from adamerge.running import EncoderOptions
 
 Step = Callable[[], None]
 CLASSES = 10
@@ -35,7 +36,17 @@ def demo() -> tuple[nn.Module, int]:
     return _clip({"embed_dim": 64, "vision_cfg": vision})
 
 
-MODELS = {"vit-b-32": vit_b_32, "demo": demo}
+def resnet50() -> tuple[nn.Module, int]:
+    """torchvision's ResNet-50 without its classifier (23.5 M parameters), and its image size."""
+    from torchvision import models
+
+    torch.manual_seed(0)
+    encoder = models.resnet50()
+    encoder.fc = nn.Identity()
+    return encoder.eval(), 224
+
+
+MODELS = {"vit-b-32": vit_b_32, "demo": demo, "resnet50": resnet50}
 
 
 def _clip(config: dict) -> tuple[nn.Module, int]:
@@ -80,10 +91,10 @@ class Work:
         heads = {task: nn.Linear(features, CLASSES).requires_grad_(False) for task in pool.expert_names}
         return cls(encoder, pool, heads, inputs)
 
-    def ours(self, granularity: str = "layer", **options) -> Step:
+    def ours(self, granularity: str = "layer", encoder_options: EncoderOptions | None = None, **options) -> Step:
         """(a) This package's engine."""
         coefficients = Coefficients(self.pool, granularity, init=0.1)
-        model = MergedModel(self.encoder, self.pool, coefficients, self.heads)
+        model = MergedModel(self.encoder, self.pool, coefficients, self.heads, options=encoder_options)
         optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
 
         def step() -> None:

@@ -1,0 +1,236 @@
+"""How the encoder runs: which hidden layers are kept, which activations are recomputed, compiled or not."""
+
+import fnmatch
+import functools
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from adamerge.errors import InputError, did_you_mean, shorten
+
+Run = Callable[[nn.Module, Tensor, tuple[str, ...], Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How a step runs the encoder; none of them changes the result by more than rounding.
+
+    Args:
+        checkpoint: Modules whose activations are recomputed in the backward pass, by path or glob; True for the
+            members of the outermost ``Sequential`` and ``ModuleList`` (the blocks of a transformer, the stages of a
+            ResNet).
+        channels_last: Whether images enter with their channels innermost, as convolutions on GPUs like them.
+        compile: Whether ``torch.compile`` compiles the forward pass; or the name of one of its backends.
+
+    Raises:
+        InputError: If an option has another value, or there is no compiler for ``compile``.
+    """
+
+    checkpoint: bool | Sequence[str] = False
+    channels_last: bool = False
+    compile: bool | str = False
+
+    def __post_init__(self) -> None:
+        patterns = self.checkpoint
+        if not isinstance(patterns, bool) and (
+            isinstance(patterns, str)
+            or not isinstance(patterns, Iterable)
+            or not all(isinstance(pattern, str) for pattern in patterns)
+        ):
+            raise InputError(
+                f"encoder.checkpoint: expected true, false or a list of module paths or globs, found {patterns!r}; "
+                "such as encoder.checkpoint=['transformer.resblocks.*']."
+            )
+        if not isinstance(self.channels_last, bool):
+            raise InputError(f"encoder.channels_last: expected true or false, found {self.channels_last!r}.")
+        if self.backend is not None:
+            _check_backend(self.backend)
+
+    @property
+    def backend(self) -> str | None:
+        """The compiler; None where the encoder runs as it is."""
+        if not isinstance(self.compile, bool):
+            return self.compile
+        return "inductor" if self.compile else None
+
+
+class Runner:
+    """Runs an encoder on batches, as the options say.
+
+    What a module's name selects is found here, once; the encoder is changed only while a call lasts.
+
+    Args:
+        encoder: The module that every call gets.
+        options: See there.
+
+    Raises:
+        InputError: If ``checkpoint`` selects no module.
+    """
+
+    def __init__(self, encoder: nn.Module, options: EncoderOptions) -> None:
+        self._options = options
+        self._names = [name for name, _ in encoder.named_modules() if name]
+        self._recomputed = {
+            name: functools.partial(checkpoint, encoder.get_submodule(name).forward, use_reentrant=False)
+            for name in self._selected(encoder)
+        }
+        self._hooks: dict[tuple[str, ...], _Hooks] = {}
+        self._run: Run = _run
+        if options.backend is not None:
+            # torch.compile counts its recompilations by code object, so each encoder gets one of its own.
+            own = types.FunctionType(_run.__code__.replace(), globals(), "run_encoder")
+            self._run = torch.compile(own, backend=options.backend)
+
+    def __call__(
+        self, encoder: nn.Module, inputs: Tensor, hidden_layers: Sequence[str] = (), *, plain: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the features (B, F), and the outputs of the modules that ``hidden_layers`` selects, by path.
+
+        Args:
+            encoder: As given before, with whatever parameters it has now.
+            inputs: (B, ...).
+            hidden_layers: Paths or globs.
+            plain: Neither compile nor recompute: for passes that occur once.
+
+        Raises:
+            InputError: If one of ``hidden_layers`` selects no module, or one that cannot be seen in compiled code.
+        """
+        if self._options.channels_last and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        hooks = self._hooks_of(tuple(hidden_layers))
+        run, recomputed = (_run, {}) if plain else (self._run, self._recomputed)
+        with hooks.attached(encoder), _replaced(encoder, recomputed):
+            return run(encoder, inputs, hooks.names, hooks.outputs)
+
+    def _hooks_of(self, patterns: tuple[str, ...]) -> "_Hooks":
+        if patterns not in self._hooks:
+            names = [name for pattern in patterns for name in select(self._names, pattern, "hidden_layers")]
+            hidden = [name for name in names if any(_inside(name, other) for other in self._recomputed)]
+            if hidden and self._options.backend:
+                raise InputError(
+                    f"encoder.compile, encoder.checkpoint: the hidden layer {hidden[0]!r} lies inside a recomputed "
+                    "module, and compiled code does not show it. Set one of the two to false, or choose other layers."
+                )
+            self._hooks[patterns] = _Hooks(tuple(dict.fromkeys(names)))
+        return self._hooks[patterns]
+
+    def _selected(self, encoder: nn.Module) -> list[str]:
+        """Return the paths of what is recomputed, leaving out what lies inside another of them."""
+        option = self._options.checkpoint
+        if isinstance(option, bool):
+            found = _members(encoder) if option else []
+            if option and not found:
+                raise InputError(
+                    f"encoder.checkpoint: {type(encoder).__name__} has no Sequential or ModuleList whose members could "
+                    f"be recomputed. Name modules: encoder.checkpoint=[...], of {shorten(self._names)}."
+                )
+        else:
+            found = [name for pattern in option for name in select(self._names, pattern, "encoder.checkpoint")]
+        return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def select(names: Iterable[str], pattern: str, option: str) -> list[str]:
+    """Return the module paths that match a path or glob.
+
+    Raises:
+        InputError: If there is none.
+    """
+    names = list(names)
+    matching = fnmatch.filter(names, pattern)
+    if not matching:
+        raise InputError(f"{option}: {pattern!r} matches no module of the encoder.{did_you_mean(pattern, names)}")
+    return matching
+
+
+class _Hooks:
+    """Collects outputs of modules. The same hooks are attached again and again: compiled code holds on to them."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.outputs: dict[str, Tensor] = {}
+        self._keep = {name: functools.partial(_keep, self.outputs, name) for name in names}
+
+    @contextmanager
+    def attached(self, encoder: nn.Module) -> Iterator[None]:
+        handles = [encoder.get_submodule(name).register_forward_hook(keep) for name, keep in self._keep.items()]
+        try:
+            yield
+        finally:
+            self.outputs.clear()
+            for handle in handles:
+                handle.remove()
+
+
+def _keep(outputs: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
+    outputs[name] = output[0] if isinstance(output, tuple) else output
+
+
+def _run(
+    encoder: nn.Module, inputs: Tensor, names: tuple[str, ...], outputs: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the encoder, and take what hooks have put into ``outputs``.
+
+    By name: what a compiled function does not use of its arguments, it does not look at either, and would
+    run the code of other hidden layers.
+    """
+    features: Tensor = encoder(inputs)
+    return features, {name: outputs[name] for name in names}
+
+
+@contextmanager
+def _replaced(encoder: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other forward functions for a while."""
+    modules = {name: encoder.get_submodule(name) for name in forwards}
+    own = {name: vars(module).get("forward") for name, module in modules.items()}
+    for name, module in modules.items():
+        module.forward = forwards[name]
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            if own[name] is None:
+                del module.forward
+            else:
+                module.forward = own[name]
+
+
+def _members(encoder: nn.Module) -> list[str]:
+    """Return the paths of the members, with parameters, of the outermost containers."""
+    containers = [
+        name for name, module in encoder.named_modules() if isinstance(module, (nn.Sequential, nn.ModuleList))
+    ]
+    outermost = [name for name in containers if not any(_inside(name, other) for other in containers)]
+    return [
+        f"{name}.{child}".lstrip(".")
+        for name in outermost
+        for child, module in encoder.get_submodule(name).named_children()
+        if next(module.parameters(), None) is not None
+    ]
+
+
+def _inside(name: str, other: str) -> bool:
+    return name != other and (not other or name.startswith(f"{other}."))
+
+
+def _check_backend(backend: object) -> None:
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise InputError(
+            f"encoder.compile: expected true, false or a backend of torch.compile, found {backend!r}."
+            f"{did_you_mean(str(backend), known)} Backends: {', '.join(torch.compiler.list_backends())}."
+        )
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if backend == "inductor" and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise InputError(
+            f"encoder.compile: torch.compile needs a C++ compiler, and {compiler} is not installed. Install it "
+            "(apt-get install g++), name another in the environment variable CXX, or set encoder.compile=false."
+        )
