@@ -82,10 +82,10 @@ def check(config: DictConfig) -> list[str]:
         with problems.naming("teacher_cache"):
             check_folder("teacher_cache", config.teacher_cache)
     _check_parts(config, parts, problems)
-    with problems.naming("backbone"):
-        parts["backbone"] = build(config, "backbone")
     with problems.naming("encoder"):
         parts["encoder"] = build_optional(config, "encoder")
+    with problems.naming("backbone"):
+        parts["backbone"] = build(config, "backbone")
     with problems.naming("trainer"):
         _check_signature(config, "trainer")
         _check_trainer(config)
