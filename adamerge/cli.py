@@ -4,6 +4,7 @@
 Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 preempted and saved, 130 interrupted and saved.
 """
 
+import errno
 import json
 import logging
 import sys
@@ -120,7 +121,9 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
     rows = score_run(assembly.model, assembly.data, made, references=True)
     protocol = assembly.data.protocol
-    content = summary(rows, protocol) if checkpoint else write_summary(rows, protocol, run_dir / "summary.json")
+    left_out = assembly.data.unreadable_evaluation()
+    path = run_dir / "summary.json"
+    content = summary(rows, protocol, left_out) if checkpoint else write_summary(rows, protocol, path, left_out)
     if as_json:
         click.echo(json.dumps(content, indent=2))
     else:
@@ -283,13 +286,16 @@ def _job(config: Any) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     config.run_dir = str(folder)
     config.cwd = str(Path.cwd())
-    if config.resume == "auto" and run_folder.is_started(folder):
+    if config.resume == "auto" and (folder / run_folder.CONFIG_FILE).is_file():
         stored = run_folder.load_config(folder)
         changed = run_folder.differences(config, stored)
         if changed:
             message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
             raise _JobFailed(InputError(message))
-        _run(stored, folder, resume=True)
+        try:
+            _run(stored, folder, resume=True)
+        except (InputError, OSError, GuardError) as error:
+            raise _JobFailed(error) from error
         return
     config.resume = None
     try:
@@ -317,17 +323,32 @@ def _resume(folder: Path, rest: Sequence[str]) -> None:
 
 
 def _run(config: Any, folder: Path, *, resume: bool) -> None:
+    from adamerge import run_folder
+    from adamerge.evaluation import table
+
+    with run_folder.held(folder, unused=not resume):  # again: another process may have started here since
+        content = _adapt(config, folder, resume=resume)
+    if content is not None:
+        out.print(table(content, width=out.width))
+    _list_files(folder)
+
+
+def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
+    """Run with a log in the run's folder, and say how to go on where the run is stopped."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from adamerge import launch
-    from adamerge.evaluation import table
+    from adamerge import launch, run_folder
     from adamerge.stages import running_stage
 
     handler = _log_to(folder / "adapt.log")
     try:
-        content = launch.adapt(config, folder, resume=resume)
+        return launch.adapt(config, folder, resume=resume)
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
+    except OSError:
+        if run_folder.is_started(folder):
+            err.print(f"When that is mended, go on with: adamerge adapt resume={folder}")
+        raise
     except Interrupted:
         err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
         err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
@@ -335,9 +356,6 @@ def _run(config: Any, folder: Path, *, resume: bool) -> None:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-    if content is not None:
-        out.print(table(content, width=out.width))
-    _list_files(folder)
 
 
 def _take_resume(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -392,9 +410,10 @@ def _fail(error: Exception, debug: bool) -> None:
         err.print_exception()
     text = str(error)
     if "Original Traceback" in text:  # from a process that loads data
-        text = text.strip().splitlines()[-1]
+        text = text.strip().splitlines()[-1].removeprefix("adamerge.errors.InputError: ")
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text += ". Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     err.print(f"[red]error:[/] {_escape(' '.join(text.split()))}")
     sys.exit(EXIT_GUARD if isinstance(error, GuardError) else EXIT_INPUT)
 
@@ -413,10 +432,16 @@ def _configure_logging(debug: bool) -> None:
         level=logging.DEBUG if debug else logging.INFO, format="%(message)s", handlers=[handler], force=True
     )
     logging.captureWarnings(True)
+    logging.raiseExceptions = debug  # a log that cannot be written to, on a full disk, is not the error to report
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # its errors reach the user as exceptions
     for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.ERROR)
-    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*is not resumable.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*is not resumable.*",
+        r"`training_step` returned `None`.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

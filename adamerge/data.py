@@ -15,7 +15,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from adamerge.caching import CACHES, Cache, keep_inputs, nature_of
 from adamerge.errors import InputError
-from adamerge.streams import Labelled, Steps, StreamLoader, Unlabeled, collate, length_of, permutation
+from adamerge.reading import Readable
+from adamerge.streams import (
+    Labelled,
+    Steps,
+    StreamLoader,
+    Unlabeled,
+    collate,
+    collate_labelled,
+    length_of,
+    permutation,
+)
 from adamerge.streams import TaskBatch as TaskBatch
 
 Protocol = Literal["split", "transductive"]
@@ -74,6 +84,8 @@ class UnlabeledTasks(LightningDataModule):
             ``"off"`` none. What draws random numbers is never kept.
         preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
         evaluation_batch_size: Inputs per batch when scoring.
+        max_unreadable: Largest share of each task's images that may be damaged: they are left out, counted and named;
+            beyond it the run ends.
 
     Raises:
         InputError: If a task has no data, an empty stream, or data that the protocol cannot divide.
@@ -94,12 +106,14 @@ class UnlabeledTasks(LightningDataModule):
         cache: Cache | Literal[False] = "auto",
         preprocess: Callable[[Any], Tensor] | None = None,
         evaluation_batch_size: int = 256,
+        max_unreadable: float = 0.01,
     ) -> None:
         super().__init__()
         if not tasks:
             raise InputError("data.tasks: expected at least one task, found none.")
-        if not 0 <= holdout < 1:
-            raise InputError(f"data.holdout: expected a share in [0, 1), found {holdout}.")
+        for option, share in (("holdout", holdout), ("max_unreadable", max_unreadable)):
+            if not 0 <= share < 1:
+                raise InputError(f"data.{option}: expected a share in [0, 1), found {share}.")
         cache = "off" if cache is False else cache  # what a yaml file reads from a bare off
         for option, found, known in (("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES)):
             if found not in known:
@@ -115,6 +129,7 @@ class UnlabeledTasks(LightningDataModule):
         self._prefetch = prefetch
         self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
         self._cache = cache
+        self._draws = False  # until it is known how inputs come about
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
         self.holdout_streams: dict[str, Unlabeled] = {}
@@ -124,10 +139,37 @@ class UnlabeledTasks(LightningDataModule):
             adapt = _sample(adapt, limit, f"{seed}/limit/{name}")
             if holdout:
                 adapt, held_out = _hold_out(adapt, holdout, f"{seed}/holdout/{name}")
-                self.holdout_streams[name] = Unlabeled(held_out, preprocess, first=length_of(adapt))
-            self.streams[name] = Unlabeled(adapt, preprocess)
+                self.holdout_streams[name] = Unlabeled(
+                    held_out, preprocess, length_of(adapt), Readable(held_out, f"data.tasks.{name}", max_unreadable)
+                )
+            shared, where = num_workers > 0, f"data.tasks.{name}"
+            self.streams[name] = Unlabeled(
+                adapt, preprocess, readable=Readable(adapt, where, max_unreadable, shared=shared)
+            )
             if evaluate is not None:
-                self.evaluation[name] = Labelled(evaluate, preprocess)
+                account = Readable(evaluate, where, max_unreadable, shared=shared)
+                self.evaluation[name] = Labelled(evaluate, preprocess, account)
+
+    def unreadable(self) -> dict[str, list[str]]:
+        """Return the images to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
+        found = {name: list(stream.readable.names) for name, stream in self.streams.items()}
+        for name, stream in self.holdout_streams.items():
+            found[name] += stream.readable.names
+        return {name: names for name, names in found.items() if names}
+
+    def unreadable_evaluation(self) -> dict[str, list[str]]:
+        """Return the images to score that could not be read so far, by task; {} for none."""
+        found = {name: labelled.readable.names for name, labelled in self.evaluation.items()}
+        return {name: names for name, names in found.items() if names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which images could not be read so far, for checkpoints."""
+        return {"unreadable": {name: stream.readable.unreadable for name, stream in self.streams.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on leaving out what was left out before a checkpoint."""
+        for name, indices in state_dict["unreadable"].items():
+            self.streams[name].readable.unreadable = indices
 
     def setup(self, stage: str) -> None:
         """Look at how inputs come about, and decide what is kept and read ahead."""
@@ -148,10 +190,10 @@ class UnlabeledTasks(LightningDataModule):
             workers=self.num_workers,
             processes=self.trainer.world_size if self.trainer else 1,
         )
-        drawn = any(nature.random for nature in natures.values())  # a thread would draw them in another order
+        self._draws = any(nature.random for nature in natures.values())  # from generators that a thread must not touch
         in_memory = all(nature.in_memory for nature in natures.values())
         if self.num_workers == 0:
-            self._ahead = 0 if drawn or in_memory else self._prefetch
+            self._ahead = 0 if self._draws or in_memory else self._prefetch
 
     def train_dataloader(self) -> "StreamLoader":
         """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""
@@ -172,9 +214,13 @@ class UnlabeledTasks(LightningDataModule):
                 if start < len(stream)
             }
 
-    def evaluation_loader(self, task: str) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the labelled images of a task in their own order, (inputs, labels)."""
-        return DataLoader(self.evaluation[task], self.evaluation_batch_size, num_workers=self.num_workers)
+    def evaluation_loader(self, task: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the labelled images of a task that can be read, in their own order, (inputs, labels)."""
+        batches: DataLoader[Any] = DataLoader(
+            self.evaluation[task], self.evaluation_batch_size,
+            num_workers=self.num_workers, collate_fn=collate_labelled,
+        )  # fmt: skip
+        return (batch for batch in batches if batch is not None)
 
     def teacher_loader(self, task: str, steps: int | None = None) -> DataLoader[TaskBatch]:
         """Return the stream's samples that the first ``steps`` steps visit (None: all), in ascending order.
@@ -216,7 +262,7 @@ class UnlabeledTasks(LightningDataModule):
 
     def _steps(self, streams: Mapping[str, Unlabeled]) -> "Steps":
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return Steps(streams, self.batch_size * self.batches_per_step, self.seed, rank, world)
+        return Steps(streams, self.batch_size * self.batches_per_step, self.seed, rank, world, self._draws)
 
     def _steps_per_epoch(self, steps: "Steps") -> int:
         """One epoch is the whole run where the trainer counts steps, else one pass over the longest stream."""

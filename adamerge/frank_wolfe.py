@@ -134,8 +134,7 @@ class FrankWolfe(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradient = self._raw.grad
-        assert gradient is not None, "the closure leaves a gradient"
-        if not self._stops(gradient):
+        if gradient is not None and not self._stops(gradient):  # none where a step is skipped
             self._move(gradient)
             self.is_done = self.iteration >= self._limit
         return loss

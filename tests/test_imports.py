@@ -15,7 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors"],
-    ["pickles", "low_rank"],
+    ["pickles", "low_rank", "reading"],
     ["files", "stacks"],
     ["checkpoints"],
     ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets"],
@@ -35,7 +35,7 @@ ORDER = [
     ["callbacks"],
     ["zoo", "figures", "report"],
     ["run_checks", "stages"],
-    ["run_folder"],
+    ["run_folder", "checkpoint_io"],
     ["preflight"],
     ["scoring"],
     ["launch", "inspection", "composition"],
@@ -45,7 +45,7 @@ ORDER = [
 
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
-    *("stages", "run_folder", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
+    *("stages", "run_folder", "checkpoint_io", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

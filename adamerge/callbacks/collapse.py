@@ -112,6 +112,8 @@ class CollapseGuard(Callback):
         """Update one task's running means with a batch; the same on all devices."""
         logits = step.outputs.logits.detach().float().flatten(0, -2)
         marginal = self._strategy.reduce(logits.softmax(-1).mean(0), reduce_op="mean").cpu()
+        if not torch.isfinite(marginal).all():
+            return  # the method's to handle
         disagreement = None
         if self._disagreement is not None:
             differs = logits.argmax(-1) != step.teacher().logits.flatten(0, -2).argmax(-1)

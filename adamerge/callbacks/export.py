@@ -64,9 +64,9 @@ class ExportMergedWeights(Callback):
         recipe = {"steps": trainer.global_step, **self.recipe}
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
-            recipe |= {"protocol": data.protocol, "seed": data.seed}
+            recipe |= {"protocol": data.protocol, "seed": data.seed, "unreadable": data.unreadable()}
         if isinstance(pl_module, MergingMethod):
-            recipe |= pl_module.export_recipe()
+            recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}
         self.files = export(
             model.pool,
             model.coefficients,
