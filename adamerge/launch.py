@@ -31,7 +31,7 @@ from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_init, build_optional, containers, strings
 from adamerge.refinement import Refinement, transfer
-from adamerge.run_folder import CONFIG_FILE, LAST, LAST_GOOD, load_config, plain, save_config
+from adamerge.run_folder import CONFIG_FILE, LAST, LAST_GOOD, is_started, load_config, plain, save_config
 from adamerge.scoring import Made, score_run
 from adamerge.stages import STAGE, START, first_stage, start_file
 from adamerge.targets import announce, check_targets
