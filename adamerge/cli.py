@@ -440,7 +440,6 @@ def _configure_logging(debug: bool) -> None:
         ".*does not have many workers.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*is not resumable.*",
-        r"`training_step` returned `None`.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

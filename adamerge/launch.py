@@ -23,7 +23,7 @@ from adamerge.checkpoint_io import write_atomically
 from adamerge.coefficients import Coefficients, load_coefficients, save_coefficients
 from adamerge.data import UnlabeledTasks
 from adamerge.descriptions import describe
-from adamerge.errors import GuardError, InputError, NonfiniteError
+from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
 from adamerge.evaluation import Stopwatch, write_summary
 from adamerge.files import ensure_writable, save_json, sha256
 from adamerge.methods.method import MergingMethod
@@ -181,8 +181,19 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         left_out = assembly.data.unreadable_evaluation()
         summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
         record_metrics(export.files["recipe"], summary, seconds)
+    if trainer.is_global_zero:
+        _tell_unreadable(assembly.data)
     _raise_reason(trainer)
     return summary
+
+
+def _tell_unreadable(data: UnlabeledTasks) -> None:
+    """Log which images were left out: processes that load data may have no log."""
+    for kind, found in (("adapt", data.unreadable()), ("score", data.unreadable_evaluation())):
+        for task, names in found.items():
+            log.warning(
+                "data.tasks.%s: %d images to %s cannot be read: %s", task, len(names), kind, shorten(names, 1000)
+            )
 
 
 def _fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> None:

@@ -45,7 +45,18 @@ ORDER = [
 
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
-    *("stages", "run_folder", "checkpoint_io", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
+    *(
+        "stages",
+        "run_folder",
+        "checkpoint_io",
+        "preflight",
+        "composition",
+        "launch",
+        "inspection",
+        "replay",
+        "demo",
+        "cli",
+    ),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

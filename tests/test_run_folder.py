@@ -97,7 +97,11 @@ def test_file_that_cannot_be_written_whole_leaves_no_half_one(configs, tmp_path,
     assert text.endswith(f"{name}: File too large")
     assert "Traceback" not in text
     if name == "merged.safetensors":
-        assert {path.name for path in folder.rglob("*.*") if path.is_file()} == {"adapt.log", "config.yaml", "last.ckpt"}
+        assert {path.name for path in folder.rglob("*.*") if path.is_file()} == {
+            "adapt.log",
+            "config.yaml",
+            "last.ckpt",
+        }
         assert run("adapt", f"resume={folder}", cwd=tmp_path) == 0, output(tmp_path)
     else:
         assert not folder.exists()  # it had saved nothing to go on from

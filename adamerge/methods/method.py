@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -363,6 +364,9 @@ class MergingMethod(LightningModule):
             )
             raise NonfiniteError(problem + so_far)
         self.skipped += 1
+        warnings.filterwarnings(
+            "ignore", message="`training_step` returned `None`"
+        )  # Lightning's, at what is said here
         log.warning("%s Skipped, %d so far.", problem.split(f" {_KEPT}")[0], self.skipped)
         self.log("adapt/skipped", float(self.skipped), batch_size=1)
 
