@@ -273,7 +273,7 @@ def generator_states(cuda: bool = True) -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's generators as tensors and plain values, for checkpoints."""
     numpy = np.random.get_state(legacy=False)
     assert isinstance(numpy, dict)
-    key = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+    key = torch.from_numpy(numpy["state"]["key"].view(np.int32).copy())
     return {
         "python": random.getstate(),
         "numpy": {**numpy, "state": {**numpy["state"], "key": key}},
@@ -287,7 +287,7 @@ def set_generator_states(states: Mapping[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     numpy = dict(states["numpy"])
-    key = numpy["state"]["key"].cpu().numpy().astype(np.uint32)
+    key = numpy["state"]["key"].cpu().numpy().view(np.uint32)
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():

@@ -135,7 +135,7 @@ def test_training_step_value_is_the_loss_and_gradient_the_engines(reduction, mon
         return seen["result"]
 
     method.model.step = remember
-    plain = SimpleNamespace(precision_plugin=None, global_step=0)
+    plain = SimpleNamespace(precision_plugin=None, global_step=0, world_size=1)
     monkeypatch.setattr(GradientMerging, "trainer", plain)
     monkeypatch.setattr(GradientMerging, "global_step", 0)
     monkeypatch.setattr(method, "log", lambda *args, **kwargs: None)
@@ -429,7 +429,7 @@ def test_fit_bad_gradient_stops_with_expert_and_group_and_keeps_the_coefficients
 
     method = make_method(toy, objective)
     with pytest.raises(
-        GuardError, match=r"Step 0: the gradient of the coefficient of expert 'red', group '.+', is not"
+        GuardError, match=r"Step 0: the gradient of the coefficient of expert 'red', group '.+' is not finite: tensor"
     ):
         fit(method, batches(toy, 1), tmp_path, steps=1)
     assert torch.equal(values(method), torch.full_like(values(method), 0.3))

@@ -140,14 +140,18 @@ def test_atomic_path_on_a_full_disk_keeps_the_previous_file(tmp_path, monkeypatc
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def write():
+        with atomic_path(path) as temporary:
+            temporary.write_text("after")
+            if step == "write":
+                full()
+
     if step == "sync":
         monkeypatch.setattr(os, "fsync", full)
     if step == "rename":
         monkeypatch.setattr("pathlib.Path.replace", full)
-    with pytest.raises(OSError, match="No space left") as caught, atomic_path(path) as temporary:
-        temporary.write_text("after")
-        if step == "write":
-            full()
+    with pytest.raises(OSError, match="No space left") as caught:
+        write()
     assert caught.value.filename == str(path)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
