@@ -226,7 +226,9 @@ def _fit(
     except NonfiniteError as error:
         if trainer.is_global_zero:
             save_coefficients(assembly.model.coefficients, folder / LAST_GOOD, assembly.pool)
-        raise GuardError(f"{error} They are in {folder / LAST_GOOD}: start from them with init=FILE.") from error
+        raise GuardError(
+            f"{error} The last good coefficients are in {folder / LAST_GOOD}: start from them with init=FILE."
+        ) from error
     trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
     return trainer
 

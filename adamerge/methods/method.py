@@ -308,7 +308,7 @@ class MergingMethod(LightningModule):
             if not torch.isfinite(loss):
                 return (
                     f"Step {self.global_step}: the loss of task {task!r} is {loss.item()} on the images at "
-                    f"{_positions(batch[task])} of its stream. {_KEPT} Lower the learning rate, or look at them."
+                    f"{_positions(batch[task])} of its stream. {_KEPT} Look at them, or lower the learning rate."
                 )
         scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and self.trainer.precision_plugin.scaler
         bad = ~torch.isfinite(result.gradient)
