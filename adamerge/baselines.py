@@ -40,7 +40,8 @@ class LabelledCrossEntropy:
 
 def stream_labels(stream: Unlabeled) -> Tensor:
     """Return the labels of the labelled data set behind a stream, (N,)."""
-    return torch.tensor([int(stream.source[i][1]) for i in range(len(stream))])
+    items = (stream.readable.get(i, stream.source.__getitem__) for i in range(len(stream)))
+    return torch.tensor([-1 if item is None else int(item[1]) for item in items])  # -1: never in a batch
 
 
 @torch.no_grad()

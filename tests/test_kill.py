@@ -1,6 +1,7 @@
 """Runs that are killed: whatever the moment, a resume ends with the bytes of an uninterrupted run."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,8 @@ def syncs(folder: Path) -> dict[int, str]:
 
 @pytest.mark.parametrize(
     ("number", "share"),
-    [(5, 0.5), (11, 0.5), pytest.param(3, 0.0, marks=pytest.mark.slow), pytest.param(15, 0.3, marks=pytest.mark.slow)],
-    ids=["checkpoint", "export", "first-checkpoint", "coefficients"],
+    [(5, 0.5), (11, 0.5), pytest.param(15, 0.3, marks=pytest.mark.slow)],
+    ids=["checkpoint", "export", "coefficients"],
 )
 def test_run_killed_while_it_writes_leaves_no_half_file(configs, whole, tmp_path, number, share):
     folder = tmp_path / "run"
@@ -76,6 +77,26 @@ def test_run_killed_while_it_writes_leaves_no_half_file(configs, whole, tmp_path
         assert not (folder / final).exists()
         assert torch.load(saved, weights_only=True)["global_step"] == STEPS
     assert_resumes(folder, whole, tmp_path)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_anew(configs, whole, tmp_path):
+    command = [*arguments(configs, tmp_path / "run", *OPTIONS), "resume=auto"]
+    assert run(*command, cwd=tmp_path, kill=("file", 3, 0.0)) == -9
+    assert not list((tmp_path / "run").rglob("last.ckpt"))
+    assert run(*command, "seed=1", cwd=tmp_path) == 2  # other options than the stored ones
+    assert run(*command, cwd=tmp_path) == 0, output(tmp_path)
+    assert all((tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes() for name in FILES)
+
+
+def test_torn_checkpoint_is_refused_by_name(configs, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-3000])
+    assert run("adapt", f"resume={folder}", cwd=tmp_path) == 2
+    text = " ".join(output(tmp_path).split())
+    assert f"error: {last}: damaged checkpoint (" in text
+    assert "Traceback" not in text
 
 
 def test_checkpoint_holds_coefficients_optimizer_generators_positions_and_recipe(whole):
