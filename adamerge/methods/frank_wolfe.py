@@ -119,7 +119,7 @@ class FrankWolfeMerging(MergingMethod):
             )
         super().on_fit_start()
 
-    def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step, and keep its batch for the line search."""
         self._batch = batch
         return super().training_step(batch, batch_idx)
@@ -131,6 +131,7 @@ class FrankWolfeMerging(MergingMethod):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Log the duality gap, summed over the groups."""
+        super().on_before_optimizer_step(optimizer)
         gradient = self.model.coefficients.raw.grad
         if gradient is not None:  # none where all batches of a step were skipped
             self.log("adapt/gap", self._frank_wolfe.gap(gradient))

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -84,6 +83,7 @@ class MergingMethod(LightningModule):
         self.recipe: Mapping[str, Any] = {}
         self.skipped = 0
         self._max_skipped = max_skipped if on_nonfinite == "skip" else 0
+        self._has_gradient = False  # whether any batch of the step to come was not skipped
         self._generators: Mapping[str, Any] | None = None  # of a checkpoint, until the first step after it
         self._reduction = reduction
         self._micro_batch = micro_batch
@@ -137,6 +137,12 @@ class MergingMethod(LightningModule):
             set_generator_states(self._generators)
             self._generators = None
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Leave the optimizer nothing to do where all batches of a step were skipped; a gradient of 0 would move it."""
+        if not self._has_gradient:
+            self.model.coefficients.raw.grad = None
+        self._has_gradient = False
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and take the step back where a coefficient is no longer finite.
 
@@ -154,14 +160,15 @@ class MergingMethod(LightningModule):
                 f"{_KEPT} Lower the learning rate."
             )
 
-    def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor | None:
-        """Return the surrogate loss of one step, None to skip it; ``batch`` maps tasks to their unlabeled batches."""
+    def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
+        """Return the surrogate loss of one step, 0 to skip it; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
         loss, result = self.run(batch, values, scale=self._loss_scale())
         problem = self._problem(batch, values, result)
         if self._on_any_device(problem is not None):
             self._skip(problem or f"Step {self.global_step}: another device's loss or gradient is not finite.")
-            return None
+            return (values * 0).sum()
+        self._has_gradient = True
         self._report(loss, result.losses, values, sum(len(data.indices) for data in batch.values()))
         surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
         return surrogate
@@ -364,9 +371,6 @@ class MergingMethod(LightningModule):
             )
             raise NonfiniteError(problem + so_far)
         self.skipped += 1
-        warnings.filterwarnings(
-            "ignore", message="`training_step` returned `None`"
-        )  # Lightning's, at what is said here
         log.warning("%s Skipped, %d so far.", problem.split(f" {_KEPT}")[0], self.skipped)
         self.log("adapt/skipped", float(self.skipped), batch_size=1)
 
