@@ -13,7 +13,7 @@ from torch.nn import functional
 from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
 from adamerge.model import MergedModel, TaskStep
-from adamerge.streams import Unlabeled
+from adamerge.streams import Unlabeled, length_of
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 
@@ -34,14 +34,15 @@ class LabelledCrossEntropy:
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the mean cross-entropy of the batch in nats."""
-        labels = self.labels[step.task][step.indices.cpu()].to(step.outputs.logits.device)
+        labels = self.labels[step.task]
+        labels = labels[step.indices.cpu() % len(labels)].to(step.outputs.logits.device)  # views repeat the images
         return functional.cross_entropy(step.outputs.logits.float(), labels)
 
 
 def stream_labels(stream: Unlabeled) -> Tensor:
-    """Return the labels of the labelled data set behind a stream, (N,)."""
-    items = (stream.readable.get(i, stream.source.__getitem__) for i in range(len(stream)))
-    return torch.tensor([-1 if item is None else int(item[1]) for item in items])  # -1: never in a batch
+    """Return the labels of the data set behind a stream, one per image (N,); unreadable ones have their stand-in's."""
+    images = range(length_of(stream.source))
+    return torch.tensor([int(stream.readable.first(i, stream.source.__getitem__)[1][1]) for i in images])
 
 
 @torch.no_grad()
@@ -62,10 +63,13 @@ def search_task_arithmetic(model: MergedModel, data: UnlabeledTasks, grid: Seque
         constant(model.coefficients, value)
         params = model.merge()
         hits = [
-            (model.logits(inputs.to(model.pool.device), task, params).argmax(-1).cpu() == labels[task][indices])
+            (
+                model.logits(inputs.to(model.pool.device), task, params).argmax(-1).cpu()
+                == labels[task][indices % len(labels[task])]
+            )
             .float()
             .sum()
-            / len(labels[task])
+            / len(data.streams[task])
             for task in data.streams
             for inputs, indices in data.teacher_loader(task)
         ]

@@ -39,7 +39,8 @@ class InputCache:
         shape = torch.Size((len(positions), *example.shape))
         if shared:  # not share_memory_(), which would fill the memory by copying
             storage = torch.UntypedStorage._new_shared(max(1, shape.numel() * example.element_size()))
-            self._rows = torch.empty(0, dtype=example.dtype).set_(storage, 0, shape)
+            strides = torch.empty(shape, device="meta").stride()
+            self._rows = torch.empty(0, dtype=example.dtype).set_(storage, 0, shape, strides)
         else:
             self._rows = torch.empty(shape, dtype=example.dtype)
         self._filled = torch.zeros(len(positions), dtype=torch.bool)
@@ -124,8 +125,8 @@ def keep_inputs(
             stream, visited = wanted[name]
             chosen = visited[: int(share * len(visited))]
             stream.cache = InputCache(chosen, natures[name].example, shared=workers > 0)
-        part = "" if share == 1 else f", {share:.0%} of the images"
-        log.info("data.cache: inputs are decoded once and kept: up to %.2f GB%s.", needed * share / 1e9, part)
+        level = logging.DEBUG if share == 1 else logging.INFO
+        log.log(level, "data.cache: %.0f %% of the images are decoded once and kept.", 100 * share)
 
 
 def _limit(mode: Cache, needed: int, workers: int) -> float:

@@ -4,12 +4,13 @@
 Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 preempted and saved, 130 interrupted and saved.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
+from adamerge import ranks
 from adamerge.errors import EXIT_INTERRUPTED, GuardError, InputError, Interrupted
 from adamerge.version import __version__
 
@@ -57,10 +59,11 @@ def demo(output: Path, seed: int, fast: bool, transductive: bool) -> None:
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def adapt(overrides: tuple[str, ...]) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
-    from adamerge import preflight
-    from adamerge.composition import compose, hand_over
+    from adamerge import launchers, preflight
+    from adamerge.composition import compose, hand_over, quoted
 
     arguments, resume = _take_resume(list(overrides))
+    launchers.join()
     if resume not in (None, "auto"):
         _resume(Path(str(resume)), arguments)
         return
@@ -71,8 +74,17 @@ def adapt(overrides: tuple[str, ...]) -> None:
         raise InputError("resume=auto does not go with -m: start the jobs one by one, each with its own run_dir.")
     if all(flag.split("=")[0] in ("--config-dir", "-cd") for flag in flags):
         # A plain run: everything that can be wrong is found before a folder is made or a weight read.
-        _refuse(preflight.check(compose(arguments)))
-    hand_over([*overrides] if resume == "auto" else arguments, _job)
+        config = compose(arguments)
+        _refuse(next(filter(None, ranks.everyones(preflight.check(config))), []))
+        # The folder may be named by the clock: all processes take the first one's.
+        run_dir = f"run_dir={quoted(ranks.of_first(config.run_dir))}"
+        if _start_ranks(config, [*overrides, run_dir]):
+            return
+        if ranks.count() > 1:
+            arguments = [*arguments, run_dir]
+    elif ranks.count() > 1:
+        raise _Agreed("-m: every process would run the whole sweep. Leave torchrun and srun to one run at a time.")
+    hand_over([*arguments, "resume=auto"] if resume == "auto" else arguments, _job)
 
 
 @app.command(
@@ -165,6 +177,37 @@ def export(
 
 
 @app.command()
+@click.option("--rule", help="Name of a rule, such as tsvm, ties or regmean++ (docs/methods.md), or an import path.")
+@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
+@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
+@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Instead of all else: a merge.json to run again.")
+@click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat.")
+@click.option("--key-prefix", default=None, help="Key prefix of the encoder in the files, such as visual.")
+@click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
+@click.option("--config-dir", type=click.Path(path_type=Path), help="Your own yaml files, for OVERRIDES.")
+@click.argument("overrides", nargs=-1)
+def merge(output: Path, **options: Any) -> None:
+    """Merge a pool by a rule, without training.
+
+    \b
+    adamerge merge --rule tsvm --base BASE --expert cars=FILE --expert dtd=FILE --out merged
+    adamerge merge --rule ties --set density=0.1 --pool pool.yaml --out merged
+    adamerge merge --rule regmean++ --pool zoo --out merged
+    adamerge merge --rule regmean --pool pool.yaml --config-dir my_configs --out merged \\
+        data=mine backbone=open_clip backbone.model=ViT-B-32
+    adamerge merge --recipe merged/merge.json --out again
+
+    Rules that need unlabeled data (fisher, regmean, regmean++) take OVERRIDES that name backbone and data, as
+    `adamerge adapt` does; the default is the demo zoo's.
+    """  # noqa: D301
+    from adamerge import merging_command
+
+    for path in merging_command.run(merging_command.job_of(**options), output).values():
+        out.print(str(path), highlight=False)
+
+
+@app.command()
 @click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
 @click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
 @click.option("--pool", help="Instead: a pool of the configuration, such as zoo, or a pool's yaml file.")
@@ -244,6 +287,10 @@ def zoo_build(output: Path, seed: int) -> None:
     _list_files(output)
 
 
+class _Agreed(InputError):
+    """Raised by all processes of a run; the first says it."""
+
+
 class _JobFailed(SystemExit):
     """Carries a job's error past Hydra, which would print more than the one line."""
 
@@ -279,15 +326,22 @@ def _job(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from adamerge import preflight, run_folder
+    from adamerge import launchers, preflight, run_folder
     from adamerge.composition import register_resolvers
 
     register_resolvers()
+    if launchers.job_id() and not logging.getLogger().isEnabledFor(logging.INFO):
+        _configure_logging(debug=False)  # this is a process of submitit's, which main() has not seen
+    launchers.join()
     folder = Path(HydraConfig.get().runtime.output_dir)
     config.run_dir = str(folder)
     config.cwd = str(Path.cwd())
-    if config.resume == "auto" and (folder / run_folder.CONFIG_FILE).is_file():
+    config.job = launchers.job_id()
+    again = run_folder.is_of_job(folder, config.job)  # the scheduler has started it anew
+    again = again or (config.resume == "auto" and (folder / run_folder.CONFIG_FILE).is_file())
+    if ranks.of_first(again):
         stored = run_folder.load_config(folder)
+        stored.job = config.job
         changed = run_folder.differences(config, stored)
         if changed:
             message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
@@ -299,16 +353,17 @@ def _job(config: Any) -> None:
         return
     config.resume = None
     try:
-        run_folder.check_unused(folder)
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # a single run has been checked before its folder was made
             _refuse(preflight.check(config))
+            _refuse_ranks(config)
+        _on_first(run_folder.check_unused, folder)
     except InputError as error:
         raise _JobFailed(error) from error
     fresh = not any(folder.iterdir()) if folder.exists() else True
     try:
         _run(config, folder, resume=False)
     except (InputError, OSError, GuardError) as error:
-        if fresh and not isinstance(error, GuardError):
+        if fresh and ranks.is_first() and not isinstance(error, GuardError):
             run_folder.remove_unstarted(folder)
         raise _JobFailed(error) from error
 
@@ -319,18 +374,58 @@ def _resume(folder: Path, rest: Sequence[str]) -> None:
     if rest:
         raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(rest)}.")
     folder = folder.absolute()
-    _run(run_folder.load_config(folder), folder, resume=True)
+    config = run_folder.load_config(folder)
+    if not _start_ranks(config, [f"resume={folder}"]):
+        _run(config, folder, resume=True)
+
+
+def _start_ranks(config: Any, overrides: Sequence[str]) -> bool:
+    """Start the run's processes and leave with their exit code when they have ended; False if one is enough."""
+    from adamerge import launchers
+
+    if launchers.environment() is not None or (count := launchers.wanted(config.trainer)) == 1:
+        return False
+    debug = ["--debug"] if logging.getLogger().isEnabledFor(logging.DEBUG) else []
+    if code := launchers.start(count, [*debug, "adapt", *overrides]):
+        sys.exit(code)
+    return True
+
+
+def _refuse_ranks(config: Any) -> None:
+    """Refuse a job of a sweep in this process that would have to start others."""
+    from adamerge import launchers
+
+    if launchers.environment() is None and launchers.wanted(config.trainer) > 1:
+        raise InputError(
+            "trainer.devices: a job of a sweep on this machine has one process, as each would run the whole sweep. "
+            "Set trainer.devices=1, sweep on a cluster (hydra/launcher=slurm), or start the runs one by one."
+        )
+
+
+def _on_first(function: Callable[[Path], object], folder: Path) -> None:
+    """Call a function that refuses folders in the first of the run's processes; all refuse if it does."""
+    error = None
+    if ranks.is_first():
+        try:
+            function(folder)
+        except InputError as found:
+            error = _Agreed(*found.args)
+    if (error := ranks.of_first(error)) is not None:
+        raise error
 
 
 def _run(config: Any, folder: Path, *, resume: bool) -> None:
     from adamerge import run_folder
     from adamerge.evaluation import table
 
-    with run_folder.held(folder, unused=not resume):  # again: another process may have started here since
+    with contextlib.ExitStack() as stack:
+        held = run_folder.held(folder, unused=not resume)  # again: another process may have started here since
+        _on_first(lambda _: stack.enter_context(held), folder)
         content = _adapt(config, folder, resume=resume)
     if content is not None:
         out.print(table(content, width=out.width))
-    _list_files(folder)
+    if ranks.is_first():
+        _list_files(folder)
 
 
 def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
@@ -340,16 +435,18 @@ def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
     from adamerge import launch, run_folder
     from adamerge.stages import running_stage
 
-    handler = _log_to(folder / "adapt.log")
+    handler = _log_to(folder / "adapt.log") if ranks.is_first() else logging.NullHandler()
     try:
         return launch.adapt(config, folder, resume=resume)
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
     except OSError:
-        if run_folder.is_started(folder):
+        if ranks.is_first() and run_folder.is_started(folder):
             err.print(f"When that is mended, go on with: adamerge adapt resume={folder}")
         raise
     except Interrupted:
+        if not ranks.is_first():
+            raise
         err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
         err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
         raise
@@ -367,7 +464,7 @@ def _take_resume(arguments: list[str]) -> tuple[list[str], str | None]:
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more; `adamerge check` with the same arguments lists all)"
-        raise InputError(problems[0] + (more if len(problems) > 1 else ""))
+        raise _Agreed(problems[0] + (more if len(problems) > 1 else ""))
 
 
 def _report(problems: Sequence[str]) -> None:
@@ -406,6 +503,9 @@ def _size(count: float) -> str:
 
 
 def _fail(error: Exception, debug: bool) -> None:
+    code = EXIT_GUARD if isinstance(error, GuardError) else EXIT_INPUT
+    if not ranks.is_first() and isinstance(error, (_Agreed, GuardError)):
+        sys.exit(code)
     if debug:
         err.print_exception()
     text = str(error)
@@ -414,8 +514,9 @@ def _fail(error: Exception, debug: bool) -> None:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         text += ". Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    err.print(f"[red]error:[/] {_escape(' '.join(text.split()))}")
-    sys.exit(EXIT_GUARD if isinstance(error, GuardError) else EXIT_INPUT)
+    where = "" if ranks.is_first() else f" (process {ranks.rank()})"
+    err.print(f"[red]error{where}:[/] {_escape(' '.join(text.split()))}")
+    sys.exit(code)
 
 
 def _escape(text: str) -> str:
@@ -451,3 +552,7 @@ def _log_to(path: Path) -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     return handler
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,11 @@ def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> No
         raise
 
 
+def quoted(text: object) -> str:
+    """Return a text as a value of an override, whatever is in it."""
+    return "'" + str(text).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """Split Hydra's flags off, as the compose API takes overrides only."""
     overrides, folder = [], None
@@ -90,6 +95,8 @@ def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
     """Turn Hydra's message into one line, with the nearest name for an unknown key."""
     text = str(error).split("Config search path")[0]
     text = re.sub(r"\s*\n\s*", " ", text.strip())
+    if "hydra_submitit_launcher" in text:
+        return InputError('hydra/launcher: the package submitit is not installed: pip install "adamerge[cluster]".')
     match = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if match:
         known = _known_options()

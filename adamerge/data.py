@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from adamerge import ranks
 from adamerge.caching import CACHES, Cache, keep_inputs, nature_of
 from adamerge.errors import InputError
 from adamerge.reading import Readable
@@ -27,9 +28,11 @@ from adamerge.streams import (
     permutation,
 )
 from adamerge.streams import TaskBatch as TaskBatch
+from adamerge.views import Views
 
 Protocol = Literal["split", "transductive"]
 PROTOCOLS = ("split", "transductive")
+DISTRIBUTIONS = ("samples", "tasks")
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,17 @@ class UnlabeledTasks(LightningDataModule):
     Args:
         tasks: Task name to its data.
         batch_size: Inputs per task and batch (on each device).
+        distribute: With several devices: ``"samples"``, each takes its part of every task's batch; or ``"tasks"``,
+            each takes whole batches of its own tasks, so that fewer experts are asked and run per device. The
+            gradient is the same.
         batches_per_step: Batches per task and step, whose losses are summed; AdaMerging's released script
             uses 2.
         protocol: ``"split"``: images that adapt are never scored. ``"transductive"``: adapt on the very
             images that are scored, as the AdaMerging paper does.
         limit: Most adaptation images per task, a seeded sample; None for all.
         holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
+        views: Random views that replace the adaptation images (not those held out or scored); None for
+            the images themselves.
         seed: Of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
         prefetch: Steps whose images are loaded ahead, by each process or, without any, by a thread; 0 loads them when
@@ -97,9 +105,11 @@ class UnlabeledTasks(LightningDataModule):
         *,
         batch_size: int = 16,
         batches_per_step: int = 1,
+        distribute: Literal["samples", "tasks"] = "samples",
         protocol: Protocol = "split",
         limit: int | None = None,
         holdout: float = 0.0,
+        views: Views | None = None,
         seed: int = 0,
         num_workers: int = 0,
         prefetch: int = 2,
@@ -115,7 +125,9 @@ class UnlabeledTasks(LightningDataModule):
             if not 0 <= share < 1:
                 raise InputError(f"data.{option}: expected a share in [0, 1), found {share}.")
         cache = "off" if cache is False else cache  # what a yaml file reads from a bare off
-        for option, found, known in (("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES)):
+        for option, found, known in (
+            ("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES), ("distribute", distribute, DISTRIBUTIONS),
+        ):  # fmt: skip
             if found not in known:
                 raise InputError(f"data.{option}: expected {' or '.join(map(repr, known))}, found {found!r}.")
         _check_numbers(1, batch_size=batch_size, batches_per_step=batches_per_step)
@@ -123,12 +135,14 @@ class UnlabeledTasks(LightningDataModule):
         self.tasks = dict(tasks)
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
+        self.distribute = distribute
         self.protocol = protocol
         self.seed = seed
         self.num_workers = num_workers
         self._prefetch = prefetch
         self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
         self._cache = cache
+        self._has_views = views is not None
         self._draws = False  # until it is known how inputs come about
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
@@ -137,15 +151,15 @@ class UnlabeledTasks(LightningDataModule):
         for name, task in self.tasks.items():
             adapt, evaluate = self._divide(name, task)
             adapt = _sample(adapt, limit, f"{seed}/limit/{name}")
+            held_out = None
             if holdout:
                 adapt, held_out = _hold_out(adapt, holdout, f"{seed}/holdout/{name}")
-                self.holdout_streams[name] = Unlabeled(
-                    held_out, preprocess, length_of(adapt), Readable(held_out, f"data.tasks.{name}", max_unreadable)
-                )
-            shared, where = num_workers > 0, f"data.tasks.{name}"
-            self.streams[name] = Unlabeled(
-                adapt, preprocess, readable=Readable(adapt, where, max_unreadable, shared=shared)
-            )
+            where, shared = f"data.tasks.{name}", num_workers > 0
+            account = Readable(adapt, where, max_unreadable, shared=shared)
+            self.streams[name] = Unlabeled(adapt, preprocess, 0, account, views, f"{seed}/views/{name}")
+            if held_out is not None:
+                account = Readable(held_out, where, max_unreadable)
+                self.holdout_streams[name] = Unlabeled(held_out, preprocess, len(self.streams[name]), account)
             if evaluate is not None:
                 account = Readable(evaluate, where, max_unreadable, shared=shared)
                 self.evaluation[name] = Labelled(evaluate, preprocess, account)
@@ -156,6 +170,12 @@ class UnlabeledTasks(LightningDataModule):
         for name, stream in self.holdout_streams.items():
             found[name] += stream.readable.names
         return {name: names for name, names in found.items() if names}
+
+    def gather_unreadable(self) -> None:
+        """Let all devices know of the images to adapt on that any of them could not read; all must call."""
+        for stream in (*self.streams.values(), *self.holdout_streams.values()):
+            found = ranks.everyones(stream.readable.unreadable)
+            stream.readable.unreadable = sorted({index for part in found for index in part})
 
     def unreadable_evaluation(self) -> dict[str, list[str]]:
         """Return the images to score that could not be read so far, by task; {} for none."""
@@ -178,22 +198,24 @@ class UnlabeledTasks(LightningDataModule):
         natures = {name: nature_of(stream) for name, stream in self.streams.items()}
         steps = self._steps(self.streams)
         count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
-        visited = {
-            name: (stream, range(len(stream)) if count is None else steps.visited(name, count))
+        visited: dict[str, tuple[Unlabeled, Sequence[int]]] = {
+            name: (stream, stream.images(range(len(stream)) if count is None else steps.visited(name, count)))
             for name, stream in self.streams.items()
         }
-        held_out = {f"{name}, held out": (stream, range(len(stream))) for name, stream in self.holdout_streams.items()}
+        for name, stream in self.holdout_streams.items():
+            visited[f"{name}, held out"] = stream, range(len(stream))
         keep_inputs(
-            visited | held_out,
+            visited,
             natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},
             self._cache,
             workers=self.num_workers,
             processes=self.trainer.world_size if self.trainer else 1,
         )
-        self._draws = any(nature.random for nature in natures.values())  # from generators that a thread must not touch
+        # From generators that a thread must not touch; views too use the generator of the whole process.
+        self._draws = any(nature.random for nature in natures.values())
         in_memory = all(nature.in_memory for nature in natures.values())
         if self.num_workers == 0:
-            self._ahead = 0 if self._draws or in_memory else self._prefetch
+            self._ahead = 0 if self._draws or self._has_views or in_memory else self._prefetch
 
     def train_dataloader(self) -> "StreamLoader":
         """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""
@@ -201,13 +223,22 @@ class UnlabeledTasks(LightningDataModule):
         return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers, self._ahead)
 
     def first_batch(self) -> dict[str, TaskBatch]:
-        """Return what the first step of a run sees."""
+        """Return what the first step of a run sees; on each of several devices its part of that."""
         return self._steps(self.streams)[0]
 
+    def shares(self) -> dict[str, float]:
+        """Return, for every task, this device's part of a step's inputs, times the number of devices."""
+        steps = self._steps(self.streams)
+        return {task: steps.share(task) for task in self.streams}
+
     def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
-        """Yield the held-out images once, in their own order; tasks with fewer end earlier."""
+        """Yield the held-out images once, in their own order; tasks with fewer end earlier.
+
+        Each of several devices has every so many of the batches.
+        """
         size, streams = self.batch_size * self.batches_per_step, self.holdout_streams
-        for start in range(0, max(map(len, streams.values()), default=0), size):
+        world, rank = self._ranks()
+        for start in range(rank * size, max(map(len, streams.values()), default=0), world * size):
             yield {
                 task: collate([stream[i] for i in range(start, min(start + size, len(stream)))])
                 for task, stream in streams.items()
@@ -223,7 +254,7 @@ class UnlabeledTasks(LightningDataModule):
         return (batch for batch in batches if batch is not None)
 
     def teacher_loader(self, task: str, steps: int | None = None) -> DataLoader[TaskBatch]:
-        """Return the stream's samples that the first ``steps`` steps visit (None: all), in ascending order.
+        """Return the stream's samples that this device visits in ``steps`` steps (None: all), in ascending order.
 
         The order does not depend on the run's position, so that cached teacher outputs are the same
         to the last bit after a resume.
@@ -231,7 +262,7 @@ class UnlabeledTasks(LightningDataModule):
         stream = self.streams[task]
         visited = list(range(len(stream)))
         if steps is not None:
-            visited = self._steps({task: stream}).visited(task, steps)
+            visited = self._steps(self.streams).visited(task, steps)
         batch_size = max(self.batch_size, self.evaluation_batch_size)
         return DataLoader(Subset(stream, visited), batch_size, num_workers=self.num_workers, collate_fn=collate)
 
@@ -261,8 +292,13 @@ class UnlabeledTasks(LightningDataModule):
         return task.adapt, task.evaluate
 
     def _steps(self, streams: Mapping[str, Unlabeled]) -> "Steps":
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return Steps(streams, self.batch_size * self.batches_per_step, self.seed, rank, world, self._draws)
+        world, rank = self._ranks()
+        size = self.batch_size * self.batches_per_step
+        return Steps(streams, size, self.seed, rank, world, self.distribute == "tasks", self._draws)
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of devices, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _steps_per_epoch(self, steps: "Steps") -> int:
         """One epoch is the whole run where the trainer counts steps, else one pass over the longest stream."""

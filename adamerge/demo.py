@@ -40,8 +40,9 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool import ExpertPool
 from adamerge.scoring import checkpoint_parameters, score_experts
+from adamerge.views import Affine, Views
 
-EXPORTED = "imitation_row"
+EXPORTED = "recommended"
 ROWS = (
     "pretrained",
     "weight_average",
@@ -51,15 +52,21 @@ ROWS = (
     "adamerging_layer",
     "imitation_layer",
     "imitation_row",
+    "recommended",
     "oracle_layer",
     "experts",
 )
-ORDER = ("pretrained", "task_arithmetic_0.3", "imitation_layer", "imitation_row", "experts")
+ORDER = ("pretrained", "task_arithmetic_0.3", "imitation_layer", "imitation_row", "recommended", "experts")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One adapted row: what is minimized, at which granularity, and how far."""
+    """One adapted row: what is minimized, at which granularity, and how far.
+
+    Attributes:
+        decay: Whether the learning rate falls to 0 along a cosine.
+        views: Augmented views to adapt on instead of the images.
+    """
 
     objective: Objective
     granularity: str
@@ -67,6 +74,8 @@ class Recipe:
     lr: float
     steps: int
     batch_size: int
+    decay: bool = False
+    views: Views | None = None
     uses_labels: bool = False
 
 
@@ -135,6 +144,11 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
     return lines
 
 
+def recommended(steps: int = 300) -> Recipe:
+    """Return the recipe of ``experiment=recommended``."""
+    return Recipe(Imitation(), "row", Unconstrained(), 0.1, steps, 32, decay=True, views=Views(Affine()))
+
+
 def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:
     """The adapted rows, with settings for a demo of minutes: AdaMerging's published run has 500 steps at 1e-3."""
 
@@ -147,6 +161,7 @@ def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:
         "adamerging_layer": Recipe(Entropy(), "layer", Clamp(), 2e-3, steps(100), 16),
         "imitation_layer": Recipe(Imitation(), "layer", Box(), 1e-2, steps(150), 32),
         "imitation_row": Recipe(Imitation(), "row", Unconstrained(), 1e-2, steps(150), 32),
+        "recommended": recommended(steps(300)),
         "oracle_layer": Recipe(
             baselines.LabelledCrossEntropy(labels), "layer", Box(), 1e-2, steps(150), 32, uses_labels=True
         ),
@@ -178,8 +193,9 @@ def _adapted_row(
     seed: int,
     export: ExportMergedWeights | None,
 ) -> Row:
-    data.batch_size = recipe.batch_size
-    method = GradientMerging(model, recipe.objective, functools.partial(torch.optim.Adam, lr=recipe.lr))
+    optimizer = functools.partial(torch.optim.Adam, lr=recipe.lr)
+    cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=recipe.steps)
+    method = GradientMerging(model, recipe.objective, optimizer, cosine if recipe.decay else None)
     trainer = Trainer(
         max_steps=recipe.steps,
         accelerator="cpu",
@@ -189,12 +205,19 @@ def _adapted_row(
         callbacks=[MergingProgress(f"Adapting {name}"), *([export] if export else [])],
     )
     watch = Stopwatch()
-    trainer.fit(method, datamodule=data)
+    trainer.fit(method, datamodule=_streams(recipe, data))
     seconds = watch.seconds()
     # The exported row is scored as exported: read back from the file, in the base's dtype.
     params = checkpoint_parameters(export.files["merged"], model) if export else model.merge()
     scores = score_tasks(model, params, data, f"Scoring {name}")
     return Row(scores, uses_labels=recipe.uses_labels, uses_data=True, seconds=seconds, seed=seed)
+
+
+def _streams(recipe: Recipe, data: UnlabeledTasks) -> UnlabeledTasks:
+    """Return the adaptation data of ``data`` in the recipe's batches and views."""
+    return UnlabeledTasks(
+        data.tasks, batch_size=recipe.batch_size, protocol=data.protocol, seed=data.seed, views=recipe.views
+    )
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
@@ -205,4 +228,6 @@ def _described(recipe: Recipe) -> dict[str, Any]:
         "lr": recipe.lr,
         "steps": recipe.steps,
         "batch_size": recipe.batch_size,
+        "decay": "cosine" if recipe.decay else None,
+        "views": None if recipe.views is None else str(recipe.views),
     }

@@ -65,21 +65,77 @@ def export(
     """
     ensure_writable(folder)
     state_dict = merge(pool, coefficients, detach=True)
-    _check_finite(state_dict)
+    _check_finite(state_dict, "The coefficients diverged: lower the learning rate, or set constraint=box.")
     files = {"merged": folder / filename, "coefficients": folder / "coefficients.json", "recipe": folder / "merge.json"}
     # One key: with several, their order in the file, and so its bytes, would change from run to run.
     facts = {"format": FORMAT, "coefficients": _digest(coefficients), "pool": combined_hash(pool.hashes())}
     save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(facts)})
     _prove(files["merged"], state_dict)
     save_coefficients(coefficients, files["coefficients"], pool)
+    return files | _write_rest(pool, folder, files["merged"], files["recipe"], heads, head_info, sidecar, recipe)
+
+
+def export_merge(
+    pool: ExpertPool,
+    state_dict: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    facts: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    heads: Mapping[str, nn.Module] | None = None,
+    head_info: Mapping[str, Any] | None = None,
+    sidecar: Mapping[str, Any] | None = None,
+) -> dict[str, Path]:
+    """Write a merge that has no coefficients to a folder, and prove it by reading it back.
+
+    Args:
+        pool: Base and experts.
+        state_dict: The merge: every key of the base, in its dtypes.
+        folder: Made if needed; files of an earlier export are replaced one by one.
+        facts: What besides the pool decides the bytes, for the file's metadata.
+        recipe: Further JSON-ready content of ``merge.json``.
+        heads: As for :func:`export`.
+        head_info: As for :func:`export`.
+        sidecar: As for :func:`export`.
+
+    Returns:
+        Short name to file, of what was written.
+
+    Raises:
+        InputError: If the folder is not writable.
+        GuardError: If a merged tensor is not finite.
+        OSError: If a file cannot be written; an earlier version of it is then still there.
+        RuntimeError: If what was read back differs from what was merged.
+    """
+    ensure_writable(folder)
+    _check_finite(state_dict, "The rule does not suit these experts, or its scale is too large for this dtype.")
+    files = {"merged": folder / "merged.safetensors", "recipe": folder / "merge.json"}
+    content = {"format": FORMAT, **facts, "pool": combined_hash(pool.hashes())}
+    save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(content, sort_keys=True)})
+    _prove(files["merged"], state_dict)
+    return files | _write_rest(pool, folder, files["merged"], files["recipe"], heads, head_info, sidecar, recipe)
+
+
+def _write_rest(
+    pool: ExpertPool,
+    folder: Path,
+    merged: Path,
+    recipe_file: Path,
+    heads: Mapping[str, nn.Module] | None,
+    head_info: Mapping[str, Any] | None,
+    sidecar: Mapping[str, Any] | None,
+    recipe: Mapping[str, Any] | None,
+) -> dict[str, Path]:
+    """Write what belongs to a merged checkpoint."""
+    files = {}
     if heads:
         files["heads"] = folder / "heads.safetensors"
         save_heads(heads, files["heads"], head_info or {})
     if sidecar:
         files["open_clip"] = folder / "open_clip"
-        _write_open_clip(files["open_clip"], files["merged"], sidecar)
+        _write_open_clip(files["open_clip"], merged, sidecar)
     content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
-    save_json({**content, **(recipe or {})}, files["recipe"])
+    save_json({**content, **(recipe or {})}, recipe_file)
     return files
 
 
@@ -127,13 +183,13 @@ def _digest(coefficients: Coefficients) -> str:
     return digest.hexdigest()
 
 
-def _check_finite(state_dict: Mapping[str, Tensor]) -> None:
+def _check_finite(state_dict: Mapping[str, Tensor], remedy: str) -> None:
     """Refuse to write a merge that diverged, or overflows in the base's dtype."""
     for key, tensor in state_dict.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise GuardError(
                 f"The merged tensor {key!r} ({str(tensor.dtype).removeprefix('torch.')}) is not finite, so nothing was "
-                "exported. The coefficients diverged: lower the learning rate, or set constraint=box."
+                f"exported. {remedy}"
             )
 
 

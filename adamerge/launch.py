@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from adamerge import launchers, ranks
 from adamerge.backbones import Backbone, check_classes
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
@@ -31,7 +32,16 @@ from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_init, build_optional, containers, strings
 from adamerge.refinement import Refinement, transfer
-from adamerge.run_folder import CONFIG_FILE, LAST, LAST_GOOD, is_started, load_config, plain, save_config
+from adamerge.run_folder import (
+    CONFIG_FILE,
+    LAST,
+    LAST_GOOD,
+    is_started,
+    last_checkpoint,
+    load_config,
+    plain,
+    save_config,
+)
 from adamerge.scoring import Made, score_run
 from adamerge.stages import STAGE, START, first_stage, start_file
 from adamerge.targets import announce, check_targets
@@ -69,7 +79,8 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     """
     if of is not None:
         coefficients, start = _coefficients(config, of.pool)
-        model = MergedModel(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers)
+        options = build_optional(config, "encoder")
+        model = MergedModel(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
         return replace(of, model=model, start=start)
     imports = containers(config)
     check_targets(imports)
@@ -153,12 +164,13 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         log.info("%s: nothing was saved before the run was stopped, so it starts from the beginning.", folder)
     first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
     todo = first if first is not None and not (folder / START).is_file() else None
-    with Console(stderr=True).status("Reading the pool and building the heads"):
+    with Console(stderr=True, quiet=not ranks.is_first()).status("Reading the pool and building the heads"):
         assembly = assemble(config if todo is None else todo)
-    ensure_writable(folder)
-    if first is not None:
-        save_config(first, folder / STAGE / CONFIG_FILE)
-    save_config(config, folder / CONFIG_FILE)
+    if ranks.is_first():
+        ensure_writable(folder)
+        if first is not None:
+            save_config(first, folder / STAGE / CONFIG_FILE)
+        save_config(config, folder / CONFIG_FILE)
     watch = Stopwatch()
     if todo is not None:
         _fit_first(todo, folder, assembly, resume=resume)
@@ -205,6 +217,7 @@ def _fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: 
     if trainer.is_global_zero:
         for path in (folder / STAGE / "coefficients.json", folder / START):
             save_coefficients(assembly.model.coefficients, path, assembly.pool)
+    ranks.wait()  # for the files
     _raise_reason(trainer)
 
 
@@ -218,9 +231,10 @@ def _fit(
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
     method.recipe = plain(config)
     callbacks = [MergingProgress(description), *_callbacks(config, folder), *exports, GracefulStop(folder / LAST)]
-    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config))
+    options = {"default_root_dir": folder, **launchers.trainer_options()}
+    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
     write_atomically(trainer)
-    saved = str(folder / LAST) if resume and (folder / LAST).is_file() else None
+    saved = last_checkpoint(folder) if resume else None
     try:
         trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
     except NonfiniteError as error:

@@ -26,7 +26,7 @@ from adamerge.transforms import Prepared, Transform
 
 log = logging.getLogger(__name__)
 
-_TILE = 1 << 16  # entries, of all experts together, of the tiles that checks, reports and statistics read
+_TILE = 1 << 18  # entries, of all experts together, of the tiles that checks, reports and statistics read
 
 
 @dataclass(frozen=True)
@@ -248,9 +248,9 @@ class ExpertPool:
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
-        width = max(1, _TILE // len(self.expert_names))
-        for start in range(0, self.base[name].numel(), width):
-            yield self.tile(name, start, min(start + width, self.base[name].numel()), reuse=True)
+        step = max(1024, _TILE // len(self.expert_names) // 1024 * 1024)
+        for start in range(0, self.base[name].numel(), step):
+            yield self.tile(name, start, min(start + step, self.base[name].numel()), reuse=True)
 
     def tiles(self) -> Iterator[tuple[str, Tensor]]:
         """Pass over all task vectors once, in small tiles: name and (E, k), each valid until the next."""
@@ -441,8 +441,8 @@ class ExpertPool:
         return self.packed.dtype
 
     def _log_storage(self) -> None:
-        held = self.nbytes / 1e6
-        log.info("Task vectors of %d experts: %s, %.0f MB of memory.", len(self.expert_names), self.storage, held)
+        held, level = self.nbytes / 1e6, logging.INFO if self.storage == "stream" else logging.DEBUG
+        log.log(level, "Task vectors of %d experts: %s, %.0f MB.", len(self.expert_names), self.storage, held)
 
     def _check_content(self, allows_duplicates: bool) -> None:
         """Refuse experts that are the base, or (a coefficient would count twice) each other."""

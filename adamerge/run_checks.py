@@ -125,21 +125,26 @@ def check_setting(option: str, value: Any) -> None:
 
 
 def check_devices(devices: Any, num_nodes: Any) -> None:
-    """Refuse a trainer on several devices.
+    """Refuse what is no number of devices or nodes.
 
     Raises:
-        InputError: If ``devices`` or ``num_nodes`` says anything but one.
+        InputError: If ``devices`` or ``num_nodes`` is something else.
     """
-    single = isinstance(devices, list) and len(devices) == 1  # one device, by its number
-    for option, found, fits in (
-        ("devices", devices, single or (devices in (1, "1") and devices is not True)),
-        ("num_nodes", num_nodes, num_nodes in (1, "1") and num_nodes is not True),
-    ):
-        if not fits:
-            raise InputError(
-                f"trainer.{option}: expected 1, found {found!r}: runs on several devices are not supported by this "
-                f"version: trainer.{option}=1."
-            )
+    listed = isinstance(devices, list) and devices and all(_is_whole(device, 0) for device in devices)
+    if not (listed or devices in ("auto", -1, "-1") or _is_whole(devices, 1)):
+        raise InputError(
+            f"trainer.devices: expected auto, a number of devices >= 1 or a list of them, found {devices!r}; such as "
+            "trainer.devices=2."
+        )
+    if not _is_whole(num_nodes, 1):
+        raise InputError(
+            f"trainer.num_nodes: expected a number >= 1, found {num_nodes!r}; such as trainer.num_nodes=1."
+        )
+
+
+def _is_whole(found: Any, least: int) -> bool:
+    text = str(found)
+    return not isinstance(found, bool) and text.isdigit() and int(text) >= least
 
 
 def check_folder(option: str, path: Any) -> Path:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.errors import InputError
@@ -32,7 +31,7 @@ def held(folder: Path, *, unused: bool = False) -> Iterator[None]:
 
     A record lock on a file in the folder, which the kernel releases when this process ends, however it ends. Unlike
     ``flock``'s it is not inherited by the processes that load data, which outlive a killed run by seconds, and it works
-    on NFS. Of the processes of one run only the first takes it. Not for use twice in one process.
+    on NFS. For the first of a run's processes, and not for use twice in one.
 
     Args:
         folder: Made if needed.
@@ -41,9 +40,6 @@ def held(folder: Path, *, unused: bool = False) -> Iterator[None]:
     Raises:
         InputError: If the folder cannot be written to, another process holds it, or it is used.
     """
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        yield
-        return
     ensure_writable(folder)
     path = folder / LOCK
     file = _locked(path)
@@ -127,6 +123,12 @@ def check_unused(folder: Path) -> None:
         )
 
 
+def is_of_job(folder: Path, job: str | None) -> bool:
+    """Whether a folder holds the run of a scheduler's job."""
+    path = folder / CONFIG_FILE
+    return job is not None and path.is_file() and bool(OmegaConf.select(OmegaConf.load(path), "job") == job)
+
+
 def remove_unstarted(folder: Path) -> None:
     """Remove the folder of a run that failed before its first step; a folder with anything else in it is left alone."""
     own = {folder / "adapt.log", folder / LOCK, folder / CONFIG_FILE, folder / STAGE / CONFIG_FILE}
@@ -143,7 +145,7 @@ def remove_unstarted(folder: Path) -> None:
 def differences(config: DictConfig, stored: DictConfig) -> list[str]:
     """Return the dotted options in which two configurations of one run differ, leaving out where it runs."""
     first, second = (_flat(plain(c)) for c in (config, stored))
-    ignored = ("run_dir", "resume", "cwd", "logger.")
+    ignored = ("run_dir", "resume", "cwd", "job", "logger.")
     keys = [key for key in {**first, **second} if not key.startswith(ignored)]
     return sorted(key for key in keys if first.get(key) != second.get(key))
 
@@ -158,7 +160,14 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_started(folder: Path) -> bool:
     """Whether a run has saved something in its folder that it can go on from."""
-    return any((folder / name).is_file() for name in (LAST, STAGE / LAST, START))
+    found = (last_checkpoint(folder), last_checkpoint(folder / STAGE))
+    return any(path is not None for path in found) or (folder / START).is_file()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint of a run or stage, its own or what Lightning wrote before a requeue; or None."""
+    found = [path for path in (folder / LAST, *folder.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

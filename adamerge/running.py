@@ -197,10 +197,11 @@ def _replaced(encoder: nn.Module, forwards: Mapping[str, Callable[..., Any]]) ->
         yield
     finally:
         for name, module in modules.items():
-            if own[name] is None:
+            before = own[name]
+            if before is None:
                 del module.forward
             else:
-                module.forward = own[name]
+                module.forward = before
 
 
 def _members(encoder: nn.Module) -> list[str]:

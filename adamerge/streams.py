@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from adamerge.errors import InputError
 from adamerge.reading import Readable
+from adamerge.views import Views
 
 
 class TaskBatch(NamedTuple):
@@ -47,11 +48,14 @@ class Unlabeled(Dataset[TaskBatch]):
         preprocess: Applied to inputs that are not tensors yet (PIL images).
         first: Position of the first item, where several data sets make up a stream.
         readable: Keeps account of items that cannot be read; by default the first such ends the run.
+        views: Views of the images to give instead; item i is a view of image i modulo their number.
+        key: Fixes, with the position, what is random in the views.
 
     Attributes:
         source: The data set itself, for the baselines that are marked as using labels.
         readable: As given. In the place of an item that cannot be read stands the next one that can, with that one's
             position, so that the order of the others, and what experts say of a position, do not depend on it.
+            With views the same image stands in, and its view has the random numbers and position of the one left out.
         cache: Keeps inputs that have been loaded; None for none.
     """
 
@@ -61,31 +65,52 @@ class Unlabeled(Dataset[TaskBatch]):
         preprocess: Callable[[Any], Tensor] | None = None,
         first: int = 0,
         readable: Readable | None = None,
+        views: Views | None = None,
+        key: str = "",
     ) -> None:
+        if views is not None and not isinstance(views, Views):
+            raise InputError(f"data.views: expected adamerge.views.Views (with _target_) or null, found {views!r}.")
         self.source = dataset
         self.cache: Store | None = None
         self.readable = readable or Readable(dataset)
         self._preprocess = preprocess
         self._first = first
+        self._views = views
+        self._key = key
 
     def __len__(self) -> int:
-        return length_of(self.source)
+        return length_of(self.source) * (self._views.count if self._views else 1)
 
     def __getitem__(self, index: int) -> TaskBatch:
-        position, inputs = self.readable.first(index, self._get)
+        if self._views is None:
+            position, inputs = self.readable.first(index, self._image)
+        else:
+            position, inputs = index, self._views(self._readable_image, length_of(self.source), index, self._key)
         return TaskBatch(inputs, torch.tensor(self._first + position))
 
-    def _get(self, index: int) -> Tensor:
-        inputs = None if self.cache is None else self.cache.get(index)
+    def images(self, positions: Sequence[int]) -> Sequence[int]:
+        """Return the numbers of the images in the data set that inputs at these positions are made of."""
+        count = length_of(self.source)
+        if self._views is None:
+            return positions
+        return range(count) if self._views.mix else sorted({position % count for position in positions})
+
+    def _readable_image(self, number: int) -> Tensor:
+        """Return an image, or what stands in for it."""
+        return self.readable.first(number, self._image)[1]
+
+    def _image(self, number: int) -> Tensor:
+        """Return an image, from the cache where that has it."""
+        inputs = None if self.cache is None else self.cache.get(number)
         if inputs is None:
-            inputs = self.load(index)
+            inputs = self.load(number)
             if self.cache is not None:
-                self.cache.put(index, inputs)
+                self.cache.put(number, inputs)
         return inputs
 
-    def load(self, index: int) -> Tensor:
-        """Return an input from the data set itself."""
-        return _to_tensor(_split_item(self.source[index])[0], self._preprocess)
+    def load(self, number: int) -> Tensor:
+        """Return an image from the data set itself."""
+        return _to_tensor(_split_item(self.source[number])[0], self._preprocess)
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
@@ -193,33 +218,58 @@ class _StepSampler(Sampler[int]):
 class Steps(Dataset[dict[str, TaskBatch]]):
     """Step number to every task's batch: consecutive pieces of seeded permutations, pass after pass.
 
+    What all ranks together see in a step depends on the size of the global batch alone; each takes its part of it.
+
     Args:
         streams: Task to its stream.
-        batch_size: Inputs per rank and step.
+        batch_size: Inputs per task, step and rank; a stream shorter than a global batch gives each input once.
         seed: Of the orders.
-        rank: Of this process.
-        world: Number of processes.
+        rank: Of ``world`` ranks, the one whose parts these are.
+        world: Number of ranks.
+        by_task: A rank takes whole batches of some tasks, instead of a part of every task's batch.
         draws: Whether items draw random numbers; then they draw from generators that are seeded for their step, so
             that a step is the same after a resume and with any number of workers.
     """
 
     def __init__(
-        self, streams: Mapping[str, Unlabeled], batch_size: int, seed: int, rank: int, world: int, draws: bool = False
+        self,
+        streams: Mapping[str, Unlabeled],
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        by_task: bool = False,
+        draws: bool = False,
     ) -> None:
         self._streams = dict(streams)
-        self._batch_size = batch_size
+        self._sizes = {task: min(batch_size * world, len(stream)) for task, stream in streams.items()}
         self._seed = seed
         self._rank, self._world = rank, world
+        self._by_task = by_task
         self._draws = draws
         self._orders: dict[tuple[str, int], Tensor] = {}
 
-    def batch_size(self, task: str) -> int:
-        """Inputs per rank and step: a stream shorter than a global batch gives each of its images once."""
-        return max(1, min(self._batch_size, len(self._streams[task]) // self._world))
+    def global_size(self, task: str) -> int:
+        """Inputs per step on all ranks together."""
+        return self._sizes[task]
 
     def per_pass(self, task: str) -> int:
         """Steps that one pass over a task's stream takes."""
-        return len(self._streams[task]) // (self.batch_size(task) * self._world)
+        return len(self._streams[task]) // self._sizes[task]
+
+    def part(self, task: str) -> range:
+        """Return which positions of a global batch this rank takes; parts of ranks differ by at most one input."""
+        size = self._sizes[task]
+        if self._by_task:
+            return range(size if list(self._streams).index(task) % self._world == self._rank else 0)
+        return range(size * self._rank // self._world, size * (self._rank + 1) // self._world)
+
+    def share(self, task: str) -> float:
+        """Return this rank's part of a global batch, times the number of ranks.
+
+        The mean over ranks of (share x mean over the rank's part) is the mean over the global batch.
+        """
+        return self._world * len(self.part(task)) / self._sizes[task]
 
     def __getitem__(self, step: int) -> dict[str, TaskBatch]:
         if not self._draws:
@@ -228,18 +278,24 @@ class Steps(Dataset[dict[str, TaskBatch]]):
             return self._batches(step)
 
     def _batches(self, step: int) -> dict[str, TaskBatch]:
-        return {task: collate([stream[i] for i in self._indices(task, step)]) for task, stream in self._streams.items()}
+        indices = {task: self._indices(task, step) for task in self._streams}
+        return {task: collate([self._streams[task][i] for i in found]) for task, found in indices.items() if found}
 
     def visited(self, task: str, steps: int) -> list[int]:
-        """Return the positions that the first ``steps`` steps visit on all ranks, ascending."""
-        total = steps * self.batch_size(task) * self._world
-        length = len(self._streams[task])
-        return list(range(length)) if total >= length else sorted(self._order(task, 0)[:total].tolist())
+        """Return the positions that this rank visits in the first ``steps`` steps, ascending."""
+        if self._world == 1:
+            total, length = steps * self._sizes[task], len(self._streams[task])
+            return list(range(length)) if total >= length else sorted(self._order(task, 0)[:total].tolist())
+        found: set[int] = set()
+        for step in range(steps if len(self.part(task)) else 0):
+            found.update(self._indices(task, step))
+            if len(found) == len(self._streams[task]):
+                break
+        return sorted(found)
 
     def _indices(self, task: str, step: int) -> list[int]:
-        size, length = self.batch_size(task), len(self._streams[task])
-        first = (step * self._world + self._rank) * size
-        return [int(self._order(task, p // length)[p % length]) for p in range(first, first + size)]
+        first, length = step * self._sizes[task], len(self._streams[task])
+        return [int(self._order(task, (first + i) // length)[(first + i) % length]) for i in self.part(task)]
 
     def _order(self, task: str, number: int) -> Tensor:
         """The permutation of pass ``number``; the two latest are kept."""

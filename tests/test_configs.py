@@ -23,7 +23,9 @@ REQUIRED = {
     "granularity=pattern": [r"granularity.groups={attention: \.attn\.}"],
 }
 CHOICES = sorted(
-    f"{path.parent.relative_to(FOLDER)}={path.stem}" for path in FOLDER.rglob("*.yaml") if path.parent != FOLDER
+    f"{path.parent.relative_to(FOLDER)}={path.stem}"
+    for path in FOLDER.rglob("*.yaml")
+    if path.parent not in (FOLDER, FOLDER / "merge")  # rules are chosen by `adamerge merge`
 )
 
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from adamerge import demo, load_state_dict
+from adamerge.composition import compose
 from adamerge.evaluation import Row, TaskScore
 from adamerge.export import load_heads
+from adamerge.granularity import by_name
+from adamerge.preflight import build
 
 
 def row(*hits):
@@ -21,15 +24,32 @@ def row(*hits):
 
 def test_verdict_says_what_holds_and_what_does_not():
     best, middle, worst = row(*[1] * 200), row(*[1, 0] * 100), row(*[0] * 200)
-    rows = dict(zip(demo.ORDER, (worst, middle, middle, worst, best), strict=True))
+    rows = dict(zip(demo.ORDER, (worst, middle, middle, worst, worst, best), strict=True))
     lines = demo.verdict(rows)
     assert [line.split(":")[1].split(",")[0].strip() for line in lines] == [
         "holds",
         "does not hold",
         "does not hold",
+        "does not hold",
         "holds",
     ]
     assert "+50.0 points" in lines[0]
+
+
+def test_recommended_row_is_the_recommended_experiment():
+    recipe, config = demo.recommended(), compose(["experiment=recommended"])
+    assert recipe.objective == build(config, "objective")
+    assert by_name(recipe.granularity) == build(config, "granularity")
+    assert recipe.constraint == build(config, "constraint")
+    assert recipe.views == build(config, "data.views")
+    assert (recipe.lr, recipe.steps) == (config.optimizer.lr, config.steps)
+    assert recipe.batch_size == config.data.batch_size
+    assert recipe.decay
+    assert config.method.scheduler == {
+        "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "_partial_": True, "T_max": config.steps
+    }  # fmt: skip
+    assert config.optimizer._target_ == "torch.optim.Adam"
+    assert config.init == 0.3
 
 
 @pytest.mark.slow
@@ -44,6 +64,9 @@ def test_demo_gives_the_expected_order_and_files(tmp_path):
     assert list(content["rows"]) == list(demo.ROWS)
     for lower, higher in itertools.pairwise(demo.ORDER):
         assert content["rows"][lower]["mean"] < content["rows"][higher]["mean"]
+    start, best = content["rows"]["task_arithmetic_0.3"], content["rows"]["recommended"]
+    assert best["gap_closed"] > 0.65
+    assert all(best["per_task"][task] >= start["per_task"][task] for task in content["tasks"])
     assert [name for name, r in content["rows"].items() if r["uses_labels"]] == ["task_arithmetic_best", "oracle_layer"]
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'open_clip'}")
     merged = load_state_dict(tmp_path / "out" / "merged.safetensors")

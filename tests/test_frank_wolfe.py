@@ -202,6 +202,20 @@ def test_frank_wolfe_skips_groups_in_which_no_vertex_descends():
     assert raw.tolist() == [[1, 0], [0, 1]]
 
 
+def test_frank_wolfe_average_of_gradients_outvotes_a_single_batch():
+    usual, odd = torch.tensor([[-1.0], [0.0]]), torch.tensor([[0.0], [-1.5]])
+    ends = {}
+    for averages in (False, True):
+        raw = torch.nn.Parameter(torch.zeros(2, 1))
+        optimizer = FrankWolfe(raw, Vertices(2), averages=averages)
+        for gradient in (*[usual] * 100, odd):
+            raw.grad = gradient.clone()
+            optimizer.step()
+        ends[averages] = raw.detach()[:, 0]
+    assert ends[True].tolist() == [1, 0]
+    assert ends[False][1] == pytest.approx(harmonic(100))
+
+
 def test_frank_wolfe_start_vertex_brings_the_start_back():
     start = torch.tensor([[0.9], [0.9]])
     raw = torch.nn.Parameter(start.clone())
@@ -345,7 +359,7 @@ def test_cosine_ranking_sums_the_cosines_of_each_group(toy):
     [
         {},
         {"step_rule": "line_search", "vertices": ["experts", "start"]},
-        {"mode": "soft", "inner_steps": 3, "top_k": 2, "inner_lr": 0.1},
+        {"mode": "soft", "inner_steps": 3, "top_k": 2, "inner_lr": 0.1, "average_gradients": True},
     ],
     ids=str,
 )

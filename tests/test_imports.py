@@ -14,8 +14,8 @@ PACKAGE = Path(adamerge.__file__).parent
 # Lowest first. A module may import from lines above its own, never from its own line or below;
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
-    ["version", "errors"],
-    ["pickles", "low_rank", "reading"],
+    ["version", "errors", "ranks"],
+    ["pickles", "low_rank", "selection", "views", "reading"],
     ["files", "stacks"],
     ["checkpoints"],
     ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets"],
@@ -24,39 +24,29 @@ ORDER = [
     ["pool"],
     ["descriptions"],
     ["coefficients", "packed"],
-    ["merge", "merges", "refinement"],
+    ["merge", "refinement"],
     ["teachers", "calls", "running"],
     ["model"],
     ["objectives", "tasks", "frank_wolfe", "streams", "teacher_files"],
     ["caching"],
     ["data"],
-    ["backbones"],
+    ["backbones", "merges"],
     ["baselines", "evaluation", "methods", "export"],
     ["callbacks"],
     ["zoo", "figures", "report"],
     ["run_checks", "stages"],
     ["run_folder", "checkpoint_io"],
     ["preflight"],
-    ["scoring"],
-    ["launch", "inspection", "composition"],
-    ["replay", "demo"],
+    ["scoring", "launchers"],
+    ["launch", "inspection", "composition", "pool_files"],
+    ["replay", "demo", "merging_command"],
     ["cli"],
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
-    *(
-        "stages",
-        "run_folder",
-        "checkpoint_io",
-        "preflight",
-        "composition",
-        "launch",
-        "inspection",
-        "replay",
-        "demo",
-        "cli",
-    ),
+    *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
+    *("pool_files", "merging_command", "checkpoint_io"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

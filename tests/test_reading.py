@@ -14,10 +14,12 @@ from torchvision.transforms import v2
 from toy import EXPERTS
 
 from adamerge import InputError
+from adamerge.baselines import stream_labels
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.objectives.imitation import Imitation
 from adamerge.reading import Readable
 from adamerge.streams import Unlabeled
+from adamerge.views import Views
 
 TO_TENSOR = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Grayscale()])
 COUNT = 12
@@ -171,3 +173,19 @@ def test_run_with_an_unreadable_image_lists_it_and_scores_the_rest(tmp_path):
     assert run(*arguments(configs, tmp_path / "strict", *options), cwd=tmp_path) == 2
     (line,) = [line for line in output(tmp_path).splitlines() if "error:" in line]
     assert line.startswith("error: data.tasks.mnist: 1 of 15 images cannot be read")
+
+
+def test_view_of_an_unreadable_image_is_the_same_view_of_its_stand_in(folder):
+    views = Views(transform=lambda image: image + torch.rand(()), count=2, mix=0.5)
+    files = [folder[index] for index in range(COUNT)]
+    files[5] = files[6]
+    expected = Unlabeled(files, TO_TENSOR, views=views, key="0/views/a")
+    spoil(folder, 5)
+    data = make(folder, views=views)
+    stream = data.streams["a"]
+    for index in range(2 * COUNT):
+        item = stream[index]
+        assert int(item.indices) == index
+        assert torch.equal(item.inputs, expected[index].inputs)
+    assert data.unreadable() == {"a": [folder.samples[5][0]]}
+    assert stream_labels(stream).tolist() == [label for _, label in files]

@@ -7,7 +7,6 @@ import subprocess
 import time
 
 import pytest
-from lightning.pytorch.utilities import rank_zero_only
 from small_run import arguments, output, run, start, write_configs
 
 from adamerge import InputError, run_folder
@@ -67,12 +66,6 @@ def test_held_where_files_cannot_be_locked_warns(tmp_path, monkeypatch, caplog):
     with run_folder.held(tmp_path):
         pass
     assert "cannot be locked (No locks available)" in caplog.text
-
-
-def test_held_by_a_rank_other_than_the_first_takes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with run_folder.held(tmp_path, unused=True):
-        assert list(tmp_path.iterdir()) == []
 
 
 def test_held_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -116,7 +116,7 @@ def _device(stack) -> str:
 
 def test_auto_leaves_on_the_host_what_does_not_fit_the_device(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("adamerge.task_vectors.free_device_memory", lambda device: 1000.0)
-    with caplog.at_level("INFO", logger="adamerge"):
+    with caplog.at_level("DEBUG", logger="adamerge"):
         pool = random_pool(tmp_path, storage="auto")
         assert pool.to("meta").storage == "ram"
         monkeypatch.setattr("adamerge.task_vectors.free_device_memory", lambda device: 1e12)

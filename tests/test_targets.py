@@ -39,13 +39,14 @@ def config(*paths: str) -> dict[str, object]:
 
 def test_foreign_targets_name_node_path_and_file_without_import(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
+    before = set(sys.modules)
     found = foreign_targets(config("my_objectives.Confidence", "mine.inner.Thing", "loose.inner.Thing", "nowhere.X"))
     assert [(t.node, t.path, t.file) for t in found] == [
         ("objective", "my_objectives.Confidence", folder / "my_objectives.py"),
         ("data.tasks[0]", "mine.inner.Thing", folder / "mine" / "inner.py"),
         ("data.tasks[1]", "loose.inner.Thing", folder / "loose" / "inner.py"),
     ]
-    assert not {"my_objectives", "mine", "loose"} & set(sys.modules)
+    assert not {"my_objectives", "mine", "loose"} & (set(sys.modules) - before)
 
 
 def test_foreign_targets_leave_out_what_every_run_uses():

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from adamerge import ranks
 from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod
 from adamerge.model import TaskStep
@@ -45,6 +46,15 @@ class _Watch:
     def now(self) -> tuple[float, float]:
         """Marginal entropy and disagreement."""
         return self.entropy(), self.disagreement or 0.0
+
+
+@dataclass
+class _Sums:
+    """Over one task's samples of a step on one device: predicted probabilities (C,), disagreements, samples."""
+
+    predicted: Tensor | float = 0.0
+    differing: int = 0
+    count: int = 0
 
 
 class CollapseGuard(Callback):
@@ -89,6 +99,7 @@ class CollapseGuard(Callback):
         self._window = window
         self._factor = factor
         self._watched: dict[str, _Watch] = {}
+        self._seen: dict[str, _Sums] = {}
         self._lowered: dict[str, float] = {}
         self._good: tuple[int, Tensor] | None = None  # the last good step, and its coefficients
         self.reason: str | None = None
@@ -99,7 +110,6 @@ class CollapseGuard(Callback):
             raise InputError(f"CollapseGuard: expected a method of adamerge, found {type(pl_module).__name__}.")
         pl_module.uses_teacher |= self._disagreement is not None
         pl_module.observers.append(self.observe)
-        self._strategy = trainer.strategy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lower again what was lowered before a resume."""
@@ -109,18 +119,32 @@ class CollapseGuard(Callback):
 
     @torch.no_grad()
     def observe(self, step: TaskStep) -> None:
-        """Update one task's running means with a batch; the same on all devices."""
+        """Count one task's batch into the sums of the step."""
         logits = step.outputs.logits.detach().float().flatten(0, -2)
-        marginal = self._strategy.reduce(logits.softmax(-1).mean(0), reduce_op="mean").cpu()
-        if not torch.isfinite(marginal).all():
+        predicted = logits.softmax(-1).sum(0).cpu()
+        if not torch.isfinite(predicted).all():
             return  # the method's to handle
-        disagreement = None
+        seen = self._seen.setdefault(step.task, _Sums())
+        seen.count += len(logits)
+        seen.predicted = seen.predicted + predicted
         if self._disagreement is not None:
             differs = logits.argmax(-1) != step.teacher().logits.flatten(0, -2).argmax(-1)
-            disagreement = float(self._strategy.reduce(differs.float().mean(), reduce_op="mean"))
-        watch = self._watched.get(step.task)
+            seen.differing += int(differs.sum())
+
+    def _update(self) -> None:
+        """Update the running means with what all devices saw in a step."""
+        everyones, self._seen = ranks.everyones(self._seen), {}
+        for task in dict.fromkeys(task for seen in everyones for task in seen):
+            parts = [seen[task] for seen in everyones if task in seen]
+            count = sum(part.count for part in parts)
+            marginal = torch.stack([torch.as_tensor(part.predicted) for part in parts]).sum(0) / count
+            disagreement = None if self._disagreement is None else sum(part.differing for part in parts) / count
+            self._move(task, marginal, disagreement)
+
+    def _move(self, task: str, marginal: Tensor, disagreement: float | None) -> None:
+        watch = self._watched.get(task)
         if watch is None:
-            self._watched[step.task] = _Watch(marginal, disagreement, steps=1)
+            self._watched[task] = _Watch(marginal, disagreement, steps=1)
             return
         watch.steps += 1
         share = 1 / min(watch.steps, self._window)
@@ -133,6 +157,7 @@ class CollapseGuard(Callback):
     ) -> None:
         """Log, and act on what has collapsed."""
         assert isinstance(pl_module, MergingMethod)
+        self._update()
         if self._action == "stop" and self._is_good():
             self._good = (trainer.global_step, pl_module.model.coefficients.raw.detach().clone())
         for task, watch in self._watched.items():

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from adamerge import ranks
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod
@@ -96,7 +97,10 @@ class KeepBest(Callback):
 
 @torch.no_grad()
 def holdout_loss(trainer: Trainer, method: MergingMethod) -> float:
-    """Return the objective on the held-out streams: means over each task's images, weighted as in training."""
+    """Return the objective on the held-out streams: means over each task's images, weighted as in training.
+
+    The devices share the work, and get the same.
+    """
     data: UnlabeledTasks = trainer.datamodule  # type: ignore[attr-defined]
     totals = dict.fromkeys(data.holdout_streams, 0.0)
     values = method.model.coefficients()
@@ -106,5 +110,6 @@ def holdout_loss(trainer: Trainer, method: MergingMethod) -> float:
             _, result = method.run(moved, values, needs_gradient=False)
             for task, loss in result.losses.items():
                 totals[task] += float(loss) * len(batch[task].indices) / len(data.holdout_streams[task])
+    means = ranks.total(torch.tensor(list(totals.values()), dtype=torch.float64).to(method.device)).tolist()
     weights = method.weights(totals)
-    return sum(weights[task] * total for task, total in totals.items())
+    return float(sum(weights[task] * mean for task, mean in zip(totals, means, strict=True)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from adamerge import ranks
 from adamerge.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,13 @@ class GracefulStop(Callback):
     ) -> None:
         """Save and leave, if a signal has come and the optimizer's step is complete."""
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if self._signal is not None and complete:  # gradients that are still accumulating are not saved
+        if not complete:
+            return
+        signals = ranks.largest(self._signal or 0, pl_module.device)  # a signal may reach one process first
+        if signals:  # gradients that are still accumulating are not saved
             trainer.save_checkpoint(self.checkpoint)
             log.info("Stopped after step %d, saved to %s", trainer.global_step, self.checkpoint)
-            raise Interrupted(EXIT_INTERRUPTED if self._signal == signal.SIGINT else EXIT_PREEMPTED)
+            raise Interrupted(EXIT_INTERRUPTED if signals == signal.SIGINT else EXIT_PREEMPTED)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""

@@ -55,6 +55,8 @@ class FrankWolfeMerging(MergingMethod):
         top_k: Vertices of ``soft``.
         inner_steps: Optimizer steps in one iteration of ``soft``.
         inner_lr: Of the weights of ``soft``.
+        average_gradients: Choose vertices by a running average of the gradients, so that the noise of single batches
+            does not choose irrelevant experts (Mokhtari et al., arXiv:1804.09554; not in FW-Merging).
         task_weights: Task to the factor of its loss, default 1.
         reduction: ``"mean"`` or ``"sum"`` over the tasks.
         micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
@@ -86,6 +88,7 @@ class FrankWolfeMerging(MergingMethod):
         top_k: int = 3,
         inner_steps: int = 10,
         inner_lr: float = 0.05,
+        average_gradients: bool = False,
         task_weights: Mapping[str, float] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         micro_batch: int | Literal["auto"] | None = "auto",
@@ -105,6 +108,7 @@ class FrankWolfeMerging(MergingMethod):
         self._steps, self._step_rule, self._is_soft, self._tolerance = steps, step_rule, mode == "soft", tolerance
         self._factor = step_size * scaling
         self._top_k, self._inner_steps, self._inner_lr = top_k, inner_steps, inner_lr
+        self._averages = average_gradients
         self._check_numbers()
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
@@ -148,12 +152,13 @@ class FrankWolfeMerging(MergingMethod):
         if self._is_soft:
             self._frank_wolfe: FrankWolfe = SoftFrankWolfe(
                 raw, self._vertices(), top_k=self._top_k, inner_steps=self._inner_steps, lr=self._inner_lr,
-                limit=self._steps, tolerance=self._tolerance,
+                limit=self._steps, tolerance=self._tolerance, averages=self._averages,
             )  # fmt: skip
         else:
             self._frank_wolfe = FrankWolfe(
                 raw, self._vertices(), step_rule=self._step_rule, factor=self._factor, limit=self._steps,
                 tolerance=self._tolerance, loss_at=self._loss_at, ranking=self._ranking if self._is_cosine else None,
+                averages=self._averages,
             )  # fmt: skip
         return self._frank_wolfe
 
@@ -183,8 +188,8 @@ class FrankWolfeMerging(MergingMethod):
     def _loss_at(self, values: Tensor) -> float:
         """The objective at coefficients (E, G) on the current batch, the same on all devices."""
         with self.trainer.precision_plugin.forward_context():
-            loss, _ = self.run(self._batch, values, needs_gradient=False)
-        return float(self.trainer.strategy.reduce(loss, reduce_op="mean"))
+            loss, _ = self.step(self._batch, values, needs_gradient=False)
+        return float(loss)
 
     def _cosine(self, name: str, gradient: Tensor) -> Tensor:
         """Cosines of one parameter's gradient with all vertices, (V,)."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from adamerge import ranks
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError, NonfiniteError, did_you_mean, shorten
 from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
@@ -32,6 +33,9 @@ class MergingMethod(LightningModule):
     :math:`\bar\lambda` is the detached :math:`\lambda` and :math:`g = dL/d\lambda` comes from the engine:
     its value is the loss and its gradient is g, so that Lightning's automatic optimization does clipping,
     accumulation, gradient scaling and the reduction over devices, and constraints differentiate themselves.
+
+    On several devices each runs its part of a step: g is averaged by Lightning, (E, G) numbers per step; the losses,
+    one number per task, are summed here, so that all devices see the same and act alike.
 
     Args:
         model: The merged model; its coefficients are the only parameters.
@@ -85,6 +89,8 @@ class MergingMethod(LightningModule):
         self._max_skipped = max_skipped if on_nonfinite == "skip" else 0
         self._has_gradient = False  # whether any batch of the step to come was not skipped
         self._generators: Mapping[str, Any] | None = None  # of a checkpoint, until the first step after it
+        # Constants, the same on all devices: torch would broadcast them before each step.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._reduction = reduction
         self._micro_batch = micro_batch
 
@@ -163,15 +169,45 @@ class MergingMethod(LightningModule):
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step, 0 to skip it; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
-        loss, result = self.run(batch, values, scale=self._loss_scale())
-        problem = self._problem(batch, values, result)
-        if self._on_any_device(problem is not None):
-            self._skip(problem or f"Step {self.global_step}: another device's loss or gradient is not finite.")
-            return (values * 0).sum()
+        loss, result = self.step(batch, values, scale=self._loss_scale())
+        if (problem := self._problem(batch, values, result)) is not None:  # the same on all devices
+            self._skip(problem)
+            nothing: Tensor = (values * 0).sum()
+            return nothing
         self._has_gradient = True
         self._report(loss, result.losses, values, sum(len(data.indices) for data in batch.values()))
         surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
         return surrogate
+
+    def step(
+        self,
+        batch: Mapping[str, TaskBatch],
+        values: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        needs_gradient: bool = True,
+    ) -> tuple[Tensor, StepResult]:
+        """Run this device's part of a step.
+
+        Returns:
+            The total loss at coefficients ``values`` (E, G), the losses by task, both of all devices, and this
+            device's gradient (E, G): the mean over devices is the whole one. Where it is not finite on one of them,
+            it is not on any.
+        """
+        data = self._datamodule() if ranks.count() > 1 else None
+        shares = data.shares() if data else dict.fromkeys(batch, 1.0)
+        loss, result = self.run(batch, values, scale=scale, needs_gradient=needs_gradient, shares=shares)
+        if ranks.count() == 1:
+            return loss, result
+        zero = values.new_zeros(())
+        parts = [result.losses[task] * share if task in batch else zero for task, share in shares.items()]
+        finite = (result.gradient * 0).sum()  # NaN unless it is
+        sums = ranks.total(torch.stack([part.to(values) for part in (*parts, finite)]))
+        *means, finite = (sums / ranks.count()).unbind()
+        losses = dict(zip(shares, means, strict=True))
+        gradient = result.gradient if torch.isfinite(finite) else ranks.total(result.gradient)
+        weights = self.weights(shares)
+        return torch.stack([losses[task] * weights[task] for task in losses]).sum(), StepResult(losses, gradient)
 
     def run(
         self,
@@ -180,16 +216,19 @@ class MergingMethod(LightningModule):
         *,
         scale: float | Tensor = 1.0,
         needs_gradient: bool = True,
+        shares: Mapping[str, float] | None = None,
         on_gradient: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, StepResult]:
         """Return the total loss at coefficients ``values`` (E, G), the losses by task, and the gradient (E, G).
 
-        ``on_gradient`` sees the parameters' gradients in the place of :meth:`on_parameter_gradient`.
+        Of this device alone; ``shares`` are further factors of the tasks of all devices. ``on_gradient`` sees the
+        parameters' gradients in the place of :meth:`on_parameter_gradient`.
         """
-        weights = self.weights(batch)
+        shares = shares or dict.fromkeys(batch, 1.0)
+        weights = {task: weight * shares[task] for task, weight in self.weights(shares).items()}
         result = self.model.step(
             {task: data.inputs for task, data in batch.items()},
-            functools.partial(self._loss, batch),
+            functools.partial(self._loss, batch, len(shares)),
             values=values,
             weights=weights,
             hidden_layers=self._hidden_layers,
@@ -198,7 +237,8 @@ class MergingMethod(LightningModule):
             needs_gradient=needs_gradient,
             on_gradient=(on_gradient or self.on_parameter_gradient) if needs_gradient else None,
         )
-        return torch.stack([result.losses[task] * weights[task] for task in batch]).sum(), result
+        parts = [result.losses[task] * weights[task] for task in batch]
+        return torch.stack(parts).sum() if parts else values.new_zeros(()), result
 
     def weights(self, tasks: Collection[str]) -> dict[str, float]:
         """Return the factor of each task's loss in a step of these tasks."""
@@ -219,6 +259,7 @@ class MergingMethod(LightningModule):
     def _loss(
         self,
         batch: Mapping[str, TaskBatch],
+        num_tasks: int,
         task: str,
         outputs: Outputs,
         coefficients: Tensor,
@@ -231,7 +272,7 @@ class MergingMethod(LightningModule):
         for (inputs, indices), part in _parts(batch[task], outputs, count):
             step = TaskStep(
                 task, inputs, indices, part, coefficients, self._teacher, forward,
-                initial=self.model.coefficients.initial, num_tasks=len(batch) * count,
+                initial=self.model.coefficients.initial, num_tasks=num_tasks * count,
             )  # fmt: skip
             loss = self.objective(step)
             self._check(loss, task)
@@ -261,7 +302,7 @@ class MergingMethod(LightningModule):
         observers, self.observers = self.observers, []
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            _, result = self.run(batch, values)
+            _, result = self.step(batch, values)
             name = type(self.objective).__name__
             for task, loss in result.losses.items():
                 if not torch.isfinite(loss):
@@ -269,8 +310,8 @@ class MergingMethod(LightningModule):
                         f"Objective {name} gives {loss.item()} for task {task!r} before the first step. Look at that "
                         "task's images, and at logarithms and divisions in the objective."
                     )
-            if not result.gradient.any():
-                _, moved = self.run(batch, values * 0.5 + 0.1, needs_gradient=False)
+            if not ranks.total(result.gradient).any():
+                _, moved = self.step(batch, values * 0.5 + 0.1, needs_gradient=False)
                 if all(torch.equal(moved.losses[task], loss) for task, loss in result.losses.items()):
                     raise InputError(
                         f"Objective {name} does not change with the coefficients on the first batch. Compute it from "
@@ -313,9 +354,10 @@ class MergingMethod(LightningModule):
         """Say what of a step is NaN or infinite, before the optimizer sees it; None where nothing is."""
         for task, loss in result.losses.items():
             if not torch.isfinite(loss):
+                at = f"on the images at {_positions(batch[task])}" if ranks.count() == 1 else "on images"
                 return (
-                    f"Step {self.global_step}: the loss of task {task!r} is {loss.item()} on the images at "
-                    f"{_positions(batch[task])} of its stream. {_KEPT} Look at them, or lower the learning rate."
+                    f"Step {self.global_step}: the loss of task {task!r} is {loss.item()} {at} of its stream. {_KEPT} "
+                    "Look at them, or lower the learning rate."
                 )
         scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and self.trainer.precision_plugin.scaler
         bad = ~torch.isfinite(result.gradient)
@@ -334,7 +376,7 @@ class MergingMethod(LightningModule):
 
     def _origin(self, batch: Mapping[str, TaskBatch], values: Tensor) -> str:
         """Find the task and the tensor whose gradient is not finite, by running the step again task by task."""
-        if self.trainer.world_size > 1:  # devices that wait for one another would wait for ever
+        if ranks.count() > 1:  # devices that wait for one another would wait for ever
             return ""
         found: list[str] = []
 
@@ -351,13 +393,6 @@ class MergingMethod(LightningModule):
         finally:
             self.observers = observers
         return ""
-
-    def _on_any_device(self, problem: bool) -> bool:
-        """Whether any device has a problem: all must skip, or stop, together."""
-        if self.trainer.world_size == 1:
-            return problem
-        count = torch.tensor(float(problem), device=self.device)
-        return bool(self.trainer.strategy.reduce(count, reduce_op="sum"))
 
     def _skip(self, problem: str) -> None:
         """Count a batch that is left out, or stop.

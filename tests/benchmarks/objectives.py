@@ -9,7 +9,6 @@ done stay in the folder: run the command again to go on after an interruption, o
 
 import argparse
 import functools
-import itertools
 import json
 import logging
 import os
@@ -127,33 +126,90 @@ class Bench:
         }
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print the rows by granularity, means over the seeds, the best label-free first."""
-    table = Table(
-        "granularity", "objective", "method", "seeds", "mean, %", "norm.", "gap", "of oracle", "worst task", "s"
-    )
+COLUMNS = ("granularity", "objective", "method", "seeds", "mean", "norm.", "gap", "of oracle", "steps", "s")
+NOTE = (
+    "Accuracy in %, mean over the seeds; norm.: relative to the task's expert; gap: share of the way from task "
+    "arithmetic (0.3) to the experts; of oracle: share of its gain over task arithmetic; s: seconds of adaptation; "
+    "* uses labels."
+)
+
+
+def records(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one record per setting, means over its seeds, by granularity, the best label-free first."""
     settings = ("granularity", "objective", "method")
-    rows = sorted(rows, key=lambda r: [str(r[key]) for key in settings])
-    groups = [(k, list(g)) for k, g in itertools.groupby(rows, key=lambda r: tuple(r[key] for key in settings))]
-    gap = {key: sum(r["gap_closed"] for r in group) / len(group) for key, group in groups}
-    for key, group in sorted(groups, key=lambda item: (item[0][0], item[0][1] != "oracle", -gap[item[0]])):
-        oracle = gap.get((key[0], "oracle", "gradient"))
-        tasks = group[0]["per_task"]
-        drop = {t: sum(r["per_task"][t] - r["start"][t] for r in group) / len(group) for t in tasks}
-        worst = min(drop, key=lambda t: drop[t])
-        mean, norm, seconds = (sum(r[k] for r in group) / len(group) for k in ("mean", "normalised", "seconds"))
-        name = key[1] + (" *" if key[1] == "oracle" else "")
-        cells = [f"{100 * mean:.1f}", f"{100 * norm:.1f}", f"{100 * gap[key]:.0f}"]
-        cells += [
-            f"{100 * gap[key] / oracle:.0f}" if oracle else "",
-            f"{worst} {100 * drop[worst]:+.1f}",
-            f"{seconds:.0f}",
-        ]
-        table.add_row(key[0], name, key[2], str(len(group)), *cells)
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in settings), []).append(row)
+    result = []
+    for key, group in groups.items():
+        record = dict(zip(settings, key, strict=True))
+        averages = {k: sum(r[k] for r in group) / len(group) for k in ("mean", "normalised", "gap_closed", "seconds")}
+        tasks = {t: sum(r["per_task"][t] for r in group) / len(group) for t in group[0]["per_task"]}
+        lost = [t for t in tasks if tasks[t] < sum(r["start"][t] for r in group) / len(group)]
+        result.append(
+            {**record, **averages, "seeds": len(group), "steps": group[0]["steps"], "tasks": tasks, "lost": lost}
+        )
+    gains = {(r["granularity"], r["seeds"]): r["gap_closed"] for r in result if r["objective"] == "oracle"}
+    for r in result:
+        oracle = gains.get((r["granularity"], r["seeds"]), 0.0)  # of other seeds it would say nothing
+        r["of_oracle"] = r["gap_closed"] / oracle if oracle > 0.01 else None
+    order = lambda r: (GRANULARITIES.index(r["granularity"]), r["objective"] != "oracle", -r["gap_closed"])  # noqa: E731
+    return sorted(result, key=order)
+
+
+def cells(record: Mapping[str, Any]) -> list[str]:
+    """Return a record's cells: the columns, then the tasks; a task that lost against task arithmetic has a (-)."""
+    name = record["objective"] + (" *" if record["objective"] == "oracle" else "")
+    shares = [record["mean"], record["normalised"], record["gap_closed"], record["of_oracle"]]
+    numbers = ["" if x is None else f"{100 * x:.{digits}f}" for x, digits in zip(shares, (1, 1, 0, 0), strict=True)]
+    tasks = [f"{100 * x:.1f}{' (-)' if t in record['lost'] else ''}" for t, x in record["tasks"].items()]
+    first = [record["granularity"], name, record["method"], str(record["seeds"]), *numbers]
+    return [*first, str(record["steps"]), f"{record['seconds']:.0f}", *tasks]
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """Return the records as a table for the documentation."""
+    header = [*COLUMNS, *found[0]["tasks"]]
+    lines = [header, ["---"] * len(header), *(cells(record) for record in found)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{NOTE} (-): below task arithmetic.\n"
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """Draw the gap closed by objective and method, one panel per granularity; the oracle is a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [g for g in GRANULARITIES if any(r["granularity"] == g for r in found)]
+    objectives = list(dict.fromkeys(r["objective"] for r in found if r["objective"] != "oracle"))
+    figure = Figure(figsize=(2.2 * len(shown) + 2, 0.3 * len(objectives) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, granularity in zip(panels, shown, strict=True):
+        rows = [r for r in found if r["granularity"] == granularity]
+        for method, marker in zip(METHODS, "osD", strict=True):
+            points = [r for r in rows if r["method"] == method and r["objective"] != "oracle"]
+            at = [objectives.index(r["objective"]) for r in points]
+            if points:
+                axes.plot([100 * r["gap_closed"] for r in points], at, marker, label=method, alpha=0.8)
+        for r in rows:
+            if r["objective"] == "oracle":
+                axes.axvline(100 * r["gap_closed"], color="black", linestyle=":", label="oracle *")
+        axes.set_title(granularity)
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.set_yticks(range(len(objectives)), objectives)
+    panels[0].invert_yaxis()
+    panels[0].legend(fontsize="small")
+    figure.supxlabel("gap closed, % (* uses labels)")
+    figure.savefig(path, dpi=150)
+
+
+def show(found: list[dict[str, Any]], console: Console) -> None:
+    """Print the records without their tasks, but with those that lost."""
+    table = Table(*COLUMNS, "below task arithmetic")
+    for record in found:
+        table.add_row(*cells(record)[: len(COLUMNS)], " ".join(record["lost"]))
     console.print(table)
-    console.print(
-        "gap: %, share of the way from task arithmetic (0.3) to the experts; of oracle: of its gain; * uses labels."
-    )
+    console.print(NOTE)
 
 
 def main() -> None:
@@ -183,7 +239,10 @@ def main() -> None:
                           f"{row['seconds']:.0f} s")  # fmt: skip
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-{budget}-seed*.json"))]
     save_json({"format": 1, "budget": budget, "rows": rows}, options.output / f"objectives-{budget}.json")
-    show(rows, console)
+    found = records(rows)
+    (options.output / f"objectives-{budget}.md").write_text(markdown(found), encoding="utf-8")
+    plot(found, options.output / f"objectives-{budget}.png")
+    show(found, console)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,9 @@ _SOFT = {"mode": "soft", "inner_steps": 10}
 _POOL = {**_SOFT, "vertices": ("experts", "base"), "vertex_scale": 2.0}  # experiment=fw_pool
 METHODS = {
     "fw_hard": Method(Imitation(), 0.0, frank_wolfe={"step_rule": "harmonic"}),
+    "fw_hard_joint": Method(Imitation(), 0.0, frank_wolfe={"step_rule": "harmonic", "granularity": "task"}),
+    "fw_hard_average": Method(Imitation(), 0.0, frank_wolfe={"step_rule": "harmonic", "average_gradients": True}),
+    "fw_pool_group_average": Method(Imitation(), 0.0, "row", frank_wolfe={**_POOL, "average_gradients": True}),
     "fw_soft": Method(Imitation(), 0.0, frank_wolfe={**_SOFT, "granularity": "task"}),
     "fw_pool": Method(Imitation(), 0.0, "row", frank_wolfe={**_POOL, "granularity": "task"}),
     "fw_pool_group": Method(Imitation(), 0.0, "row", frank_wolfe=_POOL),  # each row chooses its own experts

@@ -51,8 +51,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
             pool = ExpertPool.from_files(base, chosen, storage=options.storage)
             for images in options.images:
                 work = Work.make(encoder, size, pool, images)
-                steps = work.steps(options.granularity, options.micro_batch)
-                steps = {name: step for name, step in steps.items() if name in (options.rows or steps)}
+                steps = work.steps(options.granularity, options.micro_batch, options.rows)
                 for name, seconds in alternate(steps, options.repeats, CLOCKS[options.clock]).items():
                     results.append({"experts": experts, "images": images, "row": name, "seconds": seconds})
                 show([r for r in results if (r["experts"], r["images"]) == (experts, images)])

@@ -4,7 +4,9 @@ Legend: E experts, as many tasks; B images per task; L parameter tensors. All us
 (unless said otherwise), entropy minimisation and Adam. Values are random: arithmetic does not depend on them.
 """
 
-import importlib.util
+import contextlib
+import functools
+import importlib.metadata
 import platform
 import statistics
 import time
@@ -182,20 +184,23 @@ class Work:
 
         return step
 
-    def steps(self, granularities: list[str], micro_batch: int | str | None) -> dict[str, Step]:
-        """All formulations by name; ``ours`` with the first granularity; FusionBench where it is installed."""
+    def steps(
+        self, granularities: list[str], micro_batch: int | str | None, rows: list[str] | None = None
+    ) -> dict[str, Step]:
+        """All formulations by name, or ``rows`` of them; FusionBench where it is installed."""
         first, *others = granularities
-        rows = {
-            "ours": self.ours(first, micro_batch=micro_batch),
-            **{f"ours {granularity}": self.ours(granularity, micro_batch=micro_batch) for granularity in others},
-            "naive": self.naive(),
-            "shared graph": self.shared(),
-            "floor": self.floor(),
-            "fine-tuning": self.fine_tuning(),
+        makers: dict[str, Callable[[], Step]] = {
+            "ours": lambda: self.ours(first, micro_batch=micro_batch),
+            **{f"ours {g}": functools.partial(self.ours, g, micro_batch=micro_batch) for g in others},
+            "naive": self.naive,
+            "shared graph": self.shared,
+            "floor": self.floor,
+            "fine-tuning": self.fine_tuning,
         }
-        if importlib.util.find_spec("fusion_bench"):
-            rows["fusion-bench"] = self.fusion_bench()
-        return rows
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("fusion_bench")
+            makers["fusion-bench"] = self.fusion_bench
+        return {name: make() for name, make in makers.items() if name in (rows or makers)}
 
     def _plain_backward(self) -> None:
         for task, images in self.inputs.items():

@@ -1,0 +1,102 @@
+"""Merges without training: a pool in, one state dict out.
+
+A rule is any callable ``rule(pool)`` that yields each parameter's name and merged value; one that says
+``needs_data`` is called with the merged model and its unlabeled tasks besides. It is chosen by name
+(``configs/merge/NAME.yaml``) or import path. Frozen dataclasses serve well: a wrong option then fails at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from adamerge.errors import InputError, shorten
+from adamerge.pool import ExpertPool
+
+if TYPE_CHECKING:
+    from adamerge.data import UnlabeledTasks
+    from adamerge.model import MergedModel
+
+Merged = Iterator[tuple[str, Tensor]]
+
+
+class Rule(Protocol):
+    """Merges a pool from its weights alone."""
+
+    def __call__(self, pool: ExpertPool) -> Merged:
+        """Yield each of ``pool.names`` once with its merged value (*S) in ``pool.compute_dtype``."""
+        ...
+
+
+class DataRule(Protocol):
+    """Merges a pool with the help of unlabeled data; it has ``needs_data = True``."""
+
+    def __call__(self, pool: ExpertPool, model: MergedModel, data: UnlabeledTasks) -> Merged:
+        """Yield as :class:`Rule` does; ``model`` runs the experts, ``data`` has a stream per task."""
+        ...
+
+
+def merged_state_dict(
+    pool: ExpertPool,
+    rule: Rule | DataRule,
+    *,
+    model: MergedModel | None = None,
+    data: UnlabeledTasks | None = None,
+    on_parameter: Callable[[str], None] | None = None,
+) -> dict[str, Tensor]:
+    """Merge a pool by a rule, for export.
+
+    Tensors that do not merge (excluded, integer, buffers, changed by no expert) are the base's; an alias of a
+    tied weight gets the merged value.
+
+    Args:
+        pool: Base and experts; not modified.
+        rule: How to merge.
+        model: Of this pool, for rules that need data.
+        data: Unlabeled tasks, for rules that need data.
+        on_parameter: Called with each name once it is merged, for progress bars.
+
+    Returns:
+        Every key of the base checkpoint, in its order and dtypes, on the CPU. Memory: this state dict, and what
+        the rule holds.
+
+    Raises:
+        InputError: If the rule needs data and there is none, or does not yield what it must.
+
+    Example:
+        >>> from adamerge.merges.averages import WeightAverage
+        >>> pool = ExpertPool.from_state_dicts(
+        ...     {"w": torch.zeros(1)}, {"a": {"w": torch.ones(1)}, "b": {"w": 3 * torch.ones(1)}})
+        >>> merged_state_dict(pool, WeightAverage())
+        {'w': tensor([2.])}
+    """
+    merged: dict[str, Tensor] = {}
+    for name, tensor in _run(pool, rule, model, data):
+        if name not in pool.shapes or name in merged or tuple(tensor.shape) != pool.shapes[name]:
+            raise InputError(
+                f"{type(rule).__name__} yields {name!r} with shape {tuple(tensor.shape)}, expected each of the pool's "
+                f"parameters once, in its own shape ({pool.shapes.get(name, 'no such name')})."
+            )
+        dtype = pool.source.spec(pool.keys.file_key(name))[1]
+        merged[name] = tensor.detach().to("cpu", dtype)
+        if on_parameter is not None:
+            on_parameter(name)
+    missing = [name for name in pool.names if name not in merged]
+    if missing:
+        raise InputError(f"{type(rule).__name__} leaves out {len(missing)} parameters: {shorten(missing)}.")
+    state_dict = {}
+    for key in pool.source.keys:
+        name = pool.keys.name(key) or ""
+        name = pool.tied.get(name, name)
+        state_dict[key] = merged[name] if name in merged else pool.source.get(key).clone()
+    return state_dict
+
+
+def _run(pool: ExpertPool, rule: Rule | DataRule, model: MergedModel | None, data: UnlabeledTasks | None) -> Merged:
+    if not getattr(rule, "needs_data", False):
+        return rule(pool)  # type: ignore[call-arg]
+    if model is None or data is None:
+        raise InputError(f"{type(rule).__name__} needs unlabeled data: give merged_state_dict model= and data=.")
+    return rule(pool, model, data)  # type: ignore[call-arg]

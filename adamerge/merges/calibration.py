@@ -1,0 +1,46 @@
+"""The unlabeled samples from which an expert's statistics are taken."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from adamerge.data import UnlabeledTasks
+from adamerge.errors import InputError
+from adamerge.model import MergedModel
+from adamerge.streams import collate, permutation
+
+
+def tasks_of(model: MergedModel, data: UnlabeledTasks) -> dict[str, list[str]]:
+    """Return each expert's tasks: those that it teaches.
+
+    Raises:
+        InputError: If an expert has none, so that nothing is known of its inputs.
+    """
+    tasks: dict[str, list[str]] = {expert: [] for expert in model.pool.expert_names}
+    for task in data.streams:
+        if task in model.teachers:
+            tasks[model.teachers[task]].append(task)
+    without = [expert for expert, own in tasks.items() if not own]
+    if without:
+        raise InputError(
+            f"Expert {without[0]!r} has no data: expected a task of its name, or one that names it with "
+            f"data.tasks.<task>.expert={without[0]}."
+        )
+    return tasks
+
+
+def batches(data: UnlabeledTasks, task: str, examples: int) -> Iterator[Tensor]:
+    """Yield inputs (B, ...) of a task: a random sample of its adaptation stream that depends on the data's seed only.
+
+    Args:
+        data: Its streams carry no labels.
+        task: Which.
+        examples: Most samples in all.
+    """
+    stream = data.streams[task]
+    order = permutation(len(stream), f"{data.seed}/calibration/{task}")[:examples]
+    subset = Subset(stream, sorted(order.tolist()))
+    loader = DataLoader(subset, data.evaluation_batch_size, num_workers=data.num_workers, collate_fn=collate)
+    for batch in loader:
+        yield batch.inputs

@@ -1,0 +1,180 @@
+"""Merges of singular vectors: TSV-Merge, Iso-C, Iso-CTS.
+
+Legend: T experts; D_i task vector of one matrix (m, n) in expert i; r = min(m, n); polar(A) = P Q^T where
+A = P S Q^T, the nearest matrix with orthonormal rows or columns.
+
+Only matrices have singular vectors: all other tensors (biases, norms, convolutions), matrices that a glob of
+``skip`` matches, and matrices with fewer than T rows or columns (TSV-Merge) are averaged, times ``scale``.
+All factorisations are made in ``pool.compute_dtype``; the task vectors of one tensor are in memory at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adamerge.merges import Merged
+from adamerge.merges.tensors import average, check_globs, check_range, is_matrix
+from adamerge.pool import ExpertPool
+
+
+@dataclass(frozen=True)
+class TSVMerge:
+    r"""Keep each expert's strongest singular directions and make them orthogonal across experts.
+
+    Per matrix: the top q = int(r / T) singular triplets of every :math:`D_i`, side by side as U, S, V;
+    :math:`\theta = \theta_0 + \alpha\, \mathrm{polar}(U)\, S\, \mathrm{polar}(V)^T`. Where a task vector has a rank
+    below q (LoRA), only that many are taken, as the rest are arbitrary. What is averaged: see the module.
+
+    Cost: T + 2 singular value decompositions per matrix.
+
+    Args:
+        scale: Alpha; 1 needs no tuning, the authors search 0.1 to 3 on labelled data.
+        skip: Globs of matrices to average instead; the authors' script averages ``text_projection``.
+
+    Reference:
+        Gargiulo et al., Task Singular Vectors, arXiv:2412.00081.
+    """
+
+    scale: float = 1.0
+    skip: Sequence[str] = ("*text_projection*",)
+    needs_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "scale", -100, 100)
+        check_globs(self, self.skip)
+
+    def __call__(self, pool: ExpertPool) -> Merged:
+        """Yield names and merged parameters."""
+        experts = len(pool.expert_names)
+
+        def merge(stack: Tensor) -> Tensor | None:
+            return merge_singular_vectors(stack) if min(stack.shape[1:]) >= experts else None
+
+        yield from _merge_matrices(pool, self.scale, self.skip, merge)
+
+
+@dataclass(frozen=True)
+class IsoC:
+    r"""Give the summed task vectors one singular value: their mean.
+
+    Per matrix: :math:`\sum_i D_i = U S V^T`, :math:`\theta = \theta_0 + \alpha\, \bar s\, U V^T`. What is averaged: see
+    the module. Cost: one singular value decomposition per matrix.
+
+    Args:
+        scale: Alpha. The authors' values, found on labelled validation data for CLIP ViT-B/32 with 8, 14, 20 tasks:
+            1.3, 1.0, 0.9; for ViT-L/14 1.5, 1.3, 1.0.
+        skip: Globs of matrices to average instead; the authors' script averages ``text_projection``.
+
+    Reference:
+        Marczak et al., No Task Left Behind, arXiv:2502.04959.
+    """
+
+    scale: float = 1.0
+    skip: Sequence[str] = ("*text_projection*",)
+    needs_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "scale", -100, 100)
+        check_globs(self, self.skip)
+
+    def __call__(self, pool: ExpertPool) -> Merged:
+        """Yield names and merged parameters."""
+        yield from _merge_matrices(pool, self.scale, self.skip, flatten_spectrum)
+
+
+@dataclass(frozen=True)
+class IsoCTS:
+    r"""Iso-C in a common space and each expert's own directions beside it.
+
+    Per matrix: the top c singular triplets of :math:`\sum_i D_i`; from each :math:`D_i - U_c U_c^T D_i` its top q; then
+    :math:`\theta = \theta_0 + \alpha\, \bar s\, \mathrm{polar}([U_1..U_T, U_c])\, \mathrm{polar}([V_1..V_T, V_c])^T`
+    with the mean of all kept singular values. c starts as int(common r), and gives or takes what makes T q = r - c
+    whole. What is averaged: see the module.
+
+    Cost: T + 3 singular value decompositions per matrix.
+
+    Args:
+        scale: Alpha. The authors' values, found on labelled validation data for CLIP ViT-B/32 with 8, 14, 20 tasks:
+            1.5, 1.2, 1.1; for ViT-L/14 1.9, 1.5, 1.2.
+        common: Share of the directions that is common, in [0, 1].
+        skip: Globs of matrices to average instead; the authors' script averages ``text_projection``.
+
+    Reference:
+        Marczak et al., No Task Left Behind, arXiv:2502.04959.
+    """
+
+    scale: float = 1.0
+    common: float = 0.8
+    skip: Sequence[str] = ("*text_projection*",)
+    needs_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_range(self, "scale", -100, 100)
+        check_range(self, "common", 0, 1)
+        check_globs(self, self.skip)
+
+    def __call__(self, pool: ExpertPool) -> Merged:
+        """Yield names and merged parameters."""
+        yield from _merge_matrices(
+            pool, self.scale, self.skip, lambda stack: flatten_common_and_own(stack, self.common)
+        )
+
+
+def merge_singular_vectors(stack: Tensor) -> Tensor:
+    """TSV-Merge of task vectors (T, m, n), before the scale, (m, n)."""
+    count = min(stack.shape[1:]) // len(stack)
+    left, values, right = zip(*(_top(matrix, count) for matrix in stack), strict=True)
+    return (polar(torch.cat(left, 1)) * torch.cat(values)) @ polar(torch.cat(right, 1)).T
+
+
+def flatten_spectrum(stack: Tensor) -> Tensor:
+    """Iso-C of task vectors (T, m, n), before the scale, (m, n)."""
+    left, values, right = torch.linalg.svd(stack.sum(0), full_matrices=False)
+    flat: Tensor = values.mean() * (left @ right)
+    return flat
+
+
+def flatten_common_and_own(stack: Tensor, common: float) -> Tensor:
+    """Iso-CTS of task vectors (T, m, n), before the scale, (m, n)."""
+    experts, rank = len(stack), min(stack.shape[1:])
+    shared = int(common * rank)
+    own = min(round((rank - shared) / experts), rank // experts)  # of each expert
+    shared = rank - own * experts
+    left, values, right = _top(stack.sum(0), shared)
+    parts = [_top(matrix - left @ (left.T @ matrix), own) for matrix in stack]
+    parts.append((left, values, right))
+    lefts, every, rights = zip(*parts, strict=True)
+    return torch.cat(every).mean() * polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights, 1)).T
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix with orthonormal rows or columns; directions that the matrix lacks stay out."""
+    left, _, right = singular_vectors(matrix)
+    return left @ right.T
+
+
+def singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (m, k), S (k,), V (n, k) of a matrix of rank k: those of singular value 0 are arbitrary, so left out."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = 0
+    if len(values):
+        rank = int((values > values[0] * max(matrix.shape) * torch.finfo(values.dtype).eps).sum())
+    return left[:, :rank], values[:rank], right[:rank].T
+
+
+def _top(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the top ``count`` singular triplets, or as many as the matrix has."""
+    left, values, right = singular_vectors(matrix)
+    return left[:, :count], values[:count], right[:, :count]
+
+
+def _merge_matrices(
+    pool: ExpertPool, scale: float, skip: Sequence[str], merge: Callable[[Tensor], Tensor | None]
+) -> Merged:
+    """Merge matrices by a function of their task vectors (T, m, n), average the rest and what it gives None for."""
+    for name in pool.names:
+        update = merge(pool.task_vectors(name)) if is_matrix(pool, name, skip) else None
+        yield name, average(pool, name, scale) if update is None else pool.base[name] + scale * update
