@@ -40,8 +40,9 @@ class LabelledCrossEntropy:
 
 
 def stream_labels(stream: Unlabeled) -> Tensor:
-    """Return the labels of the labelled data set behind a stream, one per image (N,)."""
-    return torch.tensor([int(stream.source[i][1]) for i in range(length_of(stream.source))])
+    """Return the labels of the data set behind a stream, one per image (N,); unreadable ones have their stand-in's."""
+    images = range(length_of(stream.source))
+    return torch.tensor([int(stream.readable.first(i, stream.source.__getitem__)[1][1]) for i in images])
 
 
 @torch.no_grad()

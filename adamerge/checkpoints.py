@@ -6,6 +6,7 @@ Nothing here unpickles Python objects: files are safetensors, or torch files rea
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import warnings
@@ -209,6 +210,9 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping
         tensors: Name to tensor; shared or non-contiguous memory is cloned (the format refuses it).
         path: The file; an existing one is replaced only once the new one is complete.
         metadata: Strings for the file's header.
+
+    Raises:
+        OSError: If the file cannot be written; an earlier one is then still there.
     """
     seen: set[int] = set()
     clean: dict[str, Tensor] = {}
@@ -218,7 +222,12 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping
         clean[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     with atomic_path(path) as temporary:
-        save_file(clean, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(clean, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            if found := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, say
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            raise
 
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,8 @@
 Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 preempted and saved, 130 interrupted and saved.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import sys
@@ -131,7 +133,9 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
     rows = score_run(assembly.model, assembly.data, made, references=True)
     protocol = assembly.data.protocol
-    content = summary(rows, protocol) if checkpoint else write_summary(rows, protocol, run_dir / "summary.json")
+    left_out = assembly.data.unreadable_evaluation()
+    path = run_dir / "summary.json"
+    content = summary(rows, protocol, left_out) if checkpoint else write_summary(rows, protocol, path, left_out)
     if as_json:
         click.echo(json.dumps(content, indent=2))
     else:
@@ -423,23 +427,26 @@ def _job(config: Any) -> None:
     config.run_dir = str(folder)
     config.cwd = str(Path.cwd())
     config.job = launchers.job_id()
-    again = ranks.of_first(run_folder.is_of_job(folder, config.job))  # the scheduler has started it anew
-    if (again or config.resume == "auto") and run_folder.is_started(folder):
+    again = run_folder.is_of_job(folder, config.job)  # the scheduler has started it anew
+    again = again or (config.resume == "auto" and (folder / run_folder.CONFIG_FILE).is_file())
+    if ranks.of_first(again):
         stored = run_folder.load_config(folder)
         stored.job = config.job
         changed = run_folder.differences(config, stored)
         if changed:
             message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
             raise _JobFailed(InputError(message))
-        _run(stored, folder, resume=True)
+        try:
+            _run(stored, folder, resume=True)
+        except (InputError, OSError, GuardError) as error:
+            raise _JobFailed(error) from error
         return
     config.resume = None
     try:
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # a single run has been checked before its folder was made
             _refuse(preflight.check(config))
             _refuse_ranks(config)
-        if not again:
-            _on_first(run_folder.check_unused, folder)
+        _on_first(run_folder.check_unused, folder)
     except InputError as error:
         raise _JobFailed(error) from error
     fresh = not any(folder.iterdir()) if folder.exists() else True
@@ -485,7 +492,7 @@ def _refuse_ranks(config: Any) -> None:
         )
 
 
-def _on_first(function: Callable[[Path], None], folder: Path) -> None:
+def _on_first(function: Callable[[Path], object], folder: Path) -> None:
     """Call a function that refuses folders in the first of the run's processes; all refuse if it does."""
     error = None
     if ranks.is_first():
@@ -498,17 +505,35 @@ def _on_first(function: Callable[[Path], None], folder: Path) -> None:
 
 
 def _run(config: Any, folder: Path, *, resume: bool) -> None:
+    from adamerge import run_folder
+    from adamerge.evaluation import table
+
+    with contextlib.ExitStack() as stack:
+        held = run_folder.held(folder, unused=not resume)  # again: another process may have started here since
+        _on_first(lambda _: stack.enter_context(held), folder)
+        content = _adapt(config, folder, resume=resume)
+    if content is not None:
+        out.print(table(content, width=out.width))
+    if ranks.is_first():
+        _list_files(folder)
+
+
+def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
+    """Run with a log in the run's folder, and say how to go on where the run is stopped."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from adamerge import launch
-    from adamerge.evaluation import table
+    from adamerge import launch, run_folder
     from adamerge.stages import running_stage
 
     handler = _log_to(folder / "adapt.log") if ranks.is_first() else logging.NullHandler()
     try:
-        content = launch.adapt(config, folder, resume=resume)
+        return launch.adapt(config, folder, resume=resume)
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
+    except OSError:
+        if ranks.is_first() and run_folder.is_started(folder):
+            err.print(f"When that is mended, go on with: adamerge adapt resume={folder}")
+        raise
     except Interrupted:
         if not ranks.is_first():
             raise
@@ -518,10 +543,6 @@ def _run(config: Any, folder: Path, *, resume: bool) -> None:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-    if content is not None:
-        out.print(table(content, width=out.width))
-    if ranks.is_first():
-        _list_files(folder)
 
 
 def _take_resume(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -567,9 +588,10 @@ def _fail(error: Exception, debug: bool) -> None:
         err.print_exception()
     text = str(error)
     if "Original Traceback" in text:  # from a process that loads data
-        text = text.strip().splitlines()[-1]
+        text = text.strip().splitlines()[-1].removeprefix("adamerge.errors.InputError: ")
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text += ". Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     where = "" if ranks.is_first() else f" (process {ranks.rank()})"
     err.print(f"[red]error{where}:[/] {_escape(' '.join(text.split()))}")
     sys.exit(code)
@@ -589,10 +611,15 @@ def _configure_logging(debug: bool) -> None:
         level=logging.DEBUG if debug else logging.INFO, format="%(message)s", handlers=[handler], force=True
     )
     logging.captureWarnings(True)
+    logging.raiseExceptions = debug  # a log that cannot be written to, on a full disk, is not the error to report
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # its errors reach the user as exceptions
     for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.ERROR)
-    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*is not resumable.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*is not resumable.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -13,9 +13,20 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from adamerge import ranks
 from adamerge.caching import CACHES, Cache, keep_inputs, nature_of
 from adamerge.errors import InputError
-from adamerge.streams import Labelled, Steps, StreamLoader, Unlabeled, collate, length_of, permutation
+from adamerge.reading import Readable
+from adamerge.streams import (
+    Labelled,
+    Steps,
+    StreamLoader,
+    Unlabeled,
+    collate,
+    collate_labelled,
+    length_of,
+    permutation,
+)
 from adamerge.streams import TaskBatch as TaskBatch
 from adamerge.views import Views
 
@@ -81,6 +92,8 @@ class UnlabeledTasks(LightningDataModule):
             ``"off"`` none. What draws random numbers is never kept.
         preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
         evaluation_batch_size: Inputs per batch when scoring.
+        max_unreadable: Largest share of each task's images that may be damaged: they are left out, counted and named;
+            beyond it the run ends.
 
     Raises:
         InputError: If a task has no data, an empty stream, or data that the protocol cannot divide.
@@ -103,12 +116,14 @@ class UnlabeledTasks(LightningDataModule):
         cache: Cache | Literal[False] = "auto",
         preprocess: Callable[[Any], Tensor] | None = None,
         evaluation_batch_size: int = 256,
+        max_unreadable: float = 0.01,
     ) -> None:
         super().__init__()
         if not tasks:
             raise InputError("data.tasks: expected at least one task, found none.")
-        if not 0 <= holdout < 1:
-            raise InputError(f"data.holdout: expected a share in [0, 1), found {holdout}.")
+        for option, share in (("holdout", holdout), ("max_unreadable", max_unreadable)):
+            if not 0 <= share < 1:
+                raise InputError(f"data.{option}: expected a share in [0, 1), found {share}.")
         cache = "off" if cache is False else cache  # what a yaml file reads from a bare off
         for option, found, known in (
             ("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES), ("distribute", distribute, DISTRIBUTIONS),
@@ -128,6 +143,7 @@ class UnlabeledTasks(LightningDataModule):
         self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
         self._cache = cache
         self._has_views = views is not None
+        self._draws = False  # until it is known how inputs come about
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
         self.holdout_streams: dict[str, Unlabeled] = {}
@@ -138,11 +154,42 @@ class UnlabeledTasks(LightningDataModule):
             held_out = None
             if holdout:
                 adapt, held_out = _hold_out(adapt, holdout, f"{seed}/holdout/{name}")
-            self.streams[name] = Unlabeled(adapt, preprocess, views=views, key=f"{seed}/views/{name}")
+            where, shared = f"data.tasks.{name}", num_workers > 0
+            account = Readable(adapt, where, max_unreadable, shared=shared)
+            self.streams[name] = Unlabeled(adapt, preprocess, 0, account, views, f"{seed}/views/{name}")
             if held_out is not None:
-                self.holdout_streams[name] = Unlabeled(held_out, preprocess, first=len(self.streams[name]))
+                account = Readable(held_out, where, max_unreadable)
+                self.holdout_streams[name] = Unlabeled(held_out, preprocess, len(self.streams[name]), account)
             if evaluate is not None:
-                self.evaluation[name] = Labelled(evaluate, preprocess)
+                account = Readable(evaluate, where, max_unreadable, shared=shared)
+                self.evaluation[name] = Labelled(evaluate, preprocess, account)
+
+    def unreadable(self) -> dict[str, list[str]]:
+        """Return the images to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
+        found = {name: list(stream.readable.names) for name, stream in self.streams.items()}
+        for name, stream in self.holdout_streams.items():
+            found[name] += stream.readable.names
+        return {name: names for name, names in found.items() if names}
+
+    def gather_unreadable(self) -> None:
+        """Let all devices know of the images to adapt on that any of them could not read; all must call."""
+        for stream in (*self.streams.values(), *self.holdout_streams.values()):
+            found = ranks.everyones(stream.readable.unreadable)
+            stream.readable.unreadable = sorted({index for part in found for index in part})
+
+    def unreadable_evaluation(self) -> dict[str, list[str]]:
+        """Return the images to score that could not be read so far, by task; {} for none."""
+        found = {name: labelled.readable.names for name, labelled in self.evaluation.items()}
+        return {name: names for name, names in found.items() if names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which images could not be read so far, for checkpoints."""
+        return {"unreadable": {name: stream.readable.unreadable for name, stream in self.streams.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on leaving out what was left out before a checkpoint."""
+        for name, indices in state_dict["unreadable"].items():
+            self.streams[name].readable.unreadable = indices
 
     def setup(self, stage: str) -> None:
         """Look at how inputs come about, and decide what is kept and read ahead."""
@@ -164,11 +211,11 @@ class UnlabeledTasks(LightningDataModule):
             workers=self.num_workers,
             processes=self.trainer.world_size if self.trainer else 1,
         )
-        # A thread would draw random numbers in another order, and views use the generator of the whole process.
-        drawn = self._has_views or any(nature.random for nature in natures.values())
+        # From generators that a thread must not touch; views too use the generator of the whole process.
+        self._draws = any(nature.random for nature in natures.values())
         in_memory = all(nature.in_memory for nature in natures.values())
         if self.num_workers == 0:
-            self._ahead = 0 if drawn or in_memory else self._prefetch
+            self._ahead = 0 if self._draws or self._has_views or in_memory else self._prefetch
 
     def train_dataloader(self) -> "StreamLoader":
         """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""
@@ -198,9 +245,13 @@ class UnlabeledTasks(LightningDataModule):
                 if start < len(stream)
             }
 
-    def evaluation_loader(self, task: str) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the labelled images of a task in their own order, (inputs, labels)."""
-        return DataLoader(self.evaluation[task], self.evaluation_batch_size, num_workers=self.num_workers)
+    def evaluation_loader(self, task: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the labelled images of a task that can be read, in their own order, (inputs, labels)."""
+        batches: DataLoader[Any] = DataLoader(
+            self.evaluation[task], self.evaluation_batch_size,
+            num_workers=self.num_workers, collate_fn=collate_labelled,
+        )  # fmt: skip
+        return (batch for batch in batches if batch is not None)
 
     def teacher_loader(self, task: str, steps: int | None = None) -> DataLoader[TaskBatch]:
         """Return the stream's samples that this device visits in ``steps`` steps (None: all), in ascending order.
@@ -243,7 +294,7 @@ class UnlabeledTasks(LightningDataModule):
     def _steps(self, streams: Mapping[str, Unlabeled]) -> "Steps":
         world, rank = self._ranks()
         size = self.batch_size * self.batches_per_step
-        return Steps(streams, size, self.seed, rank, world, by_task=self.distribute == "tasks")
+        return Steps(streams, size, self.seed, rank, world, self.distribute == "tasks", self._draws)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of devices, and which of them this is."""

@@ -15,6 +15,10 @@ class GuardError(RuntimeError):
     """A guard stopped the run (a loss, gradient or coefficient became NaN or infinite); exit code 3."""
 
 
+class NonfiniteError(GuardError):
+    """A loss, gradient or coefficient became NaN or infinite; the coefficients are the last good ones."""
+
+
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 75
 

@@ -169,8 +169,16 @@ def gap_closed(row: Row, start: Row, experts: Row) -> float | None:
     return (row.mean - start.mean) / gap if gap > 0 else None
 
 
-def summary(rows: Mapping[str, Row], protocol: str) -> dict[str, Any]:
-    """Return the content of ``summary.json`` (accuracies in [0, 1], seconds)."""
+def summary(
+    rows: Mapping[str, Row], protocol: str, unreadable: Mapping[str, list[str]] | None = None
+) -> dict[str, Any]:
+    """Return the content of ``summary.json`` (accuracies in [0, 1], seconds).
+
+    Args:
+        rows: What was scored, by name.
+        protocol: Of the data.
+        unreadable: Images that could not be read and are not scored, by task.
+    """
     experts, start = rows.get("experts"), rows.get("task_arithmetic_0.3")
     content: dict[str, Any] = {}
     for name, row in rows.items():
@@ -189,12 +197,15 @@ def summary(rows: Mapping[str, Row], protocol: str) -> dict[str, Any]:
             **row.extra,
         }
     tasks = list(next(iter(rows.values())).scores)
-    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, "rows": content}
+    left_out = {"unreadable": dict(unreadable)} if unreadable else {}
+    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **left_out, "rows": content}
 
 
-def write_summary(rows: Mapping[str, Row], protocol: str, path: Path) -> dict[str, Any]:
+def write_summary(
+    rows: Mapping[str, Row], protocol: str, path: Path, unreadable: Mapping[str, list[str]] | None = None
+) -> dict[str, Any]:
     """Write ``summary.json``, atomically, and return its content."""
-    content = summary(rows, protocol)
+    content = summary(rows, protocol, unreadable)
     save_json(content, path)
     return content
 
@@ -251,6 +262,8 @@ def _caption(content: Mapping[str, Any]) -> str:
         "transductive": "Protocol: transductive, adapted on the scored images without their labels.",
     }
     text = notes.get(content["protocol"], "")
+    if left_out := sum(map(len, content.get("unreadable", {}).values())):
+        text += f"\nNot scored: {left_out} images that cannot be read (summary.json names them)."
     if any(row["uses_labels"] for row in content["rows"].values()):
         text += "\n* uses labels."
     if any(row["gap_closed"] is not None for row in content["rows"].values()):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adamerge.checkpoints import load_state_dict, save_state_dict
 from adamerge.coefficients import Coefficients, save_coefficients
 from adamerge.errors import GuardError, InputError
-from adamerge.files import combined_hash, ensure_writable, save_json
+from adamerge.files import atomic_path, combined_hash, ensure_writable, save_json
 from adamerge.merge import merge
 from adamerge.pool import ExpertPool
 from adamerge.version import __version__
@@ -211,9 +211,8 @@ def _write_open_clip(folder: Path, merged: Path, config: Mapping[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     save_json(config, folder / "open_clip_config.json")
     target = folder / "open_clip_model.safetensors"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        os.link(merged, temporary)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(merged, temporary)
-    temporary.replace(target)
+    with atomic_path(target) as temporary:
+        try:
+            os.link(merged, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(merged, temporary)

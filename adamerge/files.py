@@ -4,11 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from adamerge.errors import InputError
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 def save_json(content: Any, path: Path) -> None:
@@ -23,9 +26,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The temporary file is synced to disk before the rename, and removed if the block fails, so that
     a crash leaves either the previous file or the complete new one.
+
+    Raises:
+        OSError: If the disk is full or the file cannot be written, with the final name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -36,8 +42,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:  # a failing write or sync does not say which file it was
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name beside ``path`` under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left behind in a folder that no other process writes to."""
+    for path in folder.rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -138,7 +138,8 @@ class FrankWolfe(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         gradient = self._raw.grad
-        assert gradient is not None, "the closure leaves a gradient"
+        if gradient is None:  # the step is skipped
+            return loss
         average = self._averaged(gradient)
         if not self._stops(average):
             self._move(gradient, average)

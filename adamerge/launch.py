@@ -20,10 +20,11 @@ from adamerge import launchers, ranks
 from adamerge.backbones import Backbone, check_classes
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
+from adamerge.checkpoint_io import write_atomically
 from adamerge.coefficients import Coefficients, load_coefficients, save_coefficients
 from adamerge.data import UnlabeledTasks
 from adamerge.descriptions import describe
-from adamerge.errors import GuardError, InputError
+from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
 from adamerge.evaluation import Stopwatch, write_summary
 from adamerge.files import ensure_writable, save_json, sha256
 from adamerge.methods.method import MergingMethod
@@ -31,7 +32,16 @@ from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_init, build_optional, containers, strings
 from adamerge.refinement import Refinement, transfer
-from adamerge.run_folder import CONFIG_FILE, LAST, is_started, last_checkpoint, load_config, plain, save_config
+from adamerge.run_folder import (
+    CONFIG_FILE,
+    LAST,
+    LAST_GOOD,
+    is_started,
+    last_checkpoint,
+    load_config,
+    plain,
+    save_config,
+)
 from adamerge.scoring import Made, score_run
 from adamerge.stages import STAGE, START, first_stage, start_file
 from adamerge.targets import announce, check_targets
@@ -139,7 +149,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     Args:
         config: The composed configuration; ``run_dir`` must be ``folder``.
         folder: The run's folder, made if needed.
-        resume: Go on from the folder's last checkpoint.
+        resume: Go on from the folder's last checkpoint, or from the beginning where there is none yet.
 
     Returns:
         The content of ``summary.json``, or None where ``evaluate`` is off.
@@ -151,7 +161,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         SystemExit: If the run was stopped by a signal and saved.
     """
     if resume and not is_started(folder):
-        raise InputError(f"{folder}: nothing to resume: no {LAST}. Start the run without resume.")
+        log.info("%s: nothing was saved before the run was stopped, so it starts from the beginning.", folder)
     first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
     todo = first if first is not None and not (folder / START).is_file() else None
     with Console(stderr=True, quiet=not ranks.is_first()).status("Reading the pool and building the heads"):
@@ -180,10 +190,22 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
         merged = Made(str(config.name), export.files["merged"], seconds, int(config.seed), uses_labels)
         rows = score_run(assembly.model, assembly.data, merged, references=config.references)
-        summary = write_summary(rows, assembly.data.protocol, folder / "summary.json")
+        left_out = assembly.data.unreadable_evaluation()
+        summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
         record_metrics(export.files["recipe"], summary, seconds)
+    if trainer.is_global_zero:
+        _tell_unreadable(assembly.data)
     _raise_reason(trainer)
     return summary
+
+
+def _tell_unreadable(data: UnlabeledTasks) -> None:
+    """Log which images were left out: processes that load data may have no log."""
+    for kind, found in (("adapt", data.unreadable()), ("score", data.unreadable_evaluation())):
+        for task, names in found.items():
+            log.warning(
+                "data.tasks.%s: %d images to %s cannot be read: %s", task, len(names), kind, shorten(names, 1000)
+            )
 
 
 def _fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> None:
@@ -207,11 +229,20 @@ def _fit(
     objective = build(config, "objective")
     method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
+    method.recipe = plain(config)
     callbacks = [MergingProgress(description), *_callbacks(config, folder), *exports, GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **launchers.trainer_options()}
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
+    write_atomically(trainer)
     saved = last_checkpoint(folder) if resume else None
-    trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
+    try:
+        trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
+    except NonfiniteError as error:
+        if trainer.is_global_zero:
+            save_coefficients(assembly.model.coefficients, folder / LAST_GOOD, assembly.pool)
+        raise GuardError(
+            f"{error} The last good coefficients are in {folder / LAST_GOOD}: start from them with init=FILE."
+        ) from error
     trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
     return trainer
 
@@ -232,7 +263,8 @@ def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> No
     """Add the metrics to ``merge.json``."""
     content = json.loads(path.read_text(encoding="utf-8"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    save_json({**content, "metrics": summary["rows"], "seconds": seconds, "peak_memory_bytes": peak}, path)
+    facts = {"metrics": summary["rows"], "unreadable_evaluation": summary.get("unreadable", {})}
+    save_json({**content, **facts, "seconds": seconds, "peak_memory_bytes": peak}, path)
 
 
 def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:

@@ -3,17 +3,21 @@
 Labels are dropped where data enters. The order of every stream is a function of (seed, task, step) alone.
 """
 
+import contextlib
+import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from adamerge.errors import InputError
+from adamerge.reading import Readable
 from adamerge.views import Views
 
 
@@ -43,11 +47,15 @@ class Unlabeled(Dataset[TaskBatch]):
         dataset: Items are inputs, or tuples that begin with the input.
         preprocess: Applied to inputs that are not tensors yet (PIL images).
         first: Position of the first item, where several data sets make up a stream.
+        readable: Keeps account of items that cannot be read; by default the first such ends the run.
         views: Views of the images to give instead; item i is a view of image i modulo their number.
         key: Fixes, with the position, what is random in the views.
 
     Attributes:
         source: The data set itself, for the baselines that are marked as using labels.
+        readable: As given. In the place of an item that cannot be read stands the next one that can, with that one's
+            position, so that the order of the others, and what experts say of a position, do not depend on it.
+            With views the same image stands in, and its view has the random numbers and position of the one left out.
         cache: Keeps inputs that have been loaded; None for none.
     """
 
@@ -56,6 +64,7 @@ class Unlabeled(Dataset[TaskBatch]):
         dataset: Dataset[Any],
         preprocess: Callable[[Any], Tensor] | None = None,
         first: int = 0,
+        readable: Readable | None = None,
         views: Views | None = None,
         key: str = "",
     ) -> None:
@@ -63,6 +72,7 @@ class Unlabeled(Dataset[TaskBatch]):
             raise InputError(f"data.views: expected adamerge.views.Views (with _target_) or null, found {views!r}.")
         self.source = dataset
         self.cache: Store | None = None
+        self.readable = readable or Readable(dataset)
         self._preprocess = preprocess
         self._first = first
         self._views = views
@@ -73,10 +83,10 @@ class Unlabeled(Dataset[TaskBatch]):
 
     def __getitem__(self, index: int) -> TaskBatch:
         if self._views is None:
-            inputs = self._image(index)
+            position, inputs = self.readable.first(index, self._image)
         else:
-            inputs = self._views(self._image, length_of(self.source), index, self._key)
-        return TaskBatch(inputs, torch.tensor(self._first + index))
+            position, inputs = index, self._views(self._readable_image, length_of(self.source), index, self._key)
+        return TaskBatch(inputs, torch.tensor(self._first + position))
 
     def images(self, positions: Sequence[int]) -> Sequence[int]:
         """Return the numbers of the images in the data set that inputs at these positions are made of."""
@@ -84,6 +94,10 @@ class Unlabeled(Dataset[TaskBatch]):
         if self._views is None:
             return positions
         return range(count) if self._views.mix else sorted({position % count for position in positions})
+
+    def _readable_image(self, number: int) -> Tensor:
+        """Return an image, or what stands in for it."""
+        return self.readable.first(number, self._image)[1]
 
     def _image(self, number: int) -> Tensor:
         """Return an image, from the cache where that has it."""
@@ -99,17 +113,26 @@ class Unlabeled(Dataset[TaskBatch]):
         return _to_tensor(_split_item(self.source[number])[0], self._preprocess)
 
 
-class Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """A dataset with its labels, for evaluation only: items are (input, label)."""
+class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
+    """A dataset with its labels, for evaluation only: items are (input, label), None where one cannot be read."""
 
-    def __init__(self, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        preprocess: Callable[[Any], Tensor] | None = None,
+        readable: Readable | None = None,
+    ) -> None:
         self._dataset = dataset
         self._preprocess = preprocess
+        self.readable = readable or Readable(dataset)
 
     def __len__(self) -> int:
         return length_of(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        return self.readable.get(index, self._get)
+
+    def _get(self, index: int) -> tuple[Tensor, Tensor]:
         inputs, label = _split_item(self._dataset[index])
         if label is None:
             raise InputError(
@@ -204,16 +227,26 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         rank: Of ``world`` ranks, the one whose parts these are.
         world: Number of ranks.
         by_task: A rank takes whole batches of some tasks, instead of a part of every task's batch.
+        draws: Whether items draw random numbers; then they draw from generators that are seeded for their step, so
+            that a step is the same after a resume and with any number of workers.
     """
 
     def __init__(
-        self, streams: Mapping[str, Unlabeled], batch_size: int, seed: int, rank: int, world: int, by_task: bool = False
+        self,
+        streams: Mapping[str, Unlabeled],
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        by_task: bool = False,
+        draws: bool = False,
     ) -> None:
         self._streams = dict(streams)
         self._sizes = {task: min(batch_size * world, len(stream)) for task, stream in streams.items()}
         self._seed = seed
         self._rank, self._world = rank, world
         self._by_task = by_task
+        self._draws = draws
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def global_size(self, task: str) -> int:
@@ -239,6 +272,12 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         return self._world * len(self.part(task)) / self._sizes[task]
 
     def __getitem__(self, step: int) -> dict[str, TaskBatch]:
+        if not self._draws:
+            return self._batches(step)
+        with seeded(f"{self._seed}/draws/{step}/{self._rank}"):
+            return self._batches(step)
+
+    def _batches(self, step: int) -> dict[str, TaskBatch]:
         indices = {task: self._indices(task, step) for task in self._streams}
         return {task: collate([self._streams[task][i] for i in found]) for task, found in indices.items() if found}
 
@@ -272,10 +311,58 @@ def permutation(length: int, key: str) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
 
 
+@contextlib.contextmanager
+def seeded(key: str) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's generators by ``key`` alone, and give them their states back."""
+    states = generator_states(cuda=False)
+    seed = zlib.crc32(key.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # the processor's only: images are not drawn on a GPU
+    try:
+        yield
+    finally:
+        set_generator_states(states)
+
+
+def generator_states(cuda: bool = True) -> dict[str, Any]:
+    """Return the states of Python's, NumPy's and torch's generators as tensors and plain values, for checkpoints."""
+    numpy = np.random.get_state(legacy=False)
+    assert isinstance(numpy, dict)
+    key = torch.from_numpy(numpy["state"]["key"].view(np.int32).copy())
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": key}},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_initialized() else [],
+    }
+
+
+def set_generator_states(states: Mapping[str, Any]) -> None:
+    """Undo what has been drawn since :func:`generator_states`."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy = dict(states["numpy"])
+    key = numpy["state"]["key"].cpu().numpy().view(np.uint32)
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
 def collate(items: Sequence[TaskBatch]) -> TaskBatch:
     """Stack items into a batch."""
     inputs, indices = default_collate([tuple(item) for item in items])
     return TaskBatch(inputs, indices)
+
+
+def collate_labelled(items: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """Stack what could be read of a batch into inputs and labels; None where nothing could."""
+    read = [item for item in items if item is not None]
+    if not read:
+        return None
+    inputs, labels = default_collate(read)
+    return inputs, labels
 
 
 def _split_item(item: Any) -> tuple[Any, Any]:

@@ -201,7 +201,7 @@ def test_thread_left_early_ends_and_its_errors_arrive(folder):
     broken = make(folder)
     broken.streams["a"] = Unlabeled(Broken(folder), TO_TENSOR)
     broken.streams["a"].source.counts.fill_(2)
-    with pytest.raises(OSError, match="no such image"):
+    with pytest.raises(InputError, match="no such image"):
         list(broken.train_dataloader())
 
 

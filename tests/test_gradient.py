@@ -135,7 +135,7 @@ def test_training_step_value_is_the_loss_and_gradient_the_engines(reduction, mon
         return seen["result"]
 
     method.model.step = remember
-    plain = SimpleNamespace(precision_plugin=None, global_step=0)
+    plain = SimpleNamespace(precision_plugin=None, global_step=0, world_size=1)
     monkeypatch.setattr(GradientMerging, "trainer", plain)
     monkeypatch.setattr(GradientMerging, "global_step", 0)
     monkeypatch.setattr(method, "log", lambda *args, **kwargs: None)
@@ -417,7 +417,7 @@ def test_fit_bad_loss_stops_with_the_tasks_name_and_the_last_good_coefficients(t
     good = make_method(toy)
     fit(good, batches(toy, 2), tmp_path, steps=2)
     method = make_method(toy, poisoned("green", at=2, value=value))
-    with pytest.raises(GuardError, match=r"Step 2: the loss of task 'green' is (nan|inf)\..*Lower the learning rate"):
+    with pytest.raises(GuardError, match=r"Step 2: the loss of task 'green' is (nan|inf) on .*lower the learning rate"):
         fit(method, batches(toy, 5), tmp_path, steps=5)
     assert torch.equal(values(method), values(good))
 
@@ -429,7 +429,7 @@ def test_fit_bad_gradient_stops_with_expert_and_group_and_keeps_the_coefficients
 
     method = make_method(toy, objective)
     with pytest.raises(
-        GuardError, match=r"Step 0: the gradient of the coefficient of expert 'red', group '.+', is not"
+        GuardError, match=r"Step 0: the gradient of the coefficient of expert 'red', group '.+' is not finite: tensor"
     ):
         fit(method, batches(toy, 1), tmp_path, steps=1)
     assert torch.equal(values(method), torch.full_like(values(method), 0.3))

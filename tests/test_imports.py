@@ -15,7 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors", "ranks"],
-    ["pickles", "low_rank", "selection", "stock", "views"],
+    ["pickles", "low_rank", "selection", "stock", "views", "reading"],
     ["files", "stacks"],
     ["checkpoints"],
     ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets"],
@@ -35,7 +35,7 @@ ORDER = [
     ["callbacks"],
     ["zoo", "figures", "report"],
     ["run_checks", "stages"],
-    ["run_folder", "pool_files"],
+    ["run_folder", "pool_files", "checkpoint_io"],
     ["preflight"],
     ["scoring", "composition", "launchers"],
     ["launch", "inspection"],
@@ -47,7 +47,7 @@ ORDER = [
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
     *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
-    *("pool_files", "merging_command", "transform_command", "compare_row", "comparison"),
+    *("pool_files", "merging_command", "transform_command", "compare_row", "comparison", "checkpoint_io"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

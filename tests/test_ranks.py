@@ -173,6 +173,27 @@ def test_what_goes_wrong_on_one_process_stops_all_with_the_same_words(tmp_path):
     assert "'red' is nan" in first
 
 
+class BadOnceOnSecond(BadOnSecond):
+    """Entropy that is not a number for one task on the second process, at its third call only."""
+
+    def __call__(self, step):
+        loss = super().__call__(step)
+        return Entropy()(step) if self.calls > 3 else loss
+
+
+def skipping(folder):
+    merging = make_method(make_toy(torch.float64), BadOnceOnSecond(), on_nonfinite="skip")
+    fit(merging, make_data(4), folder, 4, strategy="ddp", devices=2)
+    return values(merging), merging.skipped
+
+
+def test_a_step_that_one_process_must_skip_is_skipped_by_all(tmp_path):
+    (first, skipped), (second, also) = run_ranks(partial(skipping, tmp_path), 2)
+    assert skipped == also == 1
+    assert torch.equal(first, second)
+    assert torch.isfinite(first).all()
+
+
 @pytest.mark.parametrize("by_task", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_parts_of_a_step_are_the_whole_step(world, by_task):

@@ -121,9 +121,12 @@ class CollapseGuard(Callback):
     def observe(self, step: TaskStep) -> None:
         """Count one task's batch into the sums of the step."""
         logits = step.outputs.logits.detach().float().flatten(0, -2)
+        predicted = logits.softmax(-1).sum(0).cpu()
+        if not torch.isfinite(predicted).all():
+            return  # the method's to handle
         seen = self._seen.setdefault(step.task, _Sums())
         seen.count += len(logits)
-        seen.predicted = seen.predicted + logits.softmax(-1).sum(0).cpu()
+        seen.predicted = seen.predicted + predicted
         if self._disagreement is not None:
             differs = logits.argmax(-1) != step.teacher().logits.flatten(0, -2).argmax(-1)
             seen.differing += int(differs.sum())

@@ -56,17 +56,23 @@ class ExportMergedWeights(Callback):
         """Fail before training where the result could not be written."""
         ensure_writable(self.dirpath)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; also where a resumed run had no step left, which skips ``on_train_end``."""
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, UnlabeledTasks):
+            data.gather_unreadable()
+        self._export(trainer, pl_module)
+
+    @rank_zero_only
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = pl_module.model
         assert isinstance(model, MergedModel)
         recipe = {"steps": trainer.global_step, **self.recipe}
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
-            recipe |= {"protocol": data.protocol, "seed": data.seed}
+            recipe |= {"protocol": data.protocol, "seed": data.seed, "unreadable": data.unreadable()}
         if isinstance(pl_module, MergingMethod):
-            recipe |= pl_module.export_recipe()
+            recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}
         self.files = export(
             model.pool,
             model.coefficients,

@@ -9,7 +9,7 @@ from torch import Tensor
 from adamerge.constraints import Simplex, Unconstrained
 from adamerge.errors import InputError, did_you_mean
 from adamerge.frank_wolfe import FrankWolfe, SoftFrankWolfe, StepRule, Vertices
-from adamerge.methods.method import MergingMethod
+from adamerge.methods.method import MergingMethod, OnNonfinite
 from adamerge.model import MergedModel
 from adamerge.objectives import Objective
 from adamerge.streams import TaskBatch
@@ -60,6 +60,8 @@ class FrankWolfeMerging(MergingMethod):
         task_weights: Task to the factor of its loss, default 1.
         reduction: ``"mean"`` or ``"sum"`` over the tasks.
         micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
+        on_nonfinite: ``"stop"`` the run where a loss or gradient is NaN or infinite, or ``"skip"`` the batch.
+        max_skipped: Skipped batches, beyond which the run stops after all.
 
     Raises:
         InputError: If an option is unknown, or the constraint or granularity does not fit.
@@ -90,8 +92,13 @@ class FrankWolfeMerging(MergingMethod):
         task_weights: Mapping[str, float] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         micro_batch: int | Literal["auto"] | None = "auto",
+        on_nonfinite: OnNonfinite = "stop",
+        max_skipped: int = 10,
     ) -> None:
-        super().__init__(model, objective, task_weights=task_weights, reduction=reduction, micro_batch=micro_batch)
+        super().__init__(
+            model, objective, task_weights=task_weights, reduction=reduction, micro_batch=micro_batch,
+            on_nonfinite=on_nonfinite, max_skipped=max_skipped,
+        )  # fmt: skip
         chosen = {"mode": mode, "step_rule": step_rule, "granularity": granularity, "ranking": ranking}
         for option, value in chosen.items():
             if value not in _OPTIONS[option]:
@@ -128,9 +135,10 @@ class FrankWolfeMerging(MergingMethod):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Log the duality gap, summed over the groups."""
+        super().on_before_optimizer_step(optimizer)
         gradient = self.model.coefficients.raw.grad
-        assert gradient is not None
-        self.log("adapt/gap", self._frank_wolfe.gap(gradient))
+        if gradient is not None:  # none where all batches of a step were skipped
+            self.log("adapt/gap", self._frank_wolfe.gap(gradient))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, undo what rounding did to the simplex, and stop where nothing is left to do."""

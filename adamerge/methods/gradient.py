@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from adamerge.methods.method import MergingMethod
+from adamerge.methods.method import MergingMethod, OnNonfinite
 from adamerge.model import MergedModel
 from adamerge.objectives import Objective
 
@@ -27,6 +27,8 @@ class GradientMerging(MergingMethod):
         task_weights: Task to the factor of its loss, default 1.
         reduction: ``"mean"`` or ``"sum"`` over the tasks (AdaMerging sums; Adam is indifferent).
         micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
+        on_nonfinite: ``"stop"`` the run where a loss or gradient is NaN or infinite, or ``"skip"`` the batch.
+        max_skipped: Skipped batches, beyond which the run stops after all.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -42,8 +44,13 @@ class GradientMerging(MergingMethod):
         task_weights: Mapping[str, float] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         micro_batch: int | Literal["auto"] | None = "auto",
+        on_nonfinite: OnNonfinite = "stop",
+        max_skipped: int = 10,
     ) -> None:
-        super().__init__(model, objective, task_weights=task_weights, reduction=reduction, micro_batch=micro_batch)
+        super().__init__(
+            model, objective, task_weights=task_weights, reduction=reduction, micro_batch=micro_batch,
+            on_nonfinite=on_nonfinite, max_skipped=max_skipped,
+        )  # fmt: skip
         self._optimizer = optimizer
         self._scheduler = scheduler
 

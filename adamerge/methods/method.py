@@ -14,13 +14,16 @@ from torch import Tensor
 
 from adamerge import ranks
 from adamerge.data import UnlabeledTasks
-from adamerge.errors import GuardError, InputError, did_you_mean, shorten
+from adamerge.errors import InputError, NonfiniteError, did_you_mean, shorten
 from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
 from adamerge.objectives import Objective, check_objective
-from adamerge.streams import TaskBatch
+from adamerge.streams import TaskBatch, generator_states, set_generator_states
 from adamerge.teacher_files import TeacherFiles, ask_expert
 
 log = logging.getLogger(__name__)
+
+OnNonfinite = Literal["stop", "skip"]
+_KEPT = "The coefficients keep their last good values."
 
 
 class MergingMethod(LightningModule):
@@ -40,6 +43,9 @@ class MergingMethod(LightningModule):
         task_weights: Task to the factor of its loss, default 1.
         reduction: ``"mean"`` or ``"sum"`` over the tasks (AdaMerging sums; Adam is indifferent).
         micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
+        on_nonfinite: What a loss or gradient that is NaN or infinite does: ``"stop"`` the run, or ``"skip"`` the
+            batch: coefficients and optimizer stay as they are.
+        max_skipped: Skipped batches, beyond which the run stops after all.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -49,6 +55,8 @@ class MergingMethod(LightningModule):
         uses_teacher: Whether the experts are asked before the first step; callbacks may set it in ``setup``.
         observers: Called with each :class:`TaskStep` of a training step; they must not change it.
         teacher_files: A folder that keeps the experts' outputs from run to run; None to ask them in each run.
+        recipe: JSON-ready content for the checkpoints, such as the resolved configuration.
+        skipped: Batches skipped so far because a loss or gradient was not finite.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class MergingMethod(LightningModule):
         task_weights: Mapping[str, float] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         micro_batch: int | Literal["auto"] | None = "auto",
+        on_nonfinite: OnNonfinite = "stop",
+        max_skipped: int = 10,
     ) -> None:
         super().__init__()
         check_objective(objective)
@@ -70,6 +80,15 @@ class MergingMethod(LightningModule):
         self.uses_teacher = bool(getattr(objective, "uses_teacher", False))
         self.observers: list[Callable[[TaskStep], None]] = []
         self.teacher_files: TeacherFiles | None = None
+        if on_nonfinite not in ("stop", "skip"):
+            raise InputError(f"method.on_nonfinite: expected 'stop' or 'skip', found {on_nonfinite!r}.")
+        if max_skipped < 0:
+            raise InputError(f"method.max_skipped: expected a number of batches >= 0, found {max_skipped}.")
+        self.recipe: Mapping[str, Any] = {}
+        self.skipped = 0
+        self._max_skipped = max_skipped if on_nonfinite == "skip" else 0
+        self._has_gradient = False  # whether any batch of the step to come was not skipped
+        self._generators: Mapping[str, Any] | None = None  # of a checkpoint, until the first step after it
         # Constants, the same on all devices: torch would broadcast them before each step.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._reduction = reduction
@@ -94,8 +113,11 @@ class MergingMethod(LightningModule):
             self._try_objective(data)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which pool the coefficients are for."""
+        """Record which pool the coefficients are for, the recipe, and the states of the random generators."""
         checkpoint["pool"] = self.model.pool.hashes()
+        checkpoint["recipe"] = dict(self.recipe)
+        checkpoint["skipped"] = self.skipped
+        checkpoint["generators"] = generator_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with another pool.
@@ -112,12 +134,47 @@ class MergingMethod(LightningModule):
                 f"The checkpoint cannot be resumed: the content of {shorten(changed)} has changed since it was saved. "
                 "Restore the files, or start a new run."
             )
+        self.skipped = checkpoint.get("skipped", 0)
+        self._generators = checkpoint.get("generators")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with a checkpoint's random numbers; not before, as the preparations of a run draw some too."""
+        if self._generators is not None:
+            set_generator_states(self._generators)
+            self._generators = None
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Leave the optimizer nothing to do where all batches of a step were skipped; a gradient of 0 would move it."""
+        if not self._has_gradient:
+            self.model.coefficients.raw.grad = None
+        self._has_gradient = False
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and take the step back where a coefficient is no longer finite.
+
+        Raises:
+            NonfiniteError: If one is not.
+        """
+        raw = self.model.coefficients.raw
+        good = raw.detach().clone()
+        super().optimizer_step(*args, **kwargs)
+        bad = ~torch.isfinite(raw.detach())
+        if bad.any():
+            raw.data.copy_(good)
+            raise NonfiniteError(
+                f"Step {self.global_step}: the step made the coefficient of {self._coefficient(bad)} infinite or NaN. "
+                f"{_KEPT} Lower the learning rate."
+            )
 
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
-        """Return the surrogate loss of one step; ``batch`` maps tasks to their unlabeled batches."""
+        """Return the surrogate loss of one step, 0 to skip it; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
         loss, result = self.step(batch, values, scale=self._loss_scale())
-        self._guard(result.losses, result.gradient)
+        if (problem := self._problem(batch, values, result)) is not None:  # the same on all devices
+            self._skip(problem)
+            nothing: Tensor = (values * 0).sum()
+            return nothing
+        self._has_gradient = True
         self._report(loss, result.losses, values, sum(len(data.indices) for data in batch.values()))
         surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
         return surrogate
@@ -160,10 +217,12 @@ class MergingMethod(LightningModule):
         scale: float | Tensor = 1.0,
         needs_gradient: bool = True,
         shares: Mapping[str, float] | None = None,
+        on_gradient: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, StepResult]:
         """Return the total loss at coefficients ``values`` (E, G), the losses by task, and the gradient (E, G).
 
-        Of this device alone; ``shares`` are further factors of the tasks of all devices.
+        Of this device alone; ``shares`` are further factors of the tasks of all devices. ``on_gradient`` sees the
+        parameters' gradients in the place of :meth:`on_parameter_gradient`.
         """
         shares = shares or dict.fromkeys(batch, 1.0)
         weights = {task: weight * shares[task] for task, weight in self.weights(shares).items()}
@@ -176,7 +235,7 @@ class MergingMethod(LightningModule):
             micro_batch=self._micro_batch,
             scale=scale,
             needs_gradient=needs_gradient,
-            on_gradient=self.on_parameter_gradient if needs_gradient else None,
+            on_gradient=(on_gradient or self.on_parameter_gradient) if needs_gradient else None,
         )
         parts = [result.losses[task] * weights[task] for task in batch]
         return torch.stack(parts).sum() if parts else values.new_zeros(()), result
@@ -291,22 +350,64 @@ class MergingMethod(LightningModule):
         scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
         return 1.0 if scaler is None else scaler.get_scale()
 
-    def _guard(self, losses: Mapping[str, Tensor], gradient: Tensor) -> None:
-        """Stop on NaN or infinity before the optimizer sees it; the coefficients keep their last good values."""
-        bad = [task for task, loss in losses.items() if not torch.isfinite(loss)]
-        if bad:
-            raise GuardError(
-                f"Step {self.global_step}: the loss of task {bad[0]!r} is {losses[bad[0]].item()}. The coefficients "
-                "keep their last good values. Lower the learning rate, or look at that task's images."
-            )
+    def _problem(self, batch: Mapping[str, TaskBatch], values: Tensor, result: StepResult) -> str | None:
+        """Say what of a step is NaN or infinite, before the optimizer sees it; None where nothing is."""
+        for task, loss in result.losses.items():
+            if not torch.isfinite(loss):
+                at = f"on the images at {_positions(batch[task])}" if ranks.count() == 1 else "on images"
+                return (
+                    f"Step {self.global_step}: the loss of task {task!r} is {loss.item()} {at} of its stream. {_KEPT} "
+                    "Look at them, or lower the learning rate."
+                )
         scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and self.trainer.precision_plugin.scaler
-        if not scaled and not torch.isfinite(gradient).all():
-            expert, group = (~torch.isfinite(gradient)).nonzero()[0].tolist()
-            raise GuardError(
-                f"Step {self.global_step}: the gradient of the coefficient of expert "
-                f"{self.model.pool.expert_names[expert]!r}, group {self.model.coefficients.group_names[group]!r}, "
-                "is not finite. The coefficients keep their last good values. Lower the learning rate."
+        bad = ~torch.isfinite(result.gradient)
+        if scaled or not bad.any():  # a gradient scaler sees to it itself
+            return None
+        return (
+            f"Step {self.global_step}: the gradient of the coefficient of {self._coefficient(bad)} is not finite"
+            f"{self._origin(batch, values)}. {_KEPT} Lower the learning rate."
+        )
+
+    def _coefficient(self, where: Tensor) -> str:
+        """Name the first coefficient of a mask (E, G)."""
+        expert, group = where.nonzero()[0].tolist()
+        names = self.model.pool.expert_names, self.model.coefficients.group_names
+        return f"expert {names[0][expert]!r}, group {names[1][group]!r}"
+
+    def _origin(self, batch: Mapping[str, TaskBatch], values: Tensor) -> str:
+        """Find the task and the tensor whose gradient is not finite, by running the step again task by task."""
+        if ranks.count() > 1:  # devices that wait for one another would wait for ever
+            return ""
+        found: list[str] = []
+
+        def look(name: str, gradient: Tensor) -> None:
+            if not torch.isfinite(gradient).all():
+                found.append(name)
+
+        observers, self.observers = self.observers, []
+        try:
+            for task, data in batch.items():
+                self.run({task: data}, values, on_gradient=look)
+                if found:
+                    return f": tensor {found[0]!r} for task {task!r}, images at {_positions(data)} of its stream"
+        finally:
+            self.observers = observers
+        return ""
+
+    def _skip(self, problem: str) -> None:
+        """Count a batch that is left out, or stop.
+
+        Raises:
+            NonfiniteError: If there were too many.
+        """
+        if self.skipped >= self._max_skipped:
+            so_far = (
+                f" {self.skipped} batches were skipped before, as method.max_skipped allows." if self.skipped else ""
             )
+            raise NonfiniteError(problem + so_far)
+        self.skipped += 1
+        log.warning("%s Skipped, %d so far.", problem.split(f" {_KEPT}")[0], self.skipped)
+        self.log("adapt/skipped", float(self.skipped), batch_size=1)
 
     def _report(self, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:
         values = values.detach()
@@ -316,6 +417,12 @@ class MergingMethod(LightningModule):
         scalars = {f"adapt/loss/{task}": value for task, value in losses.items()}
         scalars |= {"adapt/coefficient/min": values.min(), "adapt/coefficient/max": values.max()}
         self.log_dict({**scalars, "adapt/travel": travel}, batch_size=batch_size)
+
+
+def _positions(batch: TaskBatch, limit: int = 8) -> str:
+    """Name the positions of a batch's first images."""
+    positions = batch.indices.tolist()
+    return f"positions {', '.join(map(str, positions[:limit]))}{', ...' if len(positions) > limit else ''}"
 
 
 def _parts(batch: TaskBatch, outputs: Outputs, count: int) -> Iterator[tuple[TaskBatch, Outputs]]:

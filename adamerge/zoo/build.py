@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from rich.progress import Progress
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from adamerge.files import atomic_path
 from adamerge.zoo.images import CLASSES, TASKS, TEMPLATES, ZooImages
 from adamerge.zoo.model import CONFIG_FILE, model_from_config, open_clip_config
 from adamerge.zoo.tokenizer import Tokenizer
@@ -159,12 +159,10 @@ def _save(path: Path, model: nn.Module, prefix: str = "") -> None:
     for parameter in model.parameters():
         parameter.copy_(parameter.half())
     tensors = {name: value.half() for name, value in model.state_dict().items() if name.startswith(prefix)}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

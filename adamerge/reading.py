@@ -1,0 +1,112 @@
+"""Images that cannot be read: which they are, how many there may be, and what stands in for them."""
+
+import logging
+import struct
+import zlib
+from collections.abc import Callable, Sized
+from typing import Any, TypeVar, cast
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+
+from adamerge.errors import InputError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What PIL, and the codecs below it, raise for damaged files; also a file that is gone, or that may not be read.
+_DAMAGE = (OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class Readable:
+    """Account of the items of a data set that cannot be read.
+
+    Args:
+        dataset: Whose items.
+        where: What it is, for messages, such as ``data.tasks.cars``.
+        limit: Largest share of unreadable items, in [0, 1]; one more ends the run.
+        shared: Whether several processes read, which then share the account.
+    """
+
+    def __init__(self, dataset: Dataset[Any], where: str = "data", limit: float = 0.0, *, shared: bool = False) -> None:
+        self._dataset, self._where, self._limit, self._shared = dataset, where, limit, shared
+        self._bad: torch.Tensor | None = None
+        if shared:  # before the processes start; else with the first, as most data sets have none
+            self._bad = torch.zeros(self._length, dtype=torch.bool).share_memory_()
+
+    def get(self, index: int, read: Callable[[int], T]) -> T | None:
+        """Return ``read(index)``, or None where that cannot be read.
+
+        Raises:
+            InputError: If that makes more than the limit.
+        """
+        if self._bad is not None and self._bad[index]:
+            return None
+        try:
+            return read(index)
+        except _DAMAGE as error:
+            self._note(index, error)
+            return None
+
+    def first(self, index: int, read: Callable[[int], T]) -> tuple[int, T]:
+        """Return the first item from ``index`` on, round the end, that can be read, and its index.
+
+        Raises:
+            InputError: If there are more unreadable ones than the limit.
+        """
+        for offset in range(self._length):
+            position = (index + offset) % self._length
+            item = self.get(position, read)
+            if item is not None:
+                return position, item
+        raise InputError(f"{self._where}: not one of {self._length} images can be read.")
+
+    @property
+    def unreadable(self) -> list[int]:
+        """Indices of the items that could not be read so far."""
+        return [] if self._bad is None else self._bad.nonzero().flatten().tolist()
+
+    @unreadable.setter
+    def unreadable(self, indices: list[int]) -> None:
+        if indices:
+            self._mark(indices)
+
+    @property
+    def names(self) -> list[str]:
+        """Files, or numbers, of the items that could not be read so far."""
+        return [_name(self._dataset, index) for index in self.unreadable]
+
+    @property
+    def _length(self) -> int:
+        return len(cast(Sized, self._dataset))
+
+    def _mark(self, indices: list[int]) -> None:
+        if self._bad is None:
+            self._bad = torch.zeros(self._length, dtype=torch.bool)
+        self._bad[indices] = True
+
+    def _note(self, index: int, error: BaseException) -> None:
+        self._mark([index])
+        found, name = len(self.unreadable), _name(self._dataset, index)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if found > self._limit * self._length:
+            raise InputError(
+                f"{self._where}: {found} of {self._length} images cannot be read, the latest {name} ({reason}); "
+                f"data.max_unreadable allows a share of {self._limit:g}. Mend or remove them, or raise it."
+            ) from error
+        log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self._where, name, reason, found)
+
+
+def _name(dataset: Dataset[Any], index: int) -> str:
+    """Return the file of an item where the data set tells, as torchvision's folders do, else its number."""
+    while isinstance(dataset, Subset):
+        index = dataset.indices[index]
+        dataset = dataset.dataset
+    for attribute in ("samples", "imgs", "_image_files", "_images"):
+        listed = getattr(dataset, attribute, None)
+        if isinstance(listed, (list, tuple)) and index < len(listed):
+            entry = listed[index]
+            return str(entry[0] if isinstance(entry, tuple) else entry)
+    return f"image {index}"
