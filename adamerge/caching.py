@@ -73,8 +73,8 @@ def nature_of(stream: Unlabeled) -> Nature:
     """Load the first readable input twice: does it differ or draw random numbers, and is it a view of a tensor?"""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        index, _ = stream.readable.first(0, stream.load)
-        first, second = stream.load(index), stream.load(index)
+        index, first = stream.readable.first(0, stream.load)
+        second = stream.load(index)
         drawn = random.getstate() != states[0] or not torch.equal(torch.get_rng_state(), states[2])
         drawn = drawn or not all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[1], strict=True))
     finally:
