@@ -23,7 +23,7 @@ from adamerge.errors import InputError
 from adamerge.layout import KeyMap, Layout, check_layout, check_names, shared_names
 from adamerge.low_rank import Factors
 from adamerge.packed_file import PackedFile
-from adamerge.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage
+from adamerge.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage, return_freed_memory
 from adamerge.transforms import Prepared, Transform
 
 log = logging.getLogger(__name__)
@@ -129,6 +129,7 @@ class ExpertPool:
         self._task_vectors = TaskVectors(len(experts), storage, start, size, self._dtype, self.compute_dtype)
         self._norms: dict[str, Tensor] = {}
         self._load(layout.merged)
+        return_freed_memory()  # the more experts, the more of it
         self.names = tuple(self.base)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.base.items()}
         self._check_content(duplicates == "allow")

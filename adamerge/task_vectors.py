@@ -3,6 +3,8 @@
 Legend: E experts, n entries of a flattened parameter.
 """
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -245,6 +247,12 @@ def free_memory() -> int:
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system; glibc keeps what lies between small allocations that stay."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_device_memory(device: torch.device) -> float:
