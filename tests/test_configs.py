@@ -25,7 +25,7 @@ REQUIRED = {
 CHOICES = sorted(
     f"{path.parent.relative_to(FOLDER)}={path.stem}"
     for path in FOLDER.rglob("*.yaml")
-    if path.parent not in (FOLDER, FOLDER / "merge")  # rules are chosen by `adamerge merge`
+    if path.parent not in (FOLDER, FOLDER / "merge", FOLDER / "compare")  # of other commands
 )
 
 
