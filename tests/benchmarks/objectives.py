@@ -186,11 +186,11 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     for axes, granularity in zip(panels, shown, strict=True):
         rows = [r for r in found if r["granularity"] == granularity]
-        for method, marker in zip(METHODS, "osD", strict=True):
+        for method, marker, color in zip(METHODS, "osD", ("#4477aa", "#ee6677", "#228833"), strict=True):
             points = [r for r in rows if r["method"] == method and r["objective"] != "oracle"]
             at = [objectives.index(r["objective"]) for r in points]
             if points:
-                axes.plot([100 * r["gap_closed"] for r in points], at, marker, label=method, alpha=0.8)
+                axes.plot([100 * r["gap_closed"] for r in points], at, marker, label=method, color=color, alpha=0.8)
         for r in rows:
             if r["objective"] == "oracle":
                 axes.axvline(100 * r["gap_closed"], color="black", linestyle=":", label="oracle *")
@@ -198,7 +198,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_yticks(range(len(objectives)), objectives)
     panels[0].invert_yaxis()
-    panels[0].legend(fontsize="small")
+    panels[-1].legend(fontsize="small", loc="upper left")
     figure.supxlabel("gap closed, % (* uses labels)")
     figure.savefig(path, dpi=150)
 
