@@ -17,6 +17,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from adamerge.adapters import open_expert
+from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import InputError, did_you_mean
 from adamerge.files import sha256
 from adamerge.pool import ExpertPool
@@ -119,17 +121,22 @@ class PoolFiles:
         """
         packed = {} if self.task_vectors is None else {"task_vectors": self.task_vectors}
         for name, entry in {"base": self.base, **self.experts, **packed}.items():
-            if not entry.file.is_file():
+            if not entry.file.exists():  # a folder is a LoRA adapter's
                 siblings = [p.name for p in entry.file.parent.iterdir()] if entry.file.parent.is_dir() else []
                 raise FileNotFoundError(
                     f"{entry.file}: no such file, named for {name}; paths in a pool file start from its own folder."
                     f"{did_you_mean(entry.file.name, siblings)}"
                 )
-            if entry.sha256 is not None and (found := sha256(entry.file)) != entry.sha256.lower():
+            if entry.sha256 is not None and (found := self._hash(entry.file)) != entry.sha256.lower():
                 raise InputError(
                     f"{entry.file}: expected the SHA-256 {entry.sha256} that the pool gives for {name}, found {found}. "
                     "It is another file, or damaged: get it again, or correct the pool."
                 )
+
+    def _hash(self, path: Path) -> str:
+        if not path.is_dir():
+            return sha256(path)
+        return open_expert(path, open_checkpoint(self.base.file), self.key_prefix or "").sha256()
 
 
 def load_pool_file(path: Path) -> PoolFiles:

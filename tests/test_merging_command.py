@@ -167,3 +167,12 @@ def test_merge_with_data_works_on_the_zoo_and_replays(capsys, tmp_path, rule):
     assert run(capsys, "merge", "--recipe", tmp_path / "a" / "merge.json", "--out", tmp_path / "b")[0] == 0
     first, second = (load_file(tmp_path / folder / "merged.safetensors") for folder in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_merge_of_lora_folders_is_replayed_to_the_same_bytes(capsys, tmp_path):
+    lora = Path(__file__).parent / "golden" / "lora"
+    experts = [f"--expert={name}={lora / name}" for name in ("plain", "turned")]
+    command = ("merge", "--rule", "weight_average", "--base", str(lora / "base.safetensors"), *experts)
+    assert run(capsys, *command, "--out", str(tmp_path / "a"))[0] == 0
+    assert run(capsys, "merge", "--recipe", str(tmp_path / "a" / "merge.json"), "--out", str(tmp_path / "b"))[0] == 0
+    assert (tmp_path / "a" / "merged.safetensors").read_bytes() == (tmp_path / "b" / "merged.safetensors").read_bytes()
