@@ -525,6 +525,7 @@ def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
     from adamerge import launch, run_folder
     from adamerge.stages import running_stage
 
+    _quiet_lightning()
     handler = _log_to(folder / "adapt.log") if ranks.is_first() else logging.NullHandler()
     try:
         return launch.adapt(config, folder, resume=resume)
@@ -613,14 +614,20 @@ def _configure_logging(debug: bool) -> None:
     logging.captureWarnings(True)
     logging.raiseExceptions = debug  # a log that cannot be written to, on a full disk, is not the error to report
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # its errors reach the user as exceptions
-    for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.ERROR)
+    _quiet_lightning()
     for message in (
         ".*does not have many workers.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*is not resumable.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _quiet_lightning() -> None:
+    """Silence Lightning's loggers; to be called again once it is imported, which sets their levels anew."""
+    level = logging.DEBUG if logging.getLogger().level == logging.DEBUG else logging.ERROR
+    for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(noisy).setLevel(level)
 
 
 def _log_to(path: Path) -> logging.Handler:
