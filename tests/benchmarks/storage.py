@@ -93,7 +93,9 @@ def write_adapter(folder: Path, pool: ExpertPool, expert: int, rank: int, prefix
 
 
 def files(folder: Path, kind: str) -> dict[str, Path]:
-    return {path.name: path for path in sorted((folder / kind).iterdir())}
+    names = sorted(path.name for path in (folder / kind).iterdir())
+    names.sort(key=lambda name: TASKS.index(name) if name in TASKS else 0)  # the order of the zoo's own pool
+    return {name: folder / kind / name for name in names}
 
 
 def open_row(folder: Path, row: str, prefix: str = "") -> ExpertPool:
