@@ -252,16 +252,20 @@ class ExpertPool:
         """Return a parameter's task vectors as products of thin matrices, where all experts came so; else None."""
         return self._task_vectors.factors(name)
 
-    def _pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield a parameter's task vectors in tiles that stay small whatever its size; each is valid until the next."""
-        step = max(1024, _TILE // len(self.expert_names) // 1024 * 1024)
-        for start in range(0, self.base[name].numel(), step):
-            yield self.tile(name, start, min(start + step, self.base[name].numel()), reuse=True)
+    def pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a parameter's task vectors in tiles that stay small whatever its size: where, and (E, entries).
+
+        A tile is valid until the next.
+        """
+        size, step = self.base[name].numel(), max(1024, _TILE // len(self.expert_names) // 1024 * 1024)
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            yield slice(start, stop), self.tile(name, start, stop, reuse=True)
 
     def tiles(self) -> Iterator[tuple[str, Tensor]]:
         """Pass over all task vectors once, in small tiles: name and (E, k), each valid until the next."""
         for name in self.names:
-            for tile in self._pieces(name):
+            for _, tile in self.pieces(name):
                 yield name, tile
 
     def checkpoint(self, expert: str) -> Checkpoint:
@@ -349,7 +353,7 @@ class ExpertPool:
         """Return sizes, hashes, norms, cosines and what is skipped; one pass over the task vectors."""
         gram = torch.zeros(len(self.expert_names), len(self.expert_names), dtype=torch.float64)
         for name in self.names:
-            for tile in self._pieces(name):
+            for _, tile in self.pieces(name):
                 stacked = tile.cpu().double()
                 gram += stacked @ stacked.T
         norms = gram.diagonal().sqrt()
@@ -392,7 +396,7 @@ class ExpertPool:
                 self._set_aside(name)
                 continue
             # Without a float64 copy of each tile: between small tensors that stay, such copies fragment the heap.
-            tiles = self._pieces(name)
+            tiles = (tile for _, tile in self.pieces(name))
             squares = sum(torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64).square() for tile in tiles)
             norms = torch.as_tensor(squares).sqrt().to(self.compute_dtype)
             if not torch.isfinite(norms).all():
@@ -482,8 +486,7 @@ class ExpertPool:
         return f" after the transform {type(self.transform).__name__}" if self.transform is not None else ""
 
     def _equal(self, first: int, second: int) -> bool:
-        tiles = (tile for name in self.names for tile in self._pieces(name))
-        return all(torch.equal(tile[first], tile[second]) for tile in tiles)
+        return all(torch.equal(tile[first], tile[second]) for _, tile in self.tiles())
 
 
 def _check_finite(tensor: Tensor, where: str, key: str) -> None:

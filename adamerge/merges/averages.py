@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.merges import Merged
-from adamerge.merges.tensors import average, check_choice, check_count, check_range, tiles, weighted
+from adamerge.merges.tensors import average, check_choice, check_count, check_range, weighted
 from adamerge.pool import ExpertPool
 from adamerge.stock import stock_ratio
 from adamerge.transforms.depth import block_order
@@ -207,7 +207,7 @@ def _grams(pool: ExpertPool, name: str, rows: int) -> Tensor:
     """Return the inner products of the task vectors in each row, (rows, E, E) in float64."""
     experts, width = len(pool.expert_names), pool.base[name].numel() // rows
     grams = torch.zeros(rows, experts, experts, dtype=torch.float64, device=pool.device)
-    for where, tile in tiles(pool, name):
+    for where, tile in pool.pieces(name):
         for row, part in _parts(where, width):
             piece = tile[:, part].double()
             grams[row] += piece @ piece.T

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamerge.merges import Merged
 from adamerge.merges.singular import singular_vectors
-from adamerge.merges.tensors import average, check_choice, check_count, check_globs, check_range, is_matrix, tiles
+from adamerge.merges.tensors import average, check_choice, check_count, check_globs, check_range, is_matrix
 from adamerge.pool import ExpertPool
 from adamerge.transforms.ties import trim_threshold
 
@@ -68,7 +68,7 @@ class DOGE:
         matrices = [name for name in pool.names if is_matrix(pool, name, self.skip)]
 
         def pieces() -> Iterator[Tensor]:
-            return (tile for name in matrices for _, tile in tiles(pool, name))
+            return (tile for name in matrices for _, tile in pool.pieces(name))
 
         size = sum(pool.base[name].numel() for name in matrices)
         limits = trim_threshold(pieces, self.density, size) if matrices else None

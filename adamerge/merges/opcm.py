@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adamerge.merges import Merged
 from adamerge.merges.singular import singular_vectors
-from adamerge.merges.tensors import check_globs, check_range, is_matrix, task_vector, tiles
+from adamerge.merges.tensors import check_globs, check_range, is_matrix, task_vector
 from adamerge.pool import ExpertPool
 
 
@@ -89,6 +89,6 @@ def _mean_norm(pool: ExpertPool) -> float:
     """Mean over the experts of the norm of the whole task vector."""
     squares = torch.zeros(len(pool.expert_names), dtype=torch.float64, device=pool.device)
     for name in pool.names:
-        for _, tile in tiles(pool, name):
+        for _, tile in pool.pieces(name):
             squares += tile.double().square().sum(1)
     return squares.sqrt().mean().item()

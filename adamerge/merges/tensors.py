@@ -1,10 +1,10 @@
-"""Reading a pool's task vectors in pieces, and what several rules do with them.
+"""What several rules do with a pool's task vectors.
 
 Legend: E experts, ``*S`` the shape of one parameter.
 """
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,23 +12,12 @@ from torch import Tensor
 from adamerge.errors import InputError
 from adamerge.pool import ExpertPool
 
-_PIECE = 1 << 19  # entries of all experts together, so that what is made of a piece does not grow with their number
-
-
-def tiles(pool: ExpertPool, name: str) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a parameter's task vectors in pieces: where, and (E, entries). A piece is valid until the next."""
-    size = pool.base[name].numel()
-    step = max(1024, _PIECE // len(pool.expert_names) // 1024 * 1024)
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        yield slice(start, stop), pool.tile(name, start, stop, reuse=True)
-
 
 def task_vector(pool: ExpertPool, name: str, row: int) -> Tensor:
     """Return one expert's task vector of a parameter, (*S), without holding those of the others."""
     result = torch.empty_like(pool.base[name])
     flat = result.view(-1)
-    for where, tile in tiles(pool, name):
+    for where, tile in pool.pieces(name):
         flat[where] = tile[row]
     return result
 
@@ -40,7 +29,7 @@ def weighted(pool: ExpertPool, name: str, weights: Sequence[float]) -> Tensor:
     """
     result = torch.empty_like(pool.base[name])
     flat, base = result.view(-1), pool.base[name].view(-1)
-    for where, tile in tiles(pool, name):
+    for where, tile in pool.pieces(name):
         total = base[where].to(torch.float64, copy=True)
         for vector, weight in zip(tile, weights, strict=True):
             total += vector.double() * weight

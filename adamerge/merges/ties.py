@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from adamerge.merges import Merged
-from adamerge.merges.tensors import check_choice, check_range, tiles
+from adamerge.merges.tensors import check_choice, check_range
 from adamerge.pool import ExpertPool
 from adamerge.transforms.protocol import Prepared, total
 from adamerge.transforms.ties import Ties as Elected
@@ -72,7 +72,7 @@ def aggregate(elected: Tensor, how: Aggregate) -> Tensor:
 def _pieces(pool: ExpertPool, name: str, elected: Prepared) -> Iterator[tuple[slice, Tensor]]:
     """Yield a parameter's transformed task vectors: where, and (E, k)."""
     if elected.elementwise:
-        for where, tile in tiles(pool, name):
+        for where, tile in pool.pieces(name):
             yield where, elected(name, tile.clone())  # what is stored stays as it is
     else:
         stack = elected(name, pool.task_vectors(name).clone())

@@ -20,7 +20,6 @@ from adamerge.merges.tensors import (
     check_range,
     is_matrix,
     task_vector,
-    tiles,
 )
 from adamerge.pool import ExpertPool
 
@@ -81,7 +80,7 @@ class WUDI:
             return start  # the minimum; Adam would only magnify rounding errors
         lr, epsilon = self.lr, 1e-8
         if lr is None:
-            squares = sum(tile.double().square().sum().item() for _, tile in tiles(pool, name))
+            squares = sum(tile.double().square().sum().item() for _, tile in pool.pieces(name))
             typical = math.sqrt(squares / (start.numel() * len(experts)))
             lr, epsilon = _STEP * typical, _EPSILON * typical
         merged = start.requires_grad_()
