@@ -41,13 +41,14 @@ ORDER = [
     ["launch", "inspection"],
     ["replay", "demo", "merging_command", "compare_row", "comparison_table"],
     ["comparison", "transform_command"],
+    ["commands"],
     ["cli"],
 ]
 
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
     *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
-    *("pool_files", "merging_command", "transform_command", "compare_row", "comparison", "checkpoint_io"),
+    *("pool_files", "merging_command", "transform_command", "compare_row", "comparison", "checkpoint_io", "commands"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

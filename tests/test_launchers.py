@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from test_cli import arguments, call, configs, refusal  # noqa: F401
 
 from adamerge import cli, composition, launchers, ranks, run_folder
+from adamerge.commands import adapt as adapt_command
+from adamerge.commands import terminal
 from adamerge.errors import InputError
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*LeafSpec.*"), pytest.mark.filterwarnings("ignore:.*workers.*")]
@@ -158,7 +160,7 @@ def as_rank(*words):
     from io import StringIO
 
     printed, said = StringIO(), StringIO()
-    cli.out.file, cli.err.file = printed, said
+    terminal.out.file, terminal.err.file = printed, said
     try:
         cli.main([str(word) for word in words])
     except SystemExit as left:
@@ -227,7 +229,7 @@ def test_sweep_on_slurm_asks_for_what_the_configuration_says(arguments, tmp_path
     options = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=2"]
     options += ["hydra.launcher.tasks_per_node=2", "trainer=ddp", "hydra.sweep.dir=sweep"]
     with pytest.raises(_Captured) as caught:
-        composition.hand_over([*named, "-m", "seed=0,1", *options], cli._job)
+        composition.hand_over([*named, "-m", "seed=0,1", *options], adapt_command.job)
     text, jobs = caught.value.args
     lines = text.splitlines()
     for line in (

@@ -1,0 +1,234 @@
+"""``adapt`` and ``check``: one run, in this process or started by Hydra, torchrun or a scheduler."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adamerge import ranks
+from adamerge.commands.terminal import (
+    Agreed,
+    JobFailed,
+    configure_logging,
+    err,
+    escape,
+    list_files,
+    log_to,
+    out,
+    quiet_lightning,
+    report,
+)
+from adamerge.errors import GuardError, InputError, Interrupted
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    short_help="Learn coefficients on unlabeled data and export the merged checkpoint.",
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def adapt(overrides: tuple[str, ...]) -> None:
+    """Learn coefficients on unlabeled data and export the merged checkpoint."""
+    from adamerge import launchers, preflight
+    from adamerge.composition import compose, hand_over, quoted
+
+    arguments, resume = _take_resume(list(overrides))
+    launchers.join()
+    if resume not in (None, "auto"):
+        _resume(Path(str(resume)), arguments)
+        return
+    if resume == "auto" and not any(argument.startswith("run_dir=") for argument in arguments):
+        raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
+    flags = [a for a in arguments if a.startswith("-")]
+    if resume == "auto" and {"-m", "--multirun"} & set(flags):
+        raise InputError("resume=auto does not go with -m: start the jobs one by one, each with its own run_dir.")
+    if all(flag.split("=")[0] in ("--config-dir", "-cd") for flag in flags):
+        # A plain run: everything that can be wrong is found before a folder is made or a weight read.
+        config = compose(arguments)
+        _refuse(next(filter(None, ranks.everyones(preflight.check(config))), []))
+        # The folder may be named by the clock: all processes take the first one's.
+        run_dir = f"run_dir={quoted(ranks.of_first(config.run_dir))}"
+        if _start_ranks(config, [*overrides, run_dir]):
+            return
+        if ranks.count() > 1:
+            arguments = [*arguments, run_dir]
+    elif ranks.count() > 1:
+        raise Agreed("-m: every process would run the whole sweep. Leave torchrun and srun to one run at a time.")
+    hand_over([*arguments, "resume=auto"] if resume == "auto" else arguments, job)
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    short_help="Find what is wrong with a run, in seconds, without starting it.",
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def check(overrides: tuple[str, ...]) -> None:
+    """Read configuration and file headers of `adamerge adapt OVERRIDES`, and report everything that is wrong.
+
+    \b
+    adamerge check objective=entropy granularity=row
+    adamerge check --config-dir my_configs pool=mine data=mine
+
+    It takes what `adamerge adapt` takes; see `adamerge adapt --help`.
+    """  # noqa: D301
+    from adamerge import preflight
+    from adamerge.composition import compose
+    from adamerge.targets import foreign_targets
+
+    config = compose(list(overrides))
+    problems = preflight.check(config)
+    for target in foreign_targets(preflight.containers(config)):
+        out.print(escape(str(target)), highlight=False)
+    report(problems)
+    out.print("No problems found.")
+
+
+def job(config: Any) -> None:
+    """One run, called by Hydra, in this process or in a launcher's."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from adamerge import launchers, preflight, run_folder
+    from adamerge.composition import expanded, register_resolvers
+
+    register_resolvers()
+    if launchers.job_id() and not logging.getLogger().isEnabledFor(logging.INFO):
+        configure_logging(debug=False)  # this is a process of submitit's, which main() has not seen
+    launchers.join()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    config = expanded(config)
+    config.run_dir = str(folder)
+    config.cwd = str(Path.cwd())
+    config.job = launchers.job_id()
+    again = run_folder.is_of_job(folder, config.job)  # the scheduler has started it anew
+    again = again or (config.resume == "auto" and (folder / run_folder.CONFIG_FILE).is_file())
+    if ranks.of_first(again):
+        stored = run_folder.load_config(folder)
+        stored.job = config.job
+        changed = run_folder.differences(config, stored)
+        if changed:
+            message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
+            raise JobFailed(InputError(message))
+        try:
+            _run(stored, folder, resume=True)
+        except (InputError, OSError, GuardError) as error:
+            raise JobFailed(error) from error
+        return
+    config.resume = None
+    try:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # a single run has been checked before its folder was made
+            _refuse(preflight.check(config))
+            _refuse_ranks(config)
+        _on_first(run_folder.check_unused, folder)
+    except InputError as error:
+        raise JobFailed(error) from error
+    fresh = not any(folder.iterdir()) if folder.exists() else True
+    try:
+        _run(config, folder, resume=False)
+    except (InputError, OSError, GuardError) as error:
+        if fresh and ranks.is_first() and not isinstance(error, GuardError):
+            run_folder.remove_unstarted(folder)
+        raise JobFailed(error) from error
+
+
+def _resume(folder: Path, rest: Sequence[str]) -> None:
+    from adamerge import run_folder
+
+    if rest:
+        raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(rest)}.")
+    folder = folder.absolute()
+    config = run_folder.load_config(folder)
+    if not _start_ranks(config, [f"resume={folder}"]):
+        _run(config, folder, resume=True)
+
+
+def _start_ranks(config: Any, overrides: Sequence[str]) -> bool:
+    """Start the run's processes and leave with their exit code when they have ended; False if one is enough."""
+    from adamerge import launchers
+
+    if launchers.environment() is not None or (count := launchers.wanted(config.trainer)) == 1:
+        return False
+    debug = ["--debug"] if logging.getLogger().isEnabledFor(logging.DEBUG) else []
+    if code := launchers.start(count, [*debug, "adapt", *overrides]):
+        sys.exit(code)
+    return True
+
+
+def _refuse_ranks(config: Any) -> None:
+    """Refuse a job of a sweep in this process that would have to start others."""
+    from adamerge import launchers
+
+    if launchers.environment() is None and launchers.wanted(config.trainer) > 1:
+        raise InputError(
+            "trainer.devices: a job of a sweep on this machine has one process, as each would run the whole sweep. "
+            "Set trainer.devices=1, sweep on a cluster (hydra/launcher=slurm), or start the runs one by one."
+        )
+
+
+def _on_first(function: Callable[[Path], object], folder: Path) -> None:
+    """Call a function that refuses folders in the first of the run's processes; all refuse if it does."""
+    error = None
+    if ranks.is_first():
+        try:
+            function(folder)
+        except InputError as found:
+            error = Agreed(*found.args)
+    if (error := ranks.of_first(error)) is not None:
+        raise error
+
+
+def _run(config: Any, folder: Path, *, resume: bool) -> None:
+    from adamerge import run_folder
+    from adamerge.evaluation import table
+
+    with contextlib.ExitStack() as stack:
+        held = run_folder.held(folder, unused=not resume)  # again: another process may have started here since
+        _on_first(lambda _: stack.enter_context(held), folder)
+        content = _adapt(config, folder, resume=resume)
+    if content is not None:
+        out.print(table(content, width=out.width))
+    if ranks.is_first():
+        list_files(folder)
+
+
+def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
+    """Run with a log in the run's folder, and say how to go on where the run is stopped."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from adamerge import launch, run_folder
+    from adamerge.stages import running_stage
+
+    quiet_lightning()
+    handler = log_to(folder / "adapt.log") if ranks.is_first() else logging.NullHandler()
+    try:
+        return launch.adapt(config, folder, resume=resume)
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {error}") from error
+    except OSError:
+        if ranks.is_first() and run_folder.is_started(folder):
+            err.print(f"When that is mended, go on with: adamerge adapt resume={folder}")
+        raise
+    except Interrupted:
+        if not ranks.is_first():
+            raise
+        err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
+        err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def _take_resume(arguments: list[str]) -> tuple[list[str], str | None]:
+    resume = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
+    value = resume[-1] if resume and resume[-1] not in ("null", "") else None
+    return [a for a in arguments if not a.startswith("resume=")], value
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more; `adamerge check` with the same arguments lists all)"
+        raise Agreed(problems[0] + (more if len(problems) > 1 else ""))

@@ -1,0 +1,61 @@
+"""``inspect`` and ``convert``: what is in checkpoint files."""
+
+import json
+from pathlib import Path
+
+import click
+
+from adamerge.commands.terminal import out, report, size
+
+
+@click.command()
+@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
+@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
+@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
+@click.option("--prefix", default=None, help="Key prefix of the encoder, such as visual. (the zoo's default).")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out, such as a head's; repeat.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def inspect(
+    base: Path | None,
+    experts: tuple[str, ...],
+    pool: str | None,
+    prefix: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
+    from adamerge import inspection
+    from adamerge.composition import chosen_pool
+
+    files = chosen_pool("inspect", base, experts, pool, prefix).narrowed(include, exclude)
+    report(inspection.header_problems(files))
+    opened = inspection.open_pool(files)
+    if as_json:
+        click.echo(json.dumps(inspection.as_json(opened), indent=2))
+    else:
+        inspection.show(opened, out)
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, NAME.safetensors.")
+@click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
+def convert(source: Path, out: Path, key_prefix: str) -> None:
+    """Write the tensors of a pickled checkpoint or whole module as safetensors. Nothing in it is run."""
+    from adamerge import conversion
+    from adamerge.errors import shorten
+
+    done = conversion.convert(source, out, key_prefix)
+    counts = ", ".join(f"{count} {dtype}" for dtype, count in done.dtypes.items())
+    lines = [f"{source}: {done.of}", f"  {sum(done.dtypes.values())} tensors, {size(done.nbytes)}: {counts}"]
+    if done.inert:
+        lines.append(f"  named in it, not imported: {shorten(done.inert)}")
+    if done.left_out:
+        lines.append(f"  left out: {shorten(done.left_out)}")
+    if done.prefix:
+        lines.append(f"  All names begin with {done.prefix!r}: --key-prefix {key_prefix}{done.prefix} takes it off.")
+    for line in (*lines, str(out)):
+        out_line = line.encode("ascii", "backslashreplace").decode()
+        click.echo(out_line)

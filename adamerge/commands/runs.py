@@ -1,0 +1,74 @@
+"""``evaluate`` and ``export``: what is done with the folder of a run."""
+
+import json
+from pathlib import Path
+
+import click
+
+from adamerge.commands.terminal import out
+from adamerge.errors import InputError
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="File to score instead of the run's export.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
+    """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines."""
+    from adamerge import launch, run_folder
+    from adamerge.evaluation import read_summary, summary, table, write_summary
+    from adamerge.scoring import Made, score_run
+
+    run_dir = run_dir.absolute()
+    file = (checkpoint or run_dir / "merged.safetensors").absolute()
+    config = run_folder.load_config(run_dir)
+    assembly = launch.assemble(config)
+    old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
+    before = {} if checkpoint else old.get(str(config.name), {})
+    name = checkpoint.stem if checkpoint else str(config.name)
+    made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
+    rows = score_run(assembly.model, assembly.data, made, references=True)
+    protocol = assembly.data.protocol
+    left_out = assembly.data.unreadable_evaluation()
+    path = run_dir / "summary.json"
+    content = summary(rows, protocol, left_out) if checkpoint else write_summary(rows, protocol, path, left_out)
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+    else:
+        out.print(table(content, width=out.width))
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.option("--coefficients", type=click.Path(path_type=Path), help="Replay this coefficients.json.")
+@click.option("--base", type=click.Path(path_type=Path), help="Without RUN_DIR: the base checkpoint.")
+@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="Without RUN_DIR: an expert; repeat.")
+@click.option("--prefix", default="", help="Without RUN_DIR: key prefix of the encoder, such as visual.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
+def export(
+    run_dir: Path | None,
+    coefficients: Path | None,
+    base: Path | None,
+    experts: tuple[str, ...],
+    prefix: str,
+    output: Path | None,
+) -> None:
+    """Write the merged checkpoint of a run's last step, or replay a coefficients file without any data.
+
+    \b
+    adamerge export RUN_DIR                                  an interrupted run's last checkpoint
+    adamerge export RUN_DIR --coefficients FILE --output DIR
+    adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --output DIR
+    """  # noqa: D301
+    from adamerge import replay
+    from adamerge.pool_files import named_files
+
+    if run_dir is not None:
+        files = replay.export_run(run_dir, coefficients, output or run_dir)
+    elif base is None or coefficients is None or output is None or not experts:
+        raise InputError("export: give RUN_DIR, or all of --base, --expert, --coefficients and --output.")
+    else:
+        paths = {name: entry.file for name, entry in named_files(experts).items()}
+        files = replay.export_files(base, paths, coefficients, output, prefix)
+    for path in files.values():
+        out.print(str(path), highlight=False)
