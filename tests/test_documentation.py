@@ -1,7 +1,18 @@
 import importlib.util
-from pathlib import Path
+import os
+import re
+import subprocess
+import sys
 
-ROOT = Path(__file__).parent.parent
+import click
+import pytest
+from documents import PAGES, ROOT, blocks, commands, written_files
+
+from adamerge.cli import app
+from adamerge.composition import compose
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
+SHOWN_ONLY = {"--help", "-h", "--version"}
 
 
 def load(path):
@@ -16,3 +27,88 @@ def test_configuration_reference_is_what_the_yaml_files_say():
     assert page == (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), (
         "docs/configuration.md is out of date: run python docs/configuration.py"
     )
+
+
+@pytest.fixture(scope="module")
+def readers_folder(tmp_path_factory):
+    """A folder with all files that the pages tell the reader to write, and those that they take for granted."""
+    folder = tmp_path_factory.mktemp("reader")
+    for page in PAGES:
+        for name, text in written_files(page).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    pool = "base: base.safetensors\nexperts: {a: a.safetensors}\n"
+    for name in ("FILE", "pool.yaml", "packed/pool.yaml", "DIR/pool.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(pool, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_commands_of_the_pages_exist_with_their_options(command, readers_folder, monkeypatch):
+    monkeypatch.chdir(readers_folder)
+    arguments = [word for word in command.arguments if word not in ("...", "--debug", "--quiet", "--json")]
+    if not arguments or SHOWN_ONLY & set(arguments):
+        assert not arguments or arguments[0] in app.commands or arguments[0] in SHOWN_ONLY
+    elif arguments[0] in ("adapt", "check"):
+        compose([word for word in map(first_choice, arguments[1:]) if word not in ("-m", "OVERRIDES")])
+    else:
+        parse(app, arguments)
+
+
+def first_choice(word):
+    """Return a sweep's first job: ``seed=0,1`` as ``seed=0``; and no run that would have to be resumed."""
+    if re.match(r"resume=|--cfg", word):
+        return "resume=null"
+    return re.sub(r"^([\w./@]+=[^\[{,'\"]+),.*$", r"\1", word)
+
+
+def parse(command, arguments):
+    """Parse the options of a command, or of a command of a group."""
+    while isinstance(command, click.Group):
+        assert arguments[0] in command.commands, f"no command {arguments[0]}"
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    with command.make_context(command.name, list(arguments)):
+        pass
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_the_pages_compiles(page):
+    for line, block in blocks(page, "python"):
+        compile("\n" * (line - 1) + block, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), f"{page.name}: {target}: no such file"
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page.name}: {target}: no such heading"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective=confidence", "objective.power=3"],
+        ["granularity._target_=my_granularities.WeightsAndBiases"],
+        ["granularity=pattern", r"granularity.groups={attention: \.attn\., mlp: \.mlp\.}"],
+        ["transform._target_=my_transforms.Center"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_what_the_readme_tells_to_write_runs(overrides, readers_folder, tmp_path):
+    code = "from adamerge.cli import main; main()"
+    few = ["steps=2", "data.limit=32", "evaluate=false", f"run_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-c", code, "adapt", "--config-dir", "my_configs", *overrides, *few]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    done = subprocess.run(command, cwd=readers_folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "merged.safetensors").is_file()
