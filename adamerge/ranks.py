@@ -1,24 +1,29 @@
 """The processes that share a run, and how they agree.
 
-Outside of a process group there is one rank, and every function here gives back what it was given.
+Outside of a process group there is one rank, and every function here gives back what it was given. Importing this
+module does not import torch, which takes seconds: a process that has not, has joined no group.
 """
 
-from typing import Any, TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, distributed
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 
 
 def rank() -> int:
     """Return this process's number; the first, 0, is the one that writes."""
-    return distributed.get_rank() if _is_joined() else 0
+    group = _group()
+    return group.get_rank() if group else 0
 
 
 def count() -> int:
     """Return how many processes share the run."""
-    return distributed.get_world_size() if _is_joined() else 1
+    group = _group()
+    return group.get_world_size() if group else 1
 
 
 def is_first() -> bool:
@@ -26,12 +31,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def total(values: Tensor) -> Tensor:
+def total(values: "Tensor") -> "Tensor":
     """Return the sum over all ranks, the same bits on each; all must call, with one shape."""
     if count() == 1:
         return values
     values = values.detach().clone()
-    distributed.all_reduce(values)
+    _group().all_reduce(values)
     return values
 
 
@@ -40,7 +45,7 @@ def everyones(value: T) -> list[T]:
     if count() == 1:
         return [value]
     found: list[Any] = [None] * count()
-    distributed.all_gather_object(found, value)
+    _group().all_gather_object(found, value)
     return found
 
 
@@ -49,24 +54,28 @@ def of_first(value: T) -> T:
     if count() == 1:
         return value
     found = [value]
-    distributed.broadcast_object_list(found, src=0)
+    _group().broadcast_object_list(found, src=0)
     return found[0]
 
 
-def largest(number: int, device: torch.device | str = "cpu") -> int:
+def largest(number: int, device: "torch.device | str" = "cpu") -> int:
     """Return the largest of the ranks' numbers."""
     if count() == 1:
         return number
+    import torch
+
     found = torch.tensor(number, device=device)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    _group().all_reduce(found, _group().ReduceOp.MAX)
     return int(found)
 
 
 def wait() -> None:
     """Go on when all ranks have come here."""
     if count() > 1:
-        distributed.barrier()
+        _group().barrier()
 
 
-def _is_joined() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+def _group() -> Any:
+    """Return ``torch.distributed`` if this process has joined a group, else None."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None

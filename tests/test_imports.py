@@ -116,14 +116,30 @@ def test_imports_of_heavy_packages_stay_in_their_modules(file):
 
 
 def test_import_adamerge_loads_no_heavy_package():
-    code = "import sys, adamerge; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    code = "import sys, adamerge; adamerge.merge; print(sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "'adamerge'" in done.stdout
     for package in ("lightning", "hydra", "omegaconf", "open_clip", "torchvision", "torchmetrics", "matplotlib"):
         assert f"'{package}'" not in done.stdout, f"`import adamerge` loads {package}"
 
 
+def test_help_and_usage_errors_do_not_wait_for_torch():
+    code = "import sys, adamerge.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    "first", ["import adamerge.merge", "import adamerge.model", "from adamerge.merge import PullBack"]
+)
+def test_merge_is_the_function_whatever_is_imported_first(first):
+    code = f"{first}; import adamerge; from adamerge import merge; print(merge.__name__, adamerge.merge is merge)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "merge True\n"
+
+
 def test_public_names_are_exported():
     assert set(adamerge.__all__) <= PUBLIC
+    assert set(adamerge.__all__) <= set(dir(adamerge))
     for name in adamerge.__all__:
         assert hasattr(adamerge, name)
+    with pytest.raises(AttributeError, match="no attribute 'merged'"):
+        adamerge.merged  # noqa: B018
