@@ -17,7 +17,9 @@ from torch import Tensor
 from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import combined_hash, sha256
+from adamerge.key_maps import TABLES, Completed, KeyTable, MappedCheckpoint, as_own, as_theirs, own_key, table_of
 from adamerge.low_rank import LowRank, matrix_shape
+from adamerge.model_files import open_model
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -78,7 +80,7 @@ class AdapterCheckpoint:
         self._prefix = prefix
         self._config_file = folder / CONFIG
         self._config = _read_config(self._config_file)
-        weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), folder / _WEIGHTS[0])
+        weights = _weights_file(folder)
         self._file = open_checkpoint(weights)
         self._base_keys = set(base.keys)
         self._pairs: dict[str, _Pair] = {}
@@ -212,26 +214,44 @@ class AdapterCheckpoint:
 
 
 def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpoint:
-    """Open an expert: a checkpoint file, or the folder of a LoRA adapter.
+    """Open an expert: a checkpoint file, a model's folder, or the folder of a LoRA adapter.
 
     Args:
-        path: The file or folder.
-        base: Of the pool.
+        path: The file or folder. One of another library is seen under open_clip's names, and takes from the base what
+            its format may lack.
+        base: Of the pool, under open_clip's names if it is a CLIP.
         prefix: Of the encoder's keys.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: See :func:`~adamerge.checkpoints.open_checkpoint` and :class:`AdapterCheckpoint`.
+        InputError: See :func:`~adamerge.model_files.open_model` and :class:`AdapterCheckpoint`.
     """
     path = Path(path)
-    if not path.is_dir():
-        return open_checkpoint(path)
     if not (path / CONFIG).is_file():
-        raise InputError(
-            f"{path}: expected a checkpoint file, or the folder of a LoRA adapter, found a folder without {CONFIG}. "
-            "Name the file inside it."
-        )
-    return AdapterCheckpoint(path, base, prefix)
+        expert = open_model(path)
+        table = table_of(expert.source) if isinstance(expert, MappedCheckpoint) else None
+        return Completed(expert, base, table) if isinstance(expert, MappedCheckpoint) and table else expert
+    table = _foreign_names(path)
+    if table is None:
+        return AdapterCheckpoint(path, base, prefix)
+    start = next(iter(table.bare), "")
+    return as_own(AdapterCheckpoint(path, as_theirs(base, table), start), table)
+
+
+def _foreign_names(folder: Path) -> KeyTable | None:
+    """Return the table of the names that an adapter uses, where it was trained on another library's model."""
+    weights = _weights_file(folder)
+    keys = open_checkpoint(weights).keys if weights.exists() else ()
+    matches = [_PAIR.match(_clean(key) or "") for key in keys]
+    names = [f"{match['module']}.weight" for match in matches if match]
+    for table in TABLES:
+        if any(own_key(start + name, table) for start in ("", *table.bare) for name in names):
+            return table
+    return None
+
+
+def _weights_file(folder: Path) -> Path:
+    return next((folder / name for name in _WEIGHTS if (folder / name).exists()), folder / _WEIGHTS[0])
 
 
 def change_of(expert: Checkpoint, key: str) -> Tensor | LowRank:

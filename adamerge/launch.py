@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from adamerge import launchers, ranks
-from adamerge.backbones import Backbone, check_classes
+from adamerge.backbones import Backbone, check_classes, own_base
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.checkpoint_io import write_atomically
@@ -127,10 +127,13 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
 
 
 def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
-    """Open the pool that the configuration names, for a backbone."""
+    """Open the pool that the configuration names, for a backbone, whose own base stands in where the pool has none."""
     node = config.pool
+    base = node.get("base") or own_base(backbone, download=True)
+    if base is None:
+        raise InputError("pool.base: must be given: base=FILE.")
     return ExpertPool.from_files(
-        node.base,
+        base,
         dict(node.experts),
         storage=node.get("storage") or "auto",
         dtype=dtype_of(node.get("dtype")),

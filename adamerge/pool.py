@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from adamerge.adapters import change_of, open_expert
-from adamerge.checkpoints import Checkpoint, MemoryCheckpoint, open_checkpoint
+from adamerge.checkpoints import Checkpoint, MemoryCheckpoint
 from adamerge.errors import InputError
 from adamerge.layout import KeyMap, Layout, check_layout, check_names, shared_names
 from adamerge.low_rank import Factors
+from adamerge.model_files import open_model
 from adamerge.packed_file import PackedFile
 from adamerge.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage, return_freed_memory
 from adamerge.transforms import Prepared, Transform
@@ -160,9 +161,10 @@ class ExpertPool:
         """Open a base and its experts from checkpoint files.
 
         Args:
-            base: The pretrained checkpoint.
-            experts: Expert name to its checkpoint, or to the folder of a LoRA adapter in peft's format; the order
-                becomes axis 0.
+            base: The pretrained checkpoint, or a model's folder. Hugging Face's CLIPs are known by their keys, and
+                seen under open_clip's names; so are the experts.
+            experts: Expert name to its checkpoint, a model's folder, or the folder of a LoRA adapter in peft's format;
+                the order becomes axis 0.
             storage: Where task vectors live: ``device``, ``ram`` (of the host), ``stream`` (formed tile by tile from
                 the mapped files), or ``auto``: the first of these where they fit into half of the free memory.
             dtype: Of task vectors in memory: bfloat16 halves it, int8 quarters it. Default: as computed. Streamed
@@ -181,7 +183,7 @@ class ExpertPool:
             InputError: If anything does not fit; the message names file and tensor.
         """
         check_names(experts)
-        source, prefix = open_checkpoint(base), key_map if isinstance(key_map, str) else ""
+        source, prefix = open_model(base), key_map if isinstance(key_map, str) else ""
         opened = {name: open_expert(path, source, prefix) for name, path in experts.items()}
         return cls(
             source, opened, storage=storage, dtype=dtype, include=include, exclude=exclude, key_map=key_map,

@@ -18,9 +18,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from adamerge.adapters import open_expert
-from adamerge.checkpoints import open_checkpoint
 from adamerge.errors import InputError, did_you_mean
 from adamerge.files import sha256
+from adamerge.model_files import open_model
 from adamerge.pool import ExpertPool
 from adamerge.task_vectors import dtype_of
 
@@ -136,7 +136,7 @@ class PoolFiles:
     def _hash(self, path: Path) -> str:
         if not path.is_dir():
             return sha256(path)
-        return open_expert(path, open_checkpoint(self.base.file), self.key_prefix or "").sha256()
+        return open_expert(path, open_model(self.base.file), self.key_prefix or "").sha256()
 
 
 def load_pool_file(path: Path) -> PoolFiles:

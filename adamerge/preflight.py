@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from adamerge.backbones import Backbone, Torchvision
+from adamerge.backbones import Backbone, Torchvision, own_base
 from adamerge.errors import InputError, did_you_mean
 from adamerge.objectives import check_objective
 from adamerge.refinement import Refinement
@@ -229,7 +229,11 @@ def _default_keys() -> Sequence[str]:
 def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> Headers:
     """Compare the headers of the pool's files."""
     node = config.get("pool")
-    base, experts = pool_files(node, "pool")
+    tag = getattr(backbone, "pretrained", None)
+    base, experts = pool_files(node, "pool", needs_base=tag is None)
+    found = base if base is not None else own_base(backbone, download=False)
+    if found is None:
+        log.info("backbone.pretrained=%s: its weights are not in the cache; the run downloads them first.", tag)
     check_storage(str(node.get("storage") or "auto"))
     try:
         dtype_of(node.get("dtype"))
@@ -238,15 +242,19 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     if node.get("duplicates") not in (None, "refuse", "allow"):
         problems.append(f"pool.duplicates: expected refuse or allow, found {node.duplicates!r}.")
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
-    headers = read_headers(base, experts, backbone.prefix, strings(node.get("include")), exclude)
+    headers = read_headers(found, experts, backbone.prefix, strings(node.get("include")), exclude)
     problems += headers.problems
+    if (find := getattr(backbone, "problems", None)) is not None:
+        problems += find({**({} if headers.source is None else {"base": headers.source}), **headers.experts})
     if node.get("task_vectors") is not None:
         problems += packed_problems(node.task_vectors, headers)
     return headers
 
 
-def pool_files(node: Any, where: str) -> tuple[str, dict[str, str]]:
+def pool_files(node: Any, where: str, *, needs_base: bool = True) -> tuple[str | None, dict[str, str]]:
     """Return the base's file and the experts' by name, of a pool's node that messages call ``where``.
+
+    Without a base, where none is needed, None stands in for its file.
 
     Raises:
         InputError: If it names no base, no experts, or something else than files.
@@ -254,7 +262,7 @@ def pool_files(node: Any, where: str) -> tuple[str, dict[str, str]]:
     if not isinstance(node, DictConfig):
         raise InputError(f"{where}: expected base and experts, found {node!r}; such as pool=zoo.")
     for key, example in (("base", "base=FILE"), ("experts", "experts={name: FILE, ...}")):
-        if OmegaConf.is_missing(node, key) or node.get(key) is None:
+        if node.get(key) is None and (key != "base" or needs_base):
             raise InputError(f"{where}.{key}: must be given: {example}.")
     if not isinstance(node.experts, DictConfig):
         raise InputError(
@@ -263,13 +271,14 @@ def pool_files(node: Any, where: str) -> tuple[str, dict[str, str]]:
     if not node.experts:
         raise InputError(f"{where}.experts: expected at least one expert, {{name: FILE, ...}}, found none.")
     files: dict[Any, Any] = {name: node.experts.get(name) for name in node.experts}
-    for key, found in (("base", node.base), *((f"experts.{name}", path) for name, path in files.items())):
-        if not isinstance(found, str) or not found:
+    base = node.get("base")
+    for key, found in (("base", base), *((f"experts.{name}", path) for name, path in files.items())):
+        if (not isinstance(found, str) or not found) and (key != "base" or base is not None):
             raise InputError(f"{where}.{key}: expected a checkpoint file, found {found!r}; name one or leave it out.")
     for name in files:
         if not isinstance(name, str):
             raise InputError(f"{where}.experts: expected names that are texts, found {name!r}; write '{name}'.")
-    return node.base, {str(name): str(path) for name, path in files.items()}
+    return base, {str(name): str(path) for name, path in files.items()}
 
 
 def _check_trainer(config: DictConfig) -> None:

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 
 from adamerge import initial
+from adamerge.adapters import CONFIG as ADAPTER
 from adamerge.adapters import open_expert
-from adamerge.checkpoints import Checkpoint, open_checkpoint
+from adamerge.checkpoints import Checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.constraints import Constraint
 from adamerge.data import Task
@@ -21,6 +22,7 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import ensure_writable
 from adamerge.granularity import Granularity, GroupIndex
 from adamerge.layout import KeyMap, check_layout, check_names
+from adamerge.model_files import open_model
 from adamerge.packed_file import PackedFile
 from adamerge.pool import ExpertPool
 from adamerge.running import EncoderOptions, select
@@ -37,6 +39,7 @@ class Headers:
     """As much of a pool as the headers of its files tell.
 
     Attributes:
+        source: The base, where its file could be opened.
         experts: The experts whose files could be opened.
         shapes: Name to shape, of the parameters that merge; empty where the base could not be opened.
         problems: All that is wrong.
@@ -47,6 +50,7 @@ class Headers:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     compute_dtype: torch.dtype = torch.float32
+    source: Checkpoint | None = None
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -55,13 +59,16 @@ class Headers:
 
 
 def read_headers(
-    base: str | Path,
+    base: str | Path | None,
     experts: Mapping[str, str | Path],
     prefix: str,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
 ) -> Headers:
-    """Open a pool's files and compare their headers; what is wrong is collected, not raised."""
+    """Open a pool's files and compare their headers; what is wrong is collected, not raised.
+
+    A base of None is one that is yet to be downloaded.
+    """
     problems: list[str] = []
     try:
         check_names(experts)
@@ -70,14 +77,14 @@ def read_headers(
     opened: dict[str, Checkpoint] = {}
     source: Checkpoint | None = None
     try:
-        source = open_checkpoint(base)
+        source = None if base is None else open_model(base)
     except (InputError, OSError) as error:
         problems.append(str(error))
     for name, path in experts.items():
-        if source is None and Path(path).is_dir():
-            continue  # an adapter cannot be held against a base that is not there
+        if source is None and (Path(path) / ADAPTER).is_file():
+            continue  # it cannot be held against a base that is not there
         try:
-            opened[name] = open_checkpoint(path) if source is None else open_expert(path, source, prefix)
+            opened[name] = open_model(path) if source is None else open_expert(path, source, prefix)
         except (InputError, OSError) as error:
             problems.append(str(error))
     if source is None:
@@ -85,7 +92,7 @@ def read_headers(
     keys = KeyMap(source.keys, prefix or None)
     layout = check_layout(source, opened, keys, include, exclude, {})
     shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
-    return Headers(opened, shapes, (*problems, *layout.problems))
+    return Headers(opened, shapes, (*problems, *layout.problems), source=source)
 
 
 def packed_problems(path: Any, headers: Headers) -> list[str]:

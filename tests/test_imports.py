@@ -18,7 +18,9 @@ ORDER = [
     ["pickles", "low_rank", "selection", "stock", "views", "reading"],
     ["files", "stacks"],
     ["checkpoints"],
-    ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets"],
+    ["key_maps"],
+    ["model_files"],
+    ["granularity", "constraints", "layout", "adapters", "packed_file", "conversion", "targets", "clip_configs"],
     ["transforms"],
     ["task_vectors", "initial", "factored"],
     ["pool"],
@@ -56,7 +58,8 @@ ALLOWED = {
     "pytorch_lightning": set(),
     "hydra": SHELL,
     "omegaconf": SHELL,
-    "open_clip": {"backbones", "zoo"},
+    "open_clip": {"backbones", "clip_configs", "zoo"},
+    "transformers": set(),
 }
 
 

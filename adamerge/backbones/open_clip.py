@@ -1,0 +1,221 @@
+"""open_clip's models, the timm encoders among them, and the classifiers that their texts make."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adamerge.backbones.pretrained import Tag, find_tag
+from adamerge.checkpoints import Checkpoint
+from adamerge.clip_configs import quick_gelu_of
+from adamerge.data import Task
+from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.model_files import OPEN_CLIP_CONFIG, read_json
+
+
+class ZeroShotHead(nn.Module):
+    """CLIP's classifier: scaled cosine between image features and class embeddings.
+
+    Args:
+        weight: Normalised class embeddings, (F, C).
+        scale: Logit scale, already exponentiated.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (B, C)."""
+        return self.scale * functional.normalize(features, dim=-1) @ self.weight
+
+
+@dataclass(frozen=True)
+class OpenClip:
+    """An open_clip model: its visual tower is the encoder, its text tower makes the heads.
+
+    Args:
+        model: A name that open_clip knows (``ViT-B-32``), or a folder with an ``open_clip_config.json``.
+        tokenizer: Texts to token ids (N, context length); default open_clip's for the model.
+        pretrained: A tag that open_clip knows for the model (``openai``), or a file: the base where the pool names
+            none. A tag also sets the preprocessing, and its weights are downloaded if they are not in the cache.
+
+    Raises:
+        InputError: If there is no such model, tag or file, or the tag's weights are another model's.
+    """
+
+    model: str
+    tokenizer: Callable[[list[str]], Tensor] | None = None
+    prefix: str = "visual."
+    exclude: tuple[str, ...] = ()
+    pretrained: str | None = None
+
+    def __post_init__(self) -> None:
+        import open_clip
+
+        known = open_clip.list_models()
+        if not self._folder and self.model not in known:
+            is_foreign = (Path(self.model) / "config.json").is_file()
+            hint = f" Make one of it: adamerge convert {self.model} --to open_clip --out FOLDER." if is_foreign else ""
+            raise InputError(
+                f"backbone.model: open_clip knows no model {self.model!r}, and it is no folder with an "
+                f"{OPEN_CLIP_CONFIG}.{hint or did_you_mean(self.model, known)}"
+            )
+        tag = self._tag
+        if tag is not None and tag.quick_gelu != self._quick_gelu:
+            raise InputError(self._other_activation(f"backbone.pretrained={self.pretrained}", tag.quick_gelu))
+
+    @property
+    def _folder(self) -> Path | None:
+        folder = Path(self.model)
+        return folder if (folder / OPEN_CLIP_CONFIG).is_file() else None
+
+    @property
+    def _tag(self) -> Tag | None:
+        """The tag that ``pretrained`` names; None where it names a file or nothing."""
+        if self.pretrained is None or Path(self.pretrained).exists():
+            return None
+        return find_tag("" if self._folder else self.model, self.pretrained)
+
+    @property
+    def _quick_gelu(self) -> bool:
+        return bool(self._config()["model_cfg"].get("quick_gelu", False))
+
+    def base(self, *, download: bool = True) -> Path | None:
+        """Return the checkpoint that ``pretrained`` names, None for none.
+
+        Args:
+            download: Whether to download a tag's weights that are not in the cache; else None is returned for them.
+
+        Raises:
+            InputError: If they cannot be downloaded.
+        """
+        if self.pretrained is None:
+            return None
+        tag = self._tag
+        return Path(self.pretrained) if tag is None else tag.weights(download=download)
+
+    def problems(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+        """List the checkpoints, by name, whose own configuration says that they are another model's."""
+        found = []
+        for checkpoint in checkpoints.values():
+            path = getattr(checkpoint, "config_file", None)
+            quick_gelu = None if path is None else quick_gelu_of(read_json(path), str(path))
+            if quick_gelu is not None and quick_gelu != self._quick_gelu:
+                found.append(self._other_activation(f"{path}: hidden_act", quick_gelu))
+        return found
+
+    def _other_activation(self, where: str, quick_gelu: bool) -> str:
+        """Say that weights were trained with another activation than the model has, and which model has it."""
+        import open_clip
+
+        known = open_clip.list_models()
+        plain = self.model.removesuffix("-quickgelu")
+        name = f"{plain}-quickgelu" if quick_gelu else plain
+        other = "a folder whose model_cfg has" if self._folder or name not in known else f"backbone.model={name}, or"
+        with_it, without = ("quick_gelu", "gelu")[:: 1 if quick_gelu else -1]
+        return (
+            f"{where}: these weights were trained with {with_it}, but backbone.model={self.model} computes {without}. "
+            f"Set {other} quick_gelu: {str(quick_gelu).lower()}."
+        )
+
+    @property
+    def _name(self) -> str:
+        """What open_clip calls the model."""
+        return f"local-dir:{self._folder}" if self._folder else self.model
+
+    @cached_property
+    def _clip(self) -> Any:
+        import open_clip
+
+        with _quiet():
+            return open_clip.create_model(self._name, load_weights=False, pretrained_text=False)
+
+    def encoder(self) -> nn.Module:
+        """Return the visual tower."""
+        encoder: nn.Module = self._clip.visual
+        return encoder
+
+    def preprocess(self) -> Callable[[Any], Tensor]:
+        """Return open_clip's evaluation transform for the model."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        config = PreprocessCfg(**self.sidecar()["preprocess_cfg"])
+        transform: Callable[[Any], Tensor] = image_transform_v2(config, is_train=False)
+        return transform
+
+    def heads(
+        self, base: Checkpoint, experts: Mapping[str, Checkpoint], tasks: Mapping[str, Task]
+    ) -> dict[str, nn.Module]:
+        """Build zero-shot heads from class names and templates with the base's text tower.
+
+        Raises:
+            InputError: If the base or an expert is not a checkpoint of this model, or a task has no class names.
+        """
+        import open_clip
+
+        for problem in self.problems({"base": base, **experts}):
+            raise InputError(problem)
+        wanted = {key: tuple(tensor.shape) for key, tensor in self._clip.state_dict().items()}
+        found = {key: base.spec(key)[0] for key in base.keys}
+        other = [key for key, shape in wanted.items() if found.get(key, shape) != shape]
+        problems = {
+            "missing": shorten(key for key in wanted if key not in found),
+            "unexpected": shorten(key for key in found if key not in wanted),
+            "reshaped": shorten(f"{key}: expected {wanted[key]}, found {found[key]}" for key in other),
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{kind} {keys or 'none'}" for kind, keys in problems.items())
+            raise InputError(f"{base.name}: not a checkpoint of {self.model}: {listed}. Is backbone.model right?")
+        self._clip.load_state_dict({key: base.get(key) for key in base.keys})
+        tokenizer = self.tokenizer or open_clip.get_tokenizer(self._name)
+        heads: dict[str, nn.Module] = {}
+        for name, task in tasks.items():
+            classes = task.class_names
+            if not classes:
+                raise InputError(
+                    f"data.tasks.{name}.classes: a zero-shot head needs class names, and the data set has none."
+                )
+            weight = open_clip.build_zero_shot_classifier(self._clip.eval(), tokenizer, classes, list(task.templates))
+            heads[name] = ZeroShotHead(weight.float(), self._clip.logit_scale.detach().exp().float())
+        return heads
+
+    def sidecar(self) -> dict[str, Any]:
+        """Return the model's configuration in open_clip's file format."""
+        from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+        config = self._config()
+        # What open_clip gives a model without pretrained weights; building one only to ask it takes gigabytes.
+        default = PreprocessCfg(size=config["model_cfg"]["vision_cfg"].get("image_size", 224))
+        preprocess = dataclasses.asdict(default) | config.get("preprocess_cfg", {})
+        tag = self._tag
+        if tag is not None:
+            preprocess = merge_preprocess_dict(preprocess, tag.preprocess)
+        return {**config, "preprocess_cfg": preprocess}
+
+    def _config(self) -> dict[str, Any]:
+        import open_clip
+
+        if self._folder:
+            return read_json(self._folder / OPEN_CLIP_CONFIG)
+        return {"model_cfg": open_clip.get_model_config(self.model)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence open_clip's warning that a model without weights is random: its weights are not used."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
