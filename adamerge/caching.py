@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.memory import free_memory
 from adamerge.streams import Unlabeled
-from adamerge.task_vectors import free_memory
 
 log = logging.getLogger(__name__)
 

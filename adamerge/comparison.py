@@ -1,17 +1,16 @@
 """The command ``adamerge compare``: many ways to merge one pool, with seeds, scored side by side.
 
-Every row runs in a process of its own, so that one that fails, or is killed, takes no other along and peaks of memory
-belong to the row. Its result is a file; what is there is not run again.
+Rows are made in other processes, see :mod:`adamerge.row_processes`. A row's result is a file; what is there is not run
+again.
 """
 
 import json
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from adamerge.composition import compose, preset_file
 from adamerge.errors import GuardError, InputError
 from adamerge.figures import save_comparison
 from adamerge.files import atomic_path, ensure_writable, save_json
+from adamerge.row_processes import RowProcesses
 from adamerge.version import __version__
 
 log = logging.getLogger(__name__)
@@ -41,16 +41,23 @@ class Plan:
         overrides: Of the configuration of ``adapt``, for all rows: pool, data, backbone.
         seeds: Every row is made with each.
         folder: Of results and tables.
+        jobs: Rows that are made at a time.
     """
 
     rows: Mapping[str, compare_row.Spec]
     overrides: tuple[str, ...]
     seeds: tuple[int, ...]
     folder: Path
+    jobs: int = 1
 
 
 def plan_of(
-    rows: Sequence[str], preset: str | None, overrides: Sequence[str], seeds: Sequence[int], folder: Path
+    rows: Sequence[str],
+    preset: str | None,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    jobs: int = 1,
 ) -> Plan:
     """Read the command's options; task arithmetic and the experts, to which measures refer, are always among the rows.
 
@@ -77,7 +84,7 @@ def plan_of(
     for name, slug in zip(specs, folders, strict=True):
         if folders.count(slug) > 1:
             raise InputError(f"row {name!r}: another row has the same folder {slug!r}; rename one in a preset.")
-    return Plan(specs, (*common, *overrides), tuple(seeds), folder)
+    return Plan(specs, (*common, *overrides), tuple(seeds), folder, jobs)
 
 
 def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None) -> dict[str, str]:
@@ -98,22 +105,29 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
     ensure_writable(plan.folder)
     jobs = [(seed, name) for seed in plan.seeds for name in plan.rows]
     done = {job: result for job in jobs if (result := _stored(plan, *job)) is not None}
+    waiting = deque((number, *job) for number, job in enumerate(jobs, 1) if job not in done)
+    running: dict[Future[dict[str, Any]], tuple[int, int, str]] = {}
     failed: dict[str, str] = {}
     try:
-        for number, (seed, name) in enumerate(jobs, 1):
-            if (seed, name) in done:
-                continue
-            label = f"[{number}/{len(jobs)}] seed {seed}  {name}"
-            try:
-                result = _in_process(plan, seed, name, on_start)
-            except (InputError, GuardError, OSError, BrokenProcessPool, RuntimeError) as error:
-                failed[f"{name}, seed {seed}"] = " ".join(str(error).split())
-                console.print(f"{label}: failed", markup=False, highlight=False)
-                continue
-            done[seed, name] = result
-            save_json({**_key(plan, seed, name), "result": result}, _folder(plan, seed, name) / _RESULT)
-            facts = f"{100 * result['mean']:.1f} %, {result['seconds']:.1f} s"
-            console.print(f"{label}: {facts}", markup=False, highlight=False)
+        with RowProcesses(plan.jobs, on_start) as processes:
+            while waiting or running:
+                while waiting and len(running) < plan.jobs:
+                    number, seed, name = waiting.popleft()
+                    future = processes.submit(plan.rows[name], plan.overrides, seed, _folder(plan, seed, name))
+                    running[future] = number, seed, name
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    number, seed, name = running.pop(future)
+                    label = f"[{number}/{len(jobs)}] seed {seed}  {name}"
+                    try:
+                        result = processes.result(future)
+                    except (InputError, GuardError, OSError, RuntimeError) as error:
+                        failed[f"{name}, seed {seed}"] = " ".join(str(error).split())
+                        console.print(f"{label}: failed", markup=False, highlight=False)
+                        continue
+                    done[seed, name] = result
+                    save_json({**_key(plan, seed, name), "result": result}, _folder(plan, seed, name) / _RESULT)
+                    facts = f"{100 * result['mean']:.1f} %, {result['seconds']:.1f} s"
+                    console.print(f"{label}: {facts}", markup=False, highlight=False)
     finally:
         if done:
             _write(plan, done, console)
@@ -132,18 +146,6 @@ def _write(plan: Plan, done: Mapping[tuple[int, str], Any], console: Console) ->
     except ImportError:
         log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
     console.print(terminal(content))
-
-
-def _in_process(plan: Plan, seed: int, name: str, on_start: Callable[[], None] | None) -> dict[str, Any]:
-    """Make a row in a fresh process, forked from one that has imported everything but computed nothing."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([compare_row.__name__])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=on_start) as executor:
-        arguments = (plan.rows[name], plan.overrides, seed, _folder(plan, seed, name))
-        try:
-            return executor.submit(compare_row.make_row, *arguments).result()
-        except BrokenProcessPool as error:
-            raise RuntimeError("its process was killed, as the system does when memory runs out.") from error
 
 
 def _key(plan: Plan, seed: int, name: str) -> dict[str, Any]:

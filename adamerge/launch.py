@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from adamerge.descriptions import describe
 from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
 from adamerge.evaluation import Stopwatch, write_summary
 from adamerge.files import ensure_writable, save_json, sha256
+from adamerge.memory import peak_memory
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
@@ -265,9 +265,8 @@ def head_info(data: UnlabeledTasks) -> dict[str, Any]:
 def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> None:
     """Add the metrics to ``merge.json``."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     facts = {"metrics": summary["rows"], "unreadable_evaluation": summary.get("unreadable", {})}
-    save_json({**content, **facts, "seconds": seconds, "peak_memory_bytes": peak}, path)
+    save_json({**content, **facts, "seconds": seconds, "peak_memory_bytes": peak_memory()}, path)
 
 
 def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:

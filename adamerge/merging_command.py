@@ -83,6 +83,8 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
     recipe = {
         **decided,
         "files": job.pool.described(),
+        "uses_data": needs_data,
+        "uses_labels": bool(getattr(rule, "uses_labels", False)),
         "threads": torch.get_num_threads(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "cwd": str(Path.cwd()),

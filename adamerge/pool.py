@@ -22,9 +22,10 @@ from adamerge.checkpoints import Checkpoint, MemoryCheckpoint
 from adamerge.errors import InputError
 from adamerge.layout import KeyMap, Layout, check_layout, check_names, shared_names
 from adamerge.low_rank import Factors
+from adamerge.memory import return_freed_memory
 from adamerge.model_files import open_model
 from adamerge.packed_file import PackedFile
-from adamerge.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage, return_freed_memory
+from adamerge.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage
 from adamerge.transforms import Prepared, Transform
 
 log = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import ensure_writable
 from adamerge.granularity import Granularity, GroupIndex
 from adamerge.layout import KeyMap, check_layout, check_names
+from adamerge.memory import free_memory
 from adamerge.model_files import open_model
 from adamerge.packed_file import PackedFile
 from adamerge.pool import ExpertPool
 from adamerge.running import EncoderOptions, select
-from adamerge.task_vectors import free_memory
 
 RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
 _LIMITS = {"steps": (1, None, 150), "checkpoint_every": (1, None, 25), "seed": (0, 2**32 - 1, 0)}

@@ -3,9 +3,6 @@
 Legend: E experts, n entries of a flattened parameter.
 """
 
-import contextlib
-import ctypes
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean
 from adamerge.low_rank import Factors, LowRank
+from adamerge.memory import free_memory
 from adamerge.stacks import (
     ALIGN,
     Dense,
@@ -237,22 +235,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
             f"pool.dtype: expected float32, bfloat16, float16 or int8, found {name!r}.{did_you_mean(name, DTYPES)}"
         )
     return DTYPES[name]
-
-
-def free_memory() -> int:
-    """Return the bytes of memory that are free or can be freed without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system; glibc keeps what lies between small allocations that stay."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_device_memory(device: torch.device) -> float:

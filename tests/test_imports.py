@@ -15,7 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors", "ranks"],
-    ["pickles", "low_rank", "selection", "stock", "views", "reading"],
+    ["pickles", "low_rank", "selection", "stock", "views", "reading", "memory"],
     ["files", "stacks"],
     ["checkpoints"],
     ["key_maps"],
@@ -42,6 +42,7 @@ ORDER = [
     ["scoring", "composition", "launchers"],
     ["launch", "inspection"],
     ["replay", "demo", "merging_command", "compare_row", "comparison_table"],
+    ["row_processes"],
     ["comparison", "transform_command"],
     ["commands"],
     ["cli"],

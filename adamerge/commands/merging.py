@@ -106,9 +106,12 @@ class _Lists(click.Command):
 @click.option("--rows", multiple=True, metavar="ROW...", help="What to compare, see below.")
 @click.option("--preset", help="Rows from a file, or a shipped one: demo (every merge, every transform, and more).")
 @click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, metavar="SEED...")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Rows at a time.")
 @click.option("--out", "folder", type=click.Path(path_type=Path), required=True, help="Folder; go on in it.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def compare(rows: tuple[str, ...], preset: str | None, seeds: tuple[int, ...], folder: Path, overrides: Any) -> None:
+def compare(
+    rows: tuple[str, ...], preset: str | None, seeds: tuple[int, ...], jobs: int, folder: Path, overrides: Any
+) -> None:
     """Make many merges of one pool, score them side by side, and write tables; run it again to go on.
 
     \b
@@ -124,7 +127,7 @@ def compare(rows: tuple[str, ...], preset: str | None, seeds: tuple[int, ...], f
     """  # noqa: D301
     from adamerge import comparison
 
-    plan = comparison.plan_of(rows, preset, overrides, seeds, folder)
+    plan = comparison.plan_of(rows, preset, overrides, seeds, folder, jobs)
     failed = comparison.run(plan, out, _quiet)
     report([f"{row}: {message}" for row, message in failed.items()])
     click.echo(str(folder))

@@ -68,11 +68,12 @@ class TaskArithmetic:
 class MetricsWeighted:
     r"""A mean weighted by a number known of each expert: :math:`w_e \propto s_e^p`, :math:`\sum_e w_e = 1`.
 
-    No tensor is skipped. Cost: one pass. Scores that were measured on labelled data bring labels in.
+    No tensor is skipped. Cost: one pass. Scores that were measured on labelled data bring labels in (``uses_labels``).
 
     Args:
         scores: Expert name to its score, positive.
         power: p; negative where lower is better (a loss), 0 for the plain average.
+        uses_labels: Whether the scores were measured on labelled data, as accuracies are; results are marked so.
 
     Reference:
         Metrics-weighted averaging, arXiv:2504.18580 weights checkpoints of one run by loss or step; the formula
@@ -81,10 +82,12 @@ class MetricsWeighted:
 
     scores: Mapping[str, float] = field(default_factory=dict)
     power: float = 1.0
+    uses_labels: bool = True
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_range(self, "power", -1000, 1000)
+        check_choice(self, "uses_labels", (True, False))
         if not isinstance(self.scores, Mapping):
             raise InputError(f"MetricsWeighted.scores: expected {{expert: score}}, found {self.scores!r}.")
         for name, score in self.scores.items():

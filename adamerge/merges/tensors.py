@@ -86,7 +86,7 @@ def check_count(rule: object, option: str, low: int = 1) -> None:
         raise InputError(f"{type(rule).__name__}.{option}: expected a whole number >= {low}, found {value!r}.")
 
 
-def check_choice(rule: object, option: str, known: Sequence[str]) -> None:
+def check_choice(rule: object, option: str, known: Sequence[object]) -> None:
     """Refuse an option of a rule that is none of the known words.
 
     Raises:
@@ -94,4 +94,6 @@ def check_choice(rule: object, option: str, known: Sequence[str]) -> None:
     """
     value = getattr(rule, option)
     if value not in known:
-        raise InputError(f"{type(rule).__name__}.{option}: expected one of {', '.join(known)}, found {value!r}.")
+        raise InputError(
+            f"{type(rule).__name__}.{option}: expected one of {', '.join(map(str, known))}, found {value!r}."
+        )
