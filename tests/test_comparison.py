@@ -1,16 +1,18 @@
 """The command ``adamerge compare``: rows, results that are kept, measures and tables."""
 
 import json
+from concurrent.futures import Future
 
 import pytest
 from rich.console import Console
 
-from adamerge import cli, comparison
-from adamerge.compare_row import read_row
+from adamerge import cli, comparison, zoo
+from adamerge.compare_row import make_row, read_row
 from adamerge.comparison import plan_of
 from adamerge.comparison_table import compared, markdown
 from adamerge.composition import rule_names
 from adamerge.errors import GuardError, InputError
+from adamerge.row_processes import RowProcesses
 
 QUIET = Console(quiet=True)
 
@@ -25,16 +27,25 @@ def result(mean, seed=0, **more):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Rows that were made, instead of making them; those called bad fail."""
+    """Rows that were made, instead of making them; TIES by sums diverges, TIES with density 0.9 is interrupted."""
     calls = []
 
-    def make(plan, seed, name, on_start):
-        calls.append((seed, name))
-        if "bad" in name or "sum" in name:
-            raise GuardError("it diverged")
-        return result(0.8 if name == "experts" else 0.4 + 0.1 * seed, seed)
+    class Instantly(RowProcesses):
+        def submit(self, spec, common, seed, folder):
+            calls.append((seed, spec.text))
+            future = Future()
+            if "density=0.9" in spec.text:
+                future.set_exception(KeyboardInterrupt())
+            elif "aggregate=sum" in spec.text:
+                future.set_exception(GuardError("it diverged"))
+            else:
+                future.set_result(result(0.8 if spec.text == "experts" else 0.4 + 0.1 * seed, seed))
+            return future
 
-    monkeypatch.setattr(comparison, "_in_process", make)
+        def result(self, future):
+            return future.result()
+
+    monkeypatch.setattr(comparison, "RowProcesses", Instantly)
     monkeypatch.setattr(comparison, "save_comparison", lambda content, path: path.touch())
     return calls
 
@@ -58,6 +69,8 @@ def test_rows_are_references_merges_or_runs():
         ("tie", "Did you mean 'ties'?"),
         ("ties densty=1", "Did you mean 'density'?"),
         ("ties density", "expected OPTION=VALUE"),
+        ("experts transform=ties", "experts takes no options, found 'transform=ties'"),
+        ("task_arithmetic_best coefficient=1", "takes a transform only"),
         ("experiment=x start.a=1", "no start=RULE"),
         ("objective=entropi", "entropi"),
         ("ties 'open", "No closing quotation"),
@@ -74,10 +87,14 @@ def test_wrong_row_is_refused_before_anything_runs(row, message, tmp_path, made)
 
 def test_shipped_preset_has_every_merge_and_every_transform(tmp_path):
     plan = plan_of([], "demo", [], [0], tmp_path)
-    asked = {"layer_swapping", "metrics_weighted", "task_arithmetic"}  # need options, or stand there as _0.3
-    assert set(rule_names("merge")) - asked <= set(plan.rows)
-    texts = " ".join(spec.text for spec in plan.rows.values())
-    assert all(f"transform={name}" in texts for name in rule_names("transform") if name not in ("none", "chain"))
+    texts = [spec.text for spec in plan.rows.values()]
+    assert set(rule_names("merge")) <= {text.split()[0] for text in texts}
+    assert all(any(f"transform={name}" in text for text in texts) for name in rule_names("transform") if name != "none")
+    for method in ("adamerging_layer", "imitation_row", "recommended"):
+        starts = {" ".join(text.split()[1:2]) for text in texts if text.startswith(f"experiment={method}")}
+        assert starts >= {"", "start=ties", "start=wudi", "start=tsvm"}
+    assert list(plan.rows)[-1] == "experts"
+    assert plan.rows["task_arithmetic_best"].reference == "task_arithmetic_best"
     with pytest.raises(InputError, match="Did you mean 'demo'"):
         plan_of([], "demmo", [], [0], tmp_path)
     (tmp_path / "mine.yaml").write_text("row: {a: ties}")
@@ -102,6 +119,22 @@ def test_run_goes_on_row_by_row_and_keeps_the_others_when_one_fails(tmp_path, ma
     assert row["normalised"] == pytest.approx(0.45 / 0.8)
     assert (tmp_path / "comparison.png").exists()
     assert "`tsvm`" in (tmp_path / "table.md").read_text()
+
+
+def test_interrupted_comparison_writes_what_is_there(tmp_path, made):
+    plan = plan_of(["tsvm", "ties density=0.9", "iso_c"], None, [], [0], tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.run(plan, QUIET)
+    assert [text for _, text in made] == ["tsvm", "ties density=0.9"]
+    assert list(json.loads((tmp_path / "summary.json").read_text())["rows"]) == ["tsvm"]
+
+
+def test_several_rows_at_a_time_give_the_same_results(tmp_path, made):
+    rows = ["tsvm", "ties", "iso_c", "ties aggregate=sum"]
+    failed = comparison.run(plan_of(rows, None, [], [0, 1], tmp_path / "three", jobs=3), QUIET)
+    assert comparison.run(plan_of(rows, None, [], [0, 1], tmp_path / "one"), QUIET) == failed
+    tables = [(tmp_path / folder / "summary.json").read_text() for folder in ("one", "three")]
+    assert tables[0] == tables[1]
 
 
 def test_results_of_other_options_are_refused(tmp_path, made):
@@ -149,13 +182,24 @@ def test_command_takes_lists_and_reports_failures(tmp_path, made, capsys):
 
 
 @pytest.mark.slow
-def test_compare_on_the_zoo_makes_rows_in_processes(tmp_path, capsys):
-    rows = ["ties", "task_arithmetic transform=ties", "experiment=adamerging_layer start=tsvm steps=2"]
+def test_compare_on_the_zoo_makes_rows_in_processes(tmp_path):
+    scores = [f"scores.{task}=1" for task in zoo.TASKS]
+    rows = [
+        "ties", "task_arithmetic transform=ties", " ".join(["metrics_weighted", *scores]),
+        "experiment=adamerging_layer start=tsvm steps=2",
+    ]  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["compare", "--rows", *rows, "--out", str(tmp_path)])
+        cli.main(["compare", "--rows", *rows, "--jobs", "2", "--out", str(tmp_path)])
     assert not stopped.value.code
     content = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert content["ties"]["mean"] > 0.5
-    assert content[rows[2]]["uses_data"]
+    assert content[rows[3]]["uses_data"]
     assert not content["ties"]["uses_data"]
+    assert content[rows[2]]["uses_labels"]
+    assert not content["ties"]["uses_labels"]
     assert content["ties"]["peak_memory_bytes"] > 1e8
+    # A row in a process that has made others is the row that a process of its own makes.
+    again = make_row(read_row(rows[1]), [], 0, tmp_path / "again")
+    assert again["per_task"] == content[rows[1]]["per_task"]
+    merged = next(tmp_path.glob("seed_0/*transform=ties/merged.safetensors"))
+    assert merged.read_bytes() == (tmp_path / "again" / "merged.safetensors").read_bytes()

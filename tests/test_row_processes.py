@@ -1,0 +1,56 @@
+"""Processes that make rows: one for all that do not adapt, and what happens when one is killed."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamerge import compare_row, row_processes
+from adamerge.compare_row import Spec, read_row
+from adamerge.row_processes import RowProcesses
+
+
+def row(spec: Spec, common, seed: int, folder: Path):
+    """Stand in for a row: kills its process, or says which it is."""
+    if seed < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"process": os.getpid(), "threads": torch.get_num_threads()}
+
+
+@pytest.fixture(scope="module")
+def submitted():
+    """What a few rows say of their processes; one of them is killed."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(compare_row, "make_row", row)
+    patch.delenv("OMP_NUM_THREADS", raising=False)
+    patch.setattr(torch, "get_num_threads", lambda: 6)
+    found = []
+    with RowProcesses(2) as processes:
+        for text, seed in (("tsvm", 0), ("ties", 1), ("steps=1", 0), ("wudi", -1), ("tsvm", 0)):
+            future = processes.submit(read_row(text), [], seed, Path())
+            try:
+                found.append(processes.result(future))
+            except RuntimeError as error:
+                found.append(str(error))
+    patch.undo()
+    return found
+
+
+def test_rows_that_do_not_adapt_share_a_process(submitted):
+    tsvm, ties, adapted, *_ = submitted
+    assert tsvm["process"] == ties["process"]
+    assert adapted["process"] not in (tsvm["process"], os.getpid())
+
+
+def test_killed_process_fails_its_row_only(submitted):
+    *_, killed, last = submitted
+    assert killed == "its process was killed, as the system does when memory runs out."
+    assert last["process"] != submitted[0]["process"]
+
+
+def test_rows_at_a_time_share_the_cores(submitted, monkeypatch):
+    assert submitted[0]["threads"] == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert row_processes.RowProcesses(2)._start[0] == 0
