@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from adamerge.commands.adapt import adapt, check
+from adamerge.commands.data import data
 from adamerge.commands.demo import demo, zoo
 from adamerge.commands.merging import compare, merge, transform
 from adamerge.commands.pools import convert, inspect
@@ -27,7 +28,7 @@ def app(debug: bool) -> None:
     configure_logging(debug)
 
 
-for command in (demo, adapt, check, evaluate, export, merge, transform, compare, inspect, convert, zoo):
+for command in (demo, adapt, check, evaluate, export, merge, transform, compare, inspect, convert, data, zoo):
     app.add_command(command)
 
 

@@ -94,6 +94,8 @@ class UnlabeledTasks(LightningDataModule):
         evaluation_batch_size: Inputs per batch when scoring.
         max_unreadable: Largest share of each task's images that may be damaged: they are left out, counted and named;
             beyond it the run ends.
+        root: Not used here: the folder of the data sets, for tasks to refer to as ``${data.root}``.
+        adapt: Not used here: which images tasks with splits of their own adapt on, to refer to as ``${data.adapt}``.
 
     Raises:
         InputError: If a task has no data, an empty stream, or data that the protocol cannot divide.
@@ -117,6 +119,8 @@ class UnlabeledTasks(LightningDataModule):
         preprocess: Callable[[Any], Tensor] | None = None,
         evaluation_batch_size: int = 256,
         max_unreadable: float = 0.01,
+        root: str | None = None,
+        adapt: str | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -149,14 +153,14 @@ class UnlabeledTasks(LightningDataModule):
         self.holdout_streams: dict[str, Unlabeled] = {}
         self.evaluation: dict[str, Labelled] = {}
         for name, task in self.tasks.items():
-            adapt, evaluate = self._divide(name, task)
-            adapt = _sample(adapt, limit, f"{seed}/limit/{name}")
+            images, evaluate = self._divide(name, task)
+            images = _sample(images, limit, f"{seed}/limit/{name}")
             held_out = None
             if holdout:
-                adapt, held_out = _hold_out(adapt, holdout, f"{seed}/holdout/{name}")
+                images, held_out = _hold_out(images, holdout, f"{seed}/holdout/{name}")
             where, shared = f"data.tasks.{name}", num_workers > 0
-            account = Readable(adapt, where, max_unreadable, shared=shared)
-            self.streams[name] = Unlabeled(adapt, preprocess, 0, account, views, f"{seed}/views/{name}")
+            account = Readable(images, where, max_unreadable, shared=shared)
+            self.streams[name] = Unlabeled(images, preprocess, 0, account, views, f"{seed}/views/{name}")
             if held_out is not None:
                 account = Readable(held_out, where, max_unreadable)
                 self.holdout_streams[name] = Unlabeled(held_out, preprocess, len(self.streams[name]), account)

@@ -95,7 +95,7 @@ def check(config: DictConfig) -> list[str]:
             problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
             problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
         with problems.naming("data"):
-            parts["data"] = build(config, "data", preprocess=parts["backbone"].preprocess())
+            parts["data"] = _build_data(config, parts["backbone"], problems)
     _check_start(config, parts, problems)
     with problems.naming("first_stage"):
         _check_first_stage(config, parts, problems)
@@ -279,6 +279,21 @@ def pool_files(node: Any, where: str, *, needs_base: bool = True) -> tuple[str |
         if not isinstance(name, str):
             raise InputError(f"{where}.experts: expected names that are texts, found {name!r}; write '{name}'.")
     return base, {str(name): str(path) for name, path in files.items()}
+
+
+def _build_data(config: DictConfig, backbone: Backbone, problems: _Problems) -> Any:
+    """Build the data; where that fails, look at each task alone, so that all that is missing is said at once."""
+    try:
+        return build(config, "data", preprocess=backbone.preprocess())
+    except InputError:
+        found, tasks = len(problems), OmegaConf.select(config, "data.tasks", throw_on_missing=False)
+        for name in map(str, tasks if isinstance(tasks, DictConfig) and "_target_" not in tasks else ()):
+            with problems.naming(f"data.tasks.{name}"):
+                build(config, f"data.tasks.{name}")
+        problems[:] = dict.fromkeys(problems)  # a folder that is not there is the same problem for all
+        if len(problems) > found:
+            return None
+        raise
 
 
 def _check_trainer(config: DictConfig) -> None:

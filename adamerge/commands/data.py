@@ -1,0 +1,126 @@
+"""``data check`` and ``data get``: the field's data sets on this machine."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adamerge.commands.terminal import EXIT_INPUT, err, escape, out
+
+if TYPE_CHECKING:
+    from adamerge.tasks.checks import Report
+
+_STYLES = {"complete": "green", "missing": "dim", "incomplete": "yellow", "wrong": "red"}
+
+
+def _default_root() -> str:
+    return os.environ.get("ADAMERGE_DATA") or "data"
+
+
+_root = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=_default_root,
+    help="Folder of the data sets, as torchvision's root. Default: ADAMERGE_DATA, else ./data.",
+)
+
+
+@click.group(short_help="Which of the field's data sets are there, and how to get the others.")
+def data() -> None:
+    """Look after the data sets of `data=clip_8`, `clip_14` and `clip_20` (docs/data.md)."""
+
+
+@data.command()
+@click.argument("names", nargs=-1)
+@_root
+@click.option("--sample", type=click.IntRange(min=0), default=20, help="Images of each split to decode.  [20]")
+@click.option("--all", "every", is_flag=True, help="Decode all images.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json: bool) -> None:
+    """Say which data sets are there and complete, and how to get the missing ones.
+
+    \b
+    adamerge data check                          all of them
+    adamerge data check clip_8 --root /datasets  a benchmark's
+    adamerge data check sun397 dtd --all         decode every image
+
+    Exit code 2 if one that was named is not complete.
+    """  # noqa: D301
+    from adamerge.tasks.checks import check, how_to_get
+    from adamerge.tasks.definitions import chosen, definition
+
+    root = root.expanduser().absolute()
+    wanted = chosen(names)
+    with err.status("Looking at the data sets") as status:
+        reports = []
+        for name in wanted:
+            status.update(f"Looking at {name}")
+            reports.append(check(name, root, None if every else sample))
+    if as_json:
+        click.echo(json.dumps({report.name: report.as_json() for report in reports}, indent=2))
+    else:
+        _show(reports, root)
+        for report in reports:
+            if report.state != "complete":
+                out.print(f"\n[bold]{report.name}[/]: how to get it", highlight=False)
+                for line in how_to_get(definition(report.name), root):
+                    out.print(f"  {escape(line)}", highlight=False)
+    if any(report.state != "complete" and (names or report.state != "missing") for report in reports):
+        sys.exit(EXIT_INPUT)
+
+
+@data.command()
+@click.argument("names", nargs=-1, required=True)
+@_root
+@click.option("--hub", is_flag=True, help="Take the copies at the Hugging Face Hub, where there are any.")
+def get(names: tuple[str, ...], root: Path, hub: bool) -> None:
+    """Download data sets: the only command that does. Files that are there and whole are not fetched again.
+
+    \b
+    adamerge data get mnist svhn --root /datasets
+    adamerge data get sun397 --hub
+    """  # noqa: D301
+    from adamerge.files import ensure_writable
+    from adamerge.tasks.checks import check
+    from adamerge.tasks.definitions import chosen, definition
+    from adamerge.tasks.downloads import fetch
+
+    root = root.expanduser().absolute()
+    wanted = chosen(names)
+    ensure_writable(root)
+    reports = []
+    for name in wanted:
+        known = definition(name)
+        out.print(f"{name}: {known.size}; licence: {escape(known.licence)}; {known.homepage}", highlight=False)
+        fetch(known, root, hub=hub)
+        reports.append(check(name, root))
+    _show(reports, root)
+    if any(report.state != "complete" for report in reports):
+        sys.exit(EXIT_INPUT)
+
+
+def _show(reports: "list[Report]", root: Path) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title=f"Data sets below {root}", title_justify="left"
+    )
+    for column in ("", "state", "train", "val", "test", "lies as"):
+        table.add_column(column, justify="right" if column in ("train", "val", "test") else "left")
+    for report in reports:
+        counts = []
+        for split in ("train", "val", "test"):
+            found = report.splits.get(split)
+            shown = "-" if found is None or found.found is None else str(found.found)
+            wrong = found is not None and found.found is not None and found.expected not in (None, found.found)
+            counts.append(f"[red]{shown} of {found.expected}[/]" if wrong and found else shown)
+        style = _STYLES[report.state]
+        table.add_row(report.name, f"[{style}]{report.state}[/]", *counts, report.layout or "")
+    out.print(table)
+    for report in reports:
+        for problem in report.problems:
+            out.print(f"{report.name}: {escape(problem)}", highlight=False)
