@@ -1,5 +1,7 @@
 """Shared fixtures: one toy problem, in float32 and float64."""
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -12,6 +14,14 @@ hypothesis.settings.load_profile("repeatable")
 
 # On tensors this small, threads that wait for each other make a step up to ten times slower.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache folder out of the tests, and the tests out of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

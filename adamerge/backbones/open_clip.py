@@ -1,6 +1,7 @@
 """open_clip's models, the timm encoders among them, and the classifiers that their texts make."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adamerge.backbones import head_cache
 from adamerge.backbones.pretrained import Tag, find_tag
 from adamerge.checkpoints import Checkpoint
 from adamerge.clip_configs import quick_gelu_of
 from adamerge.data import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model_files import OPEN_CLIP_CONFIG, read_json
+from adamerge.teacher_files import digest
 
 
 class ZeroShotHead(nn.Module):
@@ -47,6 +50,8 @@ class OpenClip:
         tokenizer: Texts to token ids (N, context length); default open_clip's for the model.
         pretrained: A tag that open_clip knows for the model (``openai``), or a file: the base where the pool names
             none. A tag also sets the preprocessing, and its weights are downloaded if they are not in the cache.
+        head_cache: A folder that keeps zero-shot heads for other runs, named by a hash of all that decides them;
+            ``auto``: ``~/.cache/adamerge/heads``; ``off``: none.
 
     Raises:
         InputError: If there is no such model, tag or file, or the tag's weights are another model's.
@@ -57,10 +62,12 @@ class OpenClip:
     prefix: str = "visual."
     exclude: tuple[str, ...] = ()
     pretrained: str | None = None
+    head_cache: str | bool = "auto"
 
     def __post_init__(self) -> None:
         import open_clip
 
+        head_cache.chosen(self.head_cache)
         known = open_clip.list_models()
         if not self._folder and self.model not in known:
             is_foreign = (Path(self.model) / "config.json").is_file()
@@ -160,8 +167,6 @@ class OpenClip:
         Raises:
             InputError: If the base or an expert is not a checkpoint of this model, or a task has no class names.
         """
-        import open_clip
-
         for problem in self.problems({"base": base, **experts}):
             raise InputError(problem)
         wanted = {key: tuple(tensor.shape) for key, tensor in self._clip.state_dict().items()}
@@ -175,18 +180,56 @@ class OpenClip:
         if any(problems.values()):
             listed = "; ".join(f"{kind} {keys or 'none'}" for kind, keys in problems.items())
             raise InputError(f"{base.name}: not a checkpoint of {self.model}: {listed}. Is backbone.model right?")
-        self._clip.load_state_dict({key: base.get(key) for key in base.keys})
-        tokenizer = self.tokenizer or open_clip.get_tokenizer(self._name)
         heads: dict[str, nn.Module] = {}
+        head_of = self._heads_of(base)
         for name, task in tasks.items():
             classes = task.class_names
             if not classes:
                 raise InputError(
                     f"data.tasks.{name}.classes: a zero-shot head needs class names, and the data set has none."
                 )
-            weight = open_clip.build_zero_shot_classifier(self._clip.eval(), tokenizer, classes, list(task.templates))
-            heads[name] = ZeroShotHead(weight.float(), self._clip.logit_scale.detach().exp().float())
+            heads[name] = head_of(classes, list(task.templates))
         return heads
+
+    def _heads_of(self, base: Checkpoint) -> Callable[[list[str], list[str]], ZeroShotHead]:
+        """Return what makes the head of class names and templates, or finds it in the cache.
+
+        The base is read, and its text tower built, when the first head has to be made.
+        """
+        import open_clip
+
+        cache = head_cache.chosen(self.head_cache)
+        tokenizer = self.tokenizer or open_clip.get_tokenizer(self._name)
+        vocabulary = self._config()["model_cfg"].get("text_cfg", {}).get("vocab_size")
+        decisive: dict[str, Any] = {}
+        if cache is not None:
+            text = {key: base.get(key) for key in base.keys if not key.startswith(self.prefix)}
+            decisive = {"model": self._config()["model_cfg"], "text": digest(text)}
+
+        @functools.cache
+        def clip() -> Any:
+            self._clip.load_state_dict({key: base.get(key) for key in base.keys})
+            return self._clip.eval()
+
+        def head(classes: list[str], templates: list[str]) -> ZeroShotHead:
+            tokens, path = tokenizer([template.format(name) for name in classes for template in templates]), None
+            if vocabulary is not None and int(tokens.max()) >= vocabulary:
+                raise InputError(
+                    f"backbone.tokenizer: expected token ids below {vocabulary}, the vocabulary of {self.model}, found "
+                    f"{int(tokens.max())}. Does the tokenizer belong to the model?"
+                )
+            if cache is not None:
+                path = cache.path({**decisive, "tokens": tokens, "templates": len(templates)})
+                if (found := cache.get(path)) is not None:
+                    return ZeroShotHead(*found)
+            weight = open_clip.build_zero_shot_classifier(clip(), tokenizer, classes, templates).float()
+            scale = clip().logit_scale.detach().exp().float()
+            if cache is not None and path is not None:
+                facts = {"model": self.model, "classes": classes, "templates": templates}
+                cache.put(path, weight, scale, facts)
+            return ZeroShotHead(weight, scale)
+
+        return head
 
     def sidecar(self) -> dict[str, Any]:
         """Return the model's configuration in open_clip's file format."""

@@ -1,0 +1,62 @@
+"""The field's benchmark through the commands: a tiny CLIP, eight experts, and small files in the real formats."""
+
+import json
+
+import pytest
+import torch
+from clips import OPEN_CLIP, open_clip_folder, open_clip_model
+from data_files import make
+from safetensors.torch import save_file
+
+from adamerge.cli import main
+from adamerge.tasks import BENCHMARKS, opening
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """Options of a run on all eight tasks."""
+    opening._opened.cache_clear()
+    for name in BENCHMARKS["clip_8"]:
+        make(name, tmp_path / "data", monkeypatch)
+    text = {**OPEN_CLIP["model_cfg"]["text_cfg"], "vocab_size": 49408}  # of open_clip's tokenizer
+    monkeypatch.setitem(OPEN_CLIP, "model_cfg", {**OPEN_CLIP["model_cfg"], "text_cfg": text})
+    model = open_clip_model(open_clip_folder(tmp_path / "model"))
+    base = {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    experts = []
+    for name in BENCHMARKS["clip_8"]:
+        moved = {
+            key: value + 0.01 * torch.randn_like(value) for key, value in base.items() if key.startswith("visual.")
+        }
+        save_file({**base, **moved}, tmp_path / f"{name}.safetensors")
+        experts.append(f"{name}: {tmp_path / name}.safetensors")
+    return [
+        "data=clip_8", f"data.root={tmp_path / 'data'}", "data.num_workers=0", "data.batch_size=2",
+        "backbone=open_clip", f"backbone.model={tmp_path / 'model'}",
+        "pool=files", f"pool.base={tmp_path / 'base.safetensors'}", f"pool.experts={{{', '.join(experts)}}}",
+        "trainer=cpu", "steps=2", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def test_eight_tasks_adapt_and_are_scored(arguments, tmp_path, capsys):
+    main_ends(["check", *arguments], 0)
+    assert "No problems found" in capsys.readouterr().out
+    main_ends(["adapt", *arguments, "references=false"], 0)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["tasks"] == list(BENCHMARKS["clip_8"])
+
+
+def test_all_that_is_missing_is_said_at_once(arguments, tmp_path, capsys):
+    (tmp_path / "data/dtd").rename(tmp_path / "dtd")
+    (tmp_path / "data/svhn").rename(tmp_path / "svhn")
+    main_ends(["check", *arguments], 2)
+    said = capsys.readouterr().err
+    assert "DTD (dtd), test, is not below" in said
+    assert "SVHN (svhn), test, is not below" in said
+    assert said.count("error:") == 2
+
+
+def main_ends(arguments, code):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == code
