@@ -6,17 +6,19 @@ number of workers, sees the same batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from adamerge import ranks
 from adamerge.caching import CACHES, Cache, keep_inputs, nature_of
 from adamerge.errors import InputError
 from adamerge.reading import Readable
+from adamerge.splits import PROTOCOLS, divide, hold_out, sample
+from adamerge.splits import Protocol as Protocol
+from adamerge.splits import Task as Task
 from adamerge.streams import (
     Labelled,
     Steps,
@@ -24,47 +26,11 @@ from adamerge.streams import (
     Unlabeled,
     collate,
     collate_labelled,
-    length_of,
-    permutation,
 )
 from adamerge.streams import TaskBatch as TaskBatch
 from adamerge.views import Views
 
-Protocol = Literal["split", "transductive"]
-PROTOCOLS = ("split", "transductive")
 DISTRIBUTIONS = ("samples", "tasks")
-
-
-@dataclass(frozen=True)
-class Task:
-    """Where a task's images come from, and what its classes are called.
-
-    Give either ``dataset`` (divided by the protocol), or ``adapt`` and ``evaluate``. Any map-style
-    dataset works whose items are inputs, or tuples that begin with the input and the label: ImageFolder,
-    torchvision's, or your own.
-
-    Args:
-        dataset: Labelled images, of which one half adapts and the other is scored.
-        adapt: Images to adapt on; labels, if there are any, are dropped.
-        evaluate: Labelled images to score.
-        classes: Class names in the order of the labels; default ``dataset.classes``.
-        templates: Prompts such as ``"a photo of a {}."`` for zero-shot heads.
-        expert: Name of the expert that belongs to the task; default the task's own name.
-    """
-
-    dataset: Dataset[Any] | None = None
-    adapt: Dataset[Any] | None = None
-    evaluate: Dataset[Any] | None = None
-    classes: Sequence[str] | None = None
-    templates: Sequence[str] = ("a photo of a {}.",)
-    expert: str | None = None
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Class names, from here or from the dataset; None where neither has any."""
-        sources = (self.evaluate, self.dataset, self.adapt)
-        found = self.classes or next((getattr(d, "classes", None) for d in sources if hasattr(d, "classes")), None)
-        return None if found is None else [str(name) for name in found]
 
 
 class UnlabeledTasks(LightningDataModule):
@@ -153,11 +119,11 @@ class UnlabeledTasks(LightningDataModule):
         self.holdout_streams: dict[str, Unlabeled] = {}
         self.evaluation: dict[str, Labelled] = {}
         for name, task in self.tasks.items():
-            images, evaluate = self._divide(name, task)
-            images = _sample(images, limit, f"{seed}/limit/{name}")
+            images, evaluate = divide(name, task, protocol, seed)
+            images = sample(images, limit, f"{seed}/limit/{name}")
             held_out = None
             if holdout:
-                images, held_out = _hold_out(images, holdout, f"{seed}/holdout/{name}")
+                images, held_out = hold_out(images, holdout, f"{seed}/holdout/{name}")
             where, shared = f"data.tasks.{name}", num_workers > 0
             account = Readable(images, where, max_unreadable, shared=shared)
             self.streams[name] = Unlabeled(images, preprocess, 0, account, views, f"{seed}/views/{name}")
@@ -270,31 +236,6 @@ class UnlabeledTasks(LightningDataModule):
         batch_size = max(self.batch_size, self.evaluation_batch_size)
         return DataLoader(Subset(stream, visited), batch_size, num_workers=self.num_workers, collate_fn=collate)
 
-    def _divide(self, name: str, task: Task) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        """Return the task's adaptation and evaluation data under the protocol."""
-        for key in ("dataset", "adapt", "evaluate"):
-            found = getattr(task, key)
-            if found is not None and length_of(found, f"data.tasks.{name}.{key}") == 0:
-                raise InputError(f"data.tasks.{name}.{key}: the data set is empty. Check its folder or split.")
-        if task.dataset is not None and (task.adapt is not None or task.evaluate is not None):
-            raise InputError(f"data.tasks.{name}: give either dataset, or adapt and evaluate, not both.")
-        if task.dataset is not None and self.protocol == "transductive":
-            return task.dataset, task.dataset
-        if task.dataset is not None:
-            order = permutation(length_of(task.dataset), f"{self.seed}/split/{name}").tolist()
-            half = (len(order) + 1) // 2
-            if half == len(order):
-                raise InputError(f"data.tasks.{name}.dataset: one image cannot be split; expected at least two.")
-            return Subset(task.dataset, sorted(order[:half])), Subset(task.dataset, sorted(order[half:]))
-        if self.protocol == "transductive" and task.evaluate is not None:
-            return task.evaluate, task.evaluate
-        if task.adapt is None:
-            raise InputError(
-                f"data.tasks.{name}: no adaptation images. Give dataset, or adapt (and evaluate to score the result); "
-                "to adapt on the scored images themselves, set data.protocol=transductive."
-            )
-        return task.adapt, task.evaluate
-
     def _steps(self, streams: Mapping[str, Unlabeled]) -> "Steps":
         world, rank = self._ranks()
         size = self.batch_size * self.batches_per_step
@@ -323,22 +264,3 @@ def _check_numbers(least: int, **options: object) -> None:
     for option, found in options.items():
         if not isinstance(found, int) or isinstance(found, bool) or found < least:
             raise InputError(f"data.{option}: expected a whole number >= {least}, found {found!r}.")
-
-
-def _sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
-    if limit is None or limit >= length_of(dataset):
-        return dataset
-    if limit < 1:
-        raise InputError(f"data.limit: expected a number >= 1, found {limit}.")
-    return Subset(dataset, sorted(permutation(length_of(dataset), key)[:limit].tolist()))
-
-
-def _hold_out(dataset: Dataset[Any], share: float, key: str) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Divide at random into what adapts and what is held out, at least one image each."""
-    order = permutation(length_of(dataset), key).tolist()
-    count = max(1, round(share * len(order)))
-    if count >= len(order):
-        raise InputError(
-            f"data.holdout: {share} of {len(order)} images leaves none to adapt on; expected a smaller share."
-        )
-    return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))

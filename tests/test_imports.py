@@ -30,7 +30,7 @@ ORDER = [
     ["teachers", "calls", "running"],
     ["model"],
     ["objectives", "frank_wolfe", "streams", "teacher_files"],
-    ["caching"],
+    ["caching", "splits"],
     ["data"],
     ["backbones", "merges", "tasks"],
     ["baselines", "evaluation", "methods", "export"],
