@@ -121,8 +121,8 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
                     try:
                         result = processes.result(future)
                     except (InputError, GuardError, OSError, RuntimeError) as error:
-                        failed[f"{name}, seed {seed}"] = " ".join(str(error).split())
-                        console.print(f"{label}: failed", markup=False, highlight=False)
+                        reason = failed[f"{name}, seed {seed}"] = " ".join(str(error).split())
+                        console.print(f"{label}: failed: {reason}", markup=False, highlight=False)
                         continue
                     done[seed, name] = result
                     save_json({**_key(plan, seed, name), "result": result}, _folder(plan, seed, name) / _RESULT)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +32,7 @@ class RowProcesses:
     def __init__(self, jobs: int = 1, on_start: Callable[[], None] | None = None) -> None:
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload([compare_row.__name__])
+        _start_server()
         threads = 0 if jobs == 1 or "OMP_NUM_THREADS" in os.environ else max(1, torch.get_num_threads() // jobs)
         self._start = (threads, on_start)
         self._used: dict[Future[Result], tuple[ProcessPoolExecutor, bool]] = {}
@@ -75,6 +76,19 @@ class RowProcesses:
 
     def _new(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=self._context, initializer=_set_up, initargs=self._start)
+
+
+def _start_server() -> None:
+    """Start the process that all others are forked from, without the working directory on its import path."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"  # it would preload a folder ./adamerge in place of the installed package
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _set_up(threads: int, on_start: Callable[[], None] | None) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,21 @@ def test_rows_at_a_time_share_the_cores(submitted, monkeypatch):
     assert submitted[0]["threads"] == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert row_processes.RowProcesses(2)._start[0] == 0
+
+
+def test_package_is_not_taken_from_the_working_directory(tmp_path):
+    work = tmp_path / "work"
+    (work / "adamerge").mkdir(parents=True)
+    (work / "adamerge" / "__init__.py").write_text("raise SystemExit('taken from the working directory')\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\nfrom adamerge.row_processes import RowProcesses\n"
+        "if __name__ == '__main__':\n"
+        "    with RowProcesses() as processes:\n"
+        "        process = processes._new()\n"
+        "        print(process.submit(os.getenv, 'PYTHONSAFEPATH').result(), os.getenv('PYTHONSAFEPATH'))\n"
+        "        process.shutdown()\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    ran = subprocess.run([sys.executable, str(script)], cwd=work, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "1 None"), ran.stderr
