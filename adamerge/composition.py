@@ -14,11 +14,12 @@ from typing import Any
 import hydra
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, pool_files
 from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
-from adamerge.zoo import files
+from adamerge.zoo import benchmark_folder, files
 
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
@@ -32,8 +33,26 @@ _NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
 
 
 def register_resolvers() -> None:
-    """Let yaml files name the shipped zoo: ``${zoo:base.safetensors}``."""
+    """Let yaml files name the shipped zoo, ``${zoo:base.safetensors}``, and that of the offline benchmark."""
     OmegaConf.register_new_resolver("zoo", lambda path="": str(files() / str(path)), replace=True)
+    OmegaConf.register_new_resolver("offline_benchmark", _benchmark_file, replace=True)
+
+
+def _benchmark_file(root: str, path: str = "") -> str:
+    """Return a path in the zoo of the offline benchmark, below the folder of the data sets.
+
+    Raises:
+        InputError: If the zoo is not there, or not finished.
+    """
+    folder = benchmark_folder(root)
+    if not (folder / "zoo.json").is_file():
+        state = "is not finished" if (folder / "building.json").is_file() else "is not there"
+        raise InputError(
+            f"{folder}: the zoo of the offline benchmark {state}. Make it, in about half an hour on one CPU core: "
+            f"adamerge zoo build offline_benchmark --root {root}; or name the folder that it is in: data.root=DIR or "
+            "the environment variable ADAMERGE_DATA."
+        )
+    return str(folder / path)
 
 
 def compose(arguments: Sequence[str]) -> DictConfig:
@@ -65,8 +84,12 @@ def expanded(config: DictConfig) -> DictConfig:
         InputError: If it is no pool file, or the configuration names a base or experts besides.
     """
     node = config.get("pool")
-    if not isinstance(node, DictConfig) or node.get("file") is None:
-        return config
+    try:
+        if not isinstance(node, DictConfig) or node.get("file") is None:
+            return config
+    except InterpolationResolutionError as error:
+        message = str(error).splitlines()[0].removeprefix("InputError raised while resolving interpolation: ")
+        raise InputError(f"pool.file: {message}") from error
     own = OmegaConf.to_container(node, resolve=True)
     assert isinstance(own, dict)
     given = [key for key in ("base", "experts") if own.get(key) not in (None, "???")]

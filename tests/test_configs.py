@@ -17,6 +17,8 @@ FOLDER = Path(adamerge.configs.__file__).parent
 REQUIRED = {
     "backbone=open_clip": ["backbone.model=ViT-B-32"],
     "backbone=torchvision": ["backbone.model=resnet18"],
+    "pool=offline_benchmark": ["data=offline_benchmark"],
+    "backbone=offline_benchmark": ["data=offline_benchmark"],
     "pool=files": ["pool.base=base.safetensors", "pool.experts={cars: cars.safetensors}"],
     "data=folders": ["data.tasks={cars: {_target_: adamerge.data.Task}}"],
     "transform=chain": ["transform.transforms=[{_target_: adamerge.transforms.Trim}]"],
@@ -27,6 +29,16 @@ CHOICES = sorted(
     for path in FOLDER.rglob("*.yaml")
     if path.parent not in (FOLDER, FOLDER / "merge", FOLDER / "compare")  # of other commands
 )
+
+
+@pytest.fixture(autouse=True)
+def _benchmark(tmp_path, monkeypatch):
+    """Let the offline benchmark find a zoo, of which only the list of its files is read."""
+    folder = tmp_path / "data" / "offline_benchmark"
+    folder.mkdir(parents=True)
+    (folder / "zoo.json").write_text("{}")
+    (folder / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: experts/mnist.safetensors}\n")
+    monkeypatch.setenv("ADAMERGE_DATA", str(tmp_path / "data"))
 
 
 def nodes(config, path=""):

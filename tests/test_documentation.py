@@ -38,15 +38,17 @@ def readers_folder(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
     pool = "base: base.safetensors\nexperts: {a: a.safetensors}\n"
-    for name in ("FILE", "pool.yaml", "packed/pool.yaml", "DIR/pool.yaml"):
+    for name in ("FILE", "pool.yaml", "packed/pool.yaml", "DIR/pool.yaml", "data/offline_benchmark/pool.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(pool, encoding="utf-8")
+    (folder / "data" / "offline_benchmark" / "zoo.json").write_text("{}", encoding="utf-8")
     return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_commands_of_the_pages_exist_with_their_options(command, readers_folder, monkeypatch):
     monkeypatch.chdir(readers_folder)
+    monkeypatch.delenv("ADAMERGE_DATA", raising=False)
     arguments = [word for word in command.arguments if word not in ("...", "--debug", "--quiet", "--json")]
     if not arguments or SHOWN_ONLY & set(arguments):
         assert not arguments or arguments[0] in app.commands or arguments[0] in SHOWN_ONLY

@@ -1,24 +1,31 @@
 """The demo zoo: images, tokenizer, shipped files, and a tiny build."""
 
+import copy
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from adamerge import InputError, zoo
+from adamerge.pool_files import load_pool_file
 from adamerge.zoo import CLASSES, TASKS, TEMPLATES, Tokenizer, ZooImages
+from adamerge.zoo.design import DEMO, Curriculum, Recipe
 from adamerge.zoo.glyphs import FONTS, draw_glyph, require
 from adamerge.zoo.images import PRETRAINING_CLASSES, pretraining_images
-from adamerge.zoo.training import Curriculum, Recipe
+from adamerge.zoo.progress import TrainingState
+from adamerge.zoo.training import train_expert
 
 open_clip = pytest.importorskip("open_clip")
 for _package in ("mlxtend", "sklearn", "matplotlib"):
     pytest.importorskip(_package)
 
+build_module = importlib.import_module("adamerge.zoo.build")  # the package has a function of that name
 TRAIN_SIZES = {"digits": 1000}
 TEST_SIZES = {"digits": 797}
 
@@ -176,19 +183,83 @@ def test_import_stays_light():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+class _Stopped(Exception):
+    """Stands in for an interruption."""
+
+
+def _stopping(after):
+    """Return what stops a build at its so-manyth step."""
+    steps = iter(range(after))
+
+    def advance():
+        if next(steps, None) is None:
+            raise _Stopped
+
+    return advance
+
+
+def test_training_that_was_interrupted_goes_on_to_the_same_weights(tmp_path):
+    images, labels = torch.randn(40, 3, 28, 28), torch.arange(40) % 10
+    recipe = Recipe(steps=60, batch_size=4, learning_rate=1e-3, weight_decay=0.1, warmup=5)
+    head = torch.nn.functional.normalize(torch.randn(64, 10), dim=0)
+    torch.manual_seed(0)
+    first = zoo.create_model()
+    second = copy.deepcopy(first)
+    train_expert(first, head, (images, labels), recipe, 3, lambda: None)
+    state = TrainingState(tmp_path / "mnist.training.pt")
+    with pytest.raises(_Stopped):
+        train_expert(copy.deepcopy(second), head, (images, labels), recipe, 3, _stopping(55), state)
+    advanced = []
+    again = TrainingState(tmp_path / "mnist.training.pt")
+    train_expert(second, head, (images, labels), recipe, 3, lambda: advanced.append(1), again)
+    assert len(advanced) == 60
+    assert again.seconds >= 0
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_damaged_state_of_a_training_is_refused(tmp_path):
+    (tmp_path / "base.training.pt").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"base\.training\.pt.*Remove the file"):
+        TrainingState(tmp_path / "base.training.pt").restore({}, torch.Generator())
+
+
+TINY = replace(
+    DEMO,
+    base=Recipe(steps=4, batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup=2),
+    expert=Recipe(steps=2, batch_size=16, learning_rate=1e-4, weight_decay=0.1),
+    curriculum=Curriculum(num_images=300, clean_steps=2),
+)
+
+
 @pytest.mark.slow
 def test_build_tiny_is_deterministic_and_leaves_no_temporary_file(tmp_path):
-    tiny = {
-        "base": Recipe(steps=4, batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup=2),
-        "expert": Recipe(steps=2, batch_size=16, learning_rate=1e-4, weight_decay=0.1),
-        "curriculum": Curriculum(num_images=300, clean_steps=2),
-    }
     state = torch.random.get_rng_state()
-    facts = zoo.build(tmp_path / "a", 3, progress=False, **tiny)
+    facts = zoo.build(tmp_path / "a", 3, progress=False, design=TINY)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert facts == json.loads((tmp_path / "a" / "zoo.json").read_text(encoding="utf-8"))
-    again = zoo.build(tmp_path / "b", 3, progress=False, **tiny)
+    again = zoo.build(tmp_path / "b", 3, progress=False, design=TINY)
     assert again["sha256"] == facts["sha256"]
     files = {str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*") if path.is_file()}
     assert files == {*facts["sha256"], "zoo.json"}
     zoo.create_model(tmp_path / "a").load_state_dict(load_file(tmp_path / "a" / "base.safetensors"))
+    pool = load_pool_file(tmp_path / "a" / "pool.yaml")
+    pool.verify()
+    assert tuple(pool.experts) == TASKS
+
+
+@pytest.mark.slow
+def test_build_goes_on_after_an_interruption_and_refuses_other_zoos(tmp_path, monkeypatch):
+    whole = zoo.build(tmp_path / "whole", 3, progress=False, design=TINY)
+    assert zoo.build(tmp_path / "whole", 3, progress=False, design=TINY) == whole  # nothing left to do
+    broken = replace(TINY, images=lambda task, seed: DEMO.images(task, seed) if task != "greek" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        zoo.build(tmp_path / "parts", 3, progress=False, design=broken)
+    trained = []
+    own = build_module.train_expert
+    monkeypatch.setattr(build_module, "train_expert", lambda *args: (trained.append(1), own(*args)))
+    monkeypatch.setattr(build_module, "train_base", lambda *args: 1 / 0)
+    assert zoo.build(tmp_path / "parts", 3, progress=False, design=TINY)["sha256"] == whole["sha256"]
+    assert len(trained) == 3  # greek, cyrillic, math
+    with pytest.raises(InputError, match="holds a zoo with another seed: expected 4, found 3"):
+        zoo.build(tmp_path / "parts", 4, progress=False, design=TINY)

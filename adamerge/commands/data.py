@@ -20,7 +20,7 @@ def _default_root() -> str:
     return os.environ.get("ADAMERGE_DATA") or "data"
 
 
-_root = click.option(
+root_option = click.option(
     "--root",
     type=click.Path(path_type=Path),
     default=_default_root,
@@ -35,7 +35,7 @@ def data() -> None:
 
 @data.command()
 @click.argument("names", nargs=-1)
-@_root
+@root_option
 @click.option("--sample", type=click.IntRange(min=0), default=20, help="Images of each split to decode.  [20]")
 @click.option("--all", "every", is_flag=True, help="Decode all images.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -74,7 +74,7 @@ def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json:
 
 @data.command()
 @click.argument("names", nargs=-1, required=True)
-@_root
+@root_option
 @click.option("--hub", is_flag=True, help="Take the copies at the Hugging Face Hub, where there are any.")
 def get(names: tuple[str, ...], root: Path, hub: bool) -> None:
     """Download data sets: the only command that does. Files that are there and whole are not fetched again.

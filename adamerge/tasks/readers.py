@@ -1,10 +1,17 @@
-"""Data sets that torchvision does not read: images that a text file lists, and parquet files of the Hub."""
+"""Data sets that torchvision does not read: lists of images, the Hub's parquet files, compressed IDX files."""
 
+import gzip
+import math
 import re
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from adamerge.errors import InputError
@@ -86,3 +93,55 @@ class HubImages(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         row = self._rows[index]
         return row["image"], int(row["label"])
+
+
+class IdxImages(Dataset[tuple[Any, int]]):
+    """Grey images and labels in two files of MNIST's IDX format, compressed or not.
+
+    Args:
+        root: Folder of the files.
+        images: File of the images, from there.
+        labels: File of the labels.
+
+    Attributes:
+        data: Shape (N, height, width), uint8.
+        targets: Shape (N,), int64.
+
+    Raises:
+        InputError: If a file is not in the format, or the two do not belong together.
+    """
+
+    def __init__(self, root: str | Path, images: str, labels: str) -> None:
+        self.data = _read_idx(Path(root) / images, 3)
+        self.targets = _read_idx(Path(root) / labels, 1).long()
+        if len(self.data) != len(self.targets):
+            raise InputError(
+                f"{Path(root) / labels}: expected a label for each of the {len(self.data)} images in {images}, found "
+                f"{len(self.targets)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return Image.fromarray(self.data[index].numpy()), int(self.targets[index])
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """Read an array of bytes: two zeros, type 8, the number of dimensions, each as a big-endian int32, then bytes."""
+    try:
+        content = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: cannot be decompressed ({error}). Is the download complete?") from error
+    head = 4 + 4 * dimensions
+    if len(content) < head or content[:4] != bytes((0, 0, 8, dimensions)):
+        raise InputError(
+            f"{path}: expected a file of bytes in the IDX format with {dimensions} dimensions, found another start."
+        )
+    shape = struct.unpack(f">{dimensions}i", content[4:head])
+    if len(content) - head != math.prod(shape):
+        raise InputError(
+            f"{path}: expected {math.prod(shape)} bytes for the shape {shape}, found {len(content) - head}. Is the "
+            "download complete?"
+        )
+    return torch.frombuffer(bytearray(content[head:]), dtype=torch.uint8).view(shape)

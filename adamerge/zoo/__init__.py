@@ -1,8 +1,8 @@
-"""The demo zoo: a small CLIP, six experts fine-tuned from it, and their images. Offline, real, 7 MB."""
+"""Zoos made offline from real images: the demo's, which ships (7 MB), and the larger one of the offline benchmark."""
 
 from adamerge.zoo.build import build
 from adamerge.zoo.images import CLASSES, TASKS, TEMPLATES, ZooImages
-from adamerge.zoo.model import create_model, files
+from adamerge.zoo.model import benchmark_folder, create_model, files
 from adamerge.zoo.tasks import tasks
 from adamerge.zoo.tokenizer import Tokenizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "TEMPLATES",
     "Tokenizer",
     "ZooImages",
+    "benchmark_folder",
     "build",
     "create_model",
     "files",

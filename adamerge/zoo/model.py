@@ -1,4 +1,4 @@
-"""The demo zoo's architecture, a very small CLIP, and the folder with the files that ship with this package."""
+"""The folders of zoos, and the demo zoo's architecture, a very small CLIP."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from open_clip import CLIP
 
 CONFIG_FILE = "open_clip_config.json"
+BENCHMARK = "offline_benchmark"
 _FILES = Path(__file__).resolve().parent / "files"
 
 
@@ -27,9 +28,14 @@ def files() -> Path:
     if not (_FILES / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"The demo zoo is missing from this installation: no {CONFIG_FILE} in {_FILES}. "
-            "Reinstall adamerge, or make the zoo with adamerge.zoo.build(folder)."
+            "Reinstall adamerge, or make it: adamerge zoo build."
         )
     return _FILES
+
+
+def benchmark_folder(root: str | Path) -> Path:
+    """Return where the zoo of the offline benchmark is: a folder below that of the data sets."""
+    return Path(root) / BENCHMARK
 
 
 def open_clip_config() -> dict[str, Any]:

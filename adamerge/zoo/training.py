@@ -1,4 +1,4 @@
-"""How the demo zoo's models are trained: a contrastive base, then experts against frozen text heads.
+"""How a zoo's models are trained: a contrastive base, then experts against frozen text heads.
 
 Shapes: B images in a batch, U different classes among them, F features, C classes of a task.
 """
@@ -6,83 +6,51 @@ Shapes: B images in a batch, U different classes among them, F features, C class
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adamerge.zoo.images import PRETRAINING_CLASSES, TEMPLATES, pretraining_images
-from adamerge.zoo.tokenizer import Tokenizer
+from adamerge.zoo.design import Design, Recipe
+from adamerge.zoo.progress import TrainingState
 
 if TYPE_CHECKING:
     from open_clip import CLIP
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one model is trained: AdamW, linear warm-up, cosine decay to zero.
-
-    Args:
-        steps: Optimizer steps.
-        batch_size: Images per step.
-        learning_rate: Largest learning rate.
-        weight_decay: Of tensors with two dimensions or more; the others have none.
-        warmup: Steps of linear warm-up.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    warmup: int = 0
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """What the base sees when.
-
-    Args:
-        num_images: Size of the pretraining set, one third clean and two thirds generic.
-        clean_steps: First steps with clean images only; without them the loss stalls for hundreds of steps.
-    """
-
-    num_images: int = 24_000
-    clean_steps: int = 150
-
-
-def train_base(model: CLIP, recipe: Recipe, curriculum: Curriculum, seed: int, advance: Callable[[], None]) -> None:
+def train_base(model: CLIP, design: Design, seed: int, saved: TrainingState, advance: Callable[[], None]) -> None:
     """Train both towers in place so that images of a class meet its captions.
 
     Args:
         model: Changed in place.
-        recipe: How it is trained.
-        curriculum: What it sees when.
+        design: What it sees when, and how it is trained.
         seed: Seed of images, batches and captions.
-        advance: Called after every step.
+        saved: Where the training stands; it goes on from there.
+        advance: Called after every step, also for those done before.
     """
+    recipe, curriculum, templates = design.base, design.curriculum, design.templates
     num_clean = curriculum.num_images // 3
-    clean = pretraining_images("clean", num_clean, seed)
-    generic = pretraining_images("generic", curriculum.num_images - num_clean, seed)
+    clean = design.pretraining("clean", num_clean, seed)
+    generic = design.pretraining("generic", curriculum.num_images - num_clean, seed)
     images, labels = (torch.cat(parts) for parts in zip(clean, generic, strict=True))
-    tokenizer = Tokenizer()
-    captions = torch.stack([tokenizer([t.format(name) for t in TEMPLATES]) for name in PRETRAINING_CLASSES])
+    tokenizer = design.tokenizer()
+    captions = torch.stack([tokenizer([t.format(name) for t in templates]) for name in design.pretraining_classes])
     generator = torch.Generator().manual_seed(seed)
 
     def draw(step: int) -> Tensor:
-        population = num_clean if step < curriculum.clean_steps else curriculum.num_images
+        population = num_clean if step < curriculum.clean_steps else len(labels)
         return torch.randint(population, (recipe.batch_size,), generator=generator)
 
     def loss(index: Tensor) -> Tensor:
         classes, target = labels[index].unique(return_inverse=True)  # (U,), (B,)
-        template = torch.randint(len(TEMPLATES), (len(classes),), generator=generator)
+        template = torch.randint(len(templates), (len(classes),), generator=generator)
         text = model.encode_text(captions[classes, template], normalize=True)  # (U, F)
         image = model.encode_image(images[index], normalize=True)  # (B, F)
         return _contrast(model.logit_scale.exp() * image @ text.T, target)
 
-    _fit(model.parameters(), loss, draw, recipe, advance)
+    _fit(model, loss, draw, recipe, generator, saved, advance)
 
 
 def train_expert(
@@ -92,16 +60,18 @@ def train_expert(
     recipe: Recipe,
     seed: int,
     advance: Callable[[], None],
+    saved: TrainingState | None = None,
 ) -> None:
     """Fine-tune the visual tower in place on one task; the text tower and the head stay as they are.
 
     Args:
         model: Its visual tower is changed in place.
         head: Class embeddings, shape ``(F, C)``.
-        data: Images ``(N, 3, 28, 28)`` and labels ``(N,)``.
+        data: Images ``(N, 3, S, S)`` and labels ``(N,)``.
         recipe: How it is trained.
         seed: Seed of the batches.
-        advance: Called after every step.
+        advance: Called after every step, also for those done before.
+        saved: Where the training stands; it goes on from there.
     """
     images, labels = data
     generator = torch.Generator().manual_seed(seed)
@@ -114,30 +84,37 @@ def train_expert(
         features = model.encode_image(images[index], normalize=True)
         return functional.cross_entropy(scale * features @ head, labels[index])
 
-    _fit(model.visual.parameters(), loss, draw, recipe, advance)
+    _fit(model.visual, loss, draw, recipe, generator, saved or TrainingState(None), advance)
 
 
 def _fit(
-    parameters: Iterable[nn.Parameter],
+    model: nn.Module,
     loss: Callable[[Tensor], Tensor],
     draw: Callable[[int], Tensor],
     recipe: Recipe,
+    generator: torch.Generator,
+    saved: TrainingState,
     advance: Callable[[], None],
 ) -> None:
     """Minimize ``loss`` of the image indices that ``draw`` gives for each step; changes the parameters."""
-    parameters = list(parameters)
+    parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, recipe))
-    for step in range(recipe.steps):
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    done = saved.restore(parts, generator)
+    for _ in range(done):
+        advance()
+    for step in range(done, recipe.steps):
         optimizer.zero_grad()
         loss(draw(step)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+        saved.keep(step + 1, parts, generator)
         advance()
 
 

@@ -41,7 +41,7 @@ from adamerge.methods.method import MergingMethod
 from adamerge.objectives import Objective
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
-from adamerge.zoo.build import EXPERT
+from adamerge.zoo.design import DEMO
 from adamerge.zoo.training import train_expert
 
 KINDS = {  # what the added experts are, in turn
@@ -126,7 +126,7 @@ def _make_expert(kind: str, number: int, path: Path) -> None:
     model = zoo.create_model().train()
     model.load_state_dict({k: v.float() for k, v in load_state_dict(zoo.files() / "base.safetensors").items()})
     head = build_zero_shot_classifier(model, zoo.Tokenizer(), data.classes, zoo.TEMPLATES)
-    train_expert(model, head, (images, labels), EXPERT, seed, lambda: None)
+    train_expert(model, head, (images, labels), DEMO.expert, seed, lambda: None)
     tower = {name: value.half() for name, value in model.state_dict().items() if name.startswith("visual.")}
     save_state_dict(tower, path)
 
