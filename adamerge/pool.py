@@ -414,6 +414,8 @@ class ExpertPool:
                 self._set_aside(name)
                 continue
             self._norms[name] = norms
+            if base.numel() > _TILE:
+                return_freed_memory()  # of the tiles: what is kept of each parameter lies between them
 
     def _add(self, name: str, base: Tensor) -> bool:
         """Form, or map, one parameter's task vectors; returns whether a packed file has any."""
