@@ -171,6 +171,7 @@ def _transformed(config: DictConfig, of: launch.Assembly) -> launch.Assembly:
         return of
     pool = launch.build_pool(config, of.backbone)
     model = MergedModel(of.model.encoder, pool, Coefficients(pool, "task", "mean"), of.heads, of.model.teachers)
+    of.batch_norm.start(model)
     return replace(of, pool=pool, model=model)
 
 
@@ -181,7 +182,7 @@ def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> 
     if spec.reference == "experts":
         return score_experts(model, data)
     if spec.reference == "pretrained":
-        return Row(score_tasks(model, model.pool.base, data, "Scoring the pretrained model"))
+        return Row(score_tasks(model, model.base_parameters(), data, "Scoring the pretrained model"))
     if spec.rule is None:
         return _searched(assembly)
     made = _merge(spec.rule, assembly, folder / _MERGED)
@@ -194,9 +195,12 @@ def _searched(assembly: launch.Assembly) -> Row:
     pool, of, data = assembly.pool, assembly.model, assembly.data
     model = MergedModel(of.encoder, pool, Coefficients(pool, "task", "mean", "none"), of.heads, of.teachers)
     watch = Stopwatch()
+    assembly.batch_norm.start(model)
     best = search_task_arithmetic(model, data)
+    params = {name: tensor.detach() for name, tensor in model.merge().items()}
+    params |= assembly.batch_norm.final(model, params, data)
     seconds = watch.seconds()
-    scores = score_tasks(model, model.merge(), data, "Scoring task arithmetic")
+    scores = score_tasks(model, params, data, "Scoring task arithmetic")
     return Row(scores, uses_labels=True, uses_data=True, seconds=seconds, extra={"coefficient": best})
 
 
@@ -205,6 +209,7 @@ def _merge(rule: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> _M
     built = build(OmegaConf.create({"merge": dict(rule)}), "merge")
     watch = Stopwatch()
     state_dict = merged_state_dict(assembly.pool, built, model=assembly.model, data=assembly.data)
+    state_dict = assembly.batch_norm.complete(state_dict, assembly.model, assembly.pool, assembly.data)
     seconds = watch.seconds()
     save_state_dict(state_dict, path)
     return _Made(path, seconds, *(bool(getattr(built, fact, False)) for fact in ("needs_data", "uses_labels")))

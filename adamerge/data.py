@@ -215,6 +215,16 @@ class UnlabeledTasks(LightningDataModule):
                 if start < len(stream)
             }
 
+    def mixed_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of images to adapt on, (B, ...) by task, that depend on the seed only.
+
+        Args:
+            count: Most batches; at most one pass over the longest stream, shorter ones are repeated.
+        """
+        steps = Steps(self.streams, self.batch_size, self.seed, 0, 1, draws=True)
+        for number in range(min(count, max(steps.per_pass(task) for task in self.streams))):
+            yield {task: batch.inputs for task, batch in steps[number].items()}
+
     def evaluation_loader(self, task: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the labelled images of a task that can be read, in their own order, (inputs, labels)."""
         batches: DataLoader[Any] = DataLoader(

@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from adamerge.checkpoints import load_state_dict, save_state_dict
+from adamerge.batch_norm import FILE, save_statistics, with_statistics
+from adamerge.checkpoints import MemoryCheckpoint, load_state_dict, save_state_dict
 from adamerge.coefficients import Coefficients, save_coefficients
 from adamerge.errors import GuardError, InputError
 from adamerge.files import atomic_path, combined_hash, ensure_writable, save_json
@@ -35,6 +36,7 @@ def export(
     folder: Path,
     *,
     filename: str = "merged.safetensors",
+    statistics: Mapping[str, Tensor] | None = None,
     heads: Mapping[str, nn.Module] | None = None,
     head_info: Mapping[str, Any] | None = None,
     sidecar: Mapping[str, Any] | None = None,
@@ -47,7 +49,9 @@ def export(
         coefficients: What to merge with.
         folder: Made if needed; files of an earlier export are replaced one by one.
         filename: Of the merged checkpoint: the base's keys, dtypes and values under the coefficients.
-            Its bytes depend on pool and coefficients only, so that a replay gives the same file.
+            Its bytes depend on pool, coefficients and statistics only, so that a replay gives the same file.
+        statistics: Of BatchNorm layers, by the encoder's names, where they are not the base's. They are kept beside the
+            coefficients, in ``batch_norm.safetensors``.
         heads: Task to classifier, written to ``heads.safetensors``.
         head_info: JSON-ready facts about the heads by task, such as class names.
         sidecar: ``open_clip_config.json``'s content; with it, ``open_clip/`` loads in
@@ -64,11 +68,17 @@ def export(
         RuntimeError: If what was read back differs from what was merged.
     """
     ensure_writable(folder)
-    state_dict = merge(pool, coefficients, detach=True)
+    state_dict = with_statistics(merge(pool, coefficients, detach=True), pool, statistics or {})
     _check_finite(state_dict, "The coefficients diverged: lower the learning rate, or set constraint=box.")
     files = {"merged": folder / filename, "coefficients": folder / "coefficients.json", "recipe": folder / "merge.json"}
     # One key: with several, their order in the file, and so its bytes, would change from run to run.
-    facts = {"format": FORMAT, "coefficients": _digest(coefficients), "pool": combined_hash(pool.hashes())}
+    facts = {"format": FORMAT, "coefficients": digest(coefficients), "pool": combined_hash(pool.hashes())}
+    if statistics:
+        facts["batch_norm"] = MemoryCheckpoint(FILE, statistics).sha256()
+        files["batch_norm"] = folder / FILE
+        save_statistics(statistics, files["batch_norm"], {"coefficients": facts["coefficients"]})
+    else:
+        (folder / FILE).unlink(missing_ok=True)  # of an earlier export
     save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(facts)})
     _prove(files["merged"], state_dict)
     save_coefficients(coefficients, files["coefficients"], pool)
@@ -176,7 +186,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _digest(coefficients: Coefficients) -> str:
+def digest(coefficients: Coefficients) -> str:
     """Hash the coefficients with the names of experts and groups they belong to."""
     digest = hashlib.sha256(json.dumps([coefficients.expert_names, coefficients.index.labels]).encode())
     digest.update(coefficients().detach().cpu().numpy().tobytes())

@@ -17,6 +17,7 @@ from torch import nn
 
 from adamerge import launchers, ranks
 from adamerge.backbones import Backbone, check_classes, own_base
+from adamerge.batch_norm import BatchNormPolicy
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.checkpoint_io import write_atomically
@@ -57,6 +58,7 @@ class Assembly:
 
     Attributes:
         start: For ``merge.json``: the file whose coefficients the run starts from, and the groups that follow from it.
+        batch_norm: Which statistics the merged model's BatchNorm layers have; ``model`` has those to adapt with.
     """
 
     backbone: Backbone
@@ -65,6 +67,7 @@ class Assembly:
     heads: dict[str, nn.Module]
     model: MergedModel
     start: dict[str, Any] = field(default_factory=dict)
+    batch_norm: BatchNormPolicy = field(default_factory=lambda: BatchNormPolicy("base"))
 
 
 def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
@@ -81,6 +84,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
         coefficients, start = _coefficients(config, of.pool)
         options = build_optional(config, "encoder")
         model = MergedModel(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
+        of.batch_norm.start(model)
         return replace(of, model=model, start=start)
     imports = containers(config)
     check_targets(imports)
@@ -95,7 +99,9 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     teachers = {name: task.expert for name, task in data.tasks.items() if task.expert}
     model = MergedModel(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
     check_classes(data.tasks, heads, _feature_width(model, data))
-    return Assembly(backbone, data, pool, heads, model, start)
+    batch_norm = build_batch_norm(config)
+    batch_norm.start(model)
+    return Assembly(backbone, data, pool, heads, model, start, batch_norm)
 
 
 def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, dict[str, Any]]:
@@ -124,6 +130,12 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
     inside = path.is_relative_to(str(config.run_dir))
     name = str(path.relative_to(str(config.run_dir)) if inside else path)
     return coefficients, {"start": {"file": name, "sha256": sha256(path), "granularity": describe(granularity)}}
+
+
+def build_batch_norm(config: DictConfig) -> BatchNormPolicy:
+    """Return the policy of a configuration; of those that were written before there was one, the base's statistics."""
+    policy: BatchNormPolicy | None = build_optional(config, "batch_norm")
+    return policy or BatchNormPolicy("base")
 
 
 def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
@@ -183,6 +195,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         head_info=head_info(assembly.data),
         sidecar=assembly.backbone.sidecar(),
         recipe={"config": plain(config), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], **assembly.start},
+        batch_norm=assembly.batch_norm,
     )
     trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
     summary = None
@@ -192,7 +205,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         seconds = watch.seconds()
         uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
         merged = Made(str(config.name), export.files["merged"], seconds, int(config.seed), uses_labels)
-        rows = score_run(assembly.model, assembly.data, merged, references=config.references)
+        rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
         left_out = assembly.data.unreadable_evaluation()
         summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
         record_metrics(export.files["recipe"], summary, seconds)

@@ -71,7 +71,7 @@ def check_layout(
         elif name in tied:
             skipped[key] = f"tied to {tied[name]}"
         elif name.rsplit(".", 1)[-1] in _STATISTICS:
-            skipped[key] = "normalisation statistics: the base's are kept"
+            skipped[key] = "normalisation statistics: see batch_norm"
         elif is_excluded(name) or not is_included(name):
             skipped[key] = "excluded"
             fixed.append(name)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from adamerge import launch
+from adamerge.batch_norm import BatchNormPolicy
 from adamerge.composition import chosen_pool, compose, name_experts, rule_node
 from adamerge.errors import InputError
 from adamerge.evaluation import Stopwatch
@@ -36,12 +37,14 @@ class Job:
     Attributes:
         rule: The rule's node: ``_target_`` and its options.
         pool: Base and experts.
-        overrides: Hydra arguments of ``adapt`` that name backbone and data, for rules that need data.
+        overrides: Hydra arguments of ``adapt`` that name backbone and data, where data is needed.
+        batch_norm: Policy of BatchNorm statistics; None: ``recalibrate`` where the rule reads data, else ``average``.
     """
 
     rule: Mapping[str, Any]
     pool: PoolFiles
     overrides: tuple[str, ...] = ()
+    batch_norm: str | None = None
 
 
 def run(job: Job, folder: Path) -> dict[str, Path]:
@@ -60,14 +63,16 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
     """
     ensure_writable(folder)
     rule = build(OmegaConf.create({RULES: dict(job.rule)}), RULES)
-    needs_data = bool(getattr(rule, "needs_data", False))
+    reads_data = bool(getattr(rule, "needs_data", False))
+    policy = BatchNormPolicy(job.batch_norm or ("recalibrate" if reads_data else "average"))  # type: ignore[arg-type]
+    needs_data = reads_data or policy.needs_data
     if job.overrides and not needs_data:
         raise InputError(f"merge: {type(rule).__name__} reads no data; leave out {' '.join(job.overrides)}.")
     job.pool.verify()
     watch = Stopwatch()
     extras: dict[str, Any] = {}
     if needs_data:
-        assembly = _assemble(job)
+        assembly = _assemble(job, policy)
         pool, model, data = assembly.pool, assembly.model, assembly.data
         extras = {
             "heads": assembly.heads,
@@ -79,7 +84,8 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
     with progress_bar() as progress:
         bar = progress.add_task(f"Merging: {type(rule).__name__}", total=len(pool.names))
         state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: progress.advance(bar))
-    decided = {"rule": dict(job.rule), "overrides": list(job.overrides)}
+    state_dict = policy.complete(state_dict, model, pool, data)
+    decided = {"rule": dict(job.rule), "overrides": list(job.overrides), "batch_norm": policy.policy}
     recipe = {
         **decided,
         "files": job.pool.described(),
@@ -102,6 +108,7 @@ def job_of(
     recipe: Path | None,
     settings: Sequence[str],
     key_prefix: str | None,
+    batch_norm: str | None,
     config_dir: Path | None,
     overrides: Sequence[str],
 ) -> Job:
@@ -111,14 +118,14 @@ def job_of(
         InputError: If they do not go together, or one is wrong.
     """
     if recipe is not None:
-        if rule or base or experts or pool or settings or key_prefix or config_dir or overrides:
+        if rule or base or experts or pool or settings or key_prefix or batch_norm or config_dir or overrides:
             raise InputError("merge: --recipe holds everything but --out; leave the other options out.")
         return read_recipe(recipe)
     if rule is None:
         raise InputError("merge: give --rule NAME; docs/methods.md lists them.")
     files = chosen_pool("merge", base, experts, pool, key_prefix)
     found = (f"--config-dir={config_dir.absolute()}",) if config_dir is not None else ()
-    return Job(rule_node(RULES, rule, settings), files, (*found, *overrides))
+    return Job(rule_node(RULES, rule, settings), files, (*found, *overrides), batch_norm)
 
 
 def read_recipe(path: Path) -> Job:
@@ -139,16 +146,17 @@ def read_recipe(path: Path) -> Job:
             f"{path}: no recipe of `adamerge merge` ({type(error).__name__}: {error}). Name a merge.json that it wrote."
         ) from error
     pool = pool_files(files, str(path), path.parent)
-    return Job(rule, pool.pinned(hashes), tuple(overrides))
+    return Job(rule, pool.pinned(hashes), tuple(overrides), content.get("batch_norm", "base"))
 
 
-def _assemble(job: Job) -> launch.Assembly:
+def _assemble(job: Job, policy: BatchNormPolicy) -> launch.Assembly:
     """Build backbone, data and heads around the pool, as ``adapt`` would."""
     config = compose(list(job.overrides))
     files = job.pool
     config.pool = files.node()
     config.granularity = {"_target_": "adamerge.granularity.Task"}  # the merge has no coefficients
     config.init, config.transform = "mean", None
+    config.batch_norm.policy = policy.policy
     _check_overrides(job, config)
     seed_everything(config.seed, workers=True, verbose=False)
     with Console(stderr=True).status("Reading the pool and building the heads"):

@@ -140,6 +140,24 @@ class MergedModel(nn.Module):
         self._leaves = {}
         return self
 
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Let the merged model run with other buffers than the base's, such as BatchNorm statistics.
+
+        Args:
+            values: Buffer name to value; names that the encoder lacks are left out.
+        """
+        own = self._buffers_of_encoder
+        self._buffers_of_encoder = own | {name: t.to(own[name], copy=True) for name, t in values.items() if name in own}
+
+    @property
+    def encoder_buffers(self) -> dict[str, Tensor]:
+        """The buffers that the merged model runs with, by the encoder's names."""
+        return dict(self._buffers_of_encoder)
+
+    def base_parameters(self) -> dict[str, Tensor]:
+        """Return the base's own parameters and buffers, as :meth:`forward` takes them."""
+        return {**self.pool.base, **self.pool.buffers(self._buffers_of_encoder)}
+
     def merge(self) -> dict[str, Tensor]:
         """Return the merged parameters, differentiable in the coefficients; call once per step."""
         return merge(self.pool, self.coefficients)

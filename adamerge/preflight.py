@@ -84,6 +84,8 @@ def check(config: DictConfig) -> list[str]:
     _check_parts(config, parts, problems)
     with problems.naming("encoder"):
         parts["encoder"] = build_optional(config, "encoder")
+    with problems.naming("batch_norm"):
+        build_optional(config, "batch_norm")
     with problems.naming("backbone"):
         parts["backbone"] = build(config, "backbone")
     with problems.naming("trainer"):

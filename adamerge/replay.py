@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from adamerge import launch, run_folder
+from adamerge.batch_norm import FILE, load_statistics
 from adamerge.coefficients import Coefficients, load_coefficients
 from adamerge.errors import InputError
-from adamerge.export import export
+from adamerge.export import digest, export
 from adamerge.files import atomic_path
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build
@@ -20,7 +22,8 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
     Args:
         run_dir: The folder of the run, for its configuration.
         coefficients: A ``coefficients.json`` of the same pool: no image is read, and the heads are the run's own, if
-            it has exported any. Default the run's last checkpoint, with heads built anew.
+            it has exported any. Default the run's last checkpoint, with heads built anew. Where the run recalibrates
+            BatchNorm layers, the statistics beside the file are taken, or images are read if there are none.
         output: Where to write; the run's own folder only while it has no export.
 
     Raises:
@@ -41,6 +44,7 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
             assembly.pool,
             values,
             output,
+            statistics=_final(assembly),
             heads=assembly.heads,
             head_info=launch.head_info(assembly.data),
             sidecar=assembly.backbone.sidecar(),
@@ -49,7 +53,13 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
     backbone = build(config, "backbone")
     pool = launch.build_pool(config, backbone)
     values = load_coefficients(coefficients, pool, build(config, "granularity"))
-    files = export(pool, values, output, sidecar=backbone.sidecar(), recipe=recipe)
+    statistics = _statistics_beside(coefficients, values)
+    policy = launch.build_batch_norm(config)
+    if statistics is None and policy.policy != "base":
+        assembly = launch.assemble(config)
+        assembly.model.coefficients = values
+        statistics = _final(assembly)
+    files = export(pool, values, output, statistics=statistics, sidecar=backbone.sidecar(), recipe=recipe)
     if (run_dir / "heads.safetensors").is_file():
         files["heads"] = output / "heads.safetensors"
         with atomic_path(files["heads"]) as temporary:
@@ -60,13 +70,35 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
 def export_files(
     base: Path, experts: dict[str, Path], coefficients: Path, output: Path, prefix: str
 ) -> dict[str, Path]:
-    """Export from files alone.
+    """Export from files alone; BatchNorm statistics are those beside the coefficients, or else the base's.
 
     Raises:
         InputError: If anything does not fit.
     """
     pool = ExpertPool.from_files(base, experts, key_map=prefix or None, duplicates="allow")
-    return export(pool, load_coefficients(coefficients, pool), output, recipe={"replayed": str(coefficients)})
+    values = load_coefficients(coefficients, pool)
+    statistics = _statistics_beside(coefficients, values)
+    return export(pool, values, output, statistics=statistics, recipe={"replayed": str(coefficients)})
+
+
+def _statistics_beside(path: Path, coefficients: Coefficients) -> dict[str, Tensor] | None:
+    """Return the BatchNorm statistics that were exported with a coefficients file; None where there are none."""
+    beside = path.parent / FILE
+    if not beside.is_file():
+        return None
+    statistics, facts = load_statistics(beside)
+    if facts.get("coefficients") != digest(coefficients):
+        raise InputError(
+            f"{beside}: expected the statistics of {path.name}, found those of other coefficients. Remove it, or "
+            "replay the coefficients that it was written with."
+        )
+    return statistics
+
+
+def _final(assembly: launch.Assembly) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics of a run's coefficients."""
+    with torch.no_grad():
+        return assembly.batch_norm.final(assembly.model, assembly.model.merge(), assembly.data)
 
 
 def _restore(coefficients: Coefficients, checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from adamerge.batch_norm import BatchNormPolicy
 from adamerge.checkpoints import load_state_dict
 from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
@@ -29,13 +30,21 @@ class Made:
     uses_labels: bool = False
 
 
-def score_run(model: MergedModel, data: UnlabeledTasks, made: Made, *, references: bool) -> dict[str, Row]:
+def score_run(
+    model: MergedModel,
+    data: UnlabeledTasks,
+    made: Made,
+    batch_norm: BatchNormPolicy | None = None,
+    *,
+    references: bool,
+) -> dict[str, Row]:
     """Score an exported checkpoint as it was written.
 
     Args:
         model: Of the run.
         data: Its tasks.
         made: The checkpoint.
+        batch_norm: Which statistics task arithmetic's BatchNorm layers have; default the base's.
         references: Whether to score the pretrained model, task arithmetic and the experts beside it.
 
     Raises:
@@ -47,13 +56,15 @@ def score_run(model: MergedModel, data: UnlabeledTasks, made: Made, *, reference
     merged = checkpoint_parameters(made.file, model)
     rows: dict[str, Row] = {}
     if references:
-        rows["pretrained"] = Row(score_tasks(model, pool.base, data, "Scoring the pretrained model"))
+        rows["pretrained"] = Row(score_tasks(model, model.base_parameters(), data, "Scoring the pretrained model"))
         usual = len(pool.expert_names) <= _USUAL
         start = MergedModel(
             model.encoder, pool, Coefficients(pool, "task", 0.3 if usual else "mean", "none"), model.heads
         )
         name = ("task_arithmetic_0.3" if usual else "weight_average") + ("_transformed" if pool.transform else "")
-        rows[name] = Row(score_tasks(model, start.merge(), data, "Scoring task arithmetic"))
+        params = {key: tensor.detach() for key, tensor in start.merge().items()}
+        params |= {} if batch_norm is None else batch_norm.final(start, params, data)
+        rows[name] = Row(score_tasks(model, params, data, "Scoring task arithmetic"))
     rows[made.name] = Row(
         score_tasks(model, merged, data, "Scoring the merged checkpoint"),
         uses_labels=made.uses_labels,
@@ -96,9 +107,11 @@ def checkpoint_parameters(path: Path, model: MergedModel) -> dict[str, Tensor]:
                 f"{path}: tensor {key!r}: expected shape {shape}, found {shown}. Is it a merge of this pool?"
             )
         params[name] = tensors[key].to(pool.device, pool.compute_dtype)
-    rest = {**pool.fixed, **dict(model.encoder.named_buffers())}  # a foreign checkpoint has its own
-    for name, own in rest.items():
+    own = {name for name, _ in model.encoder.named_parameters()}  # not a classifier, which is fixed too
+    fixed = {name: tensor for name, tensor in pool.fixed.items() if name in own}
+    rest = {**fixed, **dict(model.encoder.named_buffers())}  # a foreign checkpoint has its own
+    for name, like in rest.items():
         found = tensors.get(pool.keys.file_key(name)) if name in pool.keys else None
-        if found is not None and found.shape == own.shape:
-            params[name] = found.to(pool.device, own.dtype)
+        if found is not None and found.shape == like.shape:
+            params[name] = found.to(pool.device, like.dtype)
     return params

@@ -32,7 +32,7 @@ ORDER = [
     ["objectives", "frank_wolfe", "streams", "teacher_files"],
     ["caching", "splits"],
     ["data"],
-    ["backbones", "merges", "tasks"],
+    ["backbones", "batch_norm", "merges", "tasks"],
     ["baselines", "evaluation", "methods", "export"],
     ["callbacks"],
     ["zoo", "figures", "report"],

@@ -43,8 +43,8 @@ def test_check_layout_sorts_tensors_by_what_becomes_of_them():
     assert result.fixed == ("b",)
     assert result.skipped == {
         "visual.b": "excluded",
-        "visual.bn.running_mean": "normalisation statistics: the base's are kept",
-        "visual.bn.num_batches_tracked": "normalisation statistics: the base's are kept",
+        "visual.bn.running_mean": "normalisation statistics: see batch_norm",
+        "visual.bn.num_batches_tracked": "normalisation statistics: see batch_norm",
         "visual.position": "integer tensor (int64)",
         "visual.tied": "tied to w",
         "text.w": "not part of the encoder",

@@ -1,12 +1,15 @@
 """Write the merged checkpoint when adaptation has ended."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from adamerge.batch_norm import BatchNormPolicy
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.export import export
@@ -26,6 +29,8 @@ class ExportMergedWeights(Callback):
         head_info: JSON-ready facts about the heads by task, such as class names.
         sidecar: Content of ``open_clip_config.json``, to load the export in plain open_clip.
         recipe: Further content of ``merge.json``, such as the resolved configuration.
+        batch_norm: Which statistics the encoder's BatchNorm layers are exported with; None for the base's. To
+            recalibrate them, the trainer's datamodule must be :class:`~adamerge.data.UnlabeledTasks`.
 
     Attributes:
         files: Short name to file, once exported.
@@ -39,6 +44,7 @@ class ExportMergedWeights(Callback):
         head_info: Mapping[str, Any] | None = None,
         sidecar: Mapping[str, Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
+        batch_norm: BatchNormPolicy | None = None,
     ) -> None:
         if not filename.endswith(".safetensors"):
             raise InputError(
@@ -49,6 +55,7 @@ class ExportMergedWeights(Callback):
         self.head_info = head_info
         self.sidecar = sidecar
         self.recipe = dict(recipe or {})
+        self.batch_norm = batch_norm or BatchNormPolicy("base")
         self.files: dict[str, Path] = {}
 
     @rank_zero_only
@@ -73,11 +80,16 @@ class ExportMergedWeights(Callback):
             recipe |= {"protocol": data.protocol, "seed": data.seed, "unreadable": data.unreadable()}
         if isinstance(pl_module, MergingMethod):
             recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}
+        with torch.no_grad():
+            statistics = self.batch_norm.final(model, model.merge(), data if isinstance(data, UnlabeledTasks) else None)
+        if statistics:
+            recipe["batch_norm"] = dataclasses.asdict(self.batch_norm)
         self.files = export(
             model.pool,
             model.coefficients,
             self.dirpath,
             filename=self.filename,
+            statistics=statistics,
             heads=model.heads,
             head_info=self.head_info,
             sidecar=self.sidecar,

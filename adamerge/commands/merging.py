@@ -17,6 +17,11 @@ from adamerge.errors import InputError
 @click.option("--recipe", type=click.Path(path_type=Path), help="Instead of all else: a merge.json to run again.")
 @click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat.")
 @click.option("--key-prefix", default=None, help="Key prefix of the encoder in the files, such as visual.")
+@click.option(
+    "--batch-norm",
+    type=click.Choice(["base", "average", "recalibrate"]),
+    help="Statistics of BatchNorm layers, if there are any.  [recalibrate if the rule reads data, else average]",
+)
 @click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
 @click.option("--config-dir", type=click.Path(path_type=Path), help="Your own yaml files, for OVERRIDES.")
 @click.argument("overrides", nargs=-1)
@@ -31,8 +36,8 @@ def merge(output: Path, **options: Any) -> None:
         data=mine backbone=open_clip backbone.model=ViT-B-32
     adamerge merge --recipe merged/merge.json --out again
 
-    Rules that need unlabeled data (fisher, regmean, regmean++) take OVERRIDES that name backbone and data, as
-    `adamerge adapt` does; the default is the demo zoo's.
+    Rules that need unlabeled data (fisher, regmean, regmean++), and --batch-norm recalibrate, take OVERRIDES that name
+    backbone and data, as `adamerge adapt` does; the default is the demo zoo's.
     """  # noqa: D301
     from adamerge import merging_command
 

@@ -27,7 +27,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     before = {} if checkpoint else old.get(str(config.name), {})
     name = checkpoint.stem if checkpoint else str(config.name)
     made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
-    rows = score_run(assembly.model, assembly.data, made, references=True)
+    rows = score_run(assembly.model, assembly.data, made, assembly.batch_norm, references=True)
     protocol = assembly.data.protocol
     left_out = assembly.data.unreadable_evaluation()
     path = run_dir / "summary.json"

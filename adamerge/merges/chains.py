@@ -35,7 +35,7 @@ class Chain:
         self._model = model
         self._prefixes = [f"{path}.{name}." if path else f"{name}." for name in blocks]
         self._blocks = list(blocks.values())
-        self._buffers = model.pool.buffers({name: buffer for name, buffer in model.encoder.named_buffers()})
+        self._buffers = model.encoder_buffers
 
     def __len__(self) -> int:
         return len(self._blocks)
