@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adamerge.calls import fused
@@ -154,7 +154,7 @@ def load_statistics(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(facts)
 
 
-def _layers(model: MergedModel) -> dict[str, nn.Module]:
+def _layers(model: MergedModel) -> dict[str, _BatchNorm]:
     """Return the encoder's layers that normalise by kept statistics."""
     modules = model.encoder.named_modules()
     return {name: module for name, module in modules if isinstance(module, _BatchNorm) and _keeps_statistics(module)}
@@ -167,7 +167,7 @@ def _keeps_statistics(module: _BatchNorm) -> bool:
 @torch.no_grad()
 def _recalibrated(
     model: MergedModel,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, _BatchNorm],
     params: Mapping[str, Tensor],
     batches: Iterable[Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
@@ -220,10 +220,10 @@ class _Moments:
 
 
 @contextmanager
-def _watched(layers: Mapping[str, nn.Module], moments: Mapping[str, _Moments]) -> Iterator[None]:
+def _watched(layers: Mapping[str, _BatchNorm], moments: Mapping[str, _Moments]) -> Iterator[None]:
     """Let layers normalise by the batch, and add what they see to ``moments``; their own statistics stay."""
     handles = []
-    kept: list[tuple[nn.Module, bool, Any]] = []
+    kept: list[tuple[_BatchNorm, bool, bool]] = []
     for name, layer in layers.items():
         seen = moments[name]
         handles.append(layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0])))
