@@ -1,6 +1,7 @@
 """Pictures of results, with matplotlib (extra ``demo``)."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,38 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(tasks) + 1, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=150)
+
+
+def save_coefficients(
+    experts: Sequence[str], names: Sequence[str], values: Sequence[Sequence[float]], path: Path
+) -> None:
+    """Draw coefficients as a picture: an expert a row, a parameter or group a column.
+
+    Args:
+        experts: Of the rows.
+        names: Of the columns, in the model's order; only some are written where there are many.
+        values: (E, names).
+        path: A ``.png``, ``.svg`` or ``.pdf`` file, written atomically.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width = min(12.0, max(4.0, 0.12 * len(names) + 2.5))
+    figure = Figure(figsize=(width, 0.32 * len(experts) + 2.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    low, high = min(map(min, values)), max(map(max, values))
+    limit = max(abs(low), abs(high), 1e-12)
+    low = -limit if low < 0 else 0.0  # white is no contribution, whatever the range
+    image = axes.imshow(values, aspect="auto", cmap="RdBu_r" if low < 0 else "Blues", vmin=low, vmax=limit)
+    axes.set_yticks(range(len(experts)), list(experts))
+    step = max(1, math.ceil(len(names) / 24))
+    shown = range(0, len(names), step)
+    axes.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=6)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="coefficient", shrink=0.9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130)
 
 
 def save_lines(

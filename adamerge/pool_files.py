@@ -97,7 +97,14 @@ class PoolFiles:
             "exclude": None if self.exclude is None else list(self.exclude),
             "task_vectors": self.task_vectors and str(self.task_vectors.file),
             "duplicates": self.duplicates,
+            "licences": self.licences or None,
         }
+
+    @property
+    def licences(self) -> dict[str, str]:
+        """The licences that are known of the base (key ``base``) and the experts."""
+        entries = {"base": self.base, **self.experts}
+        return {name: entry.licence for name, entry in entries.items() if entry.licence}
 
     def described(self) -> dict[str, Any]:
         """Return a pool file's content, with absolute paths; a packed file with its hash."""
@@ -105,7 +112,7 @@ class PoolFiles:
         if packed is not None:
             packed = replace(packed, sha256=sha256(packed.file))
         return {
-            **self.node(),
+            **{key: value for key, value in self.node().items() if key != "licences"},
             "base": _described(self.base),
             "experts": {name: _described(found) for name, found in self.experts.items()},
             "key_prefix": self.key_prefix,

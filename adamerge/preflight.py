@@ -44,7 +44,18 @@ log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
-_POOL_KEYS = ("file", "base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates")
+_POOL_KEYS = (
+    "file",
+    "base",
+    "experts",
+    "storage",
+    "dtype",
+    "task_vectors",
+    "include",
+    "exclude",
+    "duplicates",
+    "licences",
+)
 
 
 class _Problems(list[str]):

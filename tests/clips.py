@@ -50,11 +50,31 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def hugging_face(seed: int = 0) -> CLIPModel:
+def shaped(name: str, activation: str) -> dict:
+    """Return a small configuration with the patches, heads and proportions of one of OpenAI's models."""
+    image, patch, layers, vision, text, embed = {
+        "B-32": (64, 32, 2, 128, 64, 64), "B-16": (64, 16, 2, 128, 64, 64), "L-14": (56, 14, 4, 192, 128, 96),
+    }[name]  # fmt: skip
+    shared = {"hidden_act": activation, "num_hidden_layers": layers}
+    ends = {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}
+    return {
+        "projection_dim": embed,
+        "vision_config": {
+            **shared, "hidden_size": vision, "intermediate_size": 4 * vision, "num_attention_heads": vision // 64,
+            "image_size": image, "patch_size": patch,
+        },
+        "text_config": {
+            **shared, "hidden_size": text, "intermediate_size": 4 * text, "num_attention_heads": text // 64,
+            "vocab_size": 50, "max_position_embeddings": 8, **ends,
+        },
+    }  # fmt: skip
+
+
+def hugging_face(seed: int = 0, config: dict = CONFIG) -> CLIPModel:
     """Return transformers' CLIPModel."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return randomized(CLIPModel(CLIPConfig(**CONFIG)))
+        return randomized(CLIPModel(CLIPConfig(**config)))
 
 
 def open_clip_folder(folder, tensors=None):

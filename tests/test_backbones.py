@@ -107,7 +107,7 @@ def test_open_clip_export_loads_in_plain_open_clip_with_the_same_logits(clip, tm
         torch.testing.assert_close(features, model(images, params), rtol=1e-5, atol=1e-5)  # other kernels, by processor
         for task in NAMES:
             expected = model.logits(images, task, params)
-            torch.testing.assert_close(heads[task](features), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(heads[task](features), expected, rtol=1e-5, atol=1e-5)
             # and the export is the merge, but for the base's half precision
             torch.testing.assert_close(model.logits(images, task), expected, rtol=0, atol=0.1)
         base = model.logits(images, "mnist", pool.base)

@@ -41,7 +41,7 @@ ORDER = [
     ["preflight"],
     ["scoring", "composition", "launchers"],
     ["launch", "inspection"],
-    ["replay", "demo", "merging_command", "compare_row", "comparison_table"],
+    ["replay", "demo", "formats", "merging_command", "compare_row", "comparison_table"],
     ["row_processes"],
     ["comparison", "transform_command"],
     ["commands"],
@@ -51,7 +51,16 @@ ORDER = [
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
     *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
-    *("pool_files", "merging_command", "transform_command", "compare_row", "comparison", "checkpoint_io", "commands"),
+    *(
+        "pool_files",
+        "merging_command",
+        "transform_command",
+        "compare_row",
+        "comparison",
+        "checkpoint_io",
+        "commands",
+        "formats",
+    ),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},
@@ -59,8 +68,10 @@ ALLOWED = {
     "pytorch_lightning": set(),
     "hydra": SHELL,
     "omegaconf": SHELL,
-    "open_clip": {"backbones", "clip_configs", "zoo"},
-    "transformers": set(),
+    "open_clip": {"backbones", "clip_configs", "zoo", "formats"},
+    "transformers": {"formats"},
+    "onnx": set(),
+    "onnxruntime": {"formats"},
 }
 
 

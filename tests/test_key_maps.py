@@ -1,6 +1,7 @@
 """Names of Hugging Face's CLIP and open_clip's: each from the other, and models that compute the same."""
 
 import copy
+import json
 
 import open_clip
 import pytest
@@ -16,6 +17,7 @@ from clips import (
     open_clip_folder,
     open_clip_model,
     random_open_clip,
+    shaped,
 )
 from transformers import CLIPConfig, CLIPModel
 
@@ -52,6 +54,28 @@ def test_as_theirs_weights_of_open_clip_give_the_same_logits_in_transformers(tmp
     expected = logits_of_open_clip(own, IMAGES)
     assert expected.std() > 0.1
     torch.testing.assert_close(logits_of_hugging_face(theirs, IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("name", ["B-32", "B-16", "L-14"])
+def test_models_of_the_benchmarks_proportions_give_the_same_logits_both_ways(tmp_path, name, activation):
+    theirs = hugging_face(config=shaped(name, activation))
+    size = theirs.config.vision_config.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    config = to_open_clip(theirs.config.to_dict(), {}, name)
+    assert config["model_cfg"]["quick_gelu"] == (activation == "quick_gelu")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    own = open_clip_model(tmp_path, seed=1)
+    into_theirs = hugging_face(seed=2, config=shaped(name, activation))
+    into_theirs.load_state_dict(tensors(as_theirs(of(own), HF_CLIP)), strict=True)  # fused to split
+    expected = logits_of_open_clip(own, images)
+    torch.testing.assert_close(logits_of_hugging_face(into_theirs, images), expected, rtol=1e-5, atol=1e-5)
+    own.load_state_dict(tensors(as_own(of(theirs), HF_CLIP)), strict=True)  # split to fused
+    expected = logits_of_hugging_face(theirs, images)
+    torch.testing.assert_close(logits_of_open_clip(own, images), expected, rtol=1e-5, atol=1e-5)
+    other = hugging_face(seed=2, config=shaped(name, "gelu" if activation == "quick_gelu" else "quick_gelu"))
+    other.load_state_dict(theirs.state_dict())
+    assert (logits_of_hugging_face(other, images) - expected).abs().max() > 1e-3  # why the activation is checked
 
 
 def test_as_theirs_of_as_own_is_the_identity():

@@ -146,6 +146,22 @@ class OpenClip:
         with _quiet():
             return open_clip.create_model(self._name, load_weights=False, pretrained_text=False)
 
+    def whole(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Return a model of its own, both towers, with given weights, in float32 and eval mode.
+
+        Raises:
+            InputError: If they are not weights of this model.
+        """
+        import open_clip
+
+        with _quiet():
+            model = open_clip.create_model(self._name, load_weights=False, pretrained_text=False)
+        try:
+            model.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise InputError(f"Not weights of {self.model}: {' '.join(str(error).split())}") from error
+        return model.float().eval()
+
     def encoder(self) -> nn.Module:
         """Return the visual tower."""
         encoder: nn.Module = self._clip.visual

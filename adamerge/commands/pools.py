@@ -40,12 +40,28 @@ def inspect(
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write, NAME.safetensors.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME.safetensors, or with --to a folder.")
 @click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
-def convert(source: Path, out: Path, key_prefix: str) -> None:
-    """Write the tensors of a pickled checkpoint or whole module as safetensors. Nothing in it is run."""
+@click.option("--to", "target", type=click.Choice(["open_clip", "hf"]), help="A CLIP in the other library's format.")
+def convert(source: Path, out: Path, key_prefix: str, target: str | None) -> None:
+    """Write a pickled checkpoint's tensors as safetensors, nothing in it is run; or a CLIP in another format.
+
+    \b
+    adamerge convert MNIST.pt --out mnist.safetensors
+    adamerge convert clip-vit-base-patch32 --to open_clip --out vit_b32        a folder of Hugging Face's
+    adamerge convert vit_b32 --to hf --out clip                                a folder of open_clip's
+    """  # noqa: D301
     from adamerge import conversion
-    from adamerge.errors import shorten
+    from adamerge.errors import InputError, shorten
+
+    if target is not None:
+        from adamerge.formats.convert import convert_model
+
+        if key_prefix:
+            raise InputError("--key-prefix: only without --to.")
+        for path in convert_model(source, target, out):
+            click.echo(str(path))
+        return
 
     done = conversion.convert(source, out, key_prefix)
     counts = ", ".join(f"{count} {dtype}" for dtype, count in done.dtypes.items())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -44,7 +45,12 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
 @click.option("--base", type=click.Path(path_type=Path), help="Without RUN_DIR: the base checkpoint.")
 @click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="Without RUN_DIR: an expert; repeat.")
 @click.option("--prefix", default="", help="Without RUN_DIR: key prefix of the encoder, such as visual.")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
+@click.option("--output", "--out", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
+@click.option("--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx"]), help="Another format.")
+@click.option("--task", help="With --to torchvision: the task whose classifier to write; default the base's.")
+@click.option("--model", help="With --to: what RUN_DIR merges, where it does not say; of torchvision NAME[:HEAD].")
+@click.option("--upload", metavar="ORG/NAME", help="With --to: upload to the Hub, into a private repository.")
+@click.option("--public", is_flag=True, help="With --upload: let it be public.")
 def export(
     run_dir: Path | None,
     coefficients: Path | None,
@@ -52,17 +58,40 @@ def export(
     experts: tuple[str, ...],
     prefix: str,
     output: Path | None,
+    target: str | None,
+    task: str | None,
+    model: str | None,
+    upload: str | None,
+    public: bool,
 ) -> None:
-    """Write the merged checkpoint of a run's last step, or replay a coefficients file without any data.
+    """Write the merged checkpoint of a run's last step, replay a coefficients file, or change the format.
 
     \b
     adamerge export RUN_DIR                                  an interrupted run's last checkpoint
     adamerge export RUN_DIR --coefficients FILE --output DIR
     adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --output DIR
+    adamerge export RUN_DIR --to hf --out DIR                what transformers loads; or open_clip, torchvision, onnx
+    adamerge export RUN_DIR --to open_clip --out DIR --upload ORG/NAME
+
+    With --to, RUN_DIR is a run or a merge that is complete. The new folder holds model, heads, coefficients and a
+    model card, and is loaded back by the other library and compared before the command ends (docs/models.md).
     """  # noqa: D301
     from adamerge import replay
     from adamerge.pool_files import named_files
 
+    given = {"--task": task, "--model": model, "--upload": upload, "--public": public or None}
+    others = [option for option, value in given.items() if value is not None]
+    if target is None and others:
+        raise InputError(f"{others[0]}: goes with --to FORMAT; see adamerge export --help.")
+    if public and upload is None:
+        raise InputError("--public: goes with --upload ORG/NAME.")
+    if target is not None:
+        if run_dir is None or coefficients or base or experts or prefix:
+            raise InputError(f"--to {target}: give RUN_DIR and --out FOLDER; first export what is to be converted.")
+        if output is None:
+            raise InputError(f"--to {target}: give --out FOLDER, a new one.")
+        _export_as(run_dir, target, output, model=model, task=task, repository=upload, public=public)
+        return
     if run_dir is not None:
         files = replay.export_run(run_dir, coefficients, output or run_dir)
     elif base is None or coefficients is None or output is None or not experts:
@@ -72,3 +101,14 @@ def export(
         files = replay.export_files(base, paths, coefficients, output, prefix)
     for path in files.values():
         out.print(str(path), highlight=False)
+
+
+def _export_as(run_dir: Path, target: str, output: Path, **options: Any) -> None:
+    """Write another library's format, and list what there is."""
+    from adamerge.formats import export_as
+
+    output = output.absolute()  # a run's configuration may move this process
+    files, address = export_as(run_dir, target, output, **options)
+    for path in files:
+        out.print(str(path), highlight=False)
+    click.echo(address or str(output))
