@@ -144,7 +144,8 @@ def prove_model(backbone: OpenClip, tensors: Mapping[str, Tensor], images: Tenso
         return
     from transformers import CLIPModel
 
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model.eval()
     texts = _random_texts(backbone.sidecar()["model_cfg"]["text_cfg"])
     with torch.no_grad():
         expected = own.get_logits(images, texts)[0]

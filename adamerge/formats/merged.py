@@ -66,7 +66,8 @@ class Merged:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: not weights of {describe(self.backbone)}: {reason}") from error
-        return encoder.float().eval().requires_grad_(False)
+        encoder.float().eval().requires_grad_(False)
+        return encoder
 
     def head(self, task: str) -> nn.Module:
         """Return a task's classifier, features (B, F) to logits (B, C).
