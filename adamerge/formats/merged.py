@@ -89,7 +89,7 @@ class Merged:
                 f"head, found {shorten(tensors)}. Only those can be exported."
             )
         classes, features = tensors["weight"].shape
-        head = nn.utils.skip_init(nn.Linear, features, classes, bias="bias" in tensors)
+        head: nn.Module = nn.utils.skip_init(nn.Linear, features, classes, bias="bias" in tensors)
         head.load_state_dict(tensors)
         return head.eval().requires_grad_(False)
 
