@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
+from adamerge import progress
 from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
 from adamerge.model import MergedModel, TaskStep
@@ -75,11 +74,7 @@ def search_task_arithmetic(model: MergedModel, data: UnlabeledTasks, grid: Seque
         ]
         return float(torch.stack(hits).sum())
 
-    console = Console(stderr=True)
-    progress = track(
-        grid, "Searching the best shared coefficient", console=console, transient=True, disable=not console.is_terminal
-    )
-    best = max(progress, key=accuracy)
+    best = max(progress.track(grid, "Searching the best shared coefficient", "values"), key=accuracy)
     constant(model.coefficients, best)
     return best
 

@@ -23,9 +23,13 @@ from adamerge.version import __version__
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
-def app(debug: bool) -> None:
-    """Merge expert models into one checkpoint, with coefficients adapted on unlabeled data."""
-    configure_logging(debug)
+@click.option("--quiet", is_flag=True, help="Show results, warnings and errors only.")
+def app(debug: bool, quiet: bool) -> None:
+    """Merge expert models into one checkpoint, with coefficients adapted on unlabeled data.
+
+    --debug and --quiet may stand anywhere on the line.
+    """
+    configure_logging(debug, quiet)
 
 
 for command in (demo, adapt, check, evaluate, export, merge, transform, compare, inspect, convert, data, zoo):
@@ -35,8 +39,9 @@ for command in (demo, adapt, check, evaluate, export, merge, transform, compare,
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what is wrong with the input is one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "--debug" in arguments:  # accepted anywhere, also among Hydra's overrides
-        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    for flag in ("--debug", "--quiet"):  # accepted anywhere, also among Hydra's overrides
+        if flag in arguments:
+            arguments = [flag, *(a for a in arguments if a != flag)]
     try:
         code = app.main(arguments, prog_name="adamerge", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

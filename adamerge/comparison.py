@@ -92,7 +92,7 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
 
     Args:
         plan: What to compare.
-        console: Where progress and the table go.
+        console: Where the table goes; progress is logged.
         on_start: Called first in each row's process, such as to set up logging; importable.
 
     Returns:
@@ -122,12 +122,12 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
                         result = processes.result(future)
                     except (InputError, GuardError, OSError, RuntimeError) as error:
                         reason = failed[f"{name}, seed {seed}"] = " ".join(str(error).split())
-                        console.print(f"{label}: failed: {reason}", markup=False, highlight=False)
+                        log.info("%s: failed: %s", label, reason)
                         continue
                     done[seed, name] = result
                     save_json({**_key(plan, seed, name), "result": result}, _folder(plan, seed, name) / _RESULT)
                     facts = f"{100 * result['mean']:.1f} %, {result['seconds']:.1f} s"
-                    console.print(f"{label}: {facts}", markup=False, highlight=False)
+                    log.info("%s: %s", label, facts)
     finally:
         if done:
             _write(plan, done, console)
@@ -146,6 +146,12 @@ def _write(plan: Plan, done: Mapping[tuple[int, str], Any], console: Console) ->
     except ImportError:
         log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
     console.print(terminal(content))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """Return the ``summary.json`` of a comparison; None where no row could be made."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _key(plan: Plan, seed: int, name: str) -> dict[str, Any]:

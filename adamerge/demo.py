@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from rich.console import Console
 
-from adamerge import baselines, zoo
+from adamerge import baselines, progress, zoo
 from adamerge.backbones import OpenClip
 from adamerge.callbacks.export import ExportMergedWeights
 from adamerge.callbacks.progress import MergingProgress
@@ -100,7 +100,7 @@ def run(
     ensure_writable(output)
     seed_everything(seed, workers=True, verbose=False)
     files = zoo.files()
-    with Console(stderr=True).status("Rendering the images"):
+    with progress.phase("Rendering the images"):
         tasks = zoo.tasks()
     data = UnlabeledTasks(tasks, batch_size=32, protocol=protocol, seed=seed)
     pool = ExpertPool.from_files(

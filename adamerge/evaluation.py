@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from adamerge import progress
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.files import save_json
@@ -60,7 +59,11 @@ class Row:
 
 @torch.no_grad()
 def score_task(
-    logits: Callable[[Tensor, str], Tensor], data: UnlabeledTasks, task: str, device: torch.device | str = "cpu"
+    logits: Callable[[Tensor, str], Tensor],
+    data: UnlabeledTasks,
+    task: str,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
 ) -> TaskScore:
     """Score one task's evaluation images.
 
@@ -69,6 +72,7 @@ def score_task(
         data: Holds the labelled images.
         task: Its name.
         device: Where the inputs go.
+        on_batch: Called with the number of images of each batch once it is done, for progress bars.
 
     Raises:
         InputError: If a label is outside the head's classes.
@@ -77,6 +81,8 @@ def score_task(
     for inputs, targets in data.evaluation_loader(task):
         outputs.append(logits(inputs.to(device), task).float().cpu())
         labels.append(targets)
+        if on_batch is not None:
+            on_batch(len(targets))
     predictions, truth = torch.cat(outputs), torch.cat(labels)
     classes = predictions.shape[-1]
     outside = truth[(truth < 0) | (truth >= classes)]
@@ -109,12 +115,15 @@ def score_tasks(
         tasks: Which tasks; default all that have evaluation images.
     """
     detached = {name: tensor.detach() for name, tensor in params.items()}
-    console = Console(stderr=True)
     todo = list(tasks or data.evaluation)
-    return {
-        task: score_task(lambda inputs, t: model.logits(inputs, t, detached), data, task, model.pool.device)
-        for task in track(todo, description, console=console, transient=True, disable=not console.is_terminal)
-    }
+    count = sum(len(data.evaluation[task]) for task in todo)
+    with progress.phase(description, count, "images") as advance:
+        return {
+            task: score_task(
+                lambda inputs, t: model.logits(inputs, t, detached), data, task, model.pool.device, advance
+            )
+            for task in todo
+        }
 
 
 def bootstrap(scores: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import nn
 
-from adamerge import launchers, ranks
+from adamerge import launchers, progress, ranks
 from adamerge.backbones import Backbone, check_classes, own_base
 from adamerge.batch_norm import BatchNormPolicy
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
@@ -179,7 +178,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         log.info("%s: nothing was saved before the run was stopped, so it starts from the beginning.", folder)
     first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
     todo = first if first is not None and not (folder / START).is_file() else None
-    with Console(stderr=True, quiet=not ranks.is_first()).status("Reading the pool and building the heads"):
+    with progress.phase("Reading the pool and building the heads"):
         assembly = assemble(config if todo is None else todo)
     if ranks.is_first():
         ensure_writable(folder)

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from adamerge import launch
+from adamerge import launch, progress
 from adamerge.batch_norm import BatchNormPolicy
 from adamerge.composition import chosen_pool, compose, name_experts, rule_node
 from adamerge.errors import InputError
@@ -81,9 +79,8 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
         }
     else:
         pool, model, data = job.pool.open(), None, None
-    with progress_bar() as progress:
-        bar = progress.add_task(f"Merging: {type(rule).__name__}", total=len(pool.names))
-        state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: progress.advance(bar))
+    with progress.phase(f"Merging: {type(rule).__name__}", len(pool.names), "tensors") as advance:
+        state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: advance(1))
     state_dict = policy.complete(state_dict, model, pool, data)
     decided = {"rule": dict(job.rule), "overrides": list(job.overrides), "batch_norm": policy.policy}
     recipe = {
@@ -159,7 +156,7 @@ def _assemble(job: Job, policy: BatchNormPolicy) -> launch.Assembly:
     config.batch_norm.policy = policy.policy
     _check_overrides(job, config)
     seed_everything(config.seed, workers=True, verbose=False)
-    with Console(stderr=True).status("Reading the pool and building the heads"):
+    with progress.phase("Reading the pool and building the heads"):
         assembly = launch.assemble(config)
     prefix = assembly.backbone.prefix
     if files.key_prefix not in (None, prefix):
@@ -178,16 +175,3 @@ def _check_overrides(job: Job, config: DictConfig) -> None:
                 "the rule's options are given by --set, the pool by --pool."
             )
     name_experts(config, job.pool)
-
-
-def progress_bar() -> Progress:
-    """Return a bar for parameters, shown on terminals only."""
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from adamerge import progress
 from adamerge.errors import InputError
 from adamerge.evaluation import Stopwatch
 from adamerge.export import versions
 from adamerge.files import atomic_path, ensure_writable, save_json
-from adamerge.merging_command import progress_bar
 from adamerge.packed import write_packed
 from adamerge.pool_files import PoolFiles, pool_files
 from adamerge.preflight import build_optional
@@ -67,9 +67,8 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
     pool = job.pool.open(storage="stream", dtype=None)
     files = {"task_vectors": folder / _PACKED, "pool": folder / _POOL, "recipe": folder / _RECIPE}
     name = type(transform).__name__ if transform is not None else "packing"
-    with progress_bar() as progress:
-        bar = progress.add_task(f"Writing task vectors: {name}", total=len(pool.names))
-        write_packed(pool, files["task_vectors"], dtype, transform, lambda _: progress.advance(bar))
+    with progress.phase(f"Writing task vectors: {name}", len(pool.names), "tensors") as advance:
+        write_packed(pool, files["task_vectors"], dtype, transform, lambda _: advance(1))
     raw = job.pool.pinned({})  # the packed file knows the hashes
     content = {**raw.described(), "dtype": None, "storage": None, "task_vectors": _PACKED}
     with atomic_path(files["pool"]) as temporary:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from rich.console import Console
 from toy import EXPERTS
 
-from adamerge import GuardError, InputError, load_state_dict, merge
+from adamerge import GuardError, InputError, load_state_dict, merge, progress
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.errors import Interrupted
@@ -201,14 +201,22 @@ def test_graceful_stop_gives_the_handlers_back_when_a_fit_fails(toy, tmp_path, h
 # Progress
 
 
-def test_merging_progress_on_a_terminal_shows_step_and_loss_and_leaves(toy, tmp_path):
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal that bars are drawn on."""
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    bar = MergingProgress("Adapting it", console)
+    monkeypatch.setattr(progress, "console", console)
+    monkeypatch.setattr(progress, "is_drawn", lambda: True)
+    return console.file
+
+
+def test_merging_progress_on_a_terminal_shows_step_and_loss_and_leaves(toy, tmp_path, terminal):
+    bar = MergingProgress("Adapting it")
     shown = []
 
     def look():
-        (task,) = bar._progress.tasks
-        shown.append((task.description, task.completed, task.total, task.fields["metrics"]))
+        (task,) = bar._bar.tasks
+        shown.append((task.description, task.completed, task.total, task.fields["detail"]))
 
     options = {"enable_progress_bar": True, "callbacks": [bar, At(1, look, after=True)]}
     fit(make_method(toy), make_data(), tmp_path, steps=3, **options)
@@ -216,34 +224,32 @@ def test_merging_progress_on_a_terminal_shows_step_and_loss_and_leaves(toy, tmp_
     assert (description, completed, total) == ("Adapting it", 2, 3)
     assert "loss" in metrics
     assert "mean coefficient 0." in metrics
-    assert "Adapting it" in console.file.getvalue()
-    assert console.file.getvalue().count("\x1b[?25l") == console.file.getvalue().count("\x1b[?25h") > 0
+    assert "Adapting it" in terminal.getvalue()
+    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") > 0
 
 
-def test_merging_progress_is_taken_away_when_the_fit_fails(toy, tmp_path):
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    options = {"enable_progress_bar": True, "callbacks": [MergingProgress(console=console), At(1, fails)]}
+def test_merging_progress_is_taken_away_when_the_fit_fails(toy, tmp_path, terminal):
+    options = {"enable_progress_bar": True, "callbacks": [MergingProgress(), At(1, fails)]}
     with pytest.raises(GuardError, match="on purpose"):
         fit(make_method(toy), make_data(), tmp_path, steps=3, **options)
-    text = console.file.getvalue()
+    text = terminal.getvalue()
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") > 0  # the cursor was hidden, and is shown again
 
 
-def test_merging_progress_off_a_terminal_logs_a_few_plain_lines(toy, tmp_path, caplog):
-    console = Console(file=io.StringIO())
-    options = {"enable_progress_bar": True, "callbacks": [MergingProgress(console=console)]}
+def test_merging_progress_logs_a_few_plain_lines(toy, tmp_path, caplog, capfd):
+    options = {"enable_progress_bar": True, "callbacks": [MergingProgress()]}
     with caplog.at_level(logging.INFO, "adamerge"):
         fit(make_method(toy), make_data(), tmp_path, steps=10, **options)
-    lines = [record.getMessage() for record in caplog.records if record.name == "adamerge.callbacks.progress"]
-    assert [line.split(",")[0] for line in lines] == [f"Adapting: step {step} of 10" for step in (2, 4, 6, 8, 10)]
-    assert all("loss" in line for line in lines)
-    assert console.file.getvalue() == ""
+    lines = [record.getMessage() for record in caplog.records if record.name == "adamerge.progress"]
+    assert [line.split(",")[0] for line in lines] == [f"Adapting: {step}/10 steps" for step in (2, 4, 6, 8, 10)]
+    assert all("steps/s" in line and "left, loss" in line and "mean coefficient 0." in line for line in lines)
+    assert "\r" not in "".join(capfd.readouterr())
 
 
-def test_merging_progress_resumed_starts_where_it_stopped(toy, tmp_path):
+def test_merging_progress_resumed_starts_where_it_stopped(toy, tmp_path, terminal):
     fit(make_method(toy), make_data(), tmp_path, steps=4, **every_step(tmp_path))
-    bar, shown = MergingProgress(console=Console(file=io.StringIO(), force_terminal=True)), []
-    start = At(2, lambda: shown.append(bar._progress.tasks[0].completed))
+    bar, shown = MergingProgress(), []
+    start = At(2, lambda: shown.append(bar._bar.tasks[0].completed))
     options = {"enable_progress_bar": True, "callbacks": [bar, start]}
     fit(make_method(toy), make_data(), tmp_path, steps=4, resume=tmp_path / "step=2.ckpt", **options)
     assert shown == [2]

@@ -16,7 +16,7 @@ PACKAGE = Path(adamerge.__file__).parent
 ORDER = [
     ["version", "errors", "ranks"],
     ["pickles", "low_rank", "selection", "stock", "views", "reading", "memory"],
-    ["files", "stacks"],
+    ["files", "stacks", "progress"],
     ["checkpoints"],
     ["key_maps"],
     ["model_files"],

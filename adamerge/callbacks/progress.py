@@ -1,17 +1,15 @@
-"""Progress of an adaptation run: a rich bar on a terminal, plain log lines elsewhere."""
+"""Progress of an adaptation run: a bar on a terminal, and lines in its log."""
 
-import logging
+import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import Progress, TaskID
 
-log = logging.getLogger(__name__)
+from adamerge import progress
 
-_LOG_LINES = 5  # per run, where there is no terminal
+_LOG_LINES = 5  # per run
 
 
 class MergingProgress(ProgressBar):
@@ -19,15 +17,14 @@ class MergingProgress(ProgressBar):
 
     Args:
         description: What the bar says it does.
-        console: Where to draw; default the standard error, so that results can be piped.
     """
 
-    def __init__(self, description: str = "Adapting", console: Console | None = None) -> None:
+    def __init__(self, description: str = "Adapting") -> None:
         super().__init__()
         self._description = description
-        self._console = console or Console(stderr=True)
-        self._progress: Progress | None = None
+        self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._start = (0, 0.0)  # step and clock at the start of this fit
         self._enabled = True
 
     def disable(self) -> None:
@@ -40,28 +37,28 @@ class MergingProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar, from the step a resumed run stands at."""
-        if self._enabled and self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"), console=self._console, transient=True,
-            )  # fmt: skip
-            self._progress.start()
-            total = trainer.max_steps if trainer.max_steps > 0 else None
-            self._task = self._progress.add_task(
-                self._description, total=total, completed=trainer.global_step, metrics=""
-            )
+        if not self._enabled:
+            return
+        self._start = (trainer.global_step, time.perf_counter())
+        self._bar = progress.bar("steps")
+        self._bar.start()
+        self._task = self._bar.add_task(
+            self._description, total=_total(trainer), completed=trainer.global_step, detail=""
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance the bar, or log a line now and then."""
-        if not self._enabled:
+        """Advance the bar, and log a line now and then."""
+        if self._bar is None:
             return
-        step = trainer.global_step
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, metrics=_metrics(trainer))
-        elif trainer.max_steps > 0 and step % max(1, trainer.max_steps // _LOG_LINES) == 0:
-            log.info("%s: step %d of %d, %s", self._description, step, trainer.max_steps, _metrics(trainer))
+        step, total = trainer.global_step, _total(trainer)
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=step, detail=_metrics(trainer))
+        if total is not None and step % max(1, total // _LOG_LINES) == 0:
+            first, clock = self._start
+            rate = (step - first) / max(time.perf_counter() - clock, 1e-9)
+            progress.log.info("%s: %s", self._description, progress.line(step, total, rate, "steps", _metrics(trainer)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""
@@ -72,19 +69,13 @@ class MergingProgress(ProgressBar):
         self._stop()
 
     def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
-class _Rate(TextColumn):
-    """Steps per second."""
-
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Any) -> Text:
-        return Text(f"{task.speed:.1f} steps/s" if task.speed else "")
+def _total(trainer: Trainer) -> int | None:
+    return trainer.max_steps if trainer.max_steps > 0 else None
 
 
 def _metrics(trainer: Trainer) -> str:

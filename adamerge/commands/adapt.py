@@ -9,17 +9,21 @@ from typing import Any
 
 import click
 
-from adamerge import ranks
+from adamerge import progress, ranks
 from adamerge.commands.terminal import (
+    EXIT_INPUT,
     Agreed,
     JobFailed,
     configure_logging,
     err,
     escape,
+    json_option,
     list_files,
     log_to,
     out,
+    print_json,
     quiet_lightning,
+    record,
     report,
 )
 from adamerge.errors import GuardError, InputError, Interrupted
@@ -29,8 +33,9 @@ from adamerge.errors import GuardError, InputError, Interrupted
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     short_help="Learn coefficients on unlabeled data and export the merged checkpoint.",
 )
+@json_option
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def adapt(overrides: tuple[str, ...]) -> None:
+def adapt(overrides: tuple[str, ...], as_json: bool) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
     from adamerge import launchers, preflight
     from adamerge.composition import compose, hand_over, quoted
@@ -38,34 +43,38 @@ def adapt(overrides: tuple[str, ...]) -> None:
     arguments, resume = _take_resume(list(overrides))
     launchers.join()
     if resume not in (None, "auto"):
-        _resume(Path(str(resume)), arguments)
+        _resume(Path(str(resume)), arguments, as_json)
         return
     if resume == "auto" and not any(argument.startswith("run_dir=") for argument in arguments):
         raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
     flags = [a for a in arguments if a.startswith("-")]
-    if resume == "auto" and {"-m", "--multirun"} & set(flags):
-        raise InputError("resume=auto does not go with -m: start the jobs one by one, each with its own run_dir.")
+    if {"-m", "--multirun"} & set(flags):
+        if resume == "auto":
+            raise InputError("resume=auto does not go with -m: start the jobs one by one, each with its own run_dir.")
+        if as_json:
+            raise InputError("--json does not go with -m: each run's result is in the summary.json of its folder.")
     if all(flag.split("=")[0] in ("--config-dir", "-cd") for flag in flags):
         # A plain run: everything that can be wrong is found before a folder is made or a weight read.
         config = compose(arguments)
         _refuse(next(filter(None, ranks.everyones(preflight.check(config))), []))
         # The folder may be named by the clock: all processes take the first one's.
         run_dir = f"run_dir={quoted(ranks.of_first(config.run_dir))}"
-        if _start_ranks(config, [*overrides, run_dir]):
+        if _start_ranks(config, [*overrides, run_dir], as_json):
             return
         if ranks.count() > 1:
             arguments = [*arguments, run_dir]
     elif ranks.count() > 1:
         raise Agreed("-m: every process would run the whole sweep. Leave torchrun and srun to one run at a time.")
-    hand_over([*arguments, "resume=auto"] if resume == "auto" else arguments, job)
+    hand_over([*arguments, "resume=auto"] if resume == "auto" else arguments, _job_in_json if as_json else job)
 
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     short_help="Find what is wrong with a run, in seconds, without starting it.",
 )
+@json_option
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def check(overrides: tuple[str, ...]) -> None:
+def check(overrides: tuple[str, ...], as_json: bool) -> None:
     """Read configuration and file headers of `adamerge adapt OVERRIDES`, and report everything that is wrong.
 
     \b
@@ -80,13 +89,19 @@ def check(overrides: tuple[str, ...]) -> None:
 
     config = compose(list(overrides))
     problems = preflight.check(config)
-    for target in foreign_targets(preflight.containers(config)):
-        out.print(escape(str(target)), highlight=False)
+    foreign = [str(target) for target in foreign_targets(preflight.containers(config))]
+    if as_json:
+        print_json({"problems": problems, "imports": foreign})
+        if problems:
+            sys.exit(EXIT_INPUT)
+        return
+    for target in foreign:
+        out.print(escape(target), highlight=False)
     report(problems)
     out.print("No problems found.")
 
 
-def job(config: Any) -> None:
+def job(config: Any, as_json: bool = False) -> None:
     """One run, called by Hydra, in this process or in a launcher's."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -113,7 +128,7 @@ def job(config: Any) -> None:
             message = f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
             raise JobFailed(InputError(message))
         try:
-            _run(stored, folder, resume=True)
+            _run(stored, folder, resume=True, as_json=as_json)
         except (InputError, OSError, GuardError) as error:
             raise JobFailed(error) from error
         return
@@ -127,32 +142,41 @@ def job(config: Any) -> None:
         raise JobFailed(error) from error
     fresh = not any(folder.iterdir()) if folder.exists() else True
     try:
-        _run(config, folder, resume=False)
+        _run(config, folder, resume=False, as_json=as_json)
     except (InputError, OSError, GuardError) as error:
         if fresh and ranks.is_first() and not isinstance(error, GuardError):
             run_folder.remove_unstarted(folder)
         raise JobFailed(error) from error
 
 
-def _resume(folder: Path, rest: Sequence[str]) -> None:
+def _job_in_json(config: Any) -> None:
+    """One run, whose result is printed as JSON."""
+    job(config, as_json=True)
+
+
+def _resume(folder: Path, rest: Sequence[str], as_json: bool) -> None:
     from adamerge import run_folder
 
     if rest:
         raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(rest)}.")
     folder = folder.absolute()
     config = run_folder.load_config(folder)
-    if not _start_ranks(config, [f"resume={folder}"]):
-        _run(config, folder, resume=True)
+    if not _start_ranks(config, [f"resume={folder}"], as_json):
+        _run(config, folder, resume=True, as_json=as_json)
 
 
-def _start_ranks(config: Any, overrides: Sequence[str]) -> bool:
+def _start_ranks(config: Any, overrides: Sequence[str], as_json: bool) -> bool:
     """Start the run's processes and leave with their exit code when they have ended; False if one is enough."""
     from adamerge import launchers
 
     if launchers.environment() is not None or (count := launchers.wanted(config.trainer)) == 1:
         return False
-    debug = ["--debug"] if logging.getLogger().isEnabledFor(logging.DEBUG) else []
-    if code := launchers.start(count, [*debug, "adapt", *overrides]):
+    flags = {
+        "--debug": logging.getLogger().isEnabledFor(logging.DEBUG),
+        "--quiet": progress.is_quiet(),
+        "--json": as_json,
+    }
+    if code := launchers.start(count, ["adapt", *(flag for flag, is_set in flags.items() if is_set), *overrides]):
         sys.exit(code)
     return True
 
@@ -180,7 +204,7 @@ def _on_first(function: Callable[[Path], object], folder: Path) -> None:
         raise error
 
 
-def _run(config: Any, folder: Path, *, resume: bool) -> None:
+def _run(config: Any, folder: Path, *, resume: bool, as_json: bool) -> None:
     from adamerge import run_folder
     from adamerge.evaluation import table
 
@@ -188,10 +212,15 @@ def _run(config: Any, folder: Path, *, resume: bool) -> None:
         held = run_folder.held(folder, unused=not resume)  # again: another process may have started here since
         _on_first(lambda _: stack.enter_context(held), folder)
         content = _adapt(config, folder, resume=resume)
-    if content is not None:
+    if not ranks.is_first():
+        return
+    if as_json:
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        print_json({"run_dir": str(folder), "files": files, "summary": content})
+        return
+    if content is not None and not progress.is_quiet():
         out.print(table(content, width=out.width))
-    if ranks.is_first():
-        list_files(folder)
+    list_files(folder)
 
 
 def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
@@ -199,12 +228,16 @@ def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from adamerge import launch, run_folder
+    from adamerge.evaluation import table
     from adamerge.stages import running_stage
 
     quiet_lightning()
-    handler = log_to(folder / "adapt.log") if ranks.is_first() else logging.NullHandler()
     try:
-        return launch.adapt(config, folder, resume=resume)
+        with log_to(folder / "adapt.log") if ranks.is_first() else contextlib.nullcontext():
+            content = launch.adapt(config, folder, resume=resume)
+            if content is not None:
+                record(table(content))
+            return content
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
     except OSError:
@@ -217,9 +250,6 @@ def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
         err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
         err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
         raise
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
 
 
 def _take_resume(arguments: list[str]) -> tuple[list[str], str | None]:

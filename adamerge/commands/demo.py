@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
+from adamerge import progress
 from adamerge.commands.data import root_option
-from adamerge.commands.terminal import list_files, out
+from adamerge.commands.terminal import json_option, list_files, out, print_json
 
 
 @click.command()
@@ -14,12 +15,17 @@ from adamerge.commands.terminal import list_files, out
 @click.option("--seed", default=0, show_default=True, help="Of the splits and the order of the images.")
 @click.option("--fast", is_flag=True, help="Fewer steps: a look at the machinery in under a minute.")
 @click.option("--transductive", is_flag=True, help="Adapt on the scored images, as the AdaMerging paper does.")
-def demo(output: Path, seed: int, fast: bool, transductive: bool) -> None:
+@json_option
+def demo(output: Path, seed: int, fast: bool, transductive: bool, as_json: bool) -> None:
     """Run the whole job on the embedded offline zoo: adapt, export, score, compare."""
     from adamerge.demo import run
 
-    run(output, seed=seed, fast=fast, protocol="transductive" if transductive else "split", console=out)
-    list_files(output)
+    console = None if as_json or progress.is_quiet() else out
+    content = run(output, seed=seed, fast=fast, protocol="transductive" if transductive else "split", console=console)
+    if as_json:
+        print_json({"folder": str(output), "summary": content})
+    else:
+        list_files(output)
 
 
 @click.group()
@@ -36,7 +42,8 @@ def zoo() -> None:
 )
 @click.option("--seed", default=0, show_default=True, help="Of data and training.")
 @root_option
-def zoo_build(name: str, output: Path | None, seed: int, root: Path) -> None:
+@json_option
+def zoo_build(name: str, output: Path | None, seed: int, root: Path, as_json: bool) -> None:
     """Train a zoo anew: the demo's (a few minutes), or that of the offline benchmark (half an hour on one core).
 
     \b
@@ -56,5 +63,9 @@ def zoo_build(name: str, output: Path | None, seed: int, root: Path) -> None:
         output = Path("zoo") if name == "demo" else package.benchmark_folder(root)
     ensure_writable(output)
     facts = package.build(output, seed, design=DEMO if name == "demo" else benchmark_design(root))
-    out.print_json(json.dumps(facts))
+    if as_json:
+        print_json(facts)
+        return
+    if not progress.is_quiet():
+        out.print_json(json.dumps(facts))
     list_files(output)

@@ -1,11 +1,14 @@
 """``merge``, ``transform`` and ``compare``: merges without training, and many merges side by side."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
-from adamerge.commands.terminal import configure_logging, out, report
+from adamerge import progress
+from adamerge.commands.terminal import configure_logging, json_option, out, print_files, print_json, report
 from adamerge.errors import InputError
 
 
@@ -24,8 +27,9 @@ from adamerge.errors import InputError
 )
 @click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
 @click.option("--config-dir", type=click.Path(path_type=Path), help="Your own yaml files, for OVERRIDES.")
+@json_option
 @click.argument("overrides", nargs=-1)
-def merge(output: Path, **options: Any) -> None:
+def merge(output: Path, as_json: bool, **options: Any) -> None:
     """Merge a pool by a rule, without training.
 
     \b
@@ -41,8 +45,7 @@ def merge(output: Path, **options: Any) -> None:
     """  # noqa: D301
     from adamerge import merging_command
 
-    for path in merging_command.run(merging_command.job_of(**options), output).values():
-        out.print(str(path), highlight=False)
+    print_files(merging_command.run(merging_command.job_of(**options), output), as_json)
 
 
 @click.command()
@@ -57,6 +60,7 @@ def merge(output: Path, **options: Any) -> None:
 @click.option("--key-prefix", default=None, help="Key prefix of the encoder in the files, such as visual.")
 @click.option("--dtype", default=None, help="float32 (default), bfloat16, float16 or int8.")
 @click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
+@json_option
 def transform(
     rule: str | None,
     base: Path | None,
@@ -67,6 +71,7 @@ def transform(
     key_prefix: str | None,
     dtype: str | None,
     output: Path,
+    as_json: bool,
 ) -> None:
     """Write a pool's transformed task vectors into one file, which is streamed from then on.
 
@@ -87,8 +92,7 @@ def transform(
     else:
         files = chosen_pool("transform", base, experts, pool, key_prefix)
         job = transform_command.Job(rule_node("transform", rule, settings), files, dtype)
-    for path in transform_command.run(job, output).values():
-        out.print(str(path), highlight=False)
+    print_files(transform_command.run(job, output), as_json)
 
 
 class _Lists(click.Command):
@@ -113,9 +117,16 @@ class _Lists(click.Command):
 @click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, metavar="SEED...")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Rows at a time.")
 @click.option("--out", "folder", type=click.Path(path_type=Path), required=True, help="Folder; go on in it.")
+@json_option
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def compare(
-    rows: tuple[str, ...], preset: str | None, seeds: tuple[int, ...], jobs: int, folder: Path, overrides: Any
+    rows: tuple[str, ...],
+    preset: str | None,
+    seeds: tuple[int, ...],
+    jobs: int,
+    folder: Path,
+    as_json: bool,
+    overrides: Any,
 ) -> None:
     """Make many merges of one pool, score them side by side, and write tables; run it again to go on.
 
@@ -133,11 +144,11 @@ def compare(
     from adamerge import comparison
 
     plan = comparison.plan_of(rows, preset, overrides, seeds, folder, jobs)
-    failed = comparison.run(plan, out, _quiet)
+    # Rows that are made at the same time would draw their bars over each other.
+    start = functools.partial(configure_logging, debug=False, quiet=progress.is_quiet() or jobs > 1)
+    failed = comparison.run(plan, Console(quiet=True) if as_json or progress.is_quiet() else out, start)
+    if as_json:
+        print_json({"folder": str(folder), "summary": comparison.read(folder), "failed": failed})
     report([f"{row}: {message}" for row, message in failed.items()])
-    click.echo(str(folder))
-
-
-def _quiet() -> None:
-    """Set a row's process up."""
-    configure_logging(False)
+    if not as_json:
+        click.echo(str(folder))

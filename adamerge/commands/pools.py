@@ -1,11 +1,11 @@
 """``inspect`` and ``convert``: what is in checkpoint files."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from adamerge.commands.terminal import out, report, size
+from adamerge.commands.terminal import json_option, out, print_json, report, size
 
 
 @click.command()
@@ -15,7 +15,7 @@ from adamerge.commands.terminal import out, report, size
 @click.option("--prefix", default=None, help="Key prefix of the encoder, such as visual. (the zoo's default).")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out, such as a head's; repeat.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@json_option
 def inspect(
     base: Path | None,
     experts: tuple[str, ...],
@@ -33,7 +33,7 @@ def inspect(
     report(inspection.header_problems(files))
     opened = inspection.open_pool(files)
     if as_json:
-        click.echo(json.dumps(inspection.as_json(opened), indent=2))
+        print_json(inspection.as_json(opened))
     else:
         inspection.show(opened, out)
 
@@ -43,7 +43,8 @@ def inspect(
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME.safetensors, or with --to a folder.")
 @click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
 @click.option("--to", "target", type=click.Choice(["open_clip", "hf"]), help="A CLIP in the other library's format.")
-def convert(source: Path, out: Path, key_prefix: str, target: str | None) -> None:
+@json_option
+def convert(source: Path, out: Path, key_prefix: str, target: str | None, as_json: bool) -> None:
     """Write a pickled checkpoint's tensors as safetensors, nothing in it is run; or a CLIP in another format.
 
     \b
@@ -59,11 +60,18 @@ def convert(source: Path, out: Path, key_prefix: str, target: str | None) -> Non
 
         if key_prefix:
             raise InputError("--key-prefix: only without --to.")
-        for path in convert_model(source, target, out):
+        files = convert_model(source, target, out)
+        if as_json:
+            print_json({"files": [str(path) for path in files]})
+            return
+        for path in files:
             click.echo(str(path))
         return
 
     done = conversion.convert(source, out, key_prefix)
+    if as_json:
+        print_json({"file": str(out), **asdict(done)})
+        return
     counts = ", ".join(f"{count} {dtype}" for dtype, count in done.dtypes.items())
     lines = [f"{source}: {done.of}", f"  {sum(done.dtypes.values())} tensors, {size(done.nbytes)}: {counts}"]
     if done.inert:

@@ -1,19 +1,18 @@
 """``evaluate`` and ``export``: what is done with the folder of a run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from adamerge.commands.terminal import out
+from adamerge.commands.terminal import json_option, out, print_files, print_json
 from adamerge.errors import InputError
 
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to score instead of the run's export.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines."""
     from adamerge import launch, run_folder
@@ -34,7 +33,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     path = run_dir / "summary.json"
     content = summary(rows, protocol, left_out) if checkpoint else write_summary(rows, protocol, path, left_out)
     if as_json:
-        click.echo(json.dumps(content, indent=2))
+        print_json(content)
     else:
         out.print(table(content, width=out.width))
 
@@ -51,6 +50,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
 @click.option("--model", help="With --to: what RUN_DIR merges, where it does not say; of torchvision NAME[:HEAD].")
 @click.option("--upload", metavar="ORG/NAME", help="With --to: upload to the Hub, into a private repository.")
 @click.option("--public", is_flag=True, help="With --upload: let it be public.")
+@json_option
 def export(
     run_dir: Path | None,
     coefficients: Path | None,
@@ -63,6 +63,7 @@ def export(
     model: str | None,
     upload: str | None,
     public: bool,
+    as_json: bool,
 ) -> None:
     """Write the merged checkpoint of a run's last step, replay a coefficients file, or change the format.
 
@@ -90,7 +91,7 @@ def export(
             raise InputError(f"--to {target}: give RUN_DIR and --out FOLDER; first export what is to be converted.")
         if output is None:
             raise InputError(f"--to {target}: give --out FOLDER, a new one.")
-        _export_as(run_dir, target, output, model=model, task=task, repository=upload, public=public)
+        _export_as(run_dir, target, output, as_json, model=model, task=task, repository=upload, public=public)
         return
     if run_dir is not None:
         files = replay.export_run(run_dir, coefficients, output or run_dir)
@@ -99,16 +100,18 @@ def export(
     else:
         paths = {name: entry.file for name, entry in named_files(experts).items()}
         files = replay.export_files(base, paths, coefficients, output, prefix)
-    for path in files.values():
-        out.print(str(path), highlight=False)
+    print_files(files, as_json)
 
 
-def _export_as(run_dir: Path, target: str, output: Path, **options: Any) -> None:
+def _export_as(run_dir: Path, target: str, output: Path, as_json: bool, **options: Any) -> None:
     """Write another library's format, and list what there is."""
     from adamerge.formats import export_as
 
     output = output.absolute()  # a run's configuration may move this process
     files, address = export_as(run_dir, target, output, **options)
+    if as_json:
+        print_json({"files": [str(path) for path in files], "address": address})
+        return
     for path in files:
         out.print(str(path), highlight=False)
     click.echo(address or str(output))

@@ -1,23 +1,32 @@
 """What all commands share: the terminal, logs, errors and exit codes."""
 
 import errno
+import io
+import json
 import logging
+import os
+import platform
+import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 
-from adamerge import ranks
+from adamerge import progress, ranks
 from adamerge.errors import GuardError, InputError
+from adamerge.version import __version__
 
 EXIT_INPUT = 2
 EXIT_GUARD = 3
 
 _PIPED_WIDTH = 120  # characters, where there is no terminal to ask
+_RECORD = logging.getLogger("adamerge.record")  # for log files only: what the terminal is shown in another form
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -43,11 +52,30 @@ def report(problems: Sequence[str]) -> None:
         sys.exit(EXIT_INPUT)
 
 
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output, all else on standard error."
+)
+
+
+def print_json(content: Any) -> None:
+    """Print a command's result for programs."""
+    click.echo(json.dumps(content, indent=2))
+
+
 def list_files(folder: Path) -> None:
-    """List what a command made, and its folder as the last line."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    """List what a command made, unless it is to be quiet, and its folder as the last line."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not progress.is_quiet()):
         out.print(f"  {path.relative_to(folder)}  [dim]{size(path.stat().st_size)}[/]", highlight=False)
     click.echo(str(folder))
+
+
+def print_files(files: Mapping[str, Path], as_json: bool) -> None:
+    """Print the files that a command made, by their short names in JSON, else one a line."""
+    if as_json:
+        print_json({"files": {name: str(path) for name, path in files.items()}})
+        return
+    for path in files.values():
+        out.print(str(path), highlight=False)
 
 
 def size(count: float) -> str:
@@ -82,12 +110,25 @@ def escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def configure_logging(debug: bool) -> None:
-    """Own messages to the terminal; Lightning's and open_clip's chatter and known-harmless warnings not."""
+def configure_logging(debug: bool, quiet: bool = False) -> None:
+    """Own messages to the terminal; Lightning's and open_clip's chatter and known-harmless warnings not.
+
+    Args:
+        debug: Show everything.
+        quiet: Show warnings only, and no progress.
+    """
+    progress.set_quiet(quiet)
     handler: logging.Handler = logging.StreamHandler()
-    if err.is_terminal:
-        handler = RichHandler(console=err, show_path=False, show_time=False)
-    handler.addFilter(lambda record: debug or record.name.startswith("adamerge") or record.levelno >= logging.WARNING)
+    if sys.stderr.isatty():
+        handler = RichHandler(console=progress.console, show_path=False, show_time=False)
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        if record.name == _RECORD.name or (record.name == progress.log.name and progress.is_drawn()):
+            return False
+        own = record.name.startswith("adamerge") and not quiet
+        return debug or own or record.levelno >= logging.WARNING
+
+    handler.addFilter(is_shown)
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO, format="%(message)s", handlers=[handler], force=True
     )
@@ -110,10 +151,36 @@ def quiet_lightning() -> None:
         logging.getLogger(noisy).setLevel(level)
 
 
-def log_to(path: Path) -> logging.Handler:
-    """Keep a complete log file in the run's folder, made with its first line."""
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Keep a complete log in the run's folder: messages, progress, what the terminal shows, and how it ended.
+
+    The file is made with its first line; a resumed run goes on in it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
-    return handler
+    try:
+        command = f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
+        where = f"process {os.getpid()} on {platform.node()}"
+        _RECORD.info("%s  (adamerge %s, Python %s, %s)", command, __version__, platform.python_version(), where)
+        yield
+        _RECORD.info("Done.")
+    except (InputError, GuardError, OSError, SystemExit) as error:
+        _RECORD.error("%s: %s", type(error).__name__, error)
+        raise
+    except BaseException:
+        _RECORD.exception("Ended by an error.")
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def record(shown: RenderableType) -> None:
+    """Write into the log files what the terminal is shown as a table."""
+    plain = Console(file=io.StringIO(), width=_PIPED_WIDTH, color_system=None)
+    with plain.capture() as captured:
+        plain.print(shown)
+    _RECORD.info("\n%s", captured.get().rstrip())

@@ -8,11 +8,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from adamerge import ranks
+from adamerge import progress, ranks
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError, NonfiniteError, did_you_mean, shorten
 from adamerge.model import MergedModel, Outputs, StepResult, TaskStep
@@ -327,9 +325,8 @@ class MergingMethod(LightningModule):
     def _ask_teachers(self, data: UnlabeledTasks) -> None:
         """Fill the teacher cache in a fixed order, one expert in memory at a time."""
         steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches if self.trainer.max_steps > 0 else None
-        console = Console(stderr=True)
-        hide = not (console.is_terminal and self.trainer.is_global_zero and self.trainer.progress_bar_callback)
-        for task in track(data.streams, "Asking the experts", console=console, transient=True, disable=hide):
+        draw = self.trainer.progress_bar_callback is not None
+        for task in progress.track(list(data.streams), "Asking the experts", "tasks", draw=draw):
             batches = [TaskBatch(*batch) for batch in data.teacher_loader(task, steps)]
             with self.trainer.precision_plugin.forward_context():
                 self._ask(task, batches)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from rich.progress import Progress as Bars
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from adamerge.files import atomic_path, remove_temporaries, save_json, sha256
+from adamerge.progress import bar as progress_bar
 from adamerge.zoo.design import DEMO, Design
 from adamerge.zoo.model import CONFIG_FILE, model_from_config
 from adamerge.zoo.progress import Progress
@@ -133,10 +133,10 @@ def _criterion(accuracy: Mapping[str, Mapping[str, float]]) -> float:
 @contextmanager
 def _bars(show: bool) -> Iterator[Bar]:
     """Yield a function that opens a progress bar and returns what advances it."""
-    with Bars(disable=not show) as bars:
+    with progress_bar("steps", draw=show) as bars:
 
         def bar(name: str, steps: int) -> Callable[[], None]:
-            task = bars.add_task(name, total=steps)
+            task = bars.add_task(name, total=steps, detail="")
             return lambda: bars.advance(task)
 
         yield bar
