@@ -14,10 +14,12 @@ MicroBatch = int | Literal["auto"] | None
 _FUSED_ENTRIES = 1 << 22  # of the inputs of one fused pass on a CPU: 27 images of 224 x 224
 
 
-def call_with(encoder: nn.Module, tensors: Mapping[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
-    """Run ``function(encoder)`` with parameters and buffers swapped in for its duration."""
+def call_with(
+    encoder: nn.Module, tensors: Mapping[str, Tensor], function: Callable[[nn.Module], Any], *, strict: bool = True
+) -> Any:
+    """Run ``function(encoder)`` with parameters and buffers swapped in for its duration; all of them, if ``strict``."""
     named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
-    return functional_call(_Scope(encoder), named, (function,), strict=True)
+    return functional_call(_Scope(encoder), named, (function,), strict=strict)
 
 
 class _Scope(nn.Module):

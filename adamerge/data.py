@@ -204,11 +204,12 @@ class UnlabeledTasks(LightningDataModule):
     def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
         """Yield the held-out images once, in their own order; tasks with fewer end earlier.
 
-        Each of several devices has every so many of the batches.
+        Each of several devices has every so many of the batches, and as many as the others: its last may be empty.
         """
         size, streams = self.batch_size * self.batches_per_step, self.holdout_streams
         world, rank = self._ranks()
-        for start in range(rank * size, max(map(len, streams.values()), default=0), world * size):
+        for first in range(0, max(map(len, streams.values()), default=0), world * size):
+            start = first + rank * size
             yield {
                 task: collate([stream[i] for i in range(start, min(start + size, len(stream)))])
                 for task, stream in streams.items()

@@ -114,14 +114,11 @@ def score_tasks(
         description: Of the progress bar.
         tasks: Which tasks; default all that have evaluation images.
     """
-    detached = {name: tensor.detach() for name, tensor in params.items()}
     todo = list(tasks or data.evaluation)
     count = sum(len(data.evaluation[task]) for task in todo)
     with progress.phase(description, count, "images") as advance:
         return {
-            task: score_task(
-                lambda inputs, t: model.logits(inputs, t, detached), data, task, model.pool.device, advance
-            )
+            task: score_task(lambda inputs, t: model.logits(inputs, t, params), data, task, model.pool.device, advance)
             for task in todo
         }
 

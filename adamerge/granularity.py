@@ -8,7 +8,7 @@ columns are (rows, columns, n / (rows * columns)). The engine knows nothing else
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -48,6 +48,19 @@ class GroupIndex:
     labels: Mapping[str, tuple[int, int]]
     size: int
     frozen: tuple[int, ...] = ()
+
+    def part(self, ranges: Mapping[str, range]) -> "GroupIndex":
+        """Return the same groups for a part of every parameter.
+
+        Args:
+            ranges: Parameter name to the entries of the flattened parameter that the part has, which are its entries
+                0, 1, ... there.
+        """
+        segments = {
+            name: tuple(piece for segment in self.segments[name] for piece in _within(segment, entries))
+            for name, entries in ranges.items()
+        }
+        return GroupIndex(segments, self.labels, self.size, self.frozen)
 
 
 class Granularity(Protocol):
@@ -232,6 +245,24 @@ def by_name(name: str) -> Granularity:
             f"granularity: expected one of {', '.join(_BY_NAME)}, found {name!r}.{did_you_mean(name, _BY_NAME)}"
         )
     return _BY_NAME[name]()
+
+
+def _within(segment: Segment, entries: range) -> Iterator[Segment]:
+    """Yield what of a segment lies within a range of entries, at most five pieces, counted from the range's start."""
+    at, end = max(segment.start, entries.start), min(segment.stop, entries.stop)
+    row = segment.groups * segment.inner
+    while at < end:
+        inside = (at - segment.start) % row
+        group, offset = divmod(inside, segment.inner)
+        left = end - at
+        if inside == 0 and left >= row:  # whole rows
+            count, groups, inner = left // row, segment.groups, segment.inner
+        elif offset == 0 and left >= segment.inner:  # whole groups of one row
+            count, groups, inner = 1, min(left // segment.inner, segment.groups - group), segment.inner
+        else:
+            count, groups, inner = 1, 1, min(left, segment.inner - offset)
+        yield Segment(at - entries.start, count, groups, inner, segment.first + group)
+        at += count * groups * inner
 
 
 def _shared(shapes: Shapes, group_of: Callable[[str], str]) -> GroupIndex:

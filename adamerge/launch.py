@@ -30,7 +30,7 @@ from adamerge.memory import peak_memory
 from adamerge.methods.method import MergingMethod
 from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
-from adamerge.preflight import build, build_init, build_optional, containers, strings
+from adamerge.preflight import build, build_init, build_optional, containers, is_sharded, strings
 from adamerge.refinement import Refinement, transfer
 from adamerge.run_folder import (
     CONFIG_FILE,
@@ -43,6 +43,7 @@ from adamerge.run_folder import (
     save_config,
 )
 from adamerge.scoring import Made, score_run
+from adamerge.sharded_model import ShardedModel
 from adamerge.stages import STAGE, START, first_stage, start_file
 from adamerge.targets import announce, check_targets
 from adamerge.task_vectors import dtype_of
@@ -82,7 +83,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     if of is not None:
         coefficients, start = _coefficients(config, of.pool)
         options = build_optional(config, "encoder")
-        model = MergedModel(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
+        model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
         of.batch_norm.start(model)
         return replace(of, model=model, start=start)
     imports = containers(config)
@@ -96,7 +97,8 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     encoder = backbone.encoder()
     coefficients, start = _coefficients(config, pool)
     teachers = {name: task.expert for name, task in data.tasks.items() if task.expert}
-    model = MergedModel(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
+    kind = ShardedModel if is_sharded(config) else MergedModel
+    model = kind(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
     check_classes(data.tasks, heads, _feature_width(model, data))
     batch_norm = build_batch_norm(config)
     batch_norm.start(model)
@@ -154,6 +156,7 @@ def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
         transform=build_optional(config, "transform"),
         task_vectors=node.get("task_vectors"),
         duplicates=node.get("duplicates") or "refuse",
+        mapped=is_sharded(config),
     )
 
 
@@ -198,16 +201,19 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     )
     trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
     summary = None
+    if assembly.model.is_sharded:
+        ranks.wait()  # for the export: all devices score it, each with its part of the weights
     if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
         log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
-    elif trainer.is_global_zero and config.evaluate:
+    elif (trainer.is_global_zero or assembly.model.is_sharded) and config.evaluate and assembly.data.evaluation:
         seconds = watch.seconds()
         uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
-        merged = Made(str(config.name), export.files["merged"], seconds, int(config.seed), uses_labels)
+        merged = Made(str(config.name), folder / export.filename, seconds, int(config.seed), uses_labels)
         rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
-        left_out = assembly.data.unreadable_evaluation()
-        summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
-        record_metrics(export.files["recipe"], summary, seconds)
+        if trainer.is_global_zero:
+            left_out = assembly.data.unreadable_evaluation()
+            summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
+            record_metrics(export.files["recipe"], summary, seconds)
     if trainer.is_global_zero:
         _tell_unreadable(assembly.data)
     _raise_reason(trainer)

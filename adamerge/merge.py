@@ -24,6 +24,7 @@ from adamerge.coefficients import Coefficients
 from adamerge.granularity import GroupIndex, Segment
 from adamerge.low_rank import Factors
 from adamerge.pool import ExpertPool
+from adamerge.pool_part import PoolPart
 
 _TILE = 1 << 17  # entries: the result stays in a second-level cache; longer sums in float32 would lose digits
 _TILE_OF_ACCELERATORS = 1 << 22  # entries: most tensors are one tile, and temporaries stay bounded
@@ -65,19 +66,19 @@ def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False)
     return dict(zip(pool.names, merged, strict=True))
 
 
-def merge_into(out: Mapping[str, Tensor], pool: ExpertPool, index: GroupIndex, values: Tensor) -> None:
+def merge_into(out: Mapping[str, Tensor], pool: ExpertPool | PoolPart, index: GroupIndex, values: Tensor) -> None:
     """Write the merged parameters into existing tensors; allocates nothing of a model's size.
 
     Args:
-        out: Parameter name to contiguous tensor (*S) of ``pool.compute_dtype``, overwritten.
+        out: Parameter name to contiguous tensor (*S) of ``pool.compute_dtype``, overwritten; only these are merged.
         pool: Base and task vectors.
         index: The groups.
         values: Coefficients (E, G) on the pool's device.
     """
     with _engine(pool.device) as threads:
         weights = values.t().contiguous()  # (G, E)
-        for name in pool.names:
-            base, target, segments = pool.base[name].view(-1), out[name].view(-1), index.segments[name]
+        for name, tensor in out.items():
+            base, target, segments = pool.base[name].view(-1), tensor.view(-1), index.segments[name]
             factors = pool.factors(name)
             if factors is not None:
                 whole, segments = _divided(factors, segments)
@@ -115,7 +116,7 @@ class PullBack:
         index: The groups.
     """
 
-    def __init__(self, pool: ExpertPool, index: GroupIndex) -> None:
+    def __init__(self, pool: ExpertPool | PoolPart, index: GroupIndex) -> None:
         self._pool = pool
         self._index = index
         with _engine(pool.device):

@@ -15,7 +15,7 @@ merged weights, and nothing keeps a graph of the merge: work and memory are line
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,11 @@ class MergedModel(nn.Module):
         self.teacher_cache = TeacherCache()
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds a part of the model only: see :class:`~adamerge.sharded_model.ShardedModel`."""
+        return False
+
+    @property
     def encoder(self) -> nn.Module:
         """The encoder that was passed in."""
         return self._unregistered[0]
@@ -154,7 +159,7 @@ class MergedModel(nn.Module):
         """The buffers that the merged model runs with, by the encoder's names."""
         return dict(self._buffers_of_encoder)
 
-    def base_parameters(self) -> dict[str, Tensor]:
+    def base_parameters(self) -> MutableMapping[str, Tensor]:
         """Return the base's own parameters and buffers, as :meth:`forward` takes them."""
         return {**self.pool.base, **self.pool.buffers(self._buffers_of_encoder)}
 
@@ -206,9 +211,9 @@ class MergedModel(nn.Module):
         """
         leaves = self._merged_leaves(values.detach())
         anchor = values.detach().clone().requires_grad_()
-        gradient = PullBack(self.pool, self.coefficients.index)
+        gradient = self._pull_back()
         losses: dict[str, Tensor] = {}
-        groups = fused(inputs, micro_batch)
+        passes, groups = self._passes(inputs, micro_batch)
 
         def run(encoder: nn.Module) -> None:
             def outputs(tasks: Mapping[str, Tensor]) -> dict[str, Outputs]:
@@ -218,11 +223,15 @@ class MergedModel(nn.Module):
                 return self._split(features, hidden, {task: len(batch) for task, batch in tasks.items()})
 
             def forward(batch: Tensor, task: str) -> Outputs:
+                self._check_forward()
                 return outputs({task: batch})[task]
 
             for i, tasks in enumerate(groups):
-                total = torch.zeros((), device=values.device)
-                for task, output in outputs({task: inputs[task] for task in tasks}).items():
+                found = outputs({task: passes[task] for task in tasks})
+                total = self._nothing(found)
+                for task, output in found.items():
+                    if task not in inputs:
+                        continue
                     value = loss(task, output, anchor, forward)
                     losses[task] = value.detach()
                     total = total + value * (weights or {}).get(task, 1.0)
@@ -239,7 +248,7 @@ class MergedModel(nn.Module):
             result += anchor.grad
         return StepResult(losses, result / scale)
 
-    def expert_parameters(self, expert: str) -> dict[str, Tensor]:
+    def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
         """Return the raw expert's own parameters and buffers, as :meth:`forward` takes them; one model's memory."""
         own = self.pool.expert_parameters(expert)
         params = {name: own[name] for name in (*self.pool.names, *self._fixed)}
@@ -281,7 +290,23 @@ class MergedModel(nn.Module):
             )
         return self.teachers[task]
 
-    def _merged_leaves(self, values: Tensor) -> dict[str, Tensor]:
+    def _passes(
+        self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch
+    ) -> tuple[Mapping[str, Tensor], list[list[str]]]:
+        """Return what runs through the encoder in a step, by task, and which tasks share a pass."""
+        return inputs, fused(inputs, micro_batch)
+
+    def _nothing(self, outputs: Mapping[str, Outputs]) -> Tensor:
+        """Return the 0 that a pass's losses are added to."""
+        return torch.zeros((), device=next(iter(outputs.values())).features.device)
+
+    def _pull_back(self) -> PullBack:
+        return PullBack(self.pool, self.coefficients.index)
+
+    def _check_forward(self) -> None:
+        """Refuse further passes in a step where they cannot be."""
+
+    def _merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge into tensors that are kept from step to step, as autograd leaves."""
         if not self._leaves:
             self._leaves = {name: torch.empty_like(t).requires_grad_() for name, t in self.pool.base.items()}

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from adamerge.adapters import change_of, open_expert
 from adamerge.checkpoints import Checkpoint, MemoryCheckpoint
 from adamerge.errors import InputError
 from adamerge.layout import KeyMap, Layout, check_layout, check_names, shared_names
+from adamerge.lazy import LazyTensors
 from adamerge.low_rank import Factors
 from adamerge.memory import return_freed_memory
 from adamerge.model_files import open_model
@@ -78,6 +79,8 @@ class ExpertPool:
         skipped: Base tensor name to why it is not merged.
         transform: Applied to the task vectors, or None.
         packed: The file that the task vectors come from, or None.
+        mapped: Whether nothing is in memory, neither base nor task vectors.
+        wanted_storage: As given, for the parts of a mapped pool.
     """
 
     UNCHANGED = "no expert changed it"
@@ -96,6 +99,7 @@ class ExpertPool:
         transform: Transform | None = None,
         task_vectors: Path | str | None = None,
         duplicates: Literal["refuse", "allow"] = "refuse",
+        mapped: bool = False,
     ) -> None:
         if duplicates not in ("refuse", "allow"):
             raise InputError(f"pool.duplicates: expected refuse or allow, found {duplicates!r}.")
@@ -112,19 +116,24 @@ class ExpertPool:
         dtypes = {base.spec(keys.file_key(name))[1] for name in layout.merged}
         self.compute_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         self.device = torch.device("cpu")
-        self.fixed = {name: self._read(base, name).clone() for name in layout.fixed}
+        self.mapped, self.wanted_storage = mapped, storage
+        self.fixed = self._tensors()
+        for name in layout.fixed:
+            self.fixed[name] = self._read(base, name) if mapped else self._read(base, name).clone()
         self._every_name = sorted((*layout.merged, *layout.fixed))
         self.transform = transform
         self._prepared: Prepared | None = None
         self.packed = None if task_vectors is None else PackedFile(task_vectors)
         self._dtype = self._check_options(storage, dtype, layout)
+        if mapped:
+            storage = "stream"
         if transform is not None:
             # Statistics come from the raw experts as they are in their files, before any rounding to ``dtype``.
             raw = partial(
                 ExpertPool, include=include, exclude=exclude, key_map=key_map, tied=tied, duplicates=duplicates
             )
             self._prepared = Prepared(transform, raw(base, experts, storage="stream"))
-        self.base: dict[str, Tensor] = {}
+        self.base = self._tensors()
         entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in layout.merged)
         size = entries * len(experts) * self._dtype.itemsize if self.packed is None else self.packed.nbytes
         start = choose_storage(storage, size) if transform is None else "ram"
@@ -133,7 +142,7 @@ class ExpertPool:
         self._load(layout.merged)
         return_freed_memory()  # the more experts, the more of it
         self.names = tuple(self.base)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.base.items()}
+        self.shapes = {name: base.spec(keys.file_key(name))[0] for name in self.names}
         self._check_content(duplicates == "allow")
         if storage == "auto":
             self._log_storage()
@@ -158,6 +167,7 @@ class ExpertPool:
         transform: Transform | None = None,
         task_vectors: Path | str | None = None,
         duplicates: Literal["refuse", "allow"] = "refuse",
+        mapped: bool = False,
     ) -> "ExpertPool":
         """Open a base and its experts from checkpoint files.
 
@@ -178,6 +188,8 @@ class ExpertPool:
             transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; not with ``stream``.
             task_vectors: A file of packed task vectors, see :mod:`adamerge.packed`; ``experts`` stay the teachers.
             duplicates: Whether two files with the same weights are an error; one file twice always is.
+            mapped: Keep nothing in memory, and read from the mapped files whatever is asked for: for pools of which
+                each process holds a part (:class:`~adamerge.pool_part.PoolPart`); ``storage`` is that of the part.
 
         Raises:
             FileNotFoundError: If a file does not exist.
@@ -188,7 +200,7 @@ class ExpertPool:
         opened = {name: open_expert(path, source, prefix) for name, path in experts.items()}
         return cls(
             source, opened, storage=storage, dtype=dtype, include=include, exclude=exclude, key_map=key_map,
-            tied=tied, transform=transform, task_vectors=task_vectors, duplicates=duplicates,
+            tied=tied, transform=transform, task_vectors=task_vectors, duplicates=duplicates, mapped=mapped,
         )  # fmt: skip
 
     @classmethod
@@ -275,20 +287,23 @@ class ExpertPool:
         """Return an expert's own file, for what is not merged, such as its classifier."""
         return self._experts[expert]
 
-    def expert_parameters(self, expert: str) -> dict[str, Tensor]:
+    def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
         """Return an expert's own parameters (never transformed), name to (*S) in ``compute_dtype``.
 
         Excluded parameters are its own too; the base's stand in for those that it lacks.
-        Memory: one model, for as long as the caller keeps it.
+        Memory: one model, for as long as the caller keeps it; of a mapped pool one parameter.
         """
         checkpoint = self._experts[expert]
         present = set(checkpoint.keys)
-        own = {}
-        for name, tensor in {**self.base, **self.fixed}.items():
+
+        def read(name: str) -> Tensor:
             key = self.keys.file_key(name)
-            fits = key in present and checkpoint.spec(key)[0] == tuple(tensor.shape)
-            own[name] = self._read(checkpoint, name) if fits else tensor
-        return own
+            if key in present and checkpoint.spec(key)[0] == self.source.spec(key)[0]:
+                return self._read(checkpoint, name)
+            return self.base[name] if name in self.base else self.fixed[name]
+
+        own = LazyTensors(read, (*self.base, *self.fixed))
+        return own if self.mapped else dict(own)
 
     def buffers(self, like: Mapping[str, Tensor], expert: str | None = None) -> dict[str, Tensor]:
         """Return the base's, or an expert's, values of an encoder's buffers, such as BatchNorm statistics.
@@ -320,8 +335,11 @@ class ExpertPool:
     def to(self, device: torch.device | str) -> "ExpertPool":
         """Move to a device, in place; which task vectors come along is a matter of the storage."""
         self.device = torch.device(device)
-        self.base = {name: tensor.to(self.device) for name, tensor in self.base.items()}
-        self.fixed = {name: tensor.to(self.device) for name, tensor in self.fixed.items()}
+        for tensors in (self.base, self.fixed):
+            if isinstance(tensors, LazyTensors):
+                tensors.forget()
+            else:
+                tensors.update({name: tensor.to(self.device) for name, tensor in tensors.items()})
         before = self.storage
         self._task_vectors.to(self.device, self.base)
         if self.storage != before:
@@ -387,6 +405,10 @@ class ExpertPool:
         tensor = checkpoint.get(self.keys.file_key(name)).to(self.device)
         return tensor.to(self.compute_dtype).contiguous() if tensor.is_floating_point() else tensor
 
+    def _tensors(self) -> MutableMapping[str, Tensor]:
+        """Return an empty mapping for tensors of the base: they stay in it, or are read again each time."""
+        return LazyTensors(lambda name: self._read(self.source, name)) if self.mapped else {}
+
     def _load(self, names: Sequence[str]) -> None:
         """Read the base, form or map the task vectors, and set unchanged parameters aside."""
         for name in names:
@@ -445,6 +467,8 @@ class ExpertPool:
                 "pool.storage: transformed task vectors are kept in memory; use ram, no transform, or pack them and "
                 "name the file as pool.task_vectors."
             )
+        if self.mapped:
+            self._check_mapped(storage, dtype)
         if self.packed is None:
             return dtype or self.compute_dtype
         where = f"pool.task_vectors: {self.packed.name}"
@@ -460,6 +484,20 @@ class ExpertPool:
             raise InputError(problem)
         self.packed.check_source(self.hashes(), self.keys_digest)
         return self.packed.dtype
+
+    def _check_mapped(self, storage: str, dtype: torch.dtype | None) -> None:
+        """Refuse what needs task vectors in memory."""
+        found = "pool.storage: 'stream'" if storage == "stream" else ""
+        if self.packed is None and dtype not in (None, self.compute_dtype):
+            found = f"pool.dtype: {str(dtype).removeprefix('torch.')}"
+        if self.transform is not None:
+            found = f"transform: {type(self.transform).__name__}"
+        if found:
+            raise InputError(
+                f"{found}: not with a pool of which each device keeps its part in memory, as computed (trainer=fsdp). "
+                "Leave it out; or write task vectors so with adamerge transform, and name the file as "
+                "pool.task_vectors."
+            )
 
     def _log_storage(self) -> None:
         held, level = self.nbytes / 1e6, logging.INFO if self.storage == "stream" else logging.DEBUG

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adamerge.backbones import Backbone, Torchvision, own_base
 from adamerge.errors import InputError, did_you_mean
+from adamerge.methods import ShardedStrategy
 from adamerge.objectives import check_objective
 from adamerge.refinement import Refinement
 from adamerge.run_checks import (
@@ -34,6 +35,7 @@ from adamerge.run_checks import (
     forecast_problems,
     packed_problems,
     read_headers,
+    sharding_problems,
 )
 from adamerge.stages import first_stage, start_file
 from adamerge.targets import check_targets
@@ -102,6 +104,7 @@ def check(config: DictConfig) -> list[str]:
     with problems.naming("trainer"):
         _check_signature(config, "trainer")
         _check_trainer(config)
+        problems += sharding_problems(containers(config)) if is_sharded(config) else []
     if "backbone" in parts:
         with problems.naming("pool"):
             parts["headers"] = _check_pool(config, parts["backbone"], problems)
@@ -315,6 +318,16 @@ def _check_trainer(config: DictConfig) -> None:
     if isinstance(trainer, DictConfig):
         plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(trainer, ["devices", "num_nodes"]), resolve=True)
         check_devices(plain.get("devices", 1), plain.get("num_nodes", 1))
+
+
+def is_sharded(config: DictConfig) -> bool:
+    """Whether each device of a run holds a part of the model, as the trainer's strategy says (``trainer=fsdp``)."""
+    trainer = config.get("trainer")
+    strategy = trainer.get("strategy") if isinstance(trainer, DictConfig) else None
+    if not isinstance(strategy, DictConfig) or "_target_" not in strategy:
+        return False
+    found = hydra.utils.get_object(str(strategy._target_))
+    return isinstance(found, type) and issubclass(found, ShardedStrategy)
 
 
 def _check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: list[str]) -> None:

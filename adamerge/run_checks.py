@@ -149,6 +149,25 @@ def check_devices(devices: Any, num_nodes: Any) -> None:
         )
 
 
+def sharding_problems(config: Mapping[str, Any]) -> list[str]:
+    """List what a run whose devices each hold a part of the model (``trainer=fsdp``) cannot do."""
+    nodes = {node: config.get(node) or {} for node in ("pool", "transform", "encoder", "method")}
+    pack = "write task vectors so with adamerge transform, and name the file as pool.task_vectors"
+    refused = {
+        "pool.storage": (nodes["pool"].get("storage") == "stream", "stream", "parts are kept in memory; set auto"),
+        "pool.dtype": (nodes["pool"].get("dtype") not in (None, "float32"), nodes["pool"].get("dtype"), pack),
+        "transform": (nodes["transform"].get("_target_") is not None, nodes["transform"].get("_target_"), pack),
+        "encoder.compile": (bool(nodes["encoder"].get("compile")), nodes["encoder"].get("compile"), "set false"),
+        "method.ranking": (nodes["method"].get("ranking") == "cosine", "cosine", "set inner_product"),
+        "teacher_cache": (config.get("teacher_cache") is not None, config.get("teacher_cache"), "leave it out"),
+    }
+    return [
+        f"{option}: not with trainer=fsdp, found {found}: {remedy}."
+        for option, (is_refused, found, remedy) in refused.items()
+        if is_refused
+    ]
+
+
 def _is_whole(found: Any, least: int) -> bool:
     text = str(found)
     return not isinstance(found, bool) and text.isdigit() and int(text) >= least

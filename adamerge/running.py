@@ -127,7 +127,7 @@ class Runner:
         """Return the paths of what is recomputed, leaving out what lies inside another of them."""
         option = self._options.checkpoint
         if isinstance(option, bool):
-            found = _members(encoder) if option else []
+            found = members(encoder) if option else []
             if option and not found:
                 raise InputError(
                     f"encoder.checkpoint: {type(encoder).__name__} has no Sequential or ModuleList whose members could "
@@ -204,7 +204,7 @@ def _replaced(encoder: nn.Module, forwards: Mapping[str, Callable[..., Any]]) ->
                 module.forward = before
 
 
-def _members(encoder: nn.Module) -> list[str]:
+def members(encoder: nn.Module) -> list[str]:
     """Return the paths of the members, with parameters, of the outermost containers."""
     containers = [
         name for name, module in encoder.named_modules() if isinstance(module, (nn.Sequential, nn.ModuleList))

@@ -1,17 +1,21 @@
 """Score a merged checkpoint, and what it should be compared with."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from adamerge.batch_norm import BatchNormPolicy
-from adamerge.checkpoints import load_state_dict
+from adamerge.checkpoints import open_checkpoint
 from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.evaluation import Row, TaskScore, score_tasks
+from adamerge.lazy import LazyTensors
 from adamerge.model import MergedModel
 
 log = logging.getLogger(__name__)
@@ -58,12 +62,12 @@ def score_run(
     if references:
         rows["pretrained"] = Row(score_tasks(model, model.base_parameters(), data, "Scoring the pretrained model"))
         usual = len(pool.expert_names) <= _USUAL
-        start = MergedModel(
-            model.encoder, pool, Coefficients(pool, "task", 0.3 if usual else "mean", "none"), model.heads
-        )
+        coefficients = Coefficients(pool, "task", 0.3 if usual else "mean", "none")
+        start = type(model)(model.encoder, pool, coefficients, model.heads)
         name = ("task_arithmetic_0.3" if usual else "weight_average") + ("_transformed" if pool.transform else "")
-        params = {key: tensor.detach() for key, tensor in start.merge().items()}
-        params |= {} if batch_norm is None else batch_norm.final(start, params, data)
+        with torch.no_grad():
+            params = start.merge()
+        params = params | ({} if batch_norm is None else batch_norm.final(model, params, data))
         rows[name] = Row(score_tasks(model, params, data, "Scoring task arithmetic"))
     rows[made.name] = Row(
         score_tasks(model, merged, data, "Scoring the merged checkpoint"),
@@ -89,29 +93,31 @@ def score_experts(model: MergedModel, data: UnlabeledTasks) -> Row:
     return Row(scores)
 
 
-def checkpoint_parameters(path: Path, model: MergedModel) -> dict[str, Tensor]:
+def checkpoint_parameters(path: Path, model: MergedModel) -> Mapping[str, Tensor]:
     """Read the encoder's parameters and buffers from an exported checkpoint, by the encoder's names.
 
     Raises:
         FileNotFoundError: If there is no such file.
         InputError: If it lacks a parameter of the pool, or has another shape.
     """
-    pool = model.pool
-    tensors = load_state_dict(path)
-    params = {}
+    pool, file = model.pool, open_checkpoint(path)
+    shapes = {key: file.spec(key)[0] for key in file.keys}
     for name, shape in pool.shapes.items():
         key = pool.keys.file_key(name)
-        if key not in tensors or tuple(tensors[key].shape) != shape:
-            shown = tuple(tensors[key].shape) if key in tensors else "nothing"
+        if shapes.get(key) != shape:
             raise InputError(
-                f"{path}: tensor {key!r}: expected shape {shape}, found {shown}. Is it a merge of this pool?"
+                f"{path}: tensor {key!r}: expected shape {shape}, found {shapes.get(key, 'nothing')}. "
+                "Is it a merge of this pool?"
             )
-        params[name] = tensors[key].to(pool.device, pool.compute_dtype)
+    dtypes = {name: pool.compute_dtype for name in pool.shapes}
     own = {name for name, _ in model.encoder.named_parameters()}  # not a classifier, which is fixed too
-    fixed = {name: tensor for name, tensor in pool.fixed.items() if name in own}
-    rest = {**fixed, **dict(model.encoder.named_buffers())}  # a foreign checkpoint has its own
-    for name, like in rest.items():
-        found = tensors.get(pool.keys.file_key(name)) if name in pool.keys else None
-        if found is not None and found.shape == like.shape:
-            params[name] = found.to(pool.device, like.dtype)
-    return params
+    fixed = ((name, tensor) for name, tensor in pool.fixed.items() if name in own)
+    for name, like in chain(fixed, model.encoder.named_buffers()):  # a foreign checkpoint has its own
+        if name in pool.keys and shapes.get(pool.keys.file_key(name)) == tuple(like.shape):
+            dtypes[name] = like.dtype
+
+    def read(name: str) -> Tensor:
+        return file.get(pool.keys.file_key(name)).to(pool.device, dtypes[name], copy=True)
+
+    params = LazyTensors(read, dtypes)
+    return params if model.is_sharded else dict(params)

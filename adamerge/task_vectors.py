@@ -102,6 +102,10 @@ class TaskVectors:
         else:
             self._stacks[name], self.storage = stack, "packed"
 
+    def keep(self, name: str, stack: Stack) -> None:
+        """Take one parameter's task vectors as they are."""
+        self._stacks[name] = stack
+
     def drop(self, name: str) -> None:
         """Forget a parameter that no expert changed."""
         self._stacks.pop(name, None)

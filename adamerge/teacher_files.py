@@ -128,9 +128,10 @@ def ask_expert(
 
     questions = missing()
     first = next(questions, None)
-    if first is None:
+    if first is None and not model.is_sharded:
         return
-    for outputs in model.expert_outputs(expert, itertools.chain([first], questions), hidden_layers):
+    asking = questions if first is None else itertools.chain([first], questions)
+    for outputs in model.expert_outputs(expert, asking, hidden_layers):
         indices, path = asked.pop()
         model.teacher_cache.put(task, indices, outputs)
         if files and path:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from adamerge.batch_norm import BatchNormPolicy
 from adamerge.data import UnlabeledTasks
@@ -68,20 +69,25 @@ class ExportMergedWeights(Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
             data.gather_unreadable()
-        self._export(trainer, pl_module)
-
-    @rank_zero_only
-    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = pl_module.model
         assert isinstance(model, MergedModel)
+        statistics = {}
+        if trainer.is_global_zero or model.is_sharded:  # whose passes all processes run together
+            with torch.no_grad():
+                params = model.merge()
+                statistics = self.batch_norm.final(model, params, data if isinstance(data, UnlabeledTasks) else None)
+        self._export(trainer, pl_module, model, statistics)
+
+    @rank_zero_only
+    def _export(
+        self, trainer: Trainer, pl_module: LightningModule, model: MergedModel, statistics: Mapping[str, Tensor]
+    ) -> None:
         recipe = {"steps": trainer.global_step, **self.recipe}
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
             recipe |= {"protocol": data.protocol, "seed": data.seed, "unreadable": data.unreadable()}
         if isinstance(pl_module, MergingMethod):
             recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}
-        with torch.no_grad():
-            statistics = self.batch_norm.final(model, model.merge(), data if isinstance(data, UnlabeledTasks) else None)
         if statistics:
             recipe["batch_norm"] = dataclasses.asdict(self.batch_norm)
         self.files = export(

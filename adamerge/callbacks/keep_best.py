@@ -106,6 +106,8 @@ def holdout_loss(trainer: Trainer, method: MergingMethod) -> float:
     values = method.model.coefficients()
     with trainer.precision_plugin.forward_context():
         for batch in data.holdout_batches():
+            if not batch and not method.model.is_sharded:
+                continue
             moved = {task: TaskBatch(*(t.to(method.device) for t in part)) for task, part in batch.items()}
             _, result = method.run(moved, values, needs_gradient=False)
             for task, loss in result.losses.items():

@@ -2,3 +2,4 @@
 
 from adamerge.methods.frank_wolfe import FrankWolfeMerging as FrankWolfeMerging
 from adamerge.methods.gradient import GradientMerging as GradientMerging
+from adamerge.methods.strategy import ShardedStrategy as ShardedStrategy

@@ -222,6 +222,8 @@ class MergingMethod(LightningModule):
         Of this device alone; ``shares`` are further factors of the tasks of all devices. ``on_gradient`` sees the
         parameters' gradients in the place of :meth:`on_parameter_gradient`.
         """
+        if self.model.is_sharded and self.uses_teacher:
+            self._ask_together(batch)
         shares = shares or dict.fromkeys(batch, 1.0)
         weights = {task: weight * shares[task] for task, weight in self.weights(shares).items()}
         result = self.model.step(
@@ -240,7 +242,7 @@ class MergingMethod(LightningModule):
 
     def weights(self, tasks: Collection[str]) -> dict[str, float]:
         """Return the factor of each task's loss in a step of these tasks."""
-        share = 1 / len(tasks) if self._reduction == "mean" else 1.0
+        share = 1 / max(1, len(tasks)) if self._reduction == "mean" else 1.0
         return {task: share * self.task_weights.get(task, 1.0) for task in tasks}
 
     def export_recipe(self) -> dict[str, Any]:
@@ -332,6 +334,13 @@ class MergingMethod(LightningModule):
                 self._ask(task, batches)
         if self.teacher_files is not None:
             log.info("Teachers: %s", self.teacher_files.summary())
+
+    def _ask_together(self, batch: Mapping[str, TaskBatch]) -> None:
+        """Ask the experts about what any process has no answers for, before the encoder holds merged weights."""
+        cache = self.model.teacher_cache
+        missing = [task for task, part in batch.items() if cache.get(task, part.indices) is None]
+        for task in dict.fromkeys(task for tasks in ranks.everyones(missing) for task in tasks):
+            self._ask(task, [batch[task]] if task in missing else [])
 
     def _ask(self, task: str, batches: Sequence[TaskBatch]) -> None:
         computed = {"precision": str(self.trainer.precision), "device": self.device.type}
