@@ -18,7 +18,9 @@ def run_ranks(function, count, *arguments, timeout=60):
         port = found.getsockname()[1]
     # Forked from a fresh process that has imported what takes long: this one may have threads, which forks lack.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adamerge.launch", "adamerge.launchers", "adamerge.callbacks", "torchvision"])
+    context.set_forkserver_preload(
+        ["adamerge.launch", "adamerge.launchers", "adamerge.callbacks", "torchvision", "open_clip"]
+    )
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [
         context.Process(target=_rank, args=(rank, count, port, function, arguments, pipes[rank][1]), daemon=True)
