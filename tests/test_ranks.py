@@ -57,6 +57,7 @@ CASES = {
     "imitation, limit": {"objective": Imitation, "limit": 5},
     "two batches per step": {"batches_per_step": 2, "counts": dict.fromkeys(EXPERTS, 16)},
     "accumulated": {"trainer": {"accumulate_grad_batches": 2}},
+    "limited batches": {"trainer": {"limit_train_batches": 2}},
     "tasks": {"objective": Imitation, "distribute": "tasks"},
     "line search": {"method": partial(frank_wolfe, step_rule="line_search")},
     "soft, tasks": {"method": partial(frank_wolfe, mode="soft", inner_steps=2), "distribute": "tasks"},

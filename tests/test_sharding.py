@@ -8,6 +8,7 @@ import torch
 from fits import QUIET, every_step, fit, values
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import LambdaCallback
 from processes import run_ranks as run_processes
 from safetensors.torch import load_file
 from test_cli import arguments, call, configs, refusal  # noqa: F401
@@ -15,6 +16,7 @@ from test_launchers import as_rank
 from test_ranks import BadOnSecond, make_data
 from torch.distributed.fsdp import FSDPModule
 from toy import EXPERTS, group_ids, make_toy, perturbed, save_files
+from traffic import Traffic
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, merge, ranks
 from adamerge.callbacks import CollapseGuard, ExportMergedWeights, KeepBest
@@ -195,6 +197,43 @@ def test_in_single_precision_parts_agree_to_rounding(tmp_path):
     whole, _, _ = trained(tmp_path, 8, dtype=torch.float32, granularity="row")
     for part, _, _ in run_ranks(partial(trained, tmp_path, 4, dtype=torch.float32, granularity="row"), 2):
         torch.testing.assert_close(part, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_under_autocast_parts_agree_to_its_rounding(tmp_path):
+    options = {"dtype": torch.float32, "objective": Imitation, "trainer": lambda: {"precision": "bf16-mixed"}}
+    whole, _, _ = trained(tmp_path, 8, **options)
+    for part, _, _ in run_ranks(partial(trained, tmp_path, 4, **options), 2):
+        torch.testing.assert_close(part, whole, rtol=0, atol=5e-3)
+
+
+def exchanged(folder):
+    """Count what the third step of a fit exchanges; also the sizes of coefficients and weights."""
+    model = make_model(folder, torch.float32, "row")
+    traffic = Traffic()
+    count = LambdaCallback(
+        on_train_batch_start=lambda trainer, *_: traffic.__enter__() if trainer.global_step == 2 else None,
+        on_train_batch_end=lambda trainer, *_: traffic.__exit__(None, None, None) if trainer.global_step == 3 else None,
+    )
+    data = make_data(4, dtype=torch.float32)
+    fit(
+        GradientMerging(model, Entropy(), ADAM),
+        data,
+        folder,
+        3,
+        strategy=ShardedStrategy(),
+        devices=2,
+        callbacks=[count],
+    )
+    weights = sum(parameter.numel() for parameter in model._encoder.parameters.values()) * 4
+    return traffic.bytes, model.coefficients().nbytes, weights
+
+
+def test_weights_are_gathered_twice_gradients_reduced_once_and_of_coefficients_only_the_gradient(tmp_path):
+    for found, coefficients, weights in run_ranks(partial(exchanged, tmp_path), 2):
+        assert found["allreduce_"] == coefficients + 4 * (len(EXPERTS) + 1)  # and a loss per task, and whether finite
+        assert weights <= found["_reduce_scatter_base_"] <= 1.1 * weights  # rows are padded
+        assert weights <= found["_allgather_base_"] <= 2.2 * weights  # the root's are kept from forward to backward
 
 
 @pytest.mark.slow
