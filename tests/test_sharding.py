@@ -169,7 +169,7 @@ CASES = {
     "line search": {"method": partial(FrankWolfeMerging, step_rule="line_search"), **FRANK_WOLFE},
     "recomputed": {"options": EncoderOptions(checkpoint=True)},
     "small passes": {"method": partial(GradientMerging, optimizer=ADAM, micro_batch=5)},
-    "accumulated": {"trainer": lambda: {"accumulate_grad_batches": 2}},
+    "accumulated": {"trainer": partial(dict, accumulate_grad_batches=2)},
     "two batches per step": {"objective": Imitation, "batches_per_step": 2, "counts": dict.fromkeys(EXPERTS, 17)},
     "excluded": {"objective": Imitation, "exclude": ["blocks.1.*", "scale"]},
     "guards": {"objective": Imitation, "trainer": guards, "holdout": 0.4, "counts": {"red": 20, "green": 9, "blue": 5}},
@@ -201,7 +201,7 @@ def test_in_single_precision_parts_agree_to_rounding(tmp_path):
 
 @pytest.mark.slow
 def test_under_autocast_parts_agree_to_its_rounding(tmp_path):
-    options = {"dtype": torch.float32, "objective": Imitation, "trainer": lambda: {"precision": "bf16-mixed"}}
+    options = {"dtype": torch.float32, "objective": Imitation, "trainer": partial(dict, precision="bf16-mixed")}
     whole, _, _ = trained(tmp_path, 8, **options)
     for part, _, _ in run_ranks(partial(trained, tmp_path, 4, **options), 2):
         torch.testing.assert_close(part, whole, rtol=0, atol=5e-3)
