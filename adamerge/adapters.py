@@ -17,6 +17,7 @@ from torch import Tensor
 from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import combined_hash, sha256
+from adamerge.hub import located
 from adamerge.key_maps import TABLES, Completed, KeyTable, MappedCheckpoint, as_own, as_theirs, own_key, table_of
 from adamerge.low_rank import LowRank, matrix_shape
 from adamerge.model_files import open_model
@@ -217,8 +218,8 @@ def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpo
     """Open an expert: a checkpoint file, a model's folder, or the folder of a LoRA adapter.
 
     Args:
-        path: The file or folder. One of another library is seen under open_clip's names, and takes from the base what
-            its format may lack.
+        path: The file or folder, or a reference to the Hub. One of another library is seen under open_clip's names,
+            and takes from the base what its format may lack.
         base: Of the pool, under open_clip's names if it is a CLIP.
         prefix: Of the encoder's keys.
 
@@ -226,7 +227,7 @@ def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpo
         FileNotFoundError: If there is no such file.
         InputError: See :func:`~adamerge.model_files.open_model` and :class:`AdapterCheckpoint`.
     """
-    path = Path(path)
+    path = located(path)
     if not (path / CONFIG).is_file():
         expert = open_model(path)
         table = table_of(expert.source) if isinstance(expert, MappedCheckpoint) else None

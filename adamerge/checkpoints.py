@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.files import atomic_path, sha256
+from adamerge.files import atomic_path
+from adamerge.hash_cache import file_hash
 from adamerge.pickles import find_tensors, open_pickled
 
 _NESTS = ("state_dict", "model_state_dict", "model")
@@ -113,7 +114,7 @@ class FileCheckpoint(MemoryCheckpoint):
 
     def sha256(self) -> str:
         """Hash the file's bytes."""
-        return sha256(self.path)
+        return file_hash(self.path)
 
 
 class SafetensorsCheckpoint:
@@ -153,7 +154,7 @@ class SafetensorsCheckpoint:
 
     def sha256(self) -> str:
         """Hash the file's bytes."""
-        return sha256(self.path)
+        return file_hash(self.path)
 
 
 def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:

@@ -13,6 +13,7 @@ from adamerge.commands.adapt import adapt, check
 from adamerge.commands.data import data
 from adamerge.commands.demo import demo, zoo
 from adamerge.commands.merging import compare, merge, transform
+from adamerge.commands.pool import pool
 from adamerge.commands.pools import convert, inspect
 from adamerge.commands.runs import evaluate, export
 from adamerge.commands.terminal import EXIT_INPUT, JobFailed, configure_logging, err, fail
@@ -32,7 +33,7 @@ def app(debug: bool, quiet: bool) -> None:
     configure_logging(debug, quiet)
 
 
-for command in (demo, adapt, check, evaluate, export, merge, transform, compare, inspect, convert, data, zoo):
+for command in (demo, adapt, check, evaluate, export, merge, transform, compare, inspect, convert, data, pool, zoo):
     app.add_command(command)
 
 

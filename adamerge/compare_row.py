@@ -225,6 +225,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
         if not is_started(run):
             before = _merge(spec.rule, _assembled(config), start).seconds
         config.pool.base = str(start)
+        config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
         config.init = 0.0 if not any(word.startswith("init=") for word in spec.overrides) else config.init
     problems = check(config)
     if problems:

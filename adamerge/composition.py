@@ -6,8 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
 from adamerge.errors import InputError, did_you_mean
-from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, pool_files
+from adamerge.pool_files import PoolFiles, load_pool_file
+from adamerge.pool_names import register_resolvers, with_pool_files
 from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
-from adamerge.zoo import benchmark_folder, files
 
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
@@ -27,32 +26,8 @@ _FLAGS_WITH_VALUE = (
 )
 
 
-_SHIPPED_PREFIX = {"zoo": "visual."}
 _NODE = ("file", "base", "experts")  # of a pool: what a pool file decides
 _NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
-
-
-def register_resolvers() -> None:
-    """Let yaml files name the shipped zoo, ``${zoo:base.safetensors}``, and that of the offline benchmark."""
-    OmegaConf.register_new_resolver("zoo", lambda path="": str(files() / str(path)), replace=True)
-    OmegaConf.register_new_resolver("offline_benchmark", _benchmark_file, replace=True)
-
-
-def _benchmark_file(root: str, path: str = "") -> str:
-    """Return a path in the zoo of the offline benchmark, below the folder of the data sets.
-
-    Raises:
-        InputError: If the zoo is not there, or not finished.
-    """
-    folder = benchmark_folder(root)
-    if not (folder / "zoo.json").is_file():
-        state = "is not finished" if (folder / "building.json").is_file() else "is not there"
-        raise InputError(
-            f"{folder}: the zoo of the offline benchmark {state}. Make it, in about half an hour on one CPU core: "
-            f"adamerge zoo build offline_benchmark --root {root}; or name the folder that it is in: data.root=DIR or "
-            "the environment variable ADAMERGE_DATA."
-        )
-    return str(folder / path)
 
 
 def compose(arguments: Sequence[str]) -> DictConfig:
@@ -64,6 +39,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     setup_globals()
     register_resolvers()
     overrides, folder = _take_config_dir(arguments)
+    overrides = with_pool_files(overrides, folder)
     if folder is not None:
         overrides.append(f"hydra.searchpath=['file://{folder.absolute()}']")
     try:
@@ -110,41 +86,6 @@ def name_experts(config: DictConfig, files: PoolFiles) -> None:
     for name, entry in files.experts.items():
         if entry.task and isinstance(tasks, DictConfig) and entry.task in tasks and "_target_" not in tasks:
             OmegaConf.update(tasks, f"{entry.task}.expert", name, force_add=True)
-
-
-def named_pool(pool: str) -> PoolFiles:
-    """Return a shipped pool by name, or read a pool file.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    register_resolvers()
-    if pool in _SHIPPED_PREFIX:
-        text = (importlib.resources.files(CONFIG_MODULE) / "pool" / f"{pool}.yaml").read_text(encoding="utf-8")
-        content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-        return pool_files({**content, "key_prefix": _SHIPPED_PREFIX[pool]}, f"--pool {pool}", Path())
-    if not Path(pool).is_file():
-        raise InputError(
-            f"--pool {pool}: no such pool file, and no shipped pool of that name; shipped: "
-            f"{', '.join(_SHIPPED_PREFIX)}.{did_you_mean(pool, _SHIPPED_PREFIX)}"
-        )
-    return load_pool_file(Path(pool))
-
-
-def chosen_pool(
-    command: str, base: Path | None, experts: Sequence[str], pool: str | None, key_prefix: str | None
-) -> PoolFiles:
-    """Read a command's options that name a pool: ``--pool``, or ``--base`` and ``--expert``.
-
-    Raises:
-        InputError: If both or neither are given, or one is wrong.
-    """
-    if pool is not None and (base or experts):
-        raise InputError(f"{command}: give either --pool, or --base and --expert, not both.")
-    if pool is None and (base is None or not experts):
-        raise InputError(f"{command}: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME or FILE.")
-    files = named_pool(pool) if pool is not None else PoolFiles(PoolFile(Path(str(base))), named_files(experts))
-    return files if key_prefix is None else replace(files, key_prefix=key_prefix)
 
 
 def rule_names(group: str) -> list[str]:
@@ -210,7 +151,8 @@ def rule_node(group: str, rule: str, settings: Sequence[str]) -> dict[str, Any]:
 
 def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> None:
     """Hand over to Hydra: it composes again, makes the run folder (or the sweep's), and calls the job."""
-    sys.argv = ["adamerge adapt", *_flags_first(arguments)]
+    folder = next((Path(value) for value in _config_dirs(arguments)), None)
+    sys.argv = ["adamerge adapt", *_flags_first(with_pool_files(arguments, folder))]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
     main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
     try:
@@ -252,6 +194,14 @@ def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         else:
             overrides.append(argument)
     return overrides, folder
+
+
+def _config_dirs(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the folders that ``--config-dir`` names."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, separator, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            yield value if separator else following
 
 
 def _flags_first(arguments: Sequence[str]) -> list[str]:

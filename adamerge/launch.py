@@ -157,6 +157,7 @@ def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
         task_vectors=node.get("task_vectors"),
         duplicates=node.get("duplicates") or "refuse",
         mapped=is_sharded(config),
+        hashes=dict(node.get("sha256") or {}),
     )
 
 

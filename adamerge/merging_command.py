@@ -16,13 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from adamerge import launch, progress
 from adamerge.batch_norm import BatchNormPolicy
-from adamerge.composition import chosen_pool, compose, name_experts, rule_node
+from adamerge.composition import compose, name_experts, rule_node
 from adamerge.errors import InputError
 from adamerge.evaluation import Stopwatch
 from adamerge.export import export_merge
 from adamerge.files import ensure_writable
 from adamerge.merges import merged_state_dict
 from adamerge.pool_files import PoolFiles, pool_files
+from adamerge.pool_names import chosen_pool
 from adamerge.preflight import build
 
 RULES = "merge"  # folder of the rules' yaml files

@@ -13,6 +13,7 @@ from torch import Tensor
 from adamerge.checkpoints import Checkpoint, open_checkpoint
 from adamerge.errors import InputError, shorten
 from adamerge.files import combined_hash
+from adamerge.hub import located
 from adamerge.key_maps import KeyTable, as_own, table_of
 
 log = logging.getLogger(__name__)
@@ -86,13 +87,13 @@ class Found:
 
 
 def find_model(path: Path | str) -> Found:
-    """Open a checkpoint file, or the folder of an open_clip or Hugging Face model, as it is.
+    """Open a checkpoint file, or the folder of an open_clip or Hugging Face model, as it is; also in the Hub's cache.
 
     Raises:
         FileNotFoundError: If there is no such file.
         InputError: If the folder is neither's, or see :func:`~adamerge.checkpoints.open_checkpoint`.
     """
-    path = Path(path)
+    path = located(path)
     checkpoint: Checkpoint
     if path.is_dir():
         config = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)

@@ -20,6 +20,8 @@ from torch import Tensor
 from adamerge.adapters import change_of, open_expert
 from adamerge.checkpoints import Checkpoint, MemoryCheckpoint
 from adamerge.errors import InputError
+from adamerge.hash_cache import check_hash
+from adamerge.hub import HubReference, located_all
 from adamerge.layout import KeyMap, Layout, check_layout, check_names, shared_names
 from adamerge.lazy import LazyTensors
 from adamerge.low_rank import Factors
@@ -31,6 +33,7 @@ from adamerge.transforms import Prepared, Transform
 
 log = logging.getLogger(__name__)
 
+_BASE = "base"  # the name of the base among the experts', which none of them may have
 _TILE = 1 << 18  # entries, of all experts together, of the tiles that checks, reports and statistics read
 
 
@@ -155,8 +158,8 @@ class ExpertPool:
     @classmethod
     def from_files(
         cls,
-        base: Path | str,
-        experts: Mapping[str, Path | str],
+        base: Path | str | HubReference,
+        experts: Mapping[str, Path | str | HubReference],
         *,
         storage: Storage = "auto",
         dtype: torch.dtype | None = None,
@@ -168,12 +171,13 @@ class ExpertPool:
         task_vectors: Path | str | None = None,
         duplicates: Literal["refuse", "allow"] = "refuse",
         mapped: bool = False,
+        hashes: Mapping[str, str] | None = None,
     ) -> "ExpertPool":
         """Open a base and its experts from checkpoint files.
 
         Args:
-            base: The pretrained checkpoint, or a model's folder. Hugging Face's CLIPs are known by their keys, and
-                seen under open_clip's names; so are the experts.
+            base: The pretrained checkpoint, a model's folder, or a reference to the Hub (``hf://org/name``). Hugging
+                Face's CLIPs are known by their keys, and seen under open_clip's names; so are the experts.
             experts: Expert name to its checkpoint, a model's folder, or the folder of a LoRA adapter in peft's format;
                 the order becomes axis 0.
             storage: Where task vectors live: ``device``, ``ram`` (of the host), ``stream`` (formed tile by tile from
@@ -190,14 +194,19 @@ class ExpertPool:
             duplicates: Whether two files with the same weights are an error; one file twice always is.
             mapped: Keep nothing in memory, and read from the mapped files whatever is asked for: for pools of which
                 each process holds a part (:class:`~adamerge.pool_part.PoolPart`); ``storage`` is that of the part.
+            hashes: SHA-256 that the files of ``base`` and of experts by name must have, as far as known.
 
         Raises:
             FileNotFoundError: If a file does not exist.
             InputError: If anything does not fit; the message names file and tensor.
         """
         check_names(experts)
-        source, prefix = open_model(base), key_map if isinstance(key_map, str) else ""
-        opened = {name: open_expert(path, source, prefix) for name, path in experts.items()}
+        places = located_all({_BASE: base, **experts})
+        source, prefix = open_model(places.pop(_BASE)), key_map if isinstance(key_map, str) else ""
+        check_names(places)
+        opened = {name: open_expert(path, source, prefix) for name, path in places.items()}
+        for name, checkpoint in {_BASE: source, **opened}.items():
+            check_hash(checkpoint.name, name, (hashes or {}).get(name), checkpoint.sha256)
         return cls(
             source, opened, storage=storage, dtype=dtype, include=include, exclude=exclude, key_map=key_map,
             tied=tied, transform=transform, task_vectors=task_vectors, duplicates=duplicates, mapped=mapped,

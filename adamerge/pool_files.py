@@ -4,6 +4,7 @@
     key_prefix: visual.
     experts:
       cars: cars.safetensors
+      svhn: hf://org/name@1f0c...
       dtd: {file: dtd.safetensors, task: textures, licence: MIT, sha256: 1f0c...}
     task_vectors: task_vectors.safetensors
 
@@ -12,6 +13,7 @@ Paths start from the folder of the file.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from omegaconf import OmegaConf
 from adamerge.adapters import open_expert
 from adamerge.errors import InputError, did_you_mean
 from adamerge.files import sha256
+from adamerge.hash_cache import check_hash, file_hash
+from adamerge.hub import HubReference, located, located_all, reference_of
 from adamerge.model_files import open_model
 from adamerge.pool import ExpertPool
 from adamerge.task_vectors import dtype_of
 
 _KEYS = (
     *("base", "experts", "key_prefix", "storage", "dtype", "include", "exclude"),
-    *("task_vectors", "duplicates"),
+    *("task_vectors", "duplicates", "sha256"),
 )
 _FILE_KEYS = ("file", "task", "licence", "sha256")
 
@@ -36,13 +40,13 @@ class PoolFile:
     """One checkpoint of a pool.
 
     Attributes:
-        file: Where it is.
+        file: Where it is: a file or folder, or a reference to the Hub.
         task: That the expert was trained on; None for the base, or where it is the expert's name.
         licence: Of the weights, if known.
         sha256: Of the file, if known; checked before the pool is opened.
     """
 
-    file: Path
+    file: Path | HubReference
     task: str | None = None
     licence: str | None = None
     sha256: str | None = None
@@ -61,6 +65,18 @@ class PoolFiles:
     exclude: tuple[str, ...] | None = None
     task_vectors: PoolFile | None = None
     duplicates: str = "refuse"
+
+    @property
+    def entries(self) -> dict[str, PoolFile]:
+        """The base (key ``base``), the experts, and the packed task vectors (``task_vectors``) if there are any."""
+        packed = {} if self.task_vectors is None else {"task_vectors": self.task_vectors}
+        return {"base": self.base, **self.experts, **packed}
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 that are known of the base (key ``base``) and the experts."""
+        entries = {"base": self.base, **self.experts}
+        return {name: entry.sha256 for name, entry in entries.items() if entry.sha256 is not None}
 
     def narrowed(self, include: Sequence[str], exclude: Sequence[str]) -> "PoolFiles":
         """Return the same files with further globs."""
@@ -82,6 +98,7 @@ class PoolFiles:
             "key_map": self.key_prefix or None,
             "task_vectors": self.task_vectors and self.task_vectors.file,
             "duplicates": self.duplicates,
+            "hashes": self.hashes,
         }
         experts = {name: entry.file for name, entry in self.experts.items()}
         return ExpertPool.from_files(self.base.file, experts, **{**own, **options})
@@ -98,6 +115,7 @@ class PoolFiles:
             "task_vectors": self.task_vectors and str(self.task_vectors.file),
             "duplicates": self.duplicates,
             "licences": self.licences or None,
+            "sha256": self.hashes or None,
         }
 
     @property
@@ -110,9 +128,9 @@ class PoolFiles:
         """Return a pool file's content, with absolute paths; a packed file with its hash."""
         packed = self.task_vectors
         if packed is not None:
-            packed = replace(packed, sha256=sha256(packed.file))
+            packed = replace(packed, sha256=sha256(located(packed.file)))
         return {
-            **{key: value for key, value in self.node().items() if key != "licences"},
+            **{key: value for key, value in self.node().items() if key not in ("licences", "sha256")},
             "base": _described(self.base),
             "experts": {name: _described(found) for name, found in self.experts.items()},
             "key_prefix": self.key_prefix,
@@ -120,30 +138,28 @@ class PoolFiles:
         }
 
     def verify(self) -> None:
-        """Compare the files with the hashes that are given.
+        """Compare the files with the hashes that are given; a file is read only if it changed since it last was.
 
         Raises:
             FileNotFoundError: If a file is not there.
-            InputError: If one has another hash.
+            InputError: If one has another hash, or is not in the Hub's cache.
         """
-        packed = {} if self.task_vectors is None else {"task_vectors": self.task_vectors}
-        for name, entry in {"base": self.base, **self.experts, **packed}.items():
-            if not entry.file.exists():  # a folder is a LoRA adapter's
-                siblings = [p.name for p in entry.file.parent.iterdir()] if entry.file.parent.is_dir() else []
+        places = located_all({name: entry.file for name, entry in self.entries.items()})
+        for name, entry in self.entries.items():
+            path = places[name]
+            if not path.exists():  # a folder is a model's, or a LoRA adapter's
+                siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
                 raise FileNotFoundError(
-                    f"{entry.file}: no such file, named for {name}; paths in a pool file start from its own folder."
-                    f"{did_you_mean(entry.file.name, siblings)}"
+                    f"{path}: no such file, named for {name}; paths in a pool file start from its own folder."
+                    f"{did_you_mean(path.name, siblings)}"
                 )
-            if entry.sha256 is not None and (found := self._hash(entry.file)) != entry.sha256.lower():
-                raise InputError(
-                    f"{entry.file}: expected the SHA-256 {entry.sha256} that the pool gives for {name}, found {found}. "
-                    "It is another file, or damaged: get it again, or correct the pool."
-                )
+            check_hash(entry.file, name, entry.sha256, partial(self.hash_of, path))
 
-    def _hash(self, path: Path) -> str:
+    def hash_of(self, path: Path) -> str:
+        """Return the SHA-256 of a checkpoint of the pool: of its file, or for a folder of all that is read there."""
         if not path.is_dir():
-            return sha256(path)
-        return open_expert(path, open_model(self.base.file), self.key_prefix or "").sha256()
+            return file_hash(path)
+        return open_expert(path, open_model(located(self.base.file)), self.key_prefix or "").sha256()
 
 
 def load_pool_file(path: Path) -> PoolFiles:
@@ -182,8 +198,10 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
     for key in ("key_prefix", "storage", "dtype", "duplicates"):
         if not isinstance(content.get(key) or "", str):
             raise InputError(f"{where}: {key}: expected a text, found {content[key]!r}.")
-    packed = content.get("task_vectors")
-    return PoolFiles(
+    packed, hashes = content.get("task_vectors"), content.get("sha256") or {}
+    if not isinstance(hashes, Mapping) or not all(isinstance(found, str) for found in hashes.values()):
+        raise InputError(f"{where}: sha256: expected a mapping from base and experts to SHA-256, found {hashes!r}.")
+    files = PoolFiles(
         base=_entry(content["base"], f"{where}: base", folder),
         experts={str(n): _entry(e, f"{where}: experts.{n}", folder) for n, e in content["experts"].items()},
         key_prefix=content.get("key_prefix"),
@@ -191,11 +209,10 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
         dtype=content.get("dtype"),
         include=_globs(content.get("include"), f"{where}: include"),
         exclude=_globs(content.get("exclude"), f"{where}: exclude"),
-        task_vectors=_entry(packed, f"{where}: task_vectors", folder)
-        if (packed := content.get("task_vectors"))
-        else None,
+        task_vectors=_entry(packed, f"{where}: task_vectors", folder) if packed else None,
         duplicates=content.get("duplicates") or "refuse",
     )
+    return files.pinned({**hashes, **files.hashes}) if hashes else files
 
 
 def named_files(pairs: Sequence[str]) -> dict[str, PoolFile]:
@@ -211,8 +228,17 @@ def named_files(pairs: Sequence[str]) -> dict[str, PoolFile]:
             raise InputError(f"--expert {pair}: expected NAME=FILE.")
         if name in files:
             raise InputError(f"--expert {pair}: the name {name!r} is given twice.")
-        files[name] = PoolFile(Path(path))
+        files[name] = PoolFile(place(path))
     return files
+
+
+def place(text: str, folder: Path = Path()) -> Path | HubReference:
+    """Return the reference to the Hub that a text is, or else the path, which starts from a folder.
+
+    Raises:
+        InputError: If it begins as a reference and is none.
+    """
+    return reference_of(text) or folder / Path(text).expanduser()
 
 
 _EXAMPLES = {"base": "FILE", "experts": "{name: FILE, ...}"}
@@ -221,19 +247,30 @@ _EXAMPLES = {"base": "FILE", "experts": "{name: FILE, ...}"}
 def _entry(found: Any, where: str, folder: Path) -> PoolFile:
     """Read a file's entry: a path, or a mapping with more."""
     if isinstance(found, str) and found:
-        return PoolFile(folder / found)
+        return PoolFile(_place(found, where, folder))
     if isinstance(found, Mapping):
         _check_keys(found, _FILE_KEYS, where)
     if not isinstance(found, Mapping) or not found.get("file"):
-        raise InputError(f"{where}: expected a checkpoint FILE, or {{file: FILE, ...}}, found {found!r}.")
+        raise InputError(
+            f"{where}: expected a checkpoint FILE, hf://ORG/NAME, or {{file: FILE, ...}}, found {found!r}."
+        )
     for key, value in found.items():
         if value is not None and not isinstance(value, str):
             raise InputError(f"{where}.{key}: expected a text, found {value!r}; put it in quotes.")
-    return PoolFile(folder / found["file"], found.get("task"), found.get("licence"), found.get("sha256"))
+    file = _place(found["file"], f"{where}.file", folder)
+    return PoolFile(file, found.get("task"), found.get("licence"), found.get("sha256"))
+
+
+def _place(text: str, where: str, folder: Path) -> Path | HubReference:
+    try:
+        return place(text, folder)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _described(found: PoolFile) -> dict[str, str]:
-    facts = {"file": str(found.file.absolute()), "task": found.task, "licence": found.licence, "sha256": found.sha256}
+    file = found.file if isinstance(found.file, HubReference) else found.file.absolute()
+    facts = {"file": str(file), "task": found.task, "licence": found.licence, "sha256": found.sha256}
     return {key: value for key, value in facts.items() if value is not None}
 
 

@@ -33,6 +33,7 @@ from adamerge.run_checks import (
     evaluation_problems,
     expert_problems,
     forecast_problems,
+    hash_problems,
     packed_problems,
     read_headers,
     sharding_problems,
@@ -47,16 +48,8 @@ log = logging.getLogger(__name__)
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
 _POOL_KEYS = (
-    "file",
-    "base",
-    "experts",
-    "storage",
-    "dtype",
-    "task_vectors",
-    "include",
-    "exclude",
-    "duplicates",
-    "licences",
+    *("file", "base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates"),
+    *("licences", "sha256"),
 )
 
 
@@ -262,6 +255,7 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     problems += headers.problems
     if (find := getattr(backbone, "problems", None)) is not None:
         problems += find({**({} if headers.source is None else {"base": headers.source}), **headers.experts})
+    problems += hash_problems(node.get("sha256"), experts)
     if node.get("task_vectors") is not None:
         problems += packed_problems(node.task_vectors, headers)
     return headers

@@ -12,7 +12,7 @@ from adamerge.coefficients import Coefficients, load_coefficients
 from adamerge.errors import InputError
 from adamerge.export import digest, export
 from adamerge.files import atomic_path
-from adamerge.pool import ExpertPool
+from adamerge.pool_files import PoolFiles
 from adamerge.preflight import build
 
 
@@ -67,15 +67,14 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
     return files
 
 
-def export_files(
-    base: Path, experts: dict[str, Path], coefficients: Path, output: Path, prefix: str
-) -> dict[str, Path]:
+def export_files(files: PoolFiles, coefficients: Path, output: Path) -> dict[str, Path]:
     """Export from files alone; BatchNorm statistics are those beside the coefficients, or else the base's.
 
     Raises:
         InputError: If anything does not fit.
     """
-    pool = ExpertPool.from_files(base, experts, key_map=prefix or None, duplicates="allow")
+    files.verify()
+    pool = files.open(duplicates="allow")
     values = load_coefficients(coefficients, pool)
     statistics = _statistics_beside(coefficients, values)
     return export(pool, values, output, statistics=statistics, recipe={"replayed": str(coefficients)})

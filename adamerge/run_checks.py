@@ -21,6 +21,7 @@ from adamerge.data import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.files import ensure_writable
 from adamerge.granularity import Granularity, GroupIndex
+from adamerge.hub import HubReference, located_all
 from adamerge.layout import KeyMap, check_layout, check_names
 from adamerge.memory import free_memory
 from adamerge.model_files import open_model
@@ -31,6 +32,7 @@ from adamerge.running import EncoderOptions, select
 RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
 _LIMITS = {"steps": (1, None, 150), "checkpoint_every": (1, None, 25), "seed": (0, 2**32 - 1, 0)}
 _SWITCHES = ("evaluate", "references")
+_BASE = ""  # of the base among the experts' names, here where an expert may have any
 SETTINGS = (*_LIMITS, *_SWITCHES, "name")
 
 
@@ -59,8 +61,8 @@ class Headers:
 
 
 def read_headers(
-    base: str | Path | None,
-    experts: Mapping[str, str | Path],
+    base: str | Path | HubReference | None,
+    experts: Mapping[str, str | Path | HubReference],
     prefix: str,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
@@ -74,6 +76,11 @@ def read_headers(
         check_names(experts)
     except InputError as error:
         problems.append(str(error))
+    try:
+        places = located_all({**experts, **({} if base is None else {_BASE: base})})
+    except InputError as error:
+        return Headers(problems=(*problems, str(error)))
+    base, experts = places.pop(_BASE, None), places
     opened: dict[str, Checkpoint] = {}
     source: Checkpoint | None = None
     try:
@@ -104,6 +111,20 @@ def packed_problems(path: Any, headers: Headers) -> list[str]:
     except (InputError, OSError) as error:
         return [str(error)]
     return list(packed.problems(headers.expert_names, headers.shapes)) if headers.shapes else []
+
+
+def hash_problems(hashes: Any, experts: Mapping[str, object]) -> list[str]:
+    """List what is wrong with the hashes that a pool gives; whether the files have them waits for the run."""
+    if hashes is None:
+        return []
+    known = ("base", *experts)
+    if not isinstance(hashes, Mapping) or not all(isinstance(found, str) for found in hashes.values()):
+        return [f"pool.sha256: expected a mapping from base and experts to SHA-256, found {hashes}."]
+    return [
+        f"pool.sha256: {name!r} is neither base nor an expert.{did_you_mean(str(name), known)}"
+        for name in hashes
+        if name not in known
+    ]
 
 
 def check_setting(option: str, value: Any) -> None:

@@ -16,7 +16,8 @@ PACKAGE = Path(adamerge.__file__).parent
 ORDER = [
     ["version", "errors", "ranks"],
     ["pickles", "low_rank", "selection", "stock", "views", "reading", "memory"],
-    ["files", "stacks", "progress", "lazy"],
+    ["files", "stacks", "progress", "lazy", "hub"],
+    ["hash_cache"],
     ["checkpoints"],
     ["key_maps"],
     ["model_files"],
@@ -41,8 +42,9 @@ ORDER = [
     ["run_checks", "stages"],
     ["run_folder", "pool_files", "checkpoint_io"],
     ["preflight"],
+    ["pool_names"],
     ["scoring", "composition", "launchers"],
-    ["launch", "inspection"],
+    ["launch", "inspection", "pool_command"],
     ["replay", "demo", "formats", "merging_command", "compare_row", "comparison_table"],
     ["row_processes"],
     ["comparison", "transform_command"],
@@ -53,16 +55,8 @@ ORDER = [
 # Heavy third-party packages, and the only modules that may import them.
 SHELL = {  # what commands are made of
     *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
-    *(
-        "pool_files",
-        "merging_command",
-        "transform_command",
-        "compare_row",
-        "comparison",
-        "checkpoint_io",
-        "commands",
-        "formats",
-    ),
+    *("pool_files", "pool_names", "pool_command", "merging_command", "transform_command", "compare_row", "comparison"),
+    *("checkpoint_io", "commands", "formats"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

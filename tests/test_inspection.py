@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adamerge import cli, zoo
-from adamerge.composition import named_pool
 from adamerge.errors import InputError
+from adamerge.pool_names import named_pool
 
 BASE = zoo.files() / "base.safetensors"
 MNIST = zoo.files() / "experts" / "mnist.safetensors"

@@ -9,14 +9,20 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from toy import EXPERTS, make_toy, save_files
 
-from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_state_dict
+from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_state_dict, replay
 from adamerge.callbacks import ExportMergedWeights
 from adamerge.export import export, load_heads
 from adamerge.granularity import Chunk
-from adamerge.replay import export_files, export_run
+from adamerge.pool_files import PoolFile, PoolFiles
+from adamerge.replay import export_run
 from adamerge.run_folder import CONFIG_FILE, LAST
 
 pytestmark = QUIET
+
+
+def export_files(base, experts, coefficients, output, prefix):
+    files = {name: PoolFile(path) for name, path in experts.items()}
+    return replay.export_files(PoolFiles(PoolFile(base), files, key_prefix=prefix or None), coefficients, output)
 
 
 class ToyBackbone:

@@ -107,7 +107,8 @@ def job(config: Any, as_json: bool = False) -> None:
     from hydra.types import RunMode
 
     from adamerge import launchers, preflight, run_folder
-    from adamerge.composition import expanded, register_resolvers
+    from adamerge.composition import expanded
+    from adamerge.pool_names import register_resolvers
 
     register_resolvers()
     if launchers.job_id() and not logging.getLogger().isEnabledFor(logging.INFO):

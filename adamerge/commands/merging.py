@@ -81,7 +81,8 @@ def transform(
     adamerge merge --rule task_arithmetic --pool packed/pool.yaml --out merged
     """  # noqa: D301
     from adamerge import transform_command
-    from adamerge.composition import chosen_pool, rule_node
+    from adamerge.composition import rule_node
+    from adamerge.pool_names import chosen_pool
 
     if recipe is not None:
         if rule or base or experts or pool or settings or key_prefix or dtype:

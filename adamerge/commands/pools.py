@@ -27,7 +27,7 @@ def inspect(
 ) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
     from adamerge import inspection
-    from adamerge.composition import chosen_pool
+    from adamerge.pool_names import chosen_pool
 
     files = chosen_pool("inspect", base, experts, pool, prefix).narrowed(include, exclude)
     report(inspection.header_problems(files))

@@ -43,7 +43,8 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
 @click.option("--coefficients", type=click.Path(path_type=Path), help="Replay this coefficients.json.")
 @click.option("--base", type=click.Path(path_type=Path), help="Without RUN_DIR: the base checkpoint.")
 @click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="Without RUN_DIR: an expert; repeat.")
-@click.option("--prefix", default="", help="Without RUN_DIR: key prefix of the encoder, such as visual.")
+@click.option("--pool", help="Without RUN_DIR: instead, a pool by name, or a pool file.")
+@click.option("--prefix", default=None, help="Without RUN_DIR: key prefix of the encoder, such as visual.")
 @click.option("--output", "--out", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
 @click.option("--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx"]), help="Another format.")
 @click.option("--task", help="With --to torchvision: the task whose classifier to write; default the base's.")
@@ -56,7 +57,8 @@ def export(
     coefficients: Path | None,
     base: Path | None,
     experts: tuple[str, ...],
-    prefix: str,
+    pool: str | None,
+    prefix: str | None,
     output: Path | None,
     target: str | None,
     task: str | None,
@@ -70,6 +72,7 @@ def export(
     \b
     adamerge export RUN_DIR                                  an interrupted run's last checkpoint
     adamerge export RUN_DIR --coefficients FILE --output DIR
+    adamerge export --pool NAME --coefficients FILE --output DIR
     adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --output DIR
     adamerge export RUN_DIR --to hf --out DIR                what transformers loads; or open_clip, torchvision, onnx
     adamerge export RUN_DIR --to open_clip --out DIR --upload ORG/NAME
@@ -78,7 +81,7 @@ def export(
     model card, and is loaded back by the other library and compared before the command ends (docs/models.md).
     """  # noqa: D301
     from adamerge import replay
-    from adamerge.pool_files import named_files
+    from adamerge.pool_names import chosen_pool
 
     given = {"--task": task, "--model": model, "--upload": upload, "--public": public or None}
     others = [option for option, value in given.items() if value is not None]
@@ -87,7 +90,7 @@ def export(
     if public and upload is None:
         raise InputError("--public: goes with --upload ORG/NAME.")
     if target is not None:
-        if run_dir is None or coefficients or base or experts or prefix:
+        if run_dir is None or coefficients or base or experts or pool or prefix:
             raise InputError(f"--to {target}: give RUN_DIR and --out FOLDER; first export what is to be converted.")
         if output is None:
             raise InputError(f"--to {target}: give --out FOLDER, a new one.")
@@ -95,11 +98,10 @@ def export(
         return
     if run_dir is not None:
         files = replay.export_run(run_dir, coefficients, output or run_dir)
-    elif base is None or coefficients is None or output is None or not experts:
-        raise InputError("export: give RUN_DIR, or all of --base, --expert, --coefficients and --output.")
+    elif coefficients is None or output is None or (pool is None and (base is None or not experts)):
+        raise InputError("export: give RUN_DIR, or --coefficients, --output, and --pool or both --base and --expert.")
     else:
-        paths = {name: entry.file for name, entry in named_files(experts).items()}
-        files = replay.export_files(base, paths, coefficients, output, prefix)
+        files = replay.export_files(chosen_pool("export", base, experts, pool, prefix), coefficients, output)
     print_files(files, as_json)
 
 

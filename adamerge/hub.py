@@ -1,0 +1,172 @@
+"""References to the Hugging Face Hub: ``hf://org/name[@revision][/file]``, read from the local cache.
+
+Opening a reference never touches the network; :meth:`HubReference.fetch` alone does, for ``adamerge pool fetch``.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adamerge.errors import InputError, shorten
+
+_SCHEME = re.compile(r"hf:/{1,2}")  # a Path joins the two slashes
+_PARTS = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<file>[^/].*))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What is read of a repository: one copy of the weights, the safe format, and what describes them.
+_SAFE = ("*.json", "*.safetensors", "README.md")
+_PICKLED = ("*.json", "*.bin", "README.md")
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """A model of the Hub, or one of its files.
+
+    Attributes:
+        repository: ``org/name``.
+        revision: A commit, which pins it, or a branch or tag; None: ``main``.
+        file: Inside the repository; None: the whole model.
+    """
+
+    repository: str
+    revision: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.repository}{at}" + (f"/{self.file}" if self.file else "")
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, which never changes."""
+        return bool(self.revision and _COMMIT.fullmatch(self.revision))
+
+    def cached(self) -> Path | None:
+        """Return the file, or the folder of the snapshot, in the Hub's cache; None where it is not there."""
+        return self._look_up(local_files_only=True, patterns=_SAFE) or self._look_up(
+            local_files_only=True, patterns=_PICKLED
+        )
+
+    def fetch(self) -> Path:
+        """Download what the cache lacks, and return the file or folder.
+
+        Raises:
+            InputError: If it cannot be downloaded.
+        """
+        try:
+            found = self._look_up(local_files_only=False, patterns=_SAFE)
+            if found is not None and found.is_dir() and not any(found.rglob("*.safetensors")):
+                found = self._look_up(local_files_only=False, patterns=_PICKLED)
+        except Exception as error:  # whatever the Hub's client, the network or a disk finds wrong
+            raise InputError(
+                f"{self}: cannot be downloaded: {' '.join(str(error).split())[:300]}. {_elsewhere()}"
+            ) from error
+        if found is None:
+            raise InputError(f"{self}: cannot be downloaded. {_elsewhere()}")
+        return found
+
+    def pinned(self) -> "HubReference":
+        """Return the reference with the commit that its revision is in the cache; itself where that is unknown."""
+        found = None if self.is_pinned else self.cached()
+        if found is None:
+            return self
+        parts = found.parts
+        commit = parts[len(parts) - parts[::-1].index("snapshots")]
+        return replace(self, revision=commit)
+
+    def licence(self) -> str | None:
+        """Return the licence that the model's card in the cache states, if any."""
+        from huggingface_hub import metadata_load, try_to_load_from_cache
+
+        card = try_to_load_from_cache(self.repository, "README.md", revision=self.revision)
+        try:
+            content = metadata_load(card) if isinstance(card, str) else None
+        except Exception:  # a card is written by hand, and may be anything
+            return None
+        stated = (content or {}).get("license")
+        return stated if isinstance(stated, str) else None
+
+    def _look_up(self, *, local_files_only: bool, patterns: tuple[str, ...]) -> Path | None:
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        options: dict[str, Any] = {"revision": self.revision, "local_files_only": local_files_only}
+        try:
+            if self.file is not None:
+                return Path(hf_hub_download(self.repository, self.file, **options))
+            return Path(str(snapshot_download(self.repository, allow_patterns=list(patterns), **options)))
+        except LocalEntryNotFoundError:
+            if not local_files_only:
+                raise
+            return None
+
+
+def reference_of(place: str | os.PathLike[str] | HubReference) -> HubReference | None:
+    """Return the reference to the Hub that a text or path is; None for any other path.
+
+    Raises:
+        InputError: If it begins as one and is none.
+    """
+    if isinstance(place, HubReference):
+        return place
+    text = os.fspath(place)
+    start = _SCHEME.match(text)
+    if start is None:
+        return None
+    found = _PARTS.fullmatch(text, start.end())
+    if found is None:
+        raise InputError(
+            f"{text}: expected hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME@REVISION/FILE; a revision is a "
+            "commit, a branch or a tag without slashes."
+        )
+    return HubReference(found["repository"], found["revision"], found["file"])
+
+
+def located(place: str | os.PathLike[str] | HubReference) -> Path:
+    """Return where a checkpoint is on this machine: a path as it is, a reference to the Hub in its cache.
+
+    Raises:
+        InputError: If the cache does not have it.
+    """
+    return located_all({"": place})[""]
+
+
+def located_all(places: Mapping[str, str | os.PathLike[str] | HubReference]) -> dict[str, Path]:
+    """Return where checkpoints are, by name; see :func:`located`.
+
+    Raises:
+        InputError: If the cache lacks any; one error names all.
+    """
+    found: dict[str, Path] = {}
+    missing: list[str] = []
+    for name, place in places.items():
+        reference = reference_of(place)
+        path = Path(os.fspath(place)) if not isinstance(place, HubReference) and reference is None else None
+        if reference is not None and (path := reference.cached()) is None:
+            missing.append(str(reference))
+        elif path is not None:
+            found[name] = path
+    if missing:
+        raise InputError(_missing(missing))
+    return found
+
+
+def cache_folder() -> Path:
+    """Return the Hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _missing(references: Iterable[str]) -> str:
+    listed = list(dict.fromkeys(references))
+    return (
+        f"Not in the Hugging Face cache ({cache_folder()}): {shorten(listed, 20)}. Nothing is downloaded unasked: "
+        f"get {'it' if len(listed) == 1 else 'them'} with adamerge pool fetch. {_elsewhere()}"
+    )
+
+
+def _elsewhere() -> str:
+    return "Without a network here, fetch on another machine and set HF_HOME to a copy of its cache."

@@ -1,0 +1,276 @@
+"""What ``adamerge pool`` does: keep pool files, say which files are there, check and fetch them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from adamerge.conversion import convert
+from adamerge.errors import InputError, did_you_mean
+from adamerge.files import atomic_path
+from adamerge.hash_cache import check_hash, forget
+from adamerge.hub import HubReference, located, located_all, reference_of
+from adamerge.model_files import open_model
+from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, place
+from adamerge.pool_names import named_pool, own_pools, shipped_pools
+from adamerge.run_checks import read_headers
+
+_VISUAL = "visual."
+_OPTIONS = ("key_prefix", "storage", "dtype", "include", "exclude", "duplicates")
+_USUAL = {"storage": "auto", "duplicates": "refuse"}
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What ``pool add`` puts into a pool file.
+
+    Attributes:
+        base: The pretrained checkpoint; None: the pool's own.
+        experts: ``NAME=FILE``, as the command takes them.
+        tasks: ``NAME=TASK`` that an expert was fine-tuned on.
+        licences: ``NAME=LICENCE``; the base's name is ``base``.
+        key_prefix: Of the encoder's keys; None: found out.
+        pickled: Whether files that are no safetensors are converted, into a folder beside the pool file.
+        again: Whether experts of the same name are replaced.
+    """
+
+    base: str | None
+    experts: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    licences: Sequence[str] = ()
+    key_prefix: str | None = None
+    pickled: bool = False
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """A checkpoint of a pool, as it is on this machine.
+
+    Attributes:
+        entry: What the pool says.
+        path: Where it is; None where the Hub's cache lacks it.
+        there: Whether it is.
+    """
+
+    entry: PoolFile
+    path: Path | None
+    there: bool
+
+
+def add(path: Path, addition: Addition) -> PoolFiles:
+    """Make a pool file, or add experts to one; checkpoints are opened, compared with the base, and hashed.
+
+    Raises:
+        FileNotFoundError: If a checkpoint is not there.
+        InputError: If an option is wrong or anything does not fit; nothing is written then but converted files.
+    """
+    old = load_pool_file(path) if path.is_file() else None
+    if old is None and addition.base is None:
+        raise InputError(f"pool add: {path}: no such pool yet; give its base: --base FILE or hf://ORG/NAME.")
+    base = old.base if old is not None and addition.base is None else PoolFile(place(str(addition.base)))
+    if old is not None and addition.base is not None and not addition.again:
+        raise InputError(f"pool add --base: {path} has a base already, {old.base.file}; add --replace for another.")
+    new = named_files(addition.experts)
+    known = dict(old.experts) if old is not None else {}
+    both = [name for name in new if name in known]
+    if both and not addition.again:
+        raise InputError(f"pool add --expert {both[0]}: {path} has an expert of that name; add --replace for another.")
+    if addition.pickled:
+        folder = path.with_suffix("")
+        base = base if addition.base is None else _converted(base, folder / "base.safetensors")
+        new = {name: _converted(entry, folder / f"{name}.safetensors") for name, entry in new.items()}
+    files = replace(old or PoolFiles(base, {}), base=base, experts={**known, **new})
+    files = _with_facts(files, addition)
+    prefix = _prefix(files) if addition.key_prefix is None and files.key_prefix is None else addition.key_prefix
+    files = recorded(files if prefix is None else replace(files, key_prefix=prefix))
+    _refuse_duplicates(files)
+    save_pool_file(files, path)
+    return files
+
+
+def recorded(files: PoolFiles) -> PoolFiles:
+    """Return a pool with the hash of every file, and the commit and licence of every model of the Hub, as they are now.
+
+    Hashes that are given already must still be right.
+
+    Raises:
+        FileNotFoundError: If a checkpoint is not there.
+        InputError: If anything does not fit.
+    """
+    problems = header_problems(files)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(problems[0] + more)
+    files.verify()
+    experts = {name: _recorded(files, entry) for name, entry in files.experts.items()}
+    return replace(files, base=_recorded(files, files.base), experts=experts)
+
+
+def problems_of(files: PoolFiles) -> list[str]:
+    """Read every byte of a pool's files; return all that is missing, changed, or does not fit the base."""
+    problems = []
+    for name, state in states(files).items():
+        if not state.there or state.path is None:
+            problems.append(_not_there(name, state))
+            continue
+        forget(state.path)
+        if state.entry.sha256 is None:
+            continue
+        try:
+            check_hash(state.entry.file, name, state.entry.sha256, lambda path=state.path: files.hash_of(path))  # type: ignore[misc]
+        except (InputError, OSError) as error:
+            problems.append(str(error))
+    return problems or header_problems(files)
+
+
+def header_problems(files: PoolFiles) -> list[str]:
+    """Return what the headers of a pool's files say is wrong."""
+    experts = {name: entry.file for name, entry in files.experts.items()}
+    prefix, exclude = files.key_prefix or "", files.exclude or ()
+    return list(read_headers(files.base.file, experts, prefix, files.include, exclude).problems)
+
+
+def states(files: PoolFiles) -> dict[str, State]:
+    """Return which of a pool's checkpoints are on this machine, by name; no file is opened."""
+    found = {}
+    for name, entry in files.entries.items():
+        path = entry.file.cached() if isinstance(entry.file, HubReference) else entry.file
+        found[name] = State(entry, path, path is not None and path.exists())
+    return found
+
+
+def every_pool() -> dict[str, tuple[str, PoolFiles | InputError]]:
+    """Return all pools that have a name: where each comes from, and what it says or what is wrong with its file."""
+    found: dict[str, tuple[str, PoolFiles | InputError]] = {}
+    for name in shipped_pools():
+        found[name] = ("shipped", named_pool(name))
+    for name, path in own_pools().items():
+        try:
+            found.setdefault(name, (str(path), load_pool_file(path)))
+        except InputError as error:
+            found.setdefault(name, (str(path), error))
+    return found
+
+
+def references(targets: Sequence[str]) -> list[HubReference]:
+    """Return the models of the Hub that pools, or references themselves, name; each once.
+
+    Raises:
+        InputError: If one is neither, or a pool names none.
+    """
+    found: dict[HubReference, None] = {}
+    for target in targets:
+        own = reference_of(target)
+        entries = [] if own is not None else [entry.file for entry in named_pool(target).entries.values()]
+        named = [own] if own is not None else [file for file in entries if isinstance(file, HubReference)]
+        if not named:
+            raise InputError(f"pool fetch {target}: its files are on this machine's disks; none is of the Hub.")
+        found |= dict.fromkeys(named)
+    return list(found)
+
+
+def save_pool_file(files: PoolFiles, path: Path) -> None:
+    """Write a pool file, atomically; paths below its folder are written relative to it."""
+    content: dict[str, Any] = {"base": _written(files.base, path)}
+    for option in _OPTIONS:
+        value = getattr(files, option)
+        if value is not None and value != _USUAL.get(option):
+            content[option] = list(value) if isinstance(value, tuple) else value
+    content["experts"] = {name: _written(entry, path) for name, entry in files.experts.items()}
+    if files.task_vectors is not None:
+        content["task_vectors"] = _written(files.task_vectors, path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
+
+
+def _written(entry: PoolFile, pool: Path) -> dict[str, str]:
+    file, folder = entry.file, pool.parent.absolute()
+    if isinstance(file, Path):
+        whole = file.absolute()
+        file = whole.relative_to(folder) if whole.is_relative_to(folder) else whole
+    facts = {"file": str(file), "task": entry.task, "licence": entry.licence, "sha256": entry.sha256}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _recorded(files: PoolFiles, entry: PoolFile) -> PoolFile:
+    file, licence = entry.file, entry.licence
+    if isinstance(file, HubReference):
+        licence = licence or file.licence()
+        file = file.pinned()
+    return replace(entry, file=file, licence=licence, sha256=files.hash_of(located(file)))
+
+
+def _with_facts(files: PoolFiles, addition: Addition) -> PoolFiles:
+    """Put tasks and licences to the experts that they are given for."""
+    experts, base = dict(files.experts), files.base
+    for option, key, pairs in (("--task", "task", addition.tasks), ("--licence", "licence", addition.licences)):
+        for name, value in _pairs(option, pairs).items():
+            if name == "base" and key == "licence":
+                base = replace(base, licence=value)
+            elif name not in experts:
+                raise InputError(f"{option} {name}={value}: no expert of that name.{did_you_mean(name, experts)}")
+            else:
+                facts = {"task": experts[name].task, "licence": experts[name].licence, key: value}
+                experts[name] = replace(experts[name], task=facts["task"], licence=facts["licence"])
+    return replace(files, base=base, experts=experts)
+
+
+def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name or not value:
+            raise InputError(f"{option} {pair}: expected NAME=VALUE.")
+        if name in found:
+            raise InputError(f"{option} {pair}: the name {name!r} is given twice.")
+        found[name] = value
+    return found
+
+
+def _prefix(files: PoolFiles) -> str | None:
+    """Return the prefix of the visual tower where the base is a whole CLIP."""
+    keys = open_model(located(files.base.file)).keys
+    return _VISUAL if any(key.startswith(_VISUAL) for key in keys) else None
+
+
+def _refuse_duplicates(files: PoolFiles) -> None:
+    by_hash: dict[str, str] = {}
+    for name, found in {"base": files.base, **files.experts}.items():
+        other = by_hash.setdefault(str(found.sha256), name)
+        if other != name and files.duplicates != "allow":
+            raise InputError(
+                f"pool add: {other} and {name} are the same file, or copies: {found.file}. Leave one out; a pool file "
+                "with duplicates: allow may have both."
+            )
+
+
+def _converted(entry: PoolFile, out: Path) -> PoolFile:
+    """Return the entry of a checkpoint's tensors as safetensors, written if it is a torch file or pickle."""
+    if isinstance(entry.file, HubReference) or not entry.file.is_file():
+        return entry
+    with entry.file.open("rb") as file:
+        if file.read(9)[8:] == b"{":
+            return entry  # safetensors
+    if prefix := convert(entry.file, out).prefix:
+        convert(entry.file, out, prefix)
+    return replace(entry, file=out)
+
+
+def _not_there(name: str, state: State) -> str:
+    if state.path is not None:
+        siblings = [p.name for p in state.path.parent.iterdir()] if state.path.parent.is_dir() else []
+        return f"{name}: {state.path}: no such file.{did_you_mean(state.path.name, siblings)}"
+    try:
+        located_all({name: state.entry.file})
+    except InputError as error:
+        return f"{name}: {error}"
+    return f"{name}: {state.entry.file}: not there."
+
+
+def summary(files: PoolFiles) -> Mapping[str, int]:
+    """Return how many of a pool's files there are, and how many are on this machine."""
+    found = states(files)
+    return {"files": len(found), "there": sum(state.there for state in found.values())}
