@@ -106,7 +106,7 @@ def test_add_refuses_what_does_not_fit_and_writes_nothing(capsys, files, tmp_pat
     other = load_file("red.safetensors")
     save_file({name: torch.zeros(*tensor.shape, 2) for name, tensor in other.items()}, tmp_path / "wide.safetensors")
     (tmp_path / "copy.safetensors").write_bytes((tmp_path / "red.safetensors").read_bytes())
-    torch.save({"w": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "pickled.pt")
     base = ("--base", "base.safetensors")
     for options, words in (
         (("--expert", "red=red.safetensors"), "no such pool yet"),
@@ -138,7 +138,7 @@ def test_add_converts_pickles_beside_the_pool_file(capsys, files, tmp_path, toy)
     options = ("--base", "base.pt", "--expert", "red=red.pt", "--expert", "blue=blue.safetensors", "--convert")
     assert run(capsys, "pool", "add", "mine", *options)[0] == 0
     pool = named_pool("mine")
-    assert pool.experts["red"].file == tmp_path / "pools" / "mine" / "red.safetensors"
+    assert pool.experts["red"].file.absolute() == tmp_path / "pools" / "mine" / "red.safetensors"
     assert pool.experts["blue"].file == tmp_path / "blue.safetensors"
     assert set(load_file(pool.base.file)) == set(toy.base)
     assert "mine/red.safetensors" in (tmp_path / "pools" / "mine.yaml").read_text()
