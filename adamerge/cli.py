@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from adamerge.commands.adapt import adapt, check
+from adamerge.commands.coefficients import coefficients
 from adamerge.commands.data import data
 from adamerge.commands.demo import demo, zoo
 from adamerge.commands.merging import compare, merge, transform
@@ -33,7 +34,22 @@ def app(debug: bool, quiet: bool) -> None:
     configure_logging(debug, quiet)
 
 
-for command in (demo, adapt, check, evaluate, export, merge, transform, compare, inspect, convert, data, pool, zoo):
+for command in (
+    demo,
+    adapt,
+    check,
+    evaluate,
+    export,
+    merge,
+    transform,
+    compare,
+    inspect,
+    convert,
+    data,
+    pool,
+    coefficients,
+    zoo,
+):
     app.add_command(command)
 
 

@@ -15,7 +15,7 @@ from adamerge.hub import HubReference, located, located_all, reference_of
 from adamerge.model_files import open_model
 from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, place
 from adamerge.pool_names import named_pool, own_pools, shipped_pools
-from adamerge.run_checks import read_headers
+from adamerge.run_checks import Headers, read_headers
 
 _VISUAL = "visual."
 _OPTIONS = ("key_prefix", "storage", "dtype", "include", "exclude", "duplicates")
@@ -128,9 +128,13 @@ def problems_of(files: PoolFiles) -> list[str]:
 
 def header_problems(files: PoolFiles) -> list[str]:
     """Return what the headers of a pool's files say is wrong."""
+    return list(headers(files).problems)
+
+
+def headers(files: PoolFiles) -> Headers:
+    """Return what the headers of a pool's files say: names and shapes of the parameters that merge, and problems."""
     experts = {name: entry.file for name, entry in files.experts.items()}
-    prefix, exclude = files.key_prefix or "", files.exclude or ()
-    return list(read_headers(files.base.file, experts, prefix, files.include, exclude).problems)
+    return read_headers(files.base.file, experts, files.key_prefix or "", files.include, files.exclude or ())
 
 
 def states(files: PoolFiles) -> dict[str, State]:

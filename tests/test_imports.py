@@ -26,7 +26,7 @@ ORDER = [
     ["task_vectors", "initial", "factored"],
     ["pool"],
     ["descriptions", "pool_part"],
-    ["coefficients", "packed"],
+    ["coefficients", "packed", "coefficient_lists"],
     ["merge", "refinement"],
     ["teachers", "calls", "running"],
     ["sharding"],
