@@ -51,10 +51,21 @@ def folders() -> list[Path]:
 
 
 def shipped_pools() -> list[str]:
-    """Return the names of the pools that ship."""
+    """Return the names of the pools that ship, without those that the configuration of ``adapt`` completes."""
+    return [name for name in _choices() if _shipped(name).get("base") not in (None, "???")]
+
+
+def _choices() -> list[str]:
+    """Return the choices of the group ``pool``."""
     folder = importlib.resources.files(CONFIG_MODULE) / "pool"
-    names = (Path(entry.name) for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    return sorted(name.stem for name in names if name.stem != _FORM)
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """Return what a file of the group says, unresolved."""
+    text = (importlib.resources.files(CONFIG_MODULE) / "pool" / f"{name}.yaml").read_text(encoding="utf-8")
+    content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    return {str(key): value for key, value in content.items()}
 
 
 def own_pools() -> dict[str, Path]:
@@ -74,7 +85,7 @@ def pool_path(pool: str) -> Path:
     """
     if _is_path(pool):
         return Path(pool)
-    if pool in (*shipped_pools(), _FORM):
+    if pool in _choices():
         raise InputError(f"pool {pool}: the name of a shipped pool; choose another, or name a file, ./{pool}.yaml.")
     return own_pools().get(pool, folders()[0] / f"{pool}.yaml")
 
@@ -87,8 +98,7 @@ def named_pool(pool: str) -> PoolFiles:
     """
     if pool in shipped_pools():
         register_resolvers()
-        text = (importlib.resources.files(CONFIG_MODULE) / "pool" / f"{pool}.yaml").read_text(encoding="utf-8")
-        content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.create(_shipped(pool)), resolve=True)
         return pool_files({**content, "key_prefix": _SHIPPED_PREFIX}, f"--pool {pool}", Path())
     if Path(pool).is_file():
         return load_pool_file(Path(pool))
@@ -127,7 +137,7 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
     for argument in arguments:
         found = re.fullmatch(r"pool=([\w./~ -]+)", argument)
         name = found[1] if found else _FORM
-        is_choice = name in (*shipped_pools(), _FORM, "null")
+        is_choice = name in (*_choices(), "null")
         if is_choice or (config_dir is not None and (config_dir / "pool" / f"{name}.yaml").is_file()):
             result.append(argument)
             continue
