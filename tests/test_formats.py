@@ -25,6 +25,7 @@ from adamerge.checkpoints import load_state_dict
 from adamerge.cli import main
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.export import load_heads
+from adamerge.files import atomic_folder
 from adamerge.formats import export_as, merged, open_merged, upload
 from adamerge.formats.card import coefficient_table, ingredients, licence_of
 
@@ -329,6 +330,25 @@ def test_wrong_folders_and_options_are_refused(clip_run, torchvision_run, tmp_pa
     with pytest.raises(InputError, match=r"--out .*used: expected a new folder, found one with files"):
         export_as(clip_run, "hf", tmp_path / "used")
     assert not (tmp_path / "out").exists()
+
+
+def test_atomic_folder_is_whole_or_not_there(tmp_path):
+    def write(text):
+        with atomic_folder(tmp_path / "a") as folder:
+            (folder / "file").write_text(text)
+
+    with pytest.raises(TypeError):  # after the file was opened
+        write(0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()  # an empty one is taken
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("whole")
+        assert list((tmp_path / "a").iterdir()) == []
+    assert (tmp_path / "a" / "inner" / "file").read_text() == "whole"
+    with pytest.raises(OSError, match="not empty"):
+        write("other")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "inner", "file"]
 
 
 # Upload

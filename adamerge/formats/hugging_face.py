@@ -2,7 +2,8 @@
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,28 @@ def prove_model(backbone: OpenClip, tensors: Mapping[str, Tensor], images: Tenso
         return
     from transformers import CLIPModel
 
-    model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with _without_progress():
+        model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     model.eval()
     texts = _random_texts(backbone.sidecar()["model_cfg"]["text_cfg"])
     with torch.no_grad():
         expected = own.get_logits(images, texts)[0]
         found = model(input_ids=texts, pixel_values=images).logits_per_image
     check_equal(found, expected, f"{folder.name} in transformers")
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Silence transformers' bar for the loading of weights."""
+    from transformers.utils import logging as told
+
+    shown = told.is_progress_bar_enabled()
+    told.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            told.enable_progress_bar()
 
 
 def _random_texts(text: Mapping[str, Any]) -> Tensor:

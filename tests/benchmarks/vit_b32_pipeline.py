@@ -7,17 +7,13 @@ Needs 0.4 GB of disk per expert and 3 GB more.
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import torch
-import yaml
-from PIL import Image
-from safetensors.torch import save_file
 
 MODEL = "ViT-B-32"
 ADAMERGE = [sys.executable, "-c", "from adamerge.cli import main; main()"]
@@ -48,7 +44,12 @@ def main() -> None:
     folder = options.folder.absolute()
     folder.mkdir(parents=True)
     try:
-        make(folder, options.experts)
+        # In a process of its own: a command's peak of memory would begin with that of this one.
+        maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, options.experts))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            sys.exit(maker.exitcode)
         rows = [run(name, command, folder) for name, command in commands(folder, options).items()]
     finally:
         if not options.keep:
@@ -61,6 +62,10 @@ def main() -> None:
 def make(folder: Path, experts: int) -> None:
     """Write base, experts, pool file, images and the data's configuration."""
     import open_clip
+    import torch
+    import yaml
+    from PIL import Image
+    from safetensors.torch import save_file
 
     torch.manual_seed(0)
     base = open_clip.create_model(MODEL, load_weights=False, pretrained_text=False).state_dict()
