@@ -47,6 +47,15 @@ class Coefficients(nn.Module):
 
     Attributes:
         raw: The trainable tensor (E, G), before the constraint.
+
+    Example:
+        >>> base = {"w": torch.zeros(2), "b": torch.zeros(1)}
+        >>> pool = ExpertPool.from_state_dicts(base, {"cars": {name: t + 1 for name, t in base.items()}})
+        >>> coefficients = Coefficients(pool, "layer", init=0.25)
+        >>> coefficients().tolist(), coefficients.group_names
+        ([[0.25, 0.25]], ['w', 'b'])
+        >>> coefficients.to_dict()["coefficients"]
+        {'cars': {'w': 0.25, 'b': 0.25}}
     """
 
     def __init__(

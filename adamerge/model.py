@@ -93,6 +93,14 @@ class MergedModel(nn.Module):
 
     Attributes:
         heads: Task to head, on the pool's device.
+
+    Example:
+        >>> encoder, head = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
+        >>> expert = {name: tensor + 0.1 for name, tensor in encoder.state_dict().items()}
+        >>> pool = ExpertPool.from_state_dicts(encoder.state_dict(), {"cars": expert})
+        >>> model = MergedModel(encoder, pool, Coefficients(pool, "task"), heads={"cars": head})
+        >>> model.logits(torch.zeros(5, 4), "cars").shape, [name for name, _ in model.named_parameters()]
+        (torch.Size([5, 2]), ['coefficients.raw'])
     """
 
     def __init__(

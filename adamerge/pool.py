@@ -72,6 +72,16 @@ class ExpertPool:
 
     Build it with :meth:`from_files` or :meth:`from_state_dicts`.
 
+    Example:
+        >>> base = {"w": torch.zeros(2), "b": torch.zeros(1)}
+        >>> experts = {"cars": {**base, "w": torch.ones(2)}, "dtd": {**base, "w": torch.tensor([0.0, 3.0])}}
+        >>> pool = ExpertPool.from_state_dicts(base, experts)
+        >>> pool.names, pool.expert_names, pool.skipped
+        (('w',), ('cars', 'dtd'), {'b': 'no expert changed it'})
+        >>> pool.task_vectors("w")
+        tensor([[1., 1.],
+                [0., 3.]])
+
     Attributes:
         names: The merged parameters, in the base's order.
         expert_names: The experts, in order; axis 0 of every stacked tensor.

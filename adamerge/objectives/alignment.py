@@ -41,6 +41,14 @@ class Alignment:
 
     The released code's soft cross-entropy has the gradient of the divergence used here.
 
+    Example:
+        >>> outputs = Outputs(torch.zeros(1, 2), features=torch.zeros(1, 3), hidden={})
+        >>> expert = Outputs(torch.tensor([[99.0, 0.0]]), features=torch.ones(1, 3), hidden={})
+        >>> batch = torch.zeros(1, 4), torch.arange(1)  # inputs, and where they stand in the stream
+        >>> step = TaskStep("a", *batch, outputs, torch.zeros(1, 1), lambda *_: expert, None)
+        >>> Alignment(feature_weight=1.0, anchor=0.0)(step)  # ln 2, and 3 entries that are 1 away
+        tensor(3.6931)
+
     Reference:
         Expert Merging, ICLR 2026, arXiv:2509.25712, the layer-wise objective.
     """

@@ -21,6 +21,13 @@ class Combine:
     Args:
         terms: Name to objective.
         weights: Name to the factor of that term, default 1.
+
+    Example:
+        >>> from adamerge.objectives.entropy import Entropy
+        >>> from adamerge.objectives.imitation import Imitation
+        >>> objective = Combine({"sure": Entropy(), "like_the_expert": Imitation()}, weights={"sure": 0.1})
+        >>> objective.uses_teacher
+        True
     """
 
     terms: Mapping[str, Objective]

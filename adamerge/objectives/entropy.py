@@ -24,6 +24,12 @@ class Entropy:
             rest (a batch without any costs 0). EATA's value is 0.4; None keeps all. EATA's redundancy
             filter, sample weights and Fisher penalty are not part of this.
 
+    Example:
+        >>> outputs = Outputs(torch.zeros(1, 2), features=torch.zeros(1, 3), hidden={})
+        >>> step = TaskStep("a", torch.zeros(1, 4), torch.arange(1), outputs, torch.zeros(1, 1), None, None)
+        >>> Entropy()(step)  # ln 2: two classes, as likely as each other
+        tensor(0.6931)
+
     Reference:
         Yang et al., AdaMerging, ICLR 2024, arXiv:2310.02575, the entropy objective. Niu et al., EATA,
         ICML 2022, arXiv:2204.02610, the reliable-sample filter.

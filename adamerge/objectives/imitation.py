@@ -28,6 +28,14 @@ class Imitation:
         drop_unsure: Leave out a sample where expert and merged model name different classes and the expert
             is the less confident of the two; the mean is over the rest, 0 where none is left.
 
+    Example:
+        >>> outputs = Outputs(torch.zeros(1, 2), features=torch.zeros(1, 3), hidden={})
+        >>> expert = Outputs(torch.tensor([[99.0, 0.0]]), features=torch.zeros(1, 3), hidden={})
+        >>> batch = torch.zeros(1, 4), torch.arange(1)  # inputs, and where they stand in the stream
+        >>> step = TaskStep("a", *batch, outputs, torch.zeros(1, 1), lambda *_: expert, None)
+        >>> Imitation()(step)  # the expert is sure, the merged model undecided: ln 2
+        tensor(0.6931)
+
     Reference:
         Hinton et al., arXiv:1503.02531 (temperature and its square); Expert Merging, arXiv:2509.25712,
         the logit term; SyMerge, arXiv:2412.19098 (hard targets; the rule of ``drop_unsure`` is its

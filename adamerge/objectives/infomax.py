@@ -24,6 +24,12 @@ class InfoMax:
     Args:
         diversity: w, the factor of the marginal entropy; 0 is plain entropy minimization.
 
+    Example:
+        >>> outputs = Outputs(torch.tensor([[99.0, 0.0], [0.0, 99.0]]), features=torch.zeros(2, 3), hidden={})
+        >>> step = TaskStep("a", torch.zeros(2, 4), torch.arange(2), outputs, torch.zeros(1, 1), None, None)
+        >>> InfoMax()(step)  # sure of each, and of different classes: - ln 2
+        tensor(-0.6931)
+
     Reference:
         Liang et al., SHOT, ICML 2020, arXiv:2002.08546, the information maximization loss.
     """
