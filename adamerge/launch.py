@@ -18,6 +18,7 @@ from adamerge import launchers, progress, ranks
 from adamerge.backbones import Backbone, check_classes, own_base
 from adamerge.batch_norm import BatchNormPolicy
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
+from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.checkpoint_io import write_atomically
 from adamerge.coefficients import Coefficients, load_coefficients, save_coefficients
@@ -215,6 +216,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
             left_out = assembly.data.unreadable_evaluation()
             summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
             record_metrics(export.files["recipe"], summary, seconds)
+            log_scores(trainer.loggers, summary["rows"][merged.name], trainer.global_step)
     if trainer.is_global_zero:
         _tell_unreadable(assembly.data)
     _raise_reason(trainer)

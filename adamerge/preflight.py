@@ -26,6 +26,7 @@ from adamerge.run_checks import (
     check_folder,
     check_groups,
     check_init,
+    check_package,
     check_setting,
     check_start,
     checkpoint_problems,
@@ -141,6 +142,7 @@ def _check_parts(config: DictConfig, parts: dict[str, Any], problems: _Problems)
     for node in ("method", *extras):
         with problems.naming(node):
             _check_signature(config, node)
+            check_package(node, str(OmegaConf.select(config, f"{node}._target_")))
 
 
 def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: _Problems) -> None:

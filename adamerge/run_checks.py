@@ -1,5 +1,6 @@
 """What a run's settings, file headers and tasks decide before anything is read or trained."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -33,6 +34,7 @@ RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "s
 _LIMITS = {"steps": (1, None, 150), "checkpoint_every": (1, None, 25), "seed": (0, 2**32 - 1, 0)}
 _SWITCHES = ("evaluate", "references")
 _BASE = ""  # of the base among the experts' names, here where an expert may have any
+_LOGGERS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # to their packages
 SETTINGS = (*_LIMITS, *_SWITCHES, "name")
 
 
@@ -125,6 +127,17 @@ def hash_problems(hashes: Any, experts: Mapping[str, object]) -> list[str]:
         for name in hashes
         if name not in known
     ]
+
+
+def check_package(where: str, target: str) -> None:
+    """Check that the package behind one of Lightning's loggers is installed: they ask for it only when they start.
+
+    Raises:
+        InputError: If it is not.
+    """
+    package = _LOGGERS.get(target.rpartition(".")[2])
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError(f"{where}: needs the package {package}: pip install 'adamerge[{package}]'.")
 
 
 def check_setting(option: str, value: Any) -> None:

@@ -34,7 +34,8 @@ def page() -> str:
         name = group.relative_to(CONFIGS).as_posix()
         parts.append(f"## {name}\n")
         for path in sorted(group.glob("*.yaml")):
-            parts += section(path, f"{name}={path.stem}", None, prefix=f"{name}." if name in OPTION_GROUPS else "")
+            below = name in OPTION_GROUPS and "@package _global_" not in path.read_text(encoding="utf-8")
+            parts += section(path, f"{name}={path.stem}", None, prefix=f"{name}." if below else "")
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -1,6 +1,5 @@
 """``data check`` and ``data get``: the field's data sets on this machine."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adamerge.commands.terminal import EXIT_INPUT, err, escape, out
+from adamerge import progress
+from adamerge.commands.terminal import EXIT_INPUT, escape, json_option, out, print_json
 
 if TYPE_CHECKING:
     from adamerge.tasks.checks import Report
@@ -38,7 +38,7 @@ def data() -> None:
 @root_option
 @click.option("--sample", type=click.IntRange(min=0), default=20, help="Images of each split to decode.  [20]")
 @click.option("--all", "every", is_flag=True, help="Decode all images.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json: bool) -> None:
     """Say which data sets are there and complete, and how to get the missing ones.
 
@@ -54,13 +54,10 @@ def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json:
 
     root = root.expanduser().absolute()
     wanted = chosen(names)
-    with err.status("Looking at the data sets") as status:
-        reports = []
-        for name in wanted:
-            status.update(f"Looking at {name}")
-            reports.append(check(name, root, None if every else sample))
+    looked_at = progress.track(wanted, "Looking at the data sets", "data sets")
+    reports = [check(name, root, None if every else sample) for name in looked_at]
     if as_json:
-        click.echo(json.dumps({report.name: report.as_json() for report in reports}, indent=2))
+        print_json({report.name: report.as_json() for report in reports})
     else:
         _show(reports, root)
         for report in reports:
