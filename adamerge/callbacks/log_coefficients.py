@@ -175,7 +175,7 @@ def histograms(values: Mapping[str, Tensor]) -> Image:
 def _pixels(figure: Any) -> Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
