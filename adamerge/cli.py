@@ -16,6 +16,7 @@ from adamerge.commands.demo import demo, zoo
 from adamerge.commands.merging import compare, merge, transform
 from adamerge.commands.pool import pool
 from adamerge.commands.pools import convert, inspect
+from adamerge.commands.report import report
 from adamerge.commands.runs import evaluate, export
 from adamerge.commands.terminal import EXIT_INPUT, JobFailed, configure_logging, err, fail
 from adamerge.errors import EXIT_INTERRUPTED, GuardError, InputError
@@ -40,6 +41,7 @@ for command in (
     check,
     evaluate,
     export,
+    report,
     merge,
     transform,
     compare,

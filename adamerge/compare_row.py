@@ -220,7 +220,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     run, start, spent = folder / "run", folder / "start" / _MERGED, folder / "interrupted.json"
     before = _read_seconds(spent)
     config.run_dir = str(run)
-    config.references = False
+    config.references, config.report = False, False
     if spec.rule is not None:
         if not is_started(run):
             before = _merge(spec.rule, _assembled(config), start).seconds

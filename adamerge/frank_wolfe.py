@@ -89,6 +89,7 @@ class FrankWolfe(Optimizer):
 
     Attributes:
         is_done: Whether ``limit`` or ``tolerance`` is reached.
+        picks: Share of the groups that the last iteration moved towards each vertex, (V,); None before the first.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class FrankWolfe(Optimizer):
         self._loss_at = loss_at
         self._ranking = ranking
         self.is_done = False
+        self.picks: Tensor | None = None
         # In the state from the first step on, so that checkpoints hold it.
         self.state[raw].update(iteration=0, kept=torch.ones_like(raw[0]))
         if averages:
@@ -177,12 +179,18 @@ class FrankWolfe(Optimizer):
         if self._ranking is None:
             moves = self._gap(average) > 0
             direction = torch.where(moves, direction, 0)
+        self.picks = self._shares(choice.unsqueeze(0), moves)
         size = self._size(direction)
         self._raw.add_(size * direction)
         state = self.state[self._raw]
         shrunk = state["kept"] * (1 - size) + size * self.vertices.is_start(choice)
         state["kept"] = torch.where(moves, shrunk, state["kept"])
         state["iteration"] += 1
+
+    def _shares(self, chosen: Tensor, moves: Tensor) -> Tensor:
+        """Return how often each vertex is among the chosen ones (k, G) of groups that move, as shares of all, (V,)."""
+        count = self.vertices.num_experts + self.vertices.has_base + (self.vertices.start is not None)
+        return torch.bincount(chosen[:, moves].flatten(), minlength=count) / max(1, chosen.numel())
 
     def _size(self, direction: Tensor) -> float:
         if self._step_rule == "harmonic":
@@ -248,6 +256,7 @@ class SoftFrankWolfe(FrankWolfe):
             chosen = scores.topk(min(self._top_k, len(scores)), dim=0, largest=False).indices
             zero = self._raw.new_zeros(chosen.shape)
             moves = self._gap(average) > 0
+            self.picks = self._shares(chosen, moves)
             state.update(
                 start=self._raw.detach().clone(), chosen=chosen.to(zero), moves=moves.to(zero), before=state["kept"],
                 weights=zero, mean=zero.clone(), square=zero.clone(),

@@ -17,7 +17,7 @@ from torch import nn
 from adamerge import launchers, progress, ranks
 from adamerge.backbones import Backbone, check_classes, own_base
 from adamerge.batch_norm import BatchNormPolicy
-from adamerge.callbacks import ExportMergedWeights, GracefulStop
+from adamerge.callbacks import ExportMergedWeights, GracefulStop, UnlabeledCriteria
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.checkpoint_io import write_atomically
@@ -33,6 +33,8 @@ from adamerge.model import MergedModel
 from adamerge.pool import ExpertPool
 from adamerge.preflight import build, build_init, build_optional, containers, is_sharded, strings
 from adamerge.refinement import Refinement, transfer
+from adamerge.report import report_run
+from adamerge.report.record import costs_of
 from adamerge.run_folder import (
     CONFIG_FILE,
     LAST,
@@ -183,6 +185,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         log.info("%s: nothing was saved before the run was stopped, so it starts from the beginning.", folder)
     first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
     todo = first if first is not None and not (folder / START).is_file() else None
+    prepared = Stopwatch()
     with progress.phase("Reading the pool and building the heads"):
         assembly = assemble(config if todo is None else todo)
     if ranks.is_first():
@@ -190,6 +193,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         if first is not None:
             save_config(first, folder / STAGE / CONFIG_FILE)
         save_config(config, folder / CONFIG_FILE)
+    times = {"prepare": prepared.seconds()}
     watch = Stopwatch()
     if todo is not None:
         _fit_first(todo, folder, assembly, resume=resume)
@@ -202,13 +206,13 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         batch_norm=assembly.batch_norm,
     )
     trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
-    summary = None
+    summary, times["adapt"] = None, watch.seconds()
     if assembly.model.is_sharded:
         ranks.wait()  # for the export: all devices score it, each with its part of the weights
     if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
         log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
     elif (trainer.is_global_zero or assembly.model.is_sharded) and config.evaluate and assembly.data.evaluation:
-        seconds = watch.seconds()
+        seconds = times["adapt"]
         uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
         merged = Made(str(config.name), folder / export.filename, seconds, int(config.seed), uses_labels)
         rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
@@ -217,10 +221,19 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
             summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
             record_metrics(export.files["recipe"], summary, seconds)
             log_scores(trainer.loggers, summary["rows"][merged.name], trainer.global_step)
+        times["score"] = watch.seconds() - seconds
     if trainer.is_global_zero:
         _tell_unreadable(assembly.data)
+        _report(config, folder, assembly, costs_of(times, trainer.global_step, assembly.pool.device, resumed=resume))
     _raise_reason(trainer)
     return summary
+
+
+def _report(config: DictConfig, folder: Path, assembly: Assembly, costs: dict[str, Any]) -> None:
+    """Write the run's report, unless it is turned off."""
+    if config.get("report", True):
+        pool = None if assembly.model.is_sharded else assembly.pool  # of which this device has a part only
+        report_run(folder, pool, costs)
 
 
 def _tell_unreadable(data: UnlabeledTasks) -> None:
@@ -254,7 +267,8 @@ def _fit(
     method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
     method.recipe = plain(config)
-    callbacks = [MergingProgress(description), *_callbacks(config, folder), *exports, GracefulStop(folder / LAST)]
+    own = [MergingProgress(description), UnlabeledCriteria()]
+    callbacks = [*own, *_callbacks(config, folder), *exports, GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **launchers.trainer_options()}
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
     write_atomically(trainer)

@@ -55,10 +55,13 @@ class TaskStep:
     _forward: Callable[[Tensor, str], Outputs] = field(repr=False)
     initial: Tensor | None = None
     num_tasks: int = 1
+    _asked: Outputs | None = field(default=None, init=False, repr=False)
 
     def teacher(self) -> Outputs:
         """Return the outputs of the task's own raw expert for ``inputs``, without gradient, cached by index."""
-        return self._teacher(self.task, self.inputs, self.indices)
+        if self._asked is None:
+            self._asked = self._teacher(self.task, self.inputs, self.indices)
+        return self._asked
 
     def forward(self, inputs: Tensor) -> Outputs:
         """Run a further pass through the merged parameters (augmented views), with gradient."""

@@ -12,8 +12,10 @@ from adamerge.coefficients import Coefficients, load_coefficients
 from adamerge.errors import InputError
 from adamerge.export import digest, export
 from adamerge.files import atomic_path
+from adamerge.pool import ExpertPool
 from adamerge.pool_files import PoolFiles
-from adamerge.preflight import build
+from adamerge.preflight import build, containers
+from adamerge.targets import check_targets
 
 
 def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[str, Path]:
@@ -65,6 +67,17 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
         with atomic_path(files["heads"]) as temporary:
             shutil.copyfile(run_dir / "heads.safetensors", temporary)
     return files
+
+
+def pool_of(run_dir: Path) -> ExpertPool:
+    """Open the pool of a run, to look at; its experts stay in their files where they can.
+
+    Raises:
+        InputError: If the folder is not a run's, or the files do not fit.
+    """
+    config = run_folder.load_config(run_dir.absolute())
+    check_targets(containers(config))
+    return launch.build_pool(config, build(config, "backbone"))
 
 
 def export_files(files: PoolFiles, coefficients: Path, output: Path) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Lightning callbacks: export of the merged weights, graceful stops, guards, the best of a run, loggers."""
 
 from adamerge.callbacks.collapse import CollapseGuard as CollapseGuard
+from adamerge.callbacks.criteria import UnlabeledCriteria as UnlabeledCriteria
 from adamerge.callbacks.export import ExportMergedWeights as ExportMergedWeights
 from adamerge.callbacks.keep_best import KeepBest as KeepBest
 from adamerge.callbacks.log_coefficients import LogCoefficients as LogCoefficients

@@ -146,6 +146,14 @@ class FrankWolfeMerging(MergingMethod):
         self.model.coefficients.project()
         self.trainer.should_stop = self.trainer.should_stop or self._frank_wolfe.is_done
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log which share of the groups an iteration moved towards each vertex."""
+        if self._frank_wolfe.picks is not None:
+            names = [*self.model.pool.expert_names, *(kind for kind in ("base", "start") if kind in self._vertex_kinds)]
+            shares = zip(names, self._frank_wolfe.picks, strict=True)
+            self.log_dict({f"pick/{name}": share for name, share in shares})
+            self._frank_wolfe.picks = None
+
     def configure_optimizers(self) -> FrankWolfe:
         """Return the Frank-Wolfe steps as an optimizer of the coefficients."""
         raw = self.model.coefficients.raw

@@ -422,6 +422,8 @@ class MergingMethod(LightningModule):
         self.log("adapt/coefficient", values.mean(), prog_bar=True, batch_size=batch_size)
         scalars = {f"adapt/loss/{task}": value for task, value in losses.items()}
         scalars |= {"adapt/coefficient/min": values.min(), "adapt/coefficient/max": values.max()}
+        names = self.model.pool.expert_names
+        scalars |= {f"coefficient/{name}": mean for name, mean in zip(names, values.mean(1), strict=True)}
         self.log_dict({**scalars, "adapt/travel": travel}, batch_size=batch_size)
 
 

@@ -1,0 +1,184 @@
+"""What a figure shows, apart from how it is drawn: on the page, on paper, or as a table for who cannot see it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Cell = float | None
+_NUMBER = re.compile(r"([±+-]?[\d.,]+(e[+-]?\d+)?( ?(%|B|kB|MB|GB|ms|s|min|h))?( \d+ \w+)?)?")
+_MOST_CELLS = 4000  # of a table that stands for a heat map
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its caption, header, and rows of texts; the first column names the row."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: frozenset[int] = frozenset()  # rows
+    block: str = "table"
+
+    @property
+    def text_columns(self) -> list[bool]:
+        """Whether each column holds words rather than numbers."""
+        return [
+            not all(_NUMBER.fullmatch(row[at]) for row in self.rows if at < len(row)) for at in range(len(self.header))
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What all figures have.
+
+    Attributes:
+        key: Short name, for files and anchors.
+        title: Of the figure.
+        text: What it shows and how to read it, a sentence or two.
+    """
+
+    key: str
+    title: str
+    text: str
+    block: str = "chart"
+
+    @property
+    def alternative(self) -> str:
+        """What the figure shows, for those who cannot see it."""
+        return f"{self.title}. {self.text} The numbers are in the table that follows."
+
+    def table(self) -> Table:
+        """Return the figure's numbers."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Chart):
+    """Lines over a common axis.
+
+    Attributes:
+        series: Name to positions and values.
+        x: What the positions are.
+        y: What the values are.
+        is_log: Whether the vertical axis is logarithmic.
+        quiet: Names of lines that are context.
+        hidden: Names of lines that are shown on demand only.
+        ticks: Positions to name, where they are not numbers.
+    """
+
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    x: str = "step"
+    y: str = ""
+    is_log: bool = False
+    quiet: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
+    ticks: Mapping[float, str] = field(default_factory=dict)
+
+    def table(self) -> Table:
+        """Return where each line begins and ends, and its extremes."""
+        rows = [
+            [name, number(ys[0]), number(ys[-1]), number(min(ys)), number(max(ys))]
+            for name, (_, ys) in self.series.items()
+        ]
+        return Table(f"{self.title}: {self.y}", ["", "first", "last", "lowest", "highest"], rows)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of a heat map: columns, values (rows x columns), and further numbers of each cell for the hover text.
+
+    Attributes:
+        ticks: Column number to a shorter name for the axis; empty for all columns' own names.
+    """
+
+    title: str
+    columns: Sequence[str]
+    values: Sequence[Sequence[Cell]]
+    details: Mapping[str, Sequence[Sequence[Cell]]] = field(default_factory=dict)
+    ticks: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heat(Chart):
+    """Heat maps with the same rows and the same scale, one below the other.
+
+    Attributes:
+        scale: ``"sequential"`` from the lowest to the highest value, or ``"diverging"`` around 0.
+        shows_values: Whether the values are written into the cells.
+    """
+
+    rows: Sequence[str]
+    panels: Sequence[Panel]
+    value: str
+    column: str
+    scale: str = "sequential"
+    shows_values: bool = False
+
+    def table(self) -> Table:
+        """Return the values, columns down the page; of maps with very many cells the means of the panels."""
+        cells = len(self.rows) * sum(len(panel.columns) for panel in self.panels)
+        header = [self.column, *self.rows]
+        if cells > _MOST_CELLS:
+            rows = [[p.title, *(number(_mean(row)) for row in p.values)] for p in self.panels]
+            return Table(f"{self.title}: mean {self.value}", header, rows)
+        rows = [
+            [column, *(number(row[at]) for row in panel.values)]
+            for panel in self.panels
+            for at, column in enumerate(panel.columns)
+        ]
+        return Table(f"{self.title}: {self.value}", header, rows)
+
+    def limits(self) -> tuple[float, float]:
+        """Return the ends of the colour scale."""
+        known = [value for panel in self.panels for row in panel.values for value in row if value is not None]
+        low, high = (min(known), max(known)) if known else (0.0, 1.0)
+        if self.scale == "diverging":
+            high = max(abs(low), abs(high))
+            low = -high
+        return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars(Chart):
+    """Accuracies by task: a bar for what the page is about, marks for what it is compared with.
+
+    Attributes:
+        categories: Names of the tasks.
+        bar: Name and values in [0, 1], or None.
+        marks: Name to values in [0, 1].
+    """
+
+    categories: Sequence[str]
+    bar: tuple[str, Sequence[float]] | None
+    marks: Mapping[str, Sequence[float]]
+
+    def table(self) -> Table:
+        """Return all values, in percent."""
+        every = {**({self.bar[0]: self.bar[1]} if self.bar else {}), **self.marks}
+        rows = [[name, *(percent(values[at]) for values in every.values())] for at, name in enumerate(self.categories)]
+        return Table(f"{self.title}, %", ["task", *every], rows)
+
+
+def number(value: Any) -> str:
+    """Return a number for people; nothing for what is none.
+
+    >>> number(0.123456), number(None), number(12345.6), number(3)
+    ('0.1235', '', '12,346', '3')
+    """
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "" if value is None else str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def percent(value: Any) -> str:
+    """Return a share in percent, such as ``84.1``; nothing for None."""
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _mean(values: Sequence[Cell]) -> Cell:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
