@@ -16,6 +16,7 @@ from adamerge.checkpoints import MemoryCheckpoint
 from adamerge.cli import main
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.evaluation import score_tasks
+from adamerge.pool_files import PoolFile, PoolFiles
 from adamerge.replay import export_files, export_run
 
 
@@ -238,17 +239,18 @@ def test_export_of_files_takes_the_statistics_beside_the_coefficients(models, mo
     paths = save({name: {k: t for k, t in m.items() if "fc" not in k} for name, m in models.items()}, tmp_path)
     base, experts = paths.pop("base"), paths
     run = tmp_path / "run"
+    files = PoolFiles(PoolFile(base), {name: PoolFile(path) for name, path in experts.items()})
     pool = ExpertPool.from_files(base, experts)
     coefficients = Coefficients(pool, "task", 0.5)
     from adamerge.export import export
 
     first = export(pool, coefficients, run, statistics=average(pool))
-    again = export_files(base, experts, first["coefficients"], tmp_path / "again", "")
+    again = export_files(files, first["coefficients"], tmp_path / "again")
     assert again["merged"].read_bytes() == first["merged"].read_bytes()
     other = export(pool, Coefficients(pool, "task", 0.4), tmp_path / "other")
     (tmp_path / "other" / FILE).write_bytes(first["batch_norm"].read_bytes())
     with pytest.raises(InputError, match=r"expected the statistics of coefficients\.json, found those"):
-        export_files(base, experts, other["coefficients"], tmp_path / "wrong", "")
+        export_files(files, other["coefficients"], tmp_path / "wrong")
     export(pool, coefficients, run)
     assert not (run / FILE).exists()  # that of the earlier export
 

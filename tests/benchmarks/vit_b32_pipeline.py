@@ -1,9 +1,9 @@
 """A whole ViT-B-32 pipeline through the commands, timed: python tests/benchmarks/vit_b32_pipeline.py --folder DIR.
 
-A randomly initialised base, experts whose image encoders differ from it by random changes, and random images; then pool
-file, checks, adaptation, exports to open_clip and transformers, and both loaded back in processes of their own, where
-their logits are compared. Time and memory do not depend on the values.
-Needs 0.4 GB of disk per expert and 3 GB more.
+A randomly initialised base, experts whose image encoders differ from it by random changes, and random images; then
+`pool add`, checks, adaptation, exports to open_clip and transformers, and both loaded back in a process of their own,
+where their logits are compared. Time and memory do not depend on the values. Needs 0.4 GB of disk per expert and 3 GB
+more.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make(folder: Path, experts: int) -> None:
-    """Write base, experts, pool file, images and the data's configuration."""
+    """Write base, experts, images and the data's configuration."""
     import open_clip
     import torch
     import yaml
@@ -81,9 +81,6 @@ def make(folder: Path, experts: int) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = torch.randint(0, 256, (256, 256, 3), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(path)
-    pool = {"base": "base.safetensors", "key_prefix": "visual."}
-    pool["experts"] = {name: {"file": f"{name}.safetensors", "licence": "CC0-1.0"} for name in names}
-    (folder / "pool.yaml").write_text(yaml.safe_dump(pool))
     tasks = {
         name: {
             "_target_": "adamerge.data.Task",
@@ -104,10 +101,13 @@ def commands(folder: Path, options: argparse.Namespace) -> dict[str, list[str]]:
         *("backbone.head_cache=off", f"steps={options.steps}", "trainer=cpu", "references=false"),
         *("logger=none", f"run_dir={folder / 'run'}"),
     ]
-    run_dir = str(folder / "run")
+    run_dir, pool = str(folder / "run"), [*ADAMERGE, "pool", "add", str(folder / "pool.yaml")]
+    pool += ["--base", str(folder / "base.safetensors"), "--licence", "base=CC0-1.0"]
+    for name in (f"task{number}" for number in range(options.experts)):
+        pool += ["--expert", f"{name}={folder / name}.safetensors", "--licence", f"{name}=CC0-1.0"]
     return {
+        f"`pool add`, a base and {options.experts} experts": pool,
         "`data check`": [*ADAMERGE, "data", "check", "--root", str(folder / "images")],
-        "`inspect`": [*ADAMERGE, "inspect", "--pool", str(folder / "pool.yaml")],
         "`check`": [*ADAMERGE, "check", *chosen],
         f"`adapt`, {options.steps} steps, export and scoring": [*ADAMERGE, "adapt", *chosen],
         "`export --to open_clip`": [*ADAMERGE, "export", run_dir, "--to", "open_clip", "--out", str(folder / "own")],
