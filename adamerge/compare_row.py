@@ -23,14 +23,14 @@ from adamerge.checkpoints import save_state_dict
 from adamerge.coefficients import Coefficients
 from adamerge.composition import compose, rule_node
 from adamerge.errors import InputError
-from adamerge.evaluation import Row, Stopwatch, score_tasks, summary
+from adamerge.evaluation import Row, Stopwatch, summary
 from adamerge.files import save_json
 from adamerge.memory import peak_memory, restart_peak
 from adamerge.merges import merged_state_dict
 from adamerge.model import MergedModel
 from adamerge.preflight import build, check
 from adamerge.run_folder import is_started
-from adamerge.scoring import checkpoint_parameters, score_experts
+from adamerge.scoring import checkpoint_parameters, score_experts, scores_of
 
 SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)
@@ -182,12 +182,12 @@ def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> 
     if spec.reference == "experts":
         return score_experts(model, data)
     if spec.reference == "pretrained":
-        return Row(score_tasks(model, model.base_parameters(), data, "Scoring the pretrained model"))
+        return Row(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
     if spec.rule is None:
         return _searched(assembly)
     made = _merge(spec.rule, assembly, folder / _MERGED)
-    scores = score_tasks(model, checkpoint_parameters(made.path, model), data, "Scoring the merge")
-    return Row(scores, uses_data=made.uses_data, uses_labels=made.uses_labels, seconds=made.seconds)
+    scores, unseen = scores_of(model, checkpoint_parameters(made.path, model), data, "Scoring the merge")
+    return Row(scores, unseen, uses_data=made.uses_data, uses_labels=made.uses_labels, seconds=made.seconds)
 
 
 def _searched(assembly: launch.Assembly) -> Row:
@@ -200,8 +200,8 @@ def _searched(assembly: launch.Assembly) -> Row:
     params = {name: tensor.detach() for name, tensor in model.merge().items()}
     params |= assembly.batch_norm.final(model, params, data)
     seconds = watch.seconds()
-    scores = score_tasks(model, params, data, "Scoring task arithmetic")
-    return Row(scores, uses_labels=True, uses_data=True, seconds=seconds, extra={"coefficient": best})
+    scores, unseen = scores_of(model, params, data, "Scoring task arithmetic")
+    return Row(scores, unseen, uses_labels=True, uses_data=True, seconds=seconds, extra={"coefficient": best})
 
 
 def _merge(rule: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> _Made:

@@ -27,7 +27,9 @@ def compared(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     by_seed = {name: {result["seed"]: result for result in found} for name, found in results.items() if found}
     rows = {name: _averaged(found, by_seed) for name, found in by_seed.items()}
     first = next(iter(next(iter(by_seed.values())).values()))
-    return {"format": FORMAT, "protocol": first["protocol"], "tasks": list(first["per_task"]), "rows": rows}
+    unseen = list(dict.fromkeys(task for row in rows.values() for task in row.get("unseen", ())))
+    tasks = {"tasks": list(first["per_task"]), **({"unseen": unseen} if unseen else {})}
+    return {"format": FORMAT, "protocol": first["protocol"], **tasks, "rows": rows}
 
 
 def _averaged(found: Mapping[int, Result], every: Mapping[str, Mapping[int, Result]]) -> dict[str, Any]:
@@ -39,7 +41,9 @@ def _averaged(found: Mapping[int, Result], every: Mapping[str, Mapping[int, Resu
     means = [result["mean"] for result in results]
     known = [gap for gap in gaps if gap is not None]
     per_task = {task: _mean([ratio[task] for ratio in ratios]) for task in tasks} if ratios else None
+    unseen = {task: _mean([result["unseen"][task] for result in results]) for task in results[0].get("unseen", ())}
     return {
+        **({"unseen": unseen} if unseen else {}),
         "per_task": {task: _mean([result["per_task"][task] for result in results]) for task in tasks},
         "calibration_error": {task: _mean([r["calibration_error"][task] for r in results]) for task in tasks},
         "mean": _mean(means),
@@ -98,6 +102,7 @@ def caption(content: Mapping[str, Any]) -> str:
         f"Tasks: {measure}, %; norm.: their mean; acc.: mean accuracy, %, ±: 95 % over images, or sd over seeds; "
         f"gap: share of the way from task arithmetic (0.3) to the experts, %; data: what it saw beside the weights; "
         f"s: to make it; MB: peak memory of its process. Protocol: {content['protocol']}."
+        + (" †: unseen task, accuracy, %: no expert, no images to adapt on." if content.get("unseen") else "")
     )
 
 
@@ -108,7 +113,9 @@ def _is_normalised(content: Mapping[str, Any]) -> bool:
 def _cells(content: Mapping[str, Any]) -> list[list[str]]:
     """Return the header and a line for each row."""
     per_task = "normalised_per_task" if _is_normalised(content) else "per_task"
-    lines = [["row", *content["tasks"], "norm.", "acc.", "±", "gap", "data", "s", "MB"]]
+    unseen = content.get("unseen", [])
+    marked = [f"{task} †" for task in unseen]
+    lines = [["row", *content["tasks"], "norm.", "acc.", "±", "gap", *marked, "data", "s", "MB"]]
     for name, row in content["rows"].items():
         half = (row["interval"][1] - row["interval"][0]) / 2
         spread = f"{100 * half:.1f}" if row["spread"] is None else f"sd {100 * row['spread']:.1f}"
@@ -120,6 +127,7 @@ def _cells(content: Mapping[str, Any]) -> list[list[str]]:
                 _percent(row["mean"]),
                 spread,
                 _percent(row["gap_closed"], 0),
+                *(_percent(row.get("unseen", {}).get(task)) for task in unseen),
                 "labels" if row["uses_labels"] else "unlabeled" if row["uses_data"] else "none",
                 f"{row['seconds']:.1f}",
                 f"{row['peak_memory_bytes'] / 1e6:.0f}",

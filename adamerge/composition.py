@@ -12,7 +12,7 @@ from typing import Any
 
 import hydra
 from hydra.core.utils import setup_globals
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
 from adamerge.errors import InputError, did_you_mean
@@ -51,6 +51,25 @@ def compose(arguments: Sequence[str]) -> DictConfig:
 
 
 def expanded(config: DictConfig) -> DictConfig:
+    """Put in what a pool file says, and leave out the experts of tasks that are to be unseen.
+
+    Raises:
+        FileNotFoundError: If there is no such pool file.
+        InputError: If it is no pool file, or the configuration names a base or experts besides.
+    """
+    config = _with_pool_file(config)
+    data, pool = config.get("data"), config.get("pool")
+    unseen = data.get("unseen") if isinstance(data, DictConfig) else None
+    experts = pool.get("experts") if isinstance(pool, DictConfig) else None
+    if isinstance(unseen, ListConfig) and isinstance(experts, DictConfig):
+        named = {name: OmegaConf.select(data, f"tasks.{name}.expert") or name for name in map(str, unseen)}
+        for expert in set(named.values()) & set(map(str, experts)):
+            with open_dict(experts):
+                del experts[expert]
+    return config
+
+
+def _with_pool_file(config: DictConfig) -> DictConfig:
     """Put a pool file's content into the configuration, where ``pool.file`` names one.
 
     Options that the configuration sets stand in for the file's. A task of the data gets the expert that names it.

@@ -5,18 +5,20 @@ The order of every stream is a function of (seed, task, step) alone, so that a r
 number of workers, sees the same batches.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from adamerge import ranks
 from adamerge.caching import CACHES, Cache, keep_inputs, nature_of
+from adamerge.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
 from adamerge.errors import InputError
 from adamerge.reading import Readable
-from adamerge.splits import PROTOCOLS, divide, hold_out, sample
+from adamerge.splits import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
 from adamerge.splits import Protocol as Protocol
 from adamerge.splits import Task as Task
 from adamerge.streams import (
@@ -31,6 +33,8 @@ from adamerge.streams import TaskBatch as TaskBatch
 from adamerge.views import Views
 
 DISTRIBUTIONS = ("samples", "tasks")
+
+Preprocess = Callable[[Any], Tensor]
 
 
 class UnlabeledTasks(LightningDataModule):
@@ -58,6 +62,10 @@ class UnlabeledTasks(LightningDataModule):
             ``"off"`` none. What draws random numbers is never kept.
         preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
         evaluation_batch_size: Inputs per batch when scoring.
+        unseen: Names of tasks that are scored only: they have no stream, and their experts do not merge.
+        corruption: What is done to the images to adapt on, see :mod:`adamerge.corruptions`; None for nothing. The
+            scored images stay clean (``adamerge evaluate --corruptions``).
+        severity: Of the corruption, 1 to 5.
         max_unreadable: Largest share of each task's images that may be damaged: they are left out, counted and named;
             beyond it the run ends.
         root: Not used here: the folder of the data sets, for tasks to refer to as ``${data.root}``.
@@ -82,8 +90,11 @@ class UnlabeledTasks(LightningDataModule):
         num_workers: int = 0,
         prefetch: int = 2,
         cache: Cache | Literal[False] = "auto",
-        preprocess: Callable[[Any], Tensor] | None = None,
+        preprocess: Preprocess | None = None,
         evaluation_batch_size: int = 256,
+        unseen: Sequence[str] | None = None,
+        corruption: str | None = None,
+        severity: int = DEFAULT_SEVERITY,
         max_unreadable: float = 0.01,
         root: str | None = None,
         adapt: str | None = None,
@@ -103,6 +114,8 @@ class UnlabeledTasks(LightningDataModule):
         _check_numbers(1, batch_size=batch_size, batches_per_step=batches_per_step)
         _check_numbers(0, num_workers=num_workers, prefetch=prefetch)
         self.tasks = dict(tasks)
+        self.unseen = checked_unseen(unseen or (), self.tasks)
+        self.corruption = None if corruption is None else Corruption(corruption, severity)
         self.batch_size = batch_size
         self.batches_per_step = batches_per_step
         self.distribute = distribute
@@ -118,21 +131,62 @@ class UnlabeledTasks(LightningDataModule):
         self.streams: dict[str, Unlabeled] = {}
         self.holdout_streams: dict[str, Unlabeled] = {}
         self.evaluation: dict[str, Labelled] = {}
+        self.unseen_evaluation: dict[str, Labelled] = {}
+        self._scale = scale_of(preprocess)
+        self._max_unreadable = max_unreadable
+        for name in self.unseen:
+            self.unseen_evaluation[name] = self._labelled(scored_only(name, self.tasks[name]), name, preprocess)
         for name, task in self.tasks.items():
-            images, evaluate = divide(name, task, protocol, seed)
-            images = sample(images, limit, f"{seed}/limit/{name}")
-            held_out = None
-            if holdout:
-                images, held_out = hold_out(images, holdout, f"{seed}/holdout/{name}")
-            where, shared = f"data.tasks.{name}", num_workers > 0
-            account = Readable(images, where, max_unreadable, shared=shared)
-            self.streams[name] = Unlabeled(images, preprocess, 0, account, views, f"{seed}/views/{name}")
-            if held_out is not None:
-                account = Readable(held_out, where, max_unreadable)
-                self.holdout_streams[name] = Unlabeled(held_out, preprocess, len(self.streams[name]), account)
-            if evaluate is not None:
-                account = Readable(evaluate, where, max_unreadable, shared=shared)
-                self.evaluation[name] = Labelled(evaluate, preprocess, account)
+            if name not in self.unseen:
+                self._open(name, task, limit, holdout, preprocess, views)
+
+    def _open(
+        self, name: str, task: Task, limit: int | None, holdout: float, preprocess: Preprocess | None,
+        views: Views | None,
+    ) -> None:  # fmt: skip
+        """Make a task's streams and scored images."""
+        images, evaluate = divide(name, task, self.protocol, self.seed)
+        images = sample(images, limit, f"{self.seed}/limit/{name}")
+        held_out = None
+        if holdout:
+            images, held_out = hold_out(images, holdout, f"{self.seed}/holdout/{name}")
+        shared = self.num_workers > 0
+        account = self._account(images, name, shared=shared)
+        images = self._corrupted(images, name, self.corruption)
+        self.streams[name] = Unlabeled(images, preprocess, 0, account, views, f"{self.seed}/views/{name}")
+        if held_out is not None:
+            account = self._account(held_out, name, shared=False)
+            held_out = self._corrupted(held_out, name, self.corruption)
+            self.holdout_streams[name] = Unlabeled(held_out, preprocess, len(self.streams[name]), account)
+        if evaluate is not None:
+            self.evaluation[name] = self._labelled(evaluate, name, preprocess)
+
+    def _labelled(self, images: Dataset[Any], task: str, preprocess: Preprocess | None) -> Labelled:
+        return Labelled(images, preprocess, self._account(images, task, shared=self.num_workers > 0))
+
+    def _account(self, images: Dataset[Any], task: str, *, shared: bool) -> Readable:
+        return Readable(images, f"data.tasks.{task}", self._max_unreadable, shared=shared)
+
+    def _corrupted(self, dataset: Dataset[Any], task: str, corruption: Corruption | None) -> Dataset[Any]:
+        if corruption is None:
+            return dataset
+        return Corrupted(dataset, corruption, f"data.tasks.{task}, seed {self.seed}", self._scale)
+
+    def with_corrupted_evaluation(self, corruption: Corruption) -> "UnlabeledTasks":
+        """Return the same data with corrupted images to score; streams are shared."""
+        other = copy.copy(self)
+        for kind in ("evaluation", "unseen_evaluation"):
+            scored = {
+                task: labelled.changed(lambda dataset, task=task: self._corrupted(dataset, task, corruption))
+                for task, labelled in getattr(self, kind).items()
+            }
+            setattr(other, kind, scored)
+        return other
+
+    @property
+    def scored(self) -> dict[str, Labelled]:
+        """Labelled images by task, those of unseen tasks too."""
+        return {**self.evaluation, **self.unseen_evaluation}
 
     def unreadable(self) -> dict[str, list[str]]:
         """Return the images to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
@@ -149,7 +203,7 @@ class UnlabeledTasks(LightningDataModule):
 
     def unreadable_evaluation(self) -> dict[str, list[str]]:
         """Return the images to score that could not be read so far, by task; {} for none."""
-        found = {name: labelled.readable.names for name, labelled in self.evaluation.items()}
+        found = {name: labelled.readable.names for name, labelled in self.scored.items()}
         return {name: names for name, names in found.items() if names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,7 +283,7 @@ class UnlabeledTasks(LightningDataModule):
     def evaluation_loader(self, task: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the labelled images of a task that can be read, in their own order, (inputs, labels)."""
         batches: DataLoader[Any] = DataLoader(
-            self.evaluation[task], self.evaluation_batch_size,
+            self.scored[task], self.evaluation_batch_size,
             num_workers=self.num_workers, collate_fn=collate_labelled,
         )  # fmt: skip
         return (batch for batch in batches if batch is not None)

@@ -38,6 +38,7 @@ class Row:
 
     Attributes:
         scores: Task to score.
+        unseen: Scores of tasks without an expert and without a stream, which no measure counts.
         uses_labels: Whether labels entered anywhere before scoring.
         uses_data: Whether unlabeled (or labelled) data was used.
         seconds: To make it, without scoring.
@@ -45,6 +46,7 @@ class Row:
     """
 
     scores: Mapping[str, TaskScore]
+    unseen: Mapping[str, TaskScore] = field(default_factory=dict)
     uses_labels: bool = False
     uses_data: bool = False
     seconds: float = 0.0
@@ -115,7 +117,7 @@ def score_tasks(
         tasks: Which tasks; default all that have evaluation images.
     """
     todo = list(tasks or data.evaluation)
-    count = sum(len(data.evaluation[task]) for task in todo)
+    count = sum(len(data.scored[task]) for task in todo)
     with progress.phase(description, count, "images") as advance:
         return {
             task: score_task(lambda inputs, t: model.logits(inputs, t, params), data, task, model.pool.device, advance)
@@ -200,11 +202,14 @@ def summary(
             "uses_data": row.uses_data,
             "seconds": row.seconds,
             "seed": row.seed,
+            **({"unseen": {task: score.accuracy for task, score in row.unseen.items()}} if row.unseen else {}),
             **row.extra,
         }
     tasks = list(next(iter(rows.values())).scores)
     left_out = {"unreadable": dict(unreadable)} if unreadable else {}
-    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **left_out, "rows": content}
+    unseen = list(dict.fromkeys(task for row in rows.values() for task in row.unseen))
+    more = {"unseen": unseen} if unseen else {}
+    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **more, **left_out, "rows": content}
 
 
 def write_summary(
@@ -240,6 +245,7 @@ def table(content: Mapping[str, Any], title: str | None = None, width: int = 120
         ("accuracy, %", [name + (" *" if row["uses_labels"] else "") for name, row in rows.items()]),
         *((task, [f"{100 * row['per_task'][task]:.1f}" for row in every]) for task in content["tasks"]),
         ("mean", [f"{100 * row['mean']:.1f}" for row in every]),
+        *((f"{task} †", [_unseen(row, task) for row in every]) for task in content.get("unseen", [])),
     ]
     for column in (
         ("95 %", [f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}" for row in every]),
@@ -262,6 +268,12 @@ def table(content: Mapping[str, Any], title: str | None = None, width: int = 120
     return result
 
 
+def _unseen(row: Mapping[str, Any], task: str) -> str:
+    """Return a row's accuracy on an unseen task, nothing for the experts'."""
+    value = row.get("unseen", {}).get(task)
+    return "" if value is None else f"{100 * value:.1f}"
+
+
 def _caption(content: Mapping[str, Any]) -> str:
     notes = {
         "split": "Protocol: split, images that adapted are not scored.",
@@ -270,6 +282,8 @@ def _caption(content: Mapping[str, Any]) -> str:
     text = notes.get(content["protocol"], "")
     if left_out := sum(map(len, content.get("unreadable", {}).values())):
         text += f"\nNot scored: {left_out} images that cannot be read (summary.json names them)."
+    if content.get("unseen"):
+        text += "\n† unseen: no expert and no images to adapt on; all its labelled images are scored; not in the mean."
     if any(row["uses_labels"] for row in content["rows"].values()):
         text += "\n* uses labels."
     if any(row["gap_closed"] is not None for row in content["rows"].values()):

@@ -123,3 +123,37 @@ def save_lines(
     figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=100)
+
+
+def save_heat_map(
+    columns: Sequence[str], rows: Mapping[str, Sequence[float | None]], path: Path, *, title: str, gap: int
+) -> None:
+    """Draw percentages as a coloured table, each with its number.
+
+    Args:
+        columns: Their names.
+        rows: Name to a value for each column; None leaves a cell white.
+        path: A ``.png``, ``.svg`` or ``.pdf`` file, written atomically.
+        title: Above it.
+        gap: Column before which a line divides the table.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.85 * len(columns) + 2.2, 0.42 * len(rows) + 2.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values = [[float("nan") if value is None else value for value in row] for row in rows.values()]
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value == value:  # no NaN
+                axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value < 65 else "black")
+    axes.axvline(gap - 0.5, color="white", linewidth=4)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=10, loc="left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=110)

@@ -99,7 +99,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     heads = backbone.heads(pool.source, experts, data.tasks)
     encoder = backbone.encoder()
     coefficients, start = _coefficients(config, pool)
-    teachers = {name: task.expert for name, task in data.tasks.items() if task.expert}
+    teachers = {name: task.expert for name, task in data.tasks.items() if task.expert and name not in data.unseen}
     kind = ShardedModel if is_sharded(config) else MergedModel
     model = kind(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
     check_classes(data.tasks, heads, _feature_width(model, data))

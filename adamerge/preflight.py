@@ -332,6 +332,13 @@ def _check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: list[st
     if not isinstance(tasks, Mapping):
         return
     problems += class_problems(tasks)
+    unseen = getattr(parts["data"], "unseen", ())
+    if unseen and isinstance(parts["backbone"], Torchvision):
+        problems.append(
+            f"data.unseen: {unseen[0]} would need a head, but a torchvision backbone's heads are the experts' own "
+            "classifiers. Leave data.unseen out, or merge models whose heads come from class names: backbone=open_clip."
+        )
+    tasks = {name: task for name, task in tasks.items() if name not in unseen}
     if config.get("evaluate") is True:
         problems += evaluation_problems(tasks, getattr(parts["data"], "evaluation", tasks))
     need = None

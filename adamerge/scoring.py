@@ -60,7 +60,7 @@ def score_run(
     merged = checkpoint_parameters(made.file, model)
     rows: dict[str, Row] = {}
     if references:
-        rows["pretrained"] = Row(score_tasks(model, model.base_parameters(), data, "Scoring the pretrained model"))
+        rows["pretrained"] = Row(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
         usual = len(pool.expert_names) <= _USUAL
         coefficients = Coefficients(pool, "task", 0.3 if usual else "mean", "none")
         start = type(model)(model.encoder, pool, coefficients, model.heads)
@@ -68,9 +68,11 @@ def score_run(
         with torch.no_grad():
             params = start.merge()
         params = params | ({} if batch_norm is None else batch_norm.final(model, params, data))
-        rows[name] = Row(score_tasks(model, params, data, "Scoring task arithmetic"))
+        rows[name] = Row(*scores_of(model, params, data, "Scoring task arithmetic"))
+    scores, unseen = scores_of(model, merged, data, "Scoring the merged checkpoint")
     rows[made.name] = Row(
-        score_tasks(model, merged, data, "Scoring the merged checkpoint"),
+        scores,
+        unseen,
         uses_labels=made.uses_labels,
         uses_data=True,
         seconds=made.seconds,
@@ -82,6 +84,16 @@ def score_run(
     elif references:
         rows["experts"] = score_experts(model, data)
     return rows
+
+
+def scores_of(
+    model: MergedModel, params: Mapping[str, Tensor], data: UnlabeledTasks, description: str
+) -> tuple[dict[str, TaskScore], dict[str, TaskScore]]:
+    """Score given parameters on the tasks, and on the unseen ones."""
+    unseen = list(data.unseen_evaluation)
+    return score_tasks(model, params, data, description), (
+        score_tasks(model, params, data, f"{description}: unseen tasks", unseen) if unseen else {}
+    )
 
 
 def score_experts(model: MergedModel, data: UnlabeledTasks) -> Row:

@@ -1,12 +1,12 @@
 """What a task's images are, and how they are divided into those that adapt, are held out, and are scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch.utils.data import Dataset, Subset
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, did_you_mean
 from adamerge.streams import length_of, permutation
 
 Protocol = Literal["split", "transductive"]
@@ -79,6 +79,32 @@ def divide(name: str, task: Task, protocol: Protocol, seed: int) -> tuple[Datase
             "to adapt on the scored images themselves, set data.protocol=transductive."
         )
     return task.adapt, task.evaluate
+
+
+def scored_only(name: str, task: Task) -> Dataset[Any]:
+    """Return all the labelled images of a task that has no stream.
+
+    Raises:
+        InputError: If it has none.
+    """
+    scored = task.evaluate if task.evaluate is not None else task.dataset
+    if scored is None or length_of(scored, f"data.tasks.{name}.evaluate") == 0:
+        raise InputError(f"data.unseen: {name} has no labelled images. Give data.tasks.{name}.evaluate (or dataset).")
+    return scored
+
+
+def checked_unseen(unseen: Sequence[str], tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """Refuse names of no task, and data without a task to adapt on."""
+    if isinstance(unseen, str):
+        raise InputError(f"data.unseen: expected a list of tasks, found {unseen!r}; write [{unseen}].")
+    for name in unseen:
+        if name not in tasks:
+            raise InputError(
+                f"data.unseen: no task {name!r}.{did_you_mean(str(name), tasks)} Known: {', '.join(tasks)}."
+            )
+    if set(unseen) == set(tasks):
+        raise InputError("data.unseen: expected some tasks, found all: none is left to adapt on.")
+    return tuple(dict.fromkeys(unseen))
 
 
 def sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:

@@ -126,6 +126,10 @@ class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
         self._preprocess = preprocess
         self.readable = readable or Readable(dataset)
 
+    def changed(self, change: Callable[[Dataset[Any]], Dataset[Any]]) -> "Labelled":
+        """Return the same images, labels and account of what cannot be read, with a change to the data set."""
+        return Labelled(change(self._dataset), self._preprocess, self.readable)
+
     def __len__(self) -> int:
         return length_of(self._dataset)
 

@@ -15,6 +15,7 @@ PACKAGE = Path(adamerge.__file__).parent
 # files of one package (zoo, methods, ...) may import each other. A new module is a new word here.
 ORDER = [
     ["version", "errors", "ranks"],
+    ["corruptions"],
     ["pickles", "low_rank", "selection", "stock", "views", "reading", "memory"],
     ["files", "stacks", "progress", "lazy", "hub"],
     ["hash_cache"],
@@ -46,6 +47,7 @@ ORDER = [
     ["scoring", "composition", "launchers"],
     ["launch", "inspection", "pool_command"],
     ["replay", "demo", "formats", "merging_command", "compare_row", "comparison_table"],
+    ["robustness"],
     ["row_processes"],
     ["comparison", "transform_command"],
     ["commands"],

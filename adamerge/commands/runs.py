@@ -1,24 +1,39 @@
 """``evaluate`` and ``export``: what is done with the folder of a run."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adamerge.commands.terminal import json_option, out, print_files, print_json
 from adamerge.errors import InputError
 
+if TYPE_CHECKING:
+    from adamerge.corruptions import Corruption
+    from adamerge.launch import Assembly
+    from adamerge.scoring import Made
+
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to score instead of the run's export.")
+@click.option("--corruptions", help="Score under corruptions too: all, or NAME[:SEVERITY],...")
+@click.option("--severity", type=click.IntRange(1, 5), default=5, show_default=True, help="Where a name has none.")
 @json_option
-def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
-    """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines."""
+def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, severity: int, as_json: bool) -> None:
+    """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines.
+
+    \b
+    adamerge evaluate RUN_DIR                                   as they are
+    adamerge evaluate RUN_DIR --corruptions all                 under seven corruptions (docs/robustness.md)
+    adamerge evaluate RUN_DIR --corruptions gaussian_noise:3,pixelate
+    """  # noqa: D301
     from adamerge import launch, run_folder
+    from adamerge.corruptions import read_corruptions
     from adamerge.evaluation import read_summary, summary, table, write_summary
     from adamerge.scoring import Made, score_run
 
+    chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
     run_dir = run_dir.absolute()
     file = (checkpoint or run_dir / "merged.safetensors").absolute()
     config = run_folder.load_config(run_dir)
@@ -27,6 +42,9 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
     before = {} if checkpoint else old.get(str(config.name), {})
     name = checkpoint.stem if checkpoint else str(config.name)
     made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
+    if chosen:
+        _evaluate_corrupted(run_dir, assembly, made, chosen, as_json=as_json)
+        return
     rows = score_run(assembly.model, assembly.data, made, assembly.batch_norm, references=True)
     protocol = assembly.data.protocol
     left_out = assembly.data.unreadable_evaluation()
@@ -36,6 +54,25 @@ def evaluate(run_dir: Path, checkpoint: Path | None, as_json: bool) -> None:
         print_json(content)
     else:
         out.print(table(content, width=out.width))
+
+
+def _evaluate_corrupted(
+    run_dir: Path, assembly: "Assembly", made: "Made", corruptions: "list[Corruption]", *, as_json: bool
+) -> None:
+    """Score under corruptions; files go beside the run's, named after a foreign checkpoint."""
+    from adamerge.robustness import save_robustness, score_corruptions, table
+
+    content = score_corruptions(assembly, made, corruptions)
+    own = made.file == run_dir / "merged.safetensors"
+    stem = "robustness" if own else f"robustness_{made.name}"
+    save_robustness(content, run_dir, stem)
+    if as_json:
+        print_json(content)
+        return
+    out.print(table(content))
+    for suffix in ("json", "png"):
+        if (path := run_dir / f"{stem}.{suffix}").is_file():
+            out.print(str(path), highlight=False)
 
 
 @click.command()
