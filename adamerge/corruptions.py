@@ -98,7 +98,8 @@ def jpeg_compression(image: Tensor, quality: int, generator: torch.Generator) ->
 
     with io.BytesIO() as file:
         to_pil_image(_as_bytes(image)).save(file, "JPEG", quality=quality)
-        return pil_to_tensor(Image.open(file)).to(image) / 255
+        pixels: Tensor = pil_to_tensor(Image.open(file))
+    return pixels.to(image) / 255
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,8 @@ def _blurred(values: Tensor, sigma: float) -> Tensor:
     from torchvision.transforms.v2.functional import gaussian_blur  # imports slowly
 
     radius = min(int(4 * sigma + 0.5), min(values.shape) - 1)
-    return gaussian_blur(values.unsqueeze(0), [2 * radius + 1] * 2, [sigma, sigma])[0]
+    blurred: Tensor = gaussian_blur(values.unsqueeze(0), [2 * radius + 1] * 2, [sigma, sigma])
+    return blurred[0]
 
 
 def _coloured(colour: Sequence[float], image: Tensor) -> Tensor:
