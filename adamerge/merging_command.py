@@ -3,18 +3,15 @@
 What decides the result goes into ``merge.json``; running that recipe again gives the same bytes.
 """
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from adamerge import launch, progress
+from adamerge import launch, progress, recipes
 from adamerge.batch_norm import BatchNormPolicy
 from adamerge.composition import compose, name_experts, rule_node
 from adamerge.errors import InputError
@@ -89,10 +86,7 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
         "files": job.pool.described(),
         "uses_data": needs_data,
         "uses_labels": bool(getattr(rule, "uses_labels", False)),
-        "threads": torch.get_num_threads(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "cwd": str(Path.cwd()),
-        "seconds": watch.seconds(),
+        **recipes.command_facts(watch.seconds()),
     }
     return export_merge(pool, state_dict, folder, facts=decided, recipe=recipe, **extras)
 
@@ -133,18 +127,9 @@ def read_recipe(path: Path) -> Job:
         FileNotFoundError: If there is no such file.
         InputError: If it is no recipe of this command.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rule, files, overrides = content["rule"], content["files"], content["overrides"]
-        hashes = content["hashes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: no recipe of `adamerge merge` ({type(error).__name__}: {error}). Name a merge.json that it wrote."
-        ) from error
-    pool = pool_files(files, str(path), path.parent)
-    return Job(rule, pool.pinned(hashes), tuple(overrides), content.get("batch_norm", "base"))
+    content = recipes.read_recipe(path, "merge", ("rule", "files", "overrides", "hashes"))
+    pool = pool_files(content["files"], str(path), path.parent).pinned(content["hashes"])
+    return Job(content["rule"], pool, tuple(content["overrides"]), content.get("batch_norm", "base"))
 
 
 def _assemble(job: Job, policy: BatchNormPolicy) -> launch.Assembly:

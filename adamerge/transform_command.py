@@ -4,17 +4,14 @@ The experts are streamed, so that memory does not grow with their number. ``pool
 raw experts, which stay the teachers; ``transform.json`` is the recipe, and running it again gives the same bytes.
 """
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
-from adamerge import progress
+from adamerge import progress, recipes
 from adamerge.errors import InputError
 from adamerge.evaluation import Stopwatch
 from adamerge.export import versions
@@ -81,10 +78,7 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
         "files": job.pool.described(),
         "hashes": pool.hashes(),
         "skipped": pool.skipped,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "cwd": str(Path.cwd()),
-        "threads": torch.get_num_threads(),
-        "seconds": watch.seconds(),
+        **recipes.command_facts(watch.seconds()),
     }
     save_json(recipe, files["recipe"])
     return files
@@ -97,13 +91,6 @@ def read_recipe(path: Path) -> Job:
         FileNotFoundError: If there is no such file.
         InputError: If it is no recipe of this command.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rule, files, dtype, hashes = (content[key] for key in ("rule", "files", "dtype", "hashes"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: no recipe of `adamerge transform` ({type(error).__name__}: {error}). Name a {_RECIPE} it wrote."
-        ) from error
-    return Job(rule, pool_files(files, str(path), path.parent).pinned(hashes), dtype)
+    content = recipes.read_recipe(path, "transform", ("rule", "files", "dtype", "hashes"))
+    pool = pool_files(content["files"], str(path), path.parent).pinned(content["hashes"])
+    return Job(content["rule"], pool, content["dtype"])
