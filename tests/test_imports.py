@@ -17,7 +17,7 @@ ORDER = [
     ["version", "errors", "ranks"],
     ["corruptions"],
     ["pickles", "low_rank", "selection", "stock", "views", "reading", "memory"],
-    ["files", "stacks", "progress", "lazy", "hub"],
+    ["files", "stacks", "progress", "lazy", "hub", "recipes"],
     ["hash_cache"],
     ["checkpoints"],
     ["key_maps"],
