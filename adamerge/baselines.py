@@ -1,8 +1,8 @@
 """Reference points that use labels, kept apart: what they find is marked ``uses_labels`` wherever it is shown."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional
 from adamerge import progress
 from adamerge.coefficients import Coefficients
 from adamerge.data import UnlabeledTasks
+from adamerge.errors import InputError
 from adamerge.model import MergedModel, TaskStep
 from adamerge.streams import Unlabeled, length_of
 
@@ -21,19 +22,25 @@ GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 class LabelledCrossEntropy:
     """Cross-entropy to the true labels: the oracle that bounds what a granularity can reach.
 
-    A stream never carries labels, so they are handed over here, by the caller, beside it.
+    A stream never carries labels, so they are handed over here, by the caller or by
+    :class:`~adamerge.callbacks.HandOverLabels`, beside it.
 
     Args:
         labels: Task to the labels of its adaptation stream, (N,), in the stream's order.
     """
 
-    labels: Mapping[str, Tensor]
+    labels: dict[str, Any] = field(default_factory=dict)  # Hydra looks at the fields, and knows no tensors
     hidden_layers: tuple[str, ...] = ()
     uses_labels: ClassVar[bool] = True
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the mean cross-entropy of the batch in nats."""
-        labels = self.labels[step.task]
+        labels = self.labels.get(step.task)
+        if labels is None:
+            raise InputError(
+                f"objective: LabelledCrossEntropy has no labels of {step.task!r}. Add the callback that hands them "
+                "over: +callbacks.labels._target_=adamerge.callbacks.HandOverLabels."
+            )
         labels = labels[step.indices.cpu() % len(labels)].to(step.outputs.logits.device)  # views repeat the images
         return functional.cross_entropy(step.outputs.logits.float(), labels)
 

@@ -17,6 +17,7 @@ from adamerge.commands.merging import compare, merge, transform
 from adamerge.commands.pool import pool
 from adamerge.commands.pools import convert, inspect
 from adamerge.commands.report import report
+from adamerge.commands.reproduce import reproduce
 from adamerge.commands.runs import evaluate, export
 from adamerge.commands.terminal import EXIT_INPUT, JobFailed, configure_logging, err, fail
 from adamerge.errors import EXIT_INTERRUPTED, GuardError, InputError
@@ -45,6 +46,7 @@ for command in (
     merge,
     transform,
     compare,
+    reproduce,
     inspect,
     convert,
     data,

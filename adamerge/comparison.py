@@ -29,7 +29,7 @@ from adamerge.version import __version__
 log = logging.getLogger(__name__)
 
 _RESULT = "row.json"
-_PRESET_KEYS = ("rows", "overrides")
+_PRESET_KEYS = ("rows", "overrides", "published")  # the last is read by `adamerge reproduce`
 
 
 @dataclass(frozen=True)

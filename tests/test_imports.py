@@ -50,6 +50,7 @@ ORDER = [
     ["robustness"],
     ["row_processes"],
     ["comparison", "transform_command"],
+    ["reproduction"],
     ["commands"],
     ["cli"],
 ]
@@ -58,7 +59,7 @@ ORDER = [
 SHELL = {  # what commands are made of
     *("stages", "run_folder", "launchers", "preflight", "composition", "launch", "inspection", "replay", "demo", "cli"),
     *("pool_files", "pool_names", "pool_command", "merging_command", "transform_command", "compare_row", "comparison"),
-    *("checkpoint_io", "commands", "formats"),
+    *("checkpoint_io", "commands", "formats", "reproduction"),
 }
 ALLOWED = {
     "lightning": SHELL | {"methods", "callbacks", "data", "evaluation"},

@@ -4,5 +4,6 @@ from adamerge.callbacks.collapse import CollapseGuard as CollapseGuard
 from adamerge.callbacks.criteria import UnlabeledCriteria as UnlabeledCriteria
 from adamerge.callbacks.export import ExportMergedWeights as ExportMergedWeights
 from adamerge.callbacks.keep_best import KeepBest as KeepBest
+from adamerge.callbacks.labels import HandOverLabels as HandOverLabels
 from adamerge.callbacks.log_coefficients import LogCoefficients as LogCoefficients
 from adamerge.callbacks.stop import GracefulStop as GracefulStop

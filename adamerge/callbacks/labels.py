@@ -1,0 +1,34 @@
+"""Labels for the baselines that use them."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from adamerge.baselines import LabelledCrossEntropy, stream_labels
+from adamerge.data import UnlabeledTasks
+from adamerge.errors import InputError
+
+
+class HandOverLabels(Callback):
+    """Give the labels behind the adaptation streams to :class:`~adamerge.baselines.LabelledCrossEntropy`.
+
+    The streams themselves stay unlabeled. Results of such a run are marked ``uses_labels``.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the labels, each image once.
+
+        Raises:
+            InputError: If the objective is another, or the data has no labels.
+        """
+        objective, data = getattr(pl_module, "objective", None), getattr(trainer, "datamodule", None)
+        if not isinstance(objective, LabelledCrossEntropy):
+            raise InputError(
+                f"HandOverLabels: expected the objective adamerge.baselines.LabelledCrossEntropy, found "
+                f"{type(objective).__name__}, which takes no labels. Remove the callback."
+            )
+        if not isinstance(data, UnlabeledTasks):
+            raise InputError("HandOverLabels: expected the data of a run, adamerge.data.UnlabeledTasks, found none.")
+        for task, stream in data.streams.items():
+            try:
+                objective.labels[task] = stream_labels(stream)
+            except (TypeError, ValueError, IndexError) as error:
+                raise InputError(f"data.tasks.{task}: expected items (image, label) to adapt on ({error}).") from error
