@@ -1,18 +1,21 @@
 """Processes of a run: torchrun's, SLURM's, submitit's and the command's own."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from processes import run_ranks
 from safetensors.torch import load_file
-from test_cli import arguments, call, configs, refusal  # noqa: F401
+from test_cli import arguments, call, command, configs, environment, refusal  # noqa: F401
 
 from adamerge import cli, composition, launchers, ranks, run_folder
 from adamerge.commands import adapt as adapt_command
@@ -249,3 +252,52 @@ def test_sweep_on_slurm_asks_for_what_the_configuration_says(arguments, tmp_path
     assert [job[-1] for job in jobs] == ["seed=0", "seed=1"] or all("seed=" in " ".join(job) for job in jobs)
     assert ranks.count() == 1
     assert sys.argv[0] == "adamerge adapt"
+
+
+def children(parent):
+    """The processes that a process has started."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[1] == str(parent):
+                yield int(path.parent.name)
+
+
+def preempt(sweep, process):
+    """Send the signal of a job whose time runs out to the first job of a sweep, once that has saved something."""
+    for _ in range(30_000):
+        (controller, *_) = [*sorted(path.name for path in (sweep / ".submitit").glob("[0-9]*")), None]
+        if controller and (sweep / "0" / run_folder.LAST).is_file():
+            for job in children(controller):
+                os.kill(job, signal.SIGUSR2)
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    raise AssertionError("the job has saved nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the job's process in /proc")
+def test_job_of_a_sweep_that_submitit_starts_again_ends_with_the_same_bytes(arguments, tmp_path, capsys):  # noqa: F811
+    pytest.importorskip("submitit")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
+    named = [word for word in arguments if not word.startswith(("run_dir", "steps"))]
+    small = [*named, "steps=300", "checkpoint_every=5", "evaluate=false", "logger=none"]
+    sweep = tmp_path / "sweep"
+    overrides = ["-m", "hydra/launcher=local", f"hydra.sweep.dir={sweep}", "objective=entropy,imitation"]
+    process = subprocess.Popen(
+        command("adapt", *small, *overrides), text=True, env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        preempt(sweep, process)
+        said, _ = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    logs = "".join(path.read_text() for path in (sweep / ".submitit").glob("*/*_log.err"))
+    assert "SIGUSR2" in logs
+    assert "this job is preempted" in logs
+    assert call("adapt", *small, "objective=entropy", "run_dir=whole") == 0
+    merged = [(path / "merged.safetensors").read_bytes() for path in (tmp_path / "whole", sweep / "0", sweep / "1")]
+    assert merged[0] == merged[1]
+    assert merged[1] != merged[2]
