@@ -253,6 +253,9 @@ def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
             f"Unknown option {match.group(1)!r}.{did_you_mean(match.group(1), known)} "
             "`adamerge adapt --help` lists all; +key=value adds one that a class of your own takes."
         )
+    flags = ("--config-dir", "-cd")
+    if "Could not find" in text and not any(argument.split("=")[0] in flags for argument in arguments):
+        text = f"{text.rstrip('.')}. Is it a file of yours? Name the folder above it: --config-dir FOLDER."
     return InputError(text)
 
 

@@ -150,7 +150,8 @@ class PoolFiles:
             if not path.exists():  # a folder is a model's, or a LoRA adapter's
                 siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
                 raise FileNotFoundError(
-                    f"{path}: no such file, named for {name}; paths in a pool file start from its own folder."
+                    f"{path}: no such file, named for {name}; paths in a pool file start from its own folder, not "
+                    f"from yours (those of a yaml file below --config-dir start from yours)."
                     f"{did_you_mean(path.name, siblings)}"
                 )
             check_hash(entry.file, name, entry.sha256, partial(self.hash_of, path))
