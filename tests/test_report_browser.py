@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # playwright's own
 ]
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1200, "height": 900}
-SECONDS = 120  # a limit against hanging on busy machines, not a measure
+SECONDS = 300  # a limit against hanging on busy machines, not a measure
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_hover_shows_a_coefficients_value_and_names(visit, pages):
     page = visit(pages["rows"])
     plot = page.locator("#plot-coefficients")
     plot.scroll_into_view_if_needed()
-    box = plot.locator("g.xy").first.bounding_box()
+    box = plot.locator(".nsewdrag[data-subplot=xy]").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + box["height"] / 2 + 2)
     page.wait_for_selector("#plot-coefficients .hoverlayer text")
