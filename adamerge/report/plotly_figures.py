@@ -110,7 +110,7 @@ def _heat(chart: Heat) -> dict[str, Any]:
 
 def _panel(chart: Heat, panel: Panel, axis: str) -> dict[str, Any]:
     lines = [f"{chart.value} %{{z:.4g}}"]
-    lines += [f"{name} %{{customdata[{at}]:.4g}}" for at, name in enumerate(panel.details)]
+    lines += [f"{name} %{{customdata[{at}]:.4~g}}" for at, name in enumerate(panel.details)]
     names = [html.escape(name, quote=False) for name in panel.columns]
     trace = {
         "type": "heatmap", "z": panel.values, "coloraxis": "coloraxis", "xaxis": f"x{axis}", "yaxis": f"y{axis}",
