@@ -381,11 +381,9 @@ def test_strategy_refuses_a_model_that_is_not_in_parts(tmp_path):
 
 @pytest.mark.slow
 def test_adapt_in_parts_writes_what_one_process_does(arguments, tmp_path, capsys):  # noqa: F811
-    own = [word for word in arguments if not word.startswith(("run_dir", "pool"))]
-    pool = tmp_path / "mine" / "pool" / "in_parts.yaml"
-    small = [*own, "pool=two", "optimizer.lr=0.01", "granularity=row"]
+    own = [word for word in arguments if not word.startswith("run_dir")]
+    small = [*own, "optimizer.lr=0.01", "granularity=row", "first_stage={steps: 2}"]
     assert call("adapt", *small, "data.batch_size=4", "run_dir=one") == 0
-    assert not pool.exists()
     parts = [*small, "pool.storage=auto", "trainer=fsdp", "trainer.accelerator=cpu", "data.batch_size=2", "run_dir=two"]
     (first, printed, _), (second, silent, said) = run_ranks(partial(as_rank, "adapt", *parts), 2)
     assert (first, second) == (0, 0)
