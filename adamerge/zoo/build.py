@@ -34,7 +34,7 @@ _CRITERION = "mean over tasks of held-out accuracy: expert + 0.25 * zero-shot ba
 Bar = Callable[[str, int], Callable[[], None]]
 
 
-def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: Design = DEMO) -> dict[str, Any]:
+def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: Design | None = None) -> dict[str, Any]:
     """Train the base and the experts, and write the zoo; what an earlier, interrupted build has done is kept.
 
     The same seed, thread count and package versions give the same weights, interrupted or not.
@@ -43,7 +43,7 @@ def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: D
         output: Folder to write to; created if missing.
         seed: Seed of weights, drawn images and batches.
         progress: Show progress bars.
-        design: What is made, and how.
+        design: What is made, and how; default the demo zoo.
 
     Returns:
         The content of ``zoo.json``: seed, versions, held-out accuracies, seconds, hashes, sources.
@@ -51,7 +51,7 @@ def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: D
     Raises:
         InputError: If a package or data set that holds the images is missing, or the folder holds another zoo.
     """
-    output = Path(output)
+    output, design = Path(output), design or DEMO
     recipe = {key: asdict(getattr(design, key)) for key in ("base", "expert", "curriculum")}
     key = {"name": design.name, "seed": seed, "recipe": recipe}
     made = Progress(output, key)
