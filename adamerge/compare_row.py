@@ -29,12 +29,13 @@ from adamerge.memory import peak_memory, restart_peak
 from adamerge.merges import merged_state_dict
 from adamerge.model import MergedModel
 from adamerge.preflight import build, check
-from adamerge.run_folder import is_started
+from adamerge.run_folder import differing, held, is_started, plain
 from adamerge.scoring import checkpoint_parameters, score_experts, scores_of
 
 SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)
 _MERGED = "merged.safetensors"
+_STARTED = "started.json"  # what an adapting row was begun with
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,36 @@ def _merge(rule: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> _M
 
 def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Run ``adapt``, from where it was interrupted, and return its row."""
+    config.run_dir = str(folder / "run")
+    config.references, config.report = False, False
+    with held(folder / "run", option="--out"):
+        _check_same(spec, config, folder)
+        return _run(spec, config, folder)
+
+
+def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
+    """Note what a row is begun with, and refuse to go on with one that was begun with something else."""
+    path = folder / _STARTED
+    own = json.loads(json.dumps({"row": spec.as_json(), "config": plain(config)}))
+    if not is_started(folder / "run"):
+        save_json(own, path)
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        changed = differing(own["config"], stored["config"])
+        changed += ["start"] if own["row"]["rule"] != stored["row"]["rule"] else []
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        changed = [f"unknown, as {path.name} is missing or damaged"]
+    if changed:
+        raise InputError(
+            f"{folder}: an interrupted row that was made with other options: {', '.join(changed)}. "
+            "Remove its folder to make it anew, or choose another --out."
+        )
+
+
+def _run(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     run, start, spent = folder / "run", folder / "start" / _MERGED, folder / "interrupted.json"
     before = _read_seconds(spent)
-    config.run_dir = str(run)
-    config.references, config.report = False, False
     if spec.rule is not None:
         if not is_started(run):
             before = _merge(spec.rule, _assembled(config), start).seconds

@@ -22,8 +22,9 @@ from adamerge.comparison_table import GOAL, START, compared, markdown, terminal
 from adamerge.composition import compose, preset_file
 from adamerge.errors import GuardError, InputError
 from adamerge.figures import save_comparison
-from adamerge.files import atomic_path, ensure_writable, save_json
+from adamerge.files import atomic_path, save_json
 from adamerge.row_processes import RowProcesses
+from adamerge.run_folder import held
 from adamerge.version import __version__
 
 log = logging.getLogger(__name__)
@@ -99,10 +100,16 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
         What went wrong, by row and seed; run again to try those again.
 
     Raises:
-        InputError: If the folder holds results of other options under a row's name, or nothing could be scored.
+        InputError: If the folder holds results of other options under a row's name, another process holds it, or
+            nothing could be scored.
         Interrupted: If it was stopped; what is done is kept.
     """
-    ensure_writable(plan.folder)
+    with held(plan.folder, option="--out"):
+        return _run(plan, console, on_start)
+
+
+def _run(plan: Plan, console: Console, on_start: Callable[[], None] | None) -> dict[str, str]:
+    """Make the rows in a folder that no other process writes to."""
     jobs = [(seed, name) for seed in plan.seeds for name in plan.rows]
     done = {job: result for job in jobs if (result := _stored(plan, *job)) is not None}
     waiting = deque((number, *job) for number, job in enumerate(jobs, 1) if job not in done)
@@ -120,8 +127,9 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
                     label = f"[{number}/{len(jobs)}] seed {seed}  {name}"
                     try:
                         result = processes.result(future)
-                    except (InputError, GuardError, OSError, RuntimeError) as error:
-                        reason = failed[f"{name}, seed {seed}"] = " ".join(str(error).split())
+                    except Exception as error:  # of a user's rule too; a signal's SystemExit ends them all
+                        reason = failed[f"{name}, seed {seed}"] = _reason(error)
+                        log.debug("Where it failed:", exc_info=error)
                         log.info("%s: failed: %s", label, reason)
                         continue
                     done[seed, name] = result
@@ -132,6 +140,13 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
         if done:
             _write(plan, done, console)
     return failed
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in one line, with its type where it is none of ours."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    return text if text and isinstance(error, (InputError, GuardError, OSError, RuntimeError)) else f"{kind}: {text}"
 
 
 def _write(plan: Plan, done: Mapping[tuple[int, str], Any], console: Console) -> None:

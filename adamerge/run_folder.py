@@ -26,7 +26,7 @@ LAST_GOOD = "last_good.json"  # coefficients before a step that was not finite
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, unused: bool = False) -> Iterator[None]:
+def held(folder: Path, *, unused: bool = False, option: str = "run_dir") -> Iterator[None]:
     """Hold a run's folder for this process, and clear away what a killed one left half-written there.
 
     A record lock on a file in the folder, which the kernel releases when this process ends, however it ends. Unlike
@@ -36,13 +36,14 @@ def held(folder: Path, *, unused: bool = False) -> Iterator[None]:
     Args:
         folder: Made if needed.
         unused: Whether it must not hold a run already, see :func:`check_unused`.
+        option: What the user names the folder with, for the message.
 
     Raises:
         InputError: If the folder cannot be written to, another process holds it, or it is used.
     """
     ensure_writable(folder)
     path = folder / LOCK
-    file = _locked(path)
+    file = _locked(path, option)
     try:
         if unused:
             check_unused(folder)
@@ -53,7 +54,7 @@ def held(folder: Path, *, unused: bool = False) -> Iterator[None]:
         os.close(file)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, option: str) -> int:
     """Open and lock a file; return its descriptor."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -65,7 +66,7 @@ def _locked(path: Path) -> int:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise InputError(
                     f"{path.parent} is in use by another run ({holder or 'just started'}). Wait for it or stop it, or "
-                    "choose another run_dir."
+                    f"choose another {option}."
                 ) from error
             log.warning("%s cannot be locked (%s): start no second run there.", path.parent, error.strerror)
             return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -144,7 +145,12 @@ def remove_unstarted(folder: Path) -> None:
 
 def differences(config: DictConfig, stored: DictConfig) -> list[str]:
     """Return the dotted options in which two configurations of one run differ, leaving out where it runs."""
-    first, second = (_flat(plain(c)) for c in (config, stored))
+    return differing(plain(config), plain(stored))
+
+
+def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Do what :func:`differences` does, for plain containers."""
+    first, second = _flat(config), _flat(stored)
     ignored = ("run_dir", "resume", "cwd", "job", "logger.")
     keys = [key for key in {**first, **second} if not key.startswith(ignored)]
     return sorted(key for key in keys if first.get(key) != second.get(key))

@@ -1,12 +1,14 @@
 """The command ``adamerge compare``: rows, results that are kept, measures and tables."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import Future
 
 import pytest
 from rich.console import Console
 
-from adamerge import cli, comparison, zoo
+from adamerge import cli, compare_row, comparison, run_folder, zoo
 from adamerge.compare_row import make_row, read_row
 from adamerge.comparison import plan_of
 from adamerge.comparison_table import compared, markdown
@@ -27,14 +29,16 @@ def result(mean, seed=0, **more):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Rows that were made, instead of making them; TIES by sums diverges, TIES with density 0.9 is interrupted."""
+    """Rows that were made, instead of making them; of TIES, sums diverge, density 0.9 is interrupted, 0.8 has a bug."""
     calls = []
 
     class Instantly(RowProcesses):
         def submit(self, spec, common, seed, folder):
             calls.append((seed, spec.text))
             future = Future()
-            if "density=0.9" in spec.text:
+            if "density=0.8" in spec.text:
+                future.set_exception(KeyError("mnist"))
+            elif "density=0.9" in spec.text:
                 future.set_exception(KeyboardInterrupt())
             elif "aggregate=sum" in spec.text:
                 future.set_exception(GuardError("it diverged"))
@@ -119,6 +123,53 @@ def test_run_goes_on_row_by_row_and_keeps_the_others_when_one_fails(tmp_path, ma
     assert row["normalised"] == pytest.approx(0.45 / 0.8)
     assert (tmp_path / "comparison.png").exists()
     assert "`tsvm`" in (tmp_path / "table.md").read_text()
+
+
+def test_error_of_a_rule_ends_its_own_row_only(tmp_path, made):
+    failed = comparison.run(plan_of(["ties density=0.8", "tsvm"], None, [], [0], tmp_path), QUIET)
+    assert failed == {"ties density=0.8, seed 0": "KeyError: 'mnist'"}
+    assert "tsvm" in json.loads((tmp_path / "summary.json").read_text())["rows"]
+
+
+def test_folder_of_another_comparison_is_refused(tmp_path, made):
+    script = "import sys\nfrom pathlib import Path\nfrom adamerge import run_folder\n"
+    script += "with run_folder.held(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"in use by another run .*choose another --out\."):
+            comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+        other.stdin.close()
+    assert made == []
+    comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+
+
+def test_interrupted_row_goes_on_with_its_own_options_only(tmp_path, monkeypatch):
+    def interrupted(config, folder, *, resume):
+        assert (folder / run_folder.LOCK).exists()
+        resumed.append(resume)
+        (folder / run_folder.LAST).parent.mkdir(exist_ok=True)
+        (folder / run_folder.LAST).touch()
+        raise SystemExit(130)
+
+    resumed = []
+    monkeypatch.setattr(compare_row.launch, "adapt", interrupted)
+    monkeypatch.setattr(compare_row, "_merge", lambda rule, of, path: compare_row._Made(path, 1.0, False, False))
+    monkeypatch.setattr(compare_row, "_assembled", lambda config: None)
+    monkeypatch.setattr(compare_row, "check", lambda config: [])
+    text = "experiment=adamerging_layer steps=2 start=wudi"
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            make_row(read_row(text), [], 0, tmp_path)
+    for other, option in ((text.replace("2", "3"), "steps"), (text.replace("wudi", "ties"), "start")):
+        with pytest.raises(
+            InputError, match=f"made with other options: {option}.*\\. Remove its folder.*another --out"
+        ):
+            make_row(read_row(other), [], 0, tmp_path)
+    (tmp_path / "started.json").unlink()
+    with pytest.raises(InputError, match=r"started\.json is missing"):
+        make_row(read_row(text), [], 0, tmp_path)
+    assert resumed == [False, True]
 
 
 def test_interrupted_comparison_writes_what_is_there(tmp_path, made):
