@@ -1,8 +1,8 @@
 """Processes in which ``adamerge compare`` makes its rows.
 
 Rows that adapt get a process each: fresh, forked from one that has imported everything but computed nothing. All others
-share one (as many as run at a time), so that images, heads and pool are made once per seed. One that is killed takes
-no other row along.
+share one (as many as run at a time), so that images, heads and pool are made once per seed; it ends when a row that
+adapts begins while it has nothing to do, as its memory may be needed. One that is killed takes no other row along.
 """
 
 import os
@@ -44,11 +44,17 @@ class RowProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in (*self._idle, *(process for process, _ in self._used.values())):
-            process.shutdown()
+        processes = [*self._idle, *(process for process, _ in self._used.values())]
+        if isinstance(error, Exception):  # a signal has reached the rows already
+            for process in processes:
+                _stop(process)
+        for process in processes:
+            process.shutdown(cancel_futures=True)
 
     def submit(self, spec: compare_row.Spec, common: Sequence[str], seed: int, folder: Path) -> Future[Result]:
-        """Begin a row; to be ended by :meth:`result`."""
+        """Begin a row; to be ended by :meth:`result`. One that adapts has the memory of idle processes."""
+        while spec.adapts and self._idle:
+            self._idle.pop().shutdown()
         process = self._idle.pop() if self._idle and not spec.adapts else self._new()
         future = process.submit(compare_row.make_row, spec, common, seed, folder)
         self._used[future] = process, not spec.adapts
@@ -76,6 +82,12 @@ class RowProcesses:
 
     def _new(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=self._context, initializer=_set_up, initargs=self._start)
+
+
+def _stop(process: ProcessPoolExecutor) -> None:
+    """End a row that is being made, so that an error need not wait for it; one that adapts saves its step first."""
+    for worker in (process._processes or {}).values():
+        worker.terminate()
 
 
 def _start_server() -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from adamerge.row_processes import RowProcesses
 
 
 def row(spec: Spec, common, seed: int, folder: Path):
-    """Stand in for a row: kills its process, or says which it is."""
+    """Stand in for a row: kills its process, takes long, or says which it is."""
+    if seed > 100:
+        time.sleep(seed)
     if seed < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return {"process": os.getpid(), "threads": torch.get_num_threads()}
@@ -44,6 +47,26 @@ def test_rows_that_do_not_adapt_share_a_process(submitted):
     tsvm, ties, adapted, *_ = submitted
     assert tsvm["process"] == ties["process"]
     assert adapted["process"] not in (tsvm["process"], os.getpid())
+
+
+def test_idle_process_ends_before_a_row_adapts(monkeypatch):
+    monkeypatch.setattr(compare_row, "make_row", row)
+    with RowProcesses() as processes:
+        first = processes.result(processes.submit(read_row("tsvm"), [], 0, Path()))
+        adapts = processes.submit(read_row("steps=1"), [], 0, Path())
+        assert processes._idle == []
+        with pytest.raises(ProcessLookupError):
+            os.kill(first["process"], 0)
+        processes.result(adapts)
+
+
+def test_error_does_not_wait_for_rows(monkeypatch):
+    monkeypatch.setattr(compare_row, "make_row", row)
+    before = time.monotonic()
+    processes = RowProcesses(2)
+    processes.submit(read_row("tsvm"), [], 200, Path())
+    processes.__exit__(OSError, OSError("full"), None)
+    assert time.monotonic() - before < 100
 
 
 def test_killed_process_fails_its_row_only(submitted):
