@@ -137,7 +137,7 @@ def _cells(content: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{100 * value:.{digits}f}"
+    return "" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before zero
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -41,7 +41,7 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(positions, [name + (" *" if rows[name]["uses_labels"] else "") for name in names])
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color("#777777" if rows[name]["uses_labels"] else "black")
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     smallest = min(*low, *(100 * value for row in rows.values() for value in row["per_task"].values()))
     axes.set_xlim(max(0, 5 * int(smallest / 5) - 5), 100.5)
     note = ", * uses labels" if any(row["uses_labels"] for row in rows.values()) else ""

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,15 +79,18 @@ def _sync(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the name beside ``path`` under which this process writes it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Return a name beside ``path`` to write it under, which no other process takes, on other machines neither."""
+    return path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10**9):09d}.tmp")
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes left behind in a folder that no other process writes to."""
-    for path in folder.rglob(".*.tmp"):
+    for path in list(folder.rglob(".*.tmp")):
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -394,10 +394,10 @@ class ExpertPool:
         gram = torch.zeros(len(self.expert_names), len(self.expert_names), dtype=torch.float64)
         for name in self.names:
             for _, tile in self.pieces(name):
-                stacked = tile.cpu().double()
-                gram += stacked @ stacked.T
+                gram += (tile @ tile.T).cpu().double()
         norms = gram.diagonal().sqrt()
-        scale = math.sqrt(sum(tensor.double().square().sum().item() for tensor in self.base.values()))
+        lengths = [torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in self.base.values()]
+        scale = math.hypot(*lengths)
         hashes = self.hashes()
         return PoolReport(
             experts={

@@ -10,7 +10,7 @@ import pytest
 from small_run import arguments, output, run, start, write_configs
 
 from adamerge import InputError, run_folder
-from adamerge.files import atomic_path
+from adamerge.files import atomic_path, remove_temporaries
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +148,12 @@ def test_atomic_path_on_a_full_disk_keeps_the_previous_file(tmp_path, monkeypatc
     assert caught.value.filename == str(path)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_folders_that_killed_exports_left_are_removed(tmp_path):
+    (tmp_path / "hf" / ".model.123.tmp").mkdir(parents=True)
+    (tmp_path / "hf" / ".model.123.tmp" / "model.safetensors").write_text("half")
+    (tmp_path / ".merged.safetensors.7.tmp").write_text("half")
+    (tmp_path / "kept.tmp").write_text("whole")
+    remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["hf", "kept.tmp"]
