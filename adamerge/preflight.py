@@ -256,6 +256,8 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
     headers = read_headers(found, experts, backbone.prefix, strings(node.get("include")), exclude)
     problems += headers.problems
+    if headers.source is not None and (find := getattr(backbone, "base_problems", None)) is not None:
+        problems += find(headers.source)
     if (find := getattr(backbone, "problems", None)) is not None:
         problems += find({**({} if headers.source is None else {"base": headers.source}), **headers.experts})
     problems += hash_problems(node.get("sha256"), experts)

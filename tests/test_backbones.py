@@ -165,6 +165,14 @@ def test_open_clip_base_of_another_width_is_refused():
         backbone().heads(base, {}, zoo_tasks())
 
 
+def test_open_clip_base_of_another_architecture_is_found_from_its_header():
+    base = open_checkpoint(zoo.files() / "base.safetensors")
+    assert backbone().base_problems(base) == []
+    (problem,) = OpenClip("ViT-B-32").base_problems(base)
+    assert "not of backbone.model=ViT-B-32: 152 of the 152 tensors" in problem
+    assert "'visual.class_embedding': expected (768,), found (96,)" in problem
+
+
 def test_open_clip_task_without_class_names_is_refused():
     base = open_checkpoint(zoo.files() / "base.safetensors")
     with pytest.raises(InputError, match=r"data\.tasks\.mnist\.classes: a zero-shot head needs class names"):

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -119,6 +120,25 @@ class OpenClip:
             if quick_gelu is not None and quick_gelu != self._quick_gelu:
                 found.append(self._other_activation(f"{path}: hidden_act", quick_gelu))
         return found
+
+    def base_problems(self, base: Checkpoint) -> list[str]:
+        """Compare the base's tensors with the visual tower, which is built without memory, before anything is read."""
+        import open_clip
+
+        with _quiet(), torch.device("meta"):
+            clip = open_clip.create_model(self._name, device="meta", load_weights=False, pretrained_text=False)
+        wanted = {self.prefix + name: tuple(tensor.shape) for name, tensor in clip.visual.named_parameters()}
+        have = {key: tuple(base.spec(key)[0]) for key in base.keys if key in wanted}
+        other = [key for key, shape in wanted.items() if have.get(key) != shape]
+        if not other:
+            return []
+        key = next((key for key in other if key in have), other[0])
+        return [
+            f"{base.name}: not of backbone.model={self.model}: {len(other)} of the {len(wanted)} tensors of its visual "
+            f"tower differ, such as {key!r}: expected {wanted[key]}, found {have.get(key, 'none')}. Name the "
+            "architecture of your checkpoints: backbone.model=NAME of open_clip's, or a folder with an "
+            "open_clip_config.json."
+        ]
 
     def _other_activation(self, where: str, quick_gelu: bool) -> str:
         """Say that weights were trained with another activation than the model has, and which model has it."""
