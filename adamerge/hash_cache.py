@@ -1,5 +1,6 @@
 """SHA-256 of large files, kept from run to run for as long as a file's size and times stay the same."""
 
+import contextlib
 import json
 import logging
 import os
@@ -21,14 +22,19 @@ def file_hash(path: Path) -> str:
 
     "Not changed" means: the same real path, inode, size, and times of change to the nanosecond. Hashes are kept in
     ``adamerge/hashes`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``), left alone where that cannot
-    be written to. What was changed within the last two seconds is not kept: it may change again within one tick.
+    be written to or is not known. What was changed within the last two seconds is not kept: it may change again within
+    one tick.
     """
     real = path.resolve()
     entry, state = _entry(real), _state(real)
     if (known := _read(entry, state)) is not None:
         return known
     found = sha256(real)
-    if _state(real) == state and time.time() - max(state["mtime_ns"], state["ctime_ns"]) / 1e9 > _SETTLED:
+    if (
+        entry is not None
+        and _state(real) == state
+        and time.time() - max(state["mtime_ns"], state["ctime_ns"]) / 1e9 > _SETTLED
+    ):
         try:
             save_json({"path": str(real), **state, "sha256": found}, entry)
         except OSError as error:
@@ -38,8 +44,10 @@ def file_hash(path: Path) -> str:
 
 def forget(path: Path) -> None:
     """Forget the hash of a file, or of every file in a folder, so that the next one is read from the disk."""
-    for file in path.rglob("*") if path.is_dir() else (path,):
-        _entry(file.resolve()).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for file in path.rglob("*") if path.is_dir() else (path,):
+            if (entry := _entry(Path(os.path.realpath(file)))) is not None:
+                entry.unlink(missing_ok=True)
 
 
 def check_hash(where: object, name: str, expected: str | None, found: Callable[[], str]) -> None:
@@ -55,8 +63,12 @@ def check_hash(where: object, name: str, expected: str | None, found: Callable[[
         )
 
 
-def _entry(real: Path) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _entry(real: Path) -> Path | None:
+    """Return the file that keeps a file's hash; None for a user who has no home."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry in the list of users, as in some containers
+        return None
     return Path(home) / "adamerge" / "hashes" / f"{digest(os.fsencode(real)).hexdigest()}.json"
 
 
@@ -70,8 +82,10 @@ def _state(path: Path) -> dict[str, int]:
     }
 
 
-def _read(entry: Path, state: dict[str, int]) -> str | None:
+def _read(entry: Path | None, state: dict[str, int]) -> str | None:
     """Return a kept hash; None where there is none, or the file has changed."""
+    if entry is None:
+        return None
     try:
         content = json.loads(entry.read_text(encoding="utf-8"))
         known = str(content["sha256"])

@@ -3,6 +3,7 @@
 Opening a reference never touches the network; :meth:`HubReference.fetch` alone does, for ``adamerge pool fetch``.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -28,11 +29,25 @@ class HubReference:
         repository: ``org/name``.
         revision: A commit, which pins it, or a branch or tag; None: ``main``.
         file: Inside the repository; None: the whole model.
+
+    Raises:
+        InputError: If the Hub allows no such name, or the file leads out of the repository.
     """
 
     repository: str
     revision: str | None = None
     file: str | None = None
+
+    def __post_init__(self) -> None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
+
+        try:
+            validate_repo_id(self.repository)
+        except HFValidationError as error:
+            raise InputError(f"{self}: {self.repository} is no name of a model of the Hub: {error}") from error
+        if self.revision in (".", "..") or ".." in Path(self.file or "").parts:
+            raise InputError(f"{self}: expected a file inside the repository; leave '..' out.")
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
@@ -45,9 +60,11 @@ class HubReference:
 
     def cached(self) -> Path | None:
         """Return the file, or the folder of the snapshot, in the Hub's cache; None where it is not there."""
-        return self._look_up(local_files_only=True, patterns=_SAFE) or self._look_up(
-            local_files_only=True, patterns=_PICKLED
-        )
+        for patterns, suffix in ((_SAFE, ".safetensors"), (_PICKLED, ".bin")):
+            found = self._look_up(local_files_only=True, patterns=patterns)
+            if found is not None and (self.file is not None or _has_weights(found, suffix)):
+                return found
+        return None
 
     def fetch(self) -> Path:
         """Download what the cache lacks, and return the file or folder.
@@ -65,6 +82,11 @@ class HubReference:
             ) from error
         if found is None:
             raise InputError(f"{self}: cannot be downloaded. {_elsewhere()}")
+        if found.is_dir() and not any(_has_weights(found, suffix) for suffix in (".safetensors", ".bin")):
+            raise InputError(
+                f"{self}: expected safetensors or .bin files, and all that an index names, found neither in {found}. "
+                f"Is it a model of this kind? {_elsewhere()}"
+            )
         return found
 
     def pinned(self) -> "HubReference":
@@ -151,6 +173,20 @@ def located_all(places: Mapping[str, str | os.PathLike[str] | HubReference]) -> 
     if missing:
         raise InputError(_missing(missing))
     return found
+
+
+def _has_weights(folder: Path, suffix: str) -> bool:
+    """Whether a snapshot has weights of a format, whole: an interrupted download leaves one without all of them."""
+    indices = [path for path in folder.rglob(f"*{suffix}.index.json") if path.is_file()]
+    try:
+        shards = [
+            index.parent / Path(file).name
+            for index in indices
+            for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True  # the error of a damaged index is that of its reader, which names it
+    return all(path.is_file() for path in set(shards)) and any(path.is_file() for path in folder.rglob(f"*{suffix}"))
 
 
 def cache_folder() -> Path:

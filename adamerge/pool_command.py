@@ -1,17 +1,19 @@
 """What ``adamerge pool`` does: keep pool files, say which files are there, check and fetch them."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from omegaconf import OmegaConf
 
 from adamerge.conversion import convert
 from adamerge.errors import InputError, did_you_mean
-from adamerge.files import atomic_path
+from adamerge.files import atomic_path, locked
 from adamerge.hash_cache import check_hash, forget
 from adamerge.hub import HubReference, located, located_all, reference_of
+from adamerge.layout import check_names
 from adamerge.model_files import open_model
 from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, place
 from adamerge.pool_names import named_pool, own_pools, shipped_pools
@@ -65,8 +67,13 @@ def add(path: Path, addition: Addition) -> PoolFiles:
 
     Raises:
         FileNotFoundError: If a checkpoint is not there.
-        InputError: If an option is wrong or anything does not fit; nothing is written then but converted files.
+        InputError: If an option is wrong or anything does not fit; nothing is written then.
     """
+    with locked(path):
+        return _add(path, addition)
+
+
+def _add(path: Path, addition: Addition) -> PoolFiles:
     old = load_pool_file(path) if path.is_file() else None
     if old is None and addition.base is None:
         raise InputError(f"pool add: {path}: no such pool yet; give its base: --base FILE or hf://ORG/NAME.")
@@ -78,17 +85,57 @@ def add(path: Path, addition: Addition) -> PoolFiles:
     both = [name for name in new if name in known]
     if both and not addition.again:
         raise InputError(f"pool add --expert {both[0]}: {path} has an expert of that name; add --replace for another.")
-    if addition.pickled:
-        folder = path.with_suffix("")
-        base = base if addition.base is None else _converted(base, folder / "base.safetensors")
-        new = {name: _converted(entry, folder / f"{name}.safetensors") for name, entry in new.items()}
     files = replace(old or PoolFiles(base, {}), base=base, experts={**known, **new})
+    check_names({name: entry.file for name, entry in files.experts.items()})
     files = _with_facts(files, addition)
+    if not addition.pickled:
+        files = _checked(files, addition)
+    else:
+        names = [*new, *(["base"] if addition.base is not None else [])]
+        files = _converted(files, names, path.with_suffix(""), addition)
+    save_pool_file(files, path)
+    return files
+
+
+def _checked(files: PoolFiles, addition: Addition) -> PoolFiles:
+    """Return a pool with its prefix and hashes, once its files are found to fit."""
     prefix = _prefix(files) if addition.key_prefix is None and files.key_prefix is None else addition.key_prefix
     files = recorded(files if prefix is None else replace(files, key_prefix=prefix))
     _refuse_duplicates(files)
-    save_pool_file(files, path)
     return files
+
+
+def _converted(files: PoolFiles, names: Sequence[str], folder: Path, addition: Addition) -> PoolFiles:
+    """Return a pool, checked, whose named entries that are pickles are safetensors in a folder.
+
+    They are converted into a temporary folder beside it and moved once everything fits: what is there may be replaced.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as made:
+        temporary, entries, pickles = Path(made), {"base": files.base, **files.experts}, {}
+        try:
+            for name in names:
+                if _is_pickle(file := entries[name].file):
+                    pickles[name] = file
+                    _convert(file, temporary / f"{name}.safetensors", folder / f"{name}.safetensors")
+                    entries[name] = replace(entries[name], file=temporary / f"{name}.safetensors")
+            checked = _checked(_with_entries(files, entries), addition)
+        except InputError as error:
+            said = str(error)
+            for name, file in pickles.items():  # the temporary files are gone when this is read
+                said = said.replace(str(temporary / f"{name}.safetensors"), str(file))
+            raise InputError(said) from error
+        finally:
+            forget(temporary)
+        entries = {"base": checked.base, **checked.experts}
+        for name in pickles:
+            entries[name] = replace(entries[name], file=folder / f"{name}.safetensors")
+            folder.mkdir(exist_ok=True)
+            (temporary / f"{name}.safetensors").replace(folder / f"{name}.safetensors")
+    return _with_entries(checked, entries)
+
+
+def _with_entries(files: PoolFiles, entries: Mapping[str, PoolFile]) -> PoolFiles:
+    return replace(files, base=entries["base"], experts={name: entries[name] for name in files.experts})
 
 
 def recorded(files: PoolFiles) -> PoolFiles:
@@ -154,8 +201,8 @@ def every_pool() -> dict[str, tuple[str, PoolFiles | InputError]]:
     for name, path in own_pools().items():
         try:
             found.setdefault(name, (str(path), load_pool_file(path)))
-        except InputError as error:
-            found.setdefault(name, (str(path), error))
+        except (InputError, OSError) as error:
+            found.setdefault(name, (str(path), InputError(str(error))))
     return found
 
 
@@ -251,16 +298,20 @@ def _refuse_duplicates(files: PoolFiles) -> None:
             )
 
 
-def _converted(entry: PoolFile, out: Path) -> PoolFile:
-    """Return the entry of a checkpoint's tensors as safetensors, written if it is a torch file or pickle."""
-    if isinstance(entry.file, HubReference) or not entry.file.is_file():
-        return entry
-    with entry.file.open("rb") as file:
-        if file.read(9)[8:] == b"{":
-            return entry  # safetensors
-    if prefix := convert(entry.file, out).prefix:
-        convert(entry.file, out, prefix)
-    return replace(entry, file=out)
+def _is_pickle(file: Path | HubReference) -> TypeGuard[Path]:
+    """Whether a checkpoint is a torch file or pickle on this machine."""
+    if isinstance(file, HubReference) or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(9)[8:] != b"{"  # which safetensors have there
+
+
+def _convert(source: Path, temporary: Path, out: Path) -> None:
+    """Write a pickle's tensors, under a plain model's names, to a temporary file that takes another's place later."""
+    if out.exists() and out.samefile(source):
+        raise InputError(f"pool add --convert: {source}: would be replaced by what is made of it; move it first.")
+    if prefix := convert(source, temporary).prefix:
+        convert(source, temporary, prefix)
 
 
 def _not_there(name: str, state: State) -> str:

@@ -143,7 +143,8 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
             continue
         path = Path(name) if _is_path(name) else own_pools().get(name)
         if path is None:
-            raise InputError(f"{argument}: {_no_such_name(name)}")
+            hint = " Is it a yaml file of yours, FOLDER/pool/NAME.yaml? Name that: --config-dir FOLDER."
+            raise InputError(f"{argument}: {_no_such_name(name)}{'' if config_dir is not None else hint}")
         result += [f"pool={_FORM}", "pool.file='" + str(path.absolute()).replace("'", "\\'") + "'"]
     if any(argument.startswith("pool.file=") for argument in result) and not any(
         argument.startswith("pool=") for argument in result

@@ -1,5 +1,6 @@
 """References to the Hub, on a cache in its client's layout; the network is never asked."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -54,6 +55,9 @@ def test_reference_of_text_and_path_and_back(text, parts):
 def test_reference_of_paths_and_wrong_references():
     assert reference_of("base.safetensors") is None
     assert reference_of(Path("/hf/org/name")) is None
+    for wrong in ("hf://org/na..me", "hf://org/name-", "hf://o/n/../../x", "hf://o/n@..", "hf://o/n/a/../../../x"):
+        with pytest.raises(InputError, match=r"no name of a model of the Hub|inside the repository"):
+            reference_of(wrong)
     for wrong in ("hf://name", "hf://", "hf://org/name@", "hf://org//name", "hf://o/n/"):
         with pytest.raises(InputError, match=r"expected hf://ORG/NAME"):
             reference_of(wrong)
@@ -91,6 +95,32 @@ def test_missing_models_are_one_error_that_says_how_to_get_them(cache, models):
     assert problems == (str(caught.value),)
     with pytest.raises(InputError, match=r"hf://org/red/none\.bin"):
         located("hf://org/red/none.bin")
+
+
+@pytest.mark.parametrize(
+    ("files", "is_whole"),
+    [
+        ({}, False),
+        ({"model.safetensors.index.json": ("one.safetensors", "two.safetensors"), "one.safetensors": None}, False),
+        ({"model.safetensors.index.json": ("one.safetensors",), "one.safetensors": None}, True),
+        ({"pytorch_model.bin.index.json": ("one.bin", "two.bin"), "one.bin": None}, False),
+        ({"pytorch_model.bin.index.json": ("one.bin",), "model.safetensors": None}, True),  # as fetched: the safe ones
+        ({"pytorch_model.bin": None}, True),
+    ],
+)
+def test_model_without_all_its_weights_is_not_in_the_cache(cache, files, is_whole):
+    content = {
+        name: b"x" if shards is None else json.dumps({"weight_map": {shard: shard for shard in shards}}).encode()
+        for name, shards in files.items()
+    }
+    add_model(cache, "org/part", {"config.json": b"{}", **content})
+    reference = HubReference("org/part")
+    assert (reference.cached() is not None) == is_whole
+    if not is_whole:
+        with pytest.raises(InputError, match="Not in the Hugging Face cache"):
+            located("hf://org/part")
+        with pytest.raises(InputError, match="all that an index names"):
+            reference.fetch()
 
 
 def test_fetch_without_network_is_one_error_and_with_it_takes_safe_weights(cache, models, monkeypatch):

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+from hashlib import sha256 as digest
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from toy import make_toy, save_files
 
 from adamerge import Coefficients, ExpertPool, InputError, cli, hash_cache
+from adamerge import files as files_module
 from adamerge.coefficients import save_coefficients
 from adamerge.composition import compose
 from adamerge.files import sha256
@@ -91,6 +95,8 @@ def test_names_are_looked_up_in_named_folders_and_wrong_ones_listed(capsys, file
     assert named_pool("far").base.file == tmp_path / "base.safetensors"
     with pytest.raises(InputError, match=r"pool=fa: no pool of that name; shipped: clip_.*: far\. Did you mean 'far'"):
         compose(["pool=fa"])
+    with pytest.raises(InputError, match=r"Name that: --config-dir FOLDER"):
+        compose(["pool=ours"])
     assert compose(["pool=far"]).pool.base == str(tmp_path / "base.safetensors")
     assert "the name of a shipped pool" in refused(capsys, "pool", "add", "zoo", "--base", "base.safetensors")
 
@@ -144,6 +150,47 @@ def test_add_converts_pickles_beside_the_pool_file(capsys, files, tmp_path, toy)
     assert "mine/red.safetensors" in (tmp_path / "pools" / "mine.yaml").read_text()
 
 
+def test_add_with_conversion_replaces_a_file_only_once_all_fits(capsys, files, tmp_path, toy):
+    torch.save(toy.experts["red"], tmp_path / "red.pt")
+    options = ("--expert", "red=red.pt", "--convert")
+    assert run(capsys, "pool", "add", "mine", "--base", "base.safetensors", *options)[0] == 0
+    folder, pool = tmp_path / "pools" / "mine", (tmp_path / "pools" / "mine.yaml").read_bytes()
+    before = (folder / "red.safetensors").read_bytes()
+    torch.save({name: torch.zeros(*tensor.shape, 2) for name, tensor in toy.base.items()}, tmp_path / "wide.pt")
+    errors = refused(capsys, "pool", "add", "mine", "--expert", "red=wide.pt", "--convert", "--replace")
+    assert "differ in shape" in errors
+    assert ".tmp" not in errors
+    assert "reserved" in refused(capsys, "pool", "add", "mine", "--expert", "base=red.pt", "--convert")
+    (tmp_path / "own.safetensors").write_bytes((tmp_path / "red.pt").read_bytes())
+    (folder / "own.safetensors").symlink_to(tmp_path / "own.safetensors")
+    own = ("--expert", "own=own.safetensors", "--convert")
+    assert "would be replaced" in refused(capsys, "pool", "add", "mine", *own)
+    assert (folder / "red.safetensors").read_bytes() == before
+    assert (tmp_path / "pools" / "mine.yaml").read_bytes() == pool
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["mine", "mine.yaml"]
+    torch.save(toy.experts["blue"], tmp_path / "red.pt")
+    assert run(capsys, "pool", "add", "mine", *options, "--replace")[0] == 0
+    assert named_pool("mine").experts["red"].sha256 == sha256(folder / "red.safetensors") != digest(before).hexdigest()
+
+
+def test_add_waits_for_another_process_that_changes_the_pool(capsys, files, tmp_path, monkeypatch):
+    assert added(capsys)[0] == 0
+    path = tmp_path / "pools" / "mine.yaml"
+    other = (
+        "import sys, pathlib\nfrom adamerge.files import locked\npath = pathlib.Path(sys.argv[1])\n"
+        "with locked(path):\n    print('held', flush=True)\n    sys.stdin.readline()\n"
+        "    path.write_text(path.read_text().replace('  green:', '  late:'))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", other, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        monkeypatch.setattr(files_module.log, "warning", lambda *_: process.stdin.close())  # said when it has to wait
+        assert run(capsys, "pool", "add", "mine", "--expert", "blue=blue.safetensors")[0] == 0
+    assert list(named_pool("mine").experts) == ["red", "late", "blue"]
+    assert [file.name for file in path.parent.iterdir()] == ["mine.yaml"]
+
+
 def test_changed_file_is_refused_where_it_is_loaded_and_by_verify(capsys, files, tmp_path):
     added(capsys)
     assert "All verified." in run(capsys, "pool", "verify", "mine")[1]
@@ -166,12 +213,15 @@ def test_list_says_what_is_here_of_shipped_and_own_pools(capsys, files, tmp_path
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     added(capsys)
     (tmp_path / "pools" / "broken.yaml").write_text("base: [")
+    (tmp_path / "pools" / "dangling.yaml").symlink_to("nowhere.yaml")
+    (tmp_path / "pools" / "folder.yaml").mkdir()
     found = {pool["name"]: pool for pool in json.loads(run(capsys, "pool", "list", "--json")[1])}
     assert found["mine"]["state"] == "3 of 3 files are here"
     assert found["zoo"]["state"] == "7 of 7 files are here"
     assert found["clip_vit_b32_8"]["state"] == "0 of 9 files are here"
     assert found["clip_vit_l14_20"]["experts"] == "20"
     assert "expected a yaml file" in found["broken"]["state"]
+    assert all("no such pool file" in found[name]["state"] for name in ("dangling", "folder"))
     assert "mine" in run(capsys, "pool", "list")[1]
     listed = json.loads(run(capsys, "pool", "list", "clip_vit_b16_14", "--json")[1])
     assert listed["base"]["file"] == "hf://openai/clip-vit-base-patch16"
@@ -256,3 +306,19 @@ def test_file_hash_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     hash_cache.forget(tmp_path)
     hash_cache.file_hash(path)
     assert len(read) == 5
+
+
+def test_file_hash_without_a_home_or_a_cache_that_can_be_written_to(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.write_bytes(b"first")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # a file, below which nothing can be
+    hash_cache.forget(path)
+    assert hash_cache.file_hash(path) == sha256(path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(hash_cache.Path, "home", no_home)
+    hash_cache.forget(path)
+    assert hash_cache.file_hash(path) == sha256(path)
