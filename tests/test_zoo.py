@@ -18,7 +18,7 @@ from adamerge.zoo import CLASSES, TASKS, TEMPLATES, Tokenizer, ZooImages
 from adamerge.zoo.design import DEMO, Curriculum, Recipe
 from adamerge.zoo.glyphs import FONTS, draw_glyph, require
 from adamerge.zoo.images import PRETRAINING_CLASSES, pretraining_images
-from adamerge.zoo.progress import TrainingState
+from adamerge.zoo.progress import Progress, TrainingState
 from adamerge.zoo.training import train_expert
 
 open_clip = pytest.importorskip("open_clip")
@@ -222,6 +222,35 @@ def test_damaged_state_of_a_training_is_refused(tmp_path):
     (tmp_path / "base.training.pt").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"base\.training\.pt.*Remove the file"):
         TrainingState(tmp_path / "base.training.pt").restore({}, torch.Generator())
+
+
+def test_damaged_file_of_a_finished_zoo_is_made_anew_alone(tmp_path):
+    (tmp_path / "experts").mkdir()
+    names = ["open_clip_config.json", "base.safetensors", *(f"experts/{task}.safetensors" for task in TASKS)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    key = {"seed": 3}
+    hashes = build_module._write_pool(tmp_path, DEMO, Progress(tmp_path, key))
+    accuracy = {task: {"base": 0.5, "expert": 0.9} for task in TASKS}
+    seconds = dict.fromkeys(("base", *TASKS), 1.0)
+    Progress(tmp_path, key).finish({**key, "sha256": hashes, "held_out_accuracy": accuracy, "seconds": seconds})
+    pool, expert = tmp_path / "pool.yaml", tmp_path / "experts" / "mnist.safetensors"
+    pool.write_text("# mine\n" + pool.read_text())
+    assert Progress(tmp_path, key).finished["seed"] == 3
+    expert.write_text("damaged")
+    made = Progress(tmp_path, key)
+    assert made.finished is None
+    assert made.done("mnist", expert) is None
+    assert made.done("digits", expert.with_name("digits.safetensors"))["accuracy"] == accuracy["digits"]
+    expert.write_text("experts/mnist.safetensors")  # made anew
+    assert build_module._write_pool(tmp_path, DEMO, made)["pool.yaml"] == hashes["pool.yaml"]
+    assert pool.read_text().startswith("# mine")
+    base = tmp_path / "base.safetensors"
+    made.record("base", base, made.state("base"), {}, first=True)
+    assert made.done("digits", expert.with_name("digits.safetensors"))
+    base.write_text("another")  # as other versions of packages make it
+    made.record("base", base, made.state("base"), {}, first=True)
+    assert made.done("digits", expert.with_name("digits.safetensors")) is None
 
 
 TINY = replace(

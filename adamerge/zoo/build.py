@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: D
         "seconds": {part: known["seconds"] for part, known in parts.items()},
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "sha256": _write_pool(output, design),
+        "sha256": _write_pool(output, design, made),
         "sources": dict(design.sources),
     }
     made.finish(facts)
@@ -92,7 +93,7 @@ def _make_base(output: Path, model: CLIP, design: Design, seed: int, made: Progr
         state = made.state(_BASE)
         train_base(model, design, seed, state, bar(_BASE, design.base.steps))
         _save(path, model)
-        made.record(_BASE, path, state, {})
+        made.record(_BASE, path, state, {}, first=True)
     model.load_state_dict(load_file(path))
 
 
@@ -142,8 +143,8 @@ def _bars(show: bool) -> Iterator[Bar]:
         yield bar
 
 
-def _write_pool(output: Path, design: Design) -> dict[str, str]:
-    """Write the pool file, and return the hashes of all files of the zoo."""
+def _write_pool(output: Path, design: Design, made: Progress) -> dict[str, str]:
+    """Write the pool file, unless the user has edited it; return the hashes of all files, as a build writes them."""
     names = [CONFIG_FILE, f"{_BASE}.safetensors", *(f"experts/{task}.safetensors" for task in design.classes)]
     hashes = {name: sha256(output / name) for name in names}
     entries = {
@@ -153,9 +154,11 @@ def _write_pool(output: Path, design: Design) -> dict[str, str]:
     content = {
         "base": {"file": names[1], "sha256": hashes[names[1]]}, "key_prefix": "visual.", "experts": entries,
     }  # fmt: skip
-    with atomic_path(output / POOL_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return {**hashes, POOL_FILE: sha256(output / POOL_FILE)}
+    text = yaml.safe_dump(content, sort_keys=False).encode()
+    if not made.is_edited(POOL_FILE):
+        with atomic_path(output / POOL_FILE) as temporary:
+            temporary.write_bytes(text)
+    return {**hashes, POOL_FILE: hashlib.sha256(text).hexdigest()}
 
 
 @torch.no_grad()
