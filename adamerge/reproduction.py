@@ -7,7 +7,7 @@ machinery of ``compare``, so that an interrupted reproduction goes on.
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,9 @@ def read_published(preset: str) -> Published:
         if not section.get(key):
             raise InputError(f"{where}.{key}: must be given.")
     made = content.get("rows") or {}
+    for found, name in ((made, f"{path}: rows"), (section["rows"], f"{where}.rows")):
+        if not isinstance(found, Mapping):
+            raise InputError(f"{name}: expected a mapping from row to what it is, found {found!r}.")
     rows = {}
     for name, found in section["rows"].items():
         if name not in made:
@@ -94,7 +97,7 @@ def read_published(preset: str) -> Published:
     return Published(str(section["title"]), rows, str(section["pool"]))
 
 
-def problems_of(plan: comparison.Plan) -> list[str]:
+def problems_of(plan: comparison.Plan, published: Published) -> list[str]:
     """Return everything that a plan's rows lack, before any is made: pool, data, options; each with what to do.
 
     Rows are checked as ``adamerge check`` would; what several have wrong is said once.
@@ -108,7 +111,9 @@ def problems_of(plan: comparison.Plan) -> list[str]:
         if problems:
             break  # pool and data are the same for all rows
     config = compose(plan.overrides)
-    return [*problems, *(_data_help(config) if problems else [])]
+    how_to_get = _data_help(config) if problems else []
+    tasks = [str(name) for name in config.data.get("tasks") or ()]  # a data set of another kind names its own
+    return [*problems, *how_to_get, *(_unknown_tasks(published, tasks) if tasks else [])]
 
 
 def run(
@@ -170,15 +175,12 @@ def reproduced(summary: Mapping[str, Any], published: Published, settings: Mappi
     Raises:
         InputError: If a published figure is of a task that was not scored.
     """
+    scored = {name: figures for name, figures in published.rows.items() if name in summary["rows"]}
+    if unknown := _unknown_tasks(replace(published, rows=scored), summary["tasks"]):
+        raise InputError(unknown[0])
     rows: dict[str, Any] = {}
     for name, row in summary["rows"].items():
         figures = published.rows.get(name)
-        unknown = [task for task in (figures.tasks if figures else ()) if task not in summary["tasks"]]
-        if unknown:
-            raise InputError(
-                f"published.rows.{name}.tasks: {unknown[0]!r} is no task of the data."
-                f"{did_you_mean(unknown[0], summary['tasks'])}"
-            )
         mean = 100 * row["mean"]
         rows[name] = {
             "mean": mean,
@@ -229,6 +231,16 @@ def terminal(content: Mapping[str, Any]) -> Table:
     table.caption = "Mean accuracy, %. * uses labels. By task, with sources: reproduction.md."
     table.caption_justify = "left"
     return table
+
+
+def _unknown_tasks(published: Published, tasks: Sequence[str]) -> list[str]:
+    """Say which published figures are of tasks that are not among these."""
+    return [
+        f"published.rows.{name}.tasks: {task!r} is no task of the data.{did_you_mean(task, tasks)}"
+        for name, figures in published.rows.items()
+        for task in figures.tasks
+        if task not in tasks
+    ]
 
 
 def _figures(found: Any, where: str, section: Mapping[str, Any]) -> Figures:

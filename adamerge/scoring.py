@@ -20,6 +20,8 @@ from adamerge.model import MergedModel
 
 log = logging.getLogger(__name__)
 
+_ARITHMETIC = ("task_arithmetic_0.3", "weight_average")
+REFERENCES = ("pretrained", "experts", *(name + end for name in _ARITHMETIC for end in ("", "_transformed")))
 _USUAL = 8  # experts up to which 0.3 is the field's coefficient of task arithmetic
 
 
@@ -64,7 +66,7 @@ def score_run(
         usual = len(pool.expert_names) <= _USUAL
         coefficients = Coefficients(pool, "task", 0.3 if usual else "mean", "none")
         start = type(model)(model.encoder, pool, coefficients, model.heads)
-        name = ("task_arithmetic_0.3" if usual else "weight_average") + ("_transformed" if pool.transform else "")
+        name = _ARITHMETIC[0 if usual else 1] + ("_transformed" if pool.transform else "")
         with torch.no_grad():
             params = start.merge()
         params = params | ({} if batch_norm is None else batch_norm.final(model, params, data))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adamerge import cli, zoo
+from adamerge.commands import runs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
@@ -134,6 +136,18 @@ def test_evaluate_run_folder_repeats_its_summary(arguments, capsys, tmp_path):
     assert call("evaluate", "run", "--json") == 0
     after = json.loads(capsys.readouterr().out)
     assert {n: r["per_task"] for n, r in after["rows"].items()} == {n: r["per_task"] for n, r in before["rows"].items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("a/ties.safetensors", "ties"),
+        ("a/merged.safetensors", "a/merged"),
+        ("a/pretrained.safetensors", "a/pretrained"),
+    ],
+)
+def test_evaluated_checkpoint_takes_no_other_rows_name(file, name):
+    assert runs._row_name(Path(file)) == name
 
 
 def test_export_coefficients_gives_the_same_bytes(arguments, capsys, tmp_path):

@@ -136,7 +136,9 @@ def test_shipped_tables_compose_and_their_figures_have_sources(name, tmp_path, m
         if figures.tasks:
             assert figures.mean == pytest.approx(sum(figures.tasks.values()) / len(figures.tasks), abs=0.25)
     assert all("steps of" in text for row, text in settings_of(plan).items() if plan.rows[row].adapts)
-    assert problems_of(plan)  # nothing is here
+    problems = problems_of(plan, published)
+    assert problems  # nothing is here
+    assert not any("is no task" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,8 @@ def test_shipped_tables_compose_and_their_figures_have_sources(name, tmp_path, m
             "an accuracy in percent, found 101",
         ),
         ({"published": {**PUBLISHED, "rows": {"ties": {"tasks": {"mnist": 1}}}}}, "mean: expected an accuracy"),
+        ({"rows": ["ties"]}, r"rows: expected a mapping from row to what it is, found \['ties'\]"),
+        ({"published": {**PUBLISHED, "rows": "ties"}}, "published.rows: expected a mapping"),
         ({"published": {**PUBLISHED, "rows": {"ties": {"mean": 1, "mnist": 1}}}}, "unknown key 'mnist'"),
     ],
 )
@@ -161,6 +165,14 @@ def test_wrong_published_sections_are_named(tmp_path, change, words):
     path = write(tmp_path, {"rows": ROWS, "published": PUBLISHED, **change})
     with pytest.raises(InputError, match=words):
         read_published(str(path))
+
+
+def test_published_task_that_is_not_in_the_data_is_named_before_anything_runs(tmp_path):
+    rows = {"pretrained": {"mean": 12.5, "tasks": {"mnst": 20}}}
+    path = str(write(tmp_path, {"rows": {"pretrained": None}, "published": {**PUBLISHED, "rows": rows}}))
+    plan = plan_of((), path, ("data=clip_8",), (0,), tmp_path / "out")
+    message = "published.rows.pretrained.tasks: 'mnst' is no task of the data. Did you mean 'mnist'?"
+    assert message in problems_of(plan, read_published(path))
 
 
 def test_published_task_that_is_not_scored_is_named(tmp_path):

@@ -47,7 +47,7 @@ def reproduce(
         plan = comparison.plan_of((), preset, overrides, seeds, folder, jobs)
     except InputError as error:
         raise InputError(f"{error} The table was made with: {published.pool}") from error
-    problems = reproduction.problems_of(plan)
+    problems = reproduction.problems_of(plan, published)
     report([*problems, f"The table was made with: {published.pool}"] if problems else [])
     if only_check:
         out.print(f"{published.title}: {len(plan.rows)} rows can be made.", highlight=False)
@@ -55,8 +55,10 @@ def reproduce(
     start = functools.partial(configure_logging, debug=False, quiet=progress.is_quiet() or jobs > 1)
     console = Console(quiet=True) if as_json or progress.is_quiet() else out
     failed = reproduction.run(plan, published, console, start)
-    report([f"{row}: {message}" for row, message in failed.items()])
     if as_json:
-        print_json(json.loads((folder / reproduction.JSON).read_text(encoding="utf-8")))
-    else:
+        path = folder / reproduction.JSON
+        made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": {}}
+        print_json({**made, "failed": failed})
+    report([f"{row}: {message}" for row, message in failed.items()])
+    if not as_json:
         click.echo(str(folder))

@@ -40,7 +40,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
     assembly = launch.assemble(config)
     old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
     before = {} if checkpoint else old.get(str(config.name), {})
-    name = checkpoint.stem if checkpoint else str(config.name)
+    name = _row_name(file) if checkpoint else str(config.name)
     made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
     if chosen:
         _evaluate_corrupted(run_dir, assembly, made, chosen, as_json=as_json)
@@ -56,6 +56,14 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
         out.print(table(content, width=out.width))
 
 
+def _row_name(checkpoint: Path) -> str:
+    """Return the name of a foreign checkpoint's row: with its folder's, where its own is a reference's or any run's."""
+    from adamerge.scoring import REFERENCES
+
+    stem = checkpoint.stem
+    return f"{checkpoint.parent.name}/{stem}" if stem in (*REFERENCES, "merged") else stem
+
+
 def _evaluate_corrupted(
     run_dir: Path, assembly: "Assembly", made: "Made", corruptions: "list[Corruption]", *, as_json: bool
 ) -> None:
@@ -64,7 +72,7 @@ def _evaluate_corrupted(
 
     content = score_corruptions(assembly, made, corruptions)
     own = made.file == run_dir / "merged.safetensors"
-    stem = "robustness" if own else f"robustness_{made.name}"
+    stem = "robustness" if own else "robustness_" + made.name.replace("/", "_")
     save_robustness(content, run_dir, stem)
     if as_json:
         print_json(content)
