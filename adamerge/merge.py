@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from adamerge import factored
 from adamerge.coefficients import Coefficients
 from adamerge.granularity import GroupIndex, Segment
-from adamerge.low_rank import Factors
+from adamerge.low_rank import Factors, exact_products
 from adamerge.pool import ExpertPool
 from adamerge.pool_part import PoolPart
 
@@ -175,7 +175,7 @@ def _engine(device: torch.device) -> Iterator[int]:
     every tile costs more than they help, most of all where other processes compete for them.
     """
     threads = torch.get_num_threads()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _use_threads(1):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products(), _use_threads(1):
         yield threads
 
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toy import EXPERTS, ToyEncoder, save_files
 
-from adamerge import Coefficients, ExpertPool, InputError, checkpoints, load_state_dict, merge
+from adamerge import Coefficients, ExpertPool, InputError, checkpoints, files, load_state_dict, merge
 from adamerge.coefficients import load_coefficients
 from adamerge.export import export, load_heads, save_heads, versions
 
@@ -87,7 +87,7 @@ def test_export_recipe_tells_versions_hashes_what_is_skipped_and_what_the_caller
     assert content["format"] == 1
     assert content["versions"] == versions()
     assert {"python", "adamerge", "torch", "lightning", "safetensors"} <= set(content["versions"])
-    assert content["hashes"] == {name: checkpoints.sha256(tmp_path / f"{name}.safetensors") for name in pool.hashes()}
+    assert content["hashes"] == {name: files.sha256(tmp_path / f"{name}.safetensors") for name in pool.hashes()}
     assert set(content["hashes"]) == {"base", *EXPERTS}
     assert {"stem.weight", "stem.bias", "seen"} <= set(content["skipped"])
     assert content["seed"] == 7
