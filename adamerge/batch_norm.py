@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adamerge.calls import fused
@@ -63,6 +63,10 @@ class BatchNormPolicy:
         if self.policy != "base":
             model.set_buffers(average(model.pool))
 
+    def applies(self, model: MergedModel) -> bool:
+        """Whether :meth:`final` returns any statistics: not where they are the base's, or there are no layers."""
+        return self.policy != "base" and bool(_layers(model))
+
     def final(self, model: MergedModel, params: Mapping[str, Tensor], data: UnlabeledTasks | None) -> dict[str, Tensor]:
         """Return the statistics of merged parameters, by the encoder's names; {} where they are the base's.
 
@@ -74,14 +78,13 @@ class BatchNormPolicy:
         Raises:
             InputError: If there is no data, or a layer sees one value per channel only, of which there is no variance.
         """
-        if self.policy == "base" or not (layers := _layers(model)):
+        if not self.applies(model):
             return {}
         if self.policy == "average":
-            own, found = dict(model.encoder.named_buffers()), average(model.pool)
-            return {name: t.to(model.pool.device, own[name].dtype) for name, t in found.items() if name in own}
+            return average_for(model.encoder, model.pool)
         if data is None:
             raise InputError("batch_norm.policy=recalibrate: needs unlabeled data, found none; choose average or base.")
-        return _recalibrated(model, layers, params, data.mixed_batches(self.batches))
+        return _recalibrated(model, _layers(model), params, data.mixed_batches(self.batches))
 
     def complete(
         self, state_dict: Mapping[str, Tensor], model: MergedModel | None, pool: ExpertPool, data: UnlabeledTasks | None
@@ -118,6 +121,12 @@ def average(pool: ExpertPool) -> dict[str, Tensor]:
         for name, tensor in pool.buffers(like, expert).items():
             sums[name] += tensor.double()
     return {name: (total / len(pool.expert_names)).to(like[name].dtype) for name, total in sums.items()}
+
+
+def average_for(encoder: nn.Module, pool: ExpertPool) -> dict[str, Tensor]:
+    """Return :func:`average` for the buffers that an encoder has, in their dtypes, on the pool's device."""
+    own, found = dict(encoder.named_buffers()), average(pool)
+    return {name: tensor.to(pool.device, own[name].dtype) for name, tensor in found.items() if name in own}
 
 
 def with_statistics(

@@ -60,13 +60,27 @@ def expanded(config: DictConfig) -> DictConfig:
     config = _with_pool_file(config)
     data, pool = config.get("data"), config.get("pool")
     unseen = data.get("unseen") if isinstance(data, DictConfig) else None
-    experts = pool.get("experts") if isinstance(pool, DictConfig) else None
-    if isinstance(unseen, ListConfig) and isinstance(experts, DictConfig):
-        named = {name: OmegaConf.select(data, f"tasks.{name}.expert") or name for name in map(str, unseen)}
-        for expert in set(named.values()) & set(map(str, experts)):
-            with open_dict(experts):
-                del experts[expert]
+    if isinstance(unseen, ListConfig) and isinstance(pool, DictConfig):
+        _leave_out(pool, _experts_of_unseen(data, list(map(str, unseen))))
     return config
+
+
+def _experts_of_unseen(data: DictConfig, unseen: Sequence[str]) -> set[str]:
+    """Return the experts that only unseen tasks have as their own."""
+    tasks = data.get("tasks")
+    every = map(str, tasks) if isinstance(tasks, DictConfig) and "_target_" not in tasks else ()
+    own = {name: str(OmegaConf.select(data, f"tasks.{name}.expert") or name) for name in {*every, *unseen}}
+    return {own[name] for name in unseen} - {expert for name, expert in own.items() if name not in unseen}
+
+
+def _leave_out(pool: DictConfig, experts: set[str]) -> None:
+    """Delete experts, and what a pool file says of them."""
+    for part in ("experts", "sha256", "licences"):
+        node = pool.get(part)
+        if isinstance(node, DictConfig):
+            with open_dict(node):
+                for expert in experts & set(map(str, node)):
+                    del node[expert]
 
 
 def _with_pool_file(config: DictConfig) -> DictConfig:

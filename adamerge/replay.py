@@ -4,10 +4,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from adamerge import launch, run_folder
-from adamerge.batch_norm import FILE, load_statistics
+from adamerge.backbones import Backbone
+from adamerge.batch_norm import FILE, average, average_for, load_statistics
 from adamerge.coefficients import Coefficients, load_coefficients
 from adamerge.errors import InputError
 from adamerge.export import digest, export
@@ -15,7 +17,7 @@ from adamerge.files import atomic_path
 from adamerge.pool import ExpertPool
 from adamerge.pool_files import PoolFiles
 from adamerge.preflight import build, containers
-from adamerge.targets import check_targets
+from adamerge.targets import announce, check_own, check_targets
 
 
 def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[str, Path]:
@@ -52,15 +54,15 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
             sidecar=assembly.backbone.sidecar(),
             recipe=recipe,
         )
+    imports = containers(config)
+    check_targets(imports)
+    announce(imports)
     backbone = build(config, "backbone")
     pool = launch.build_pool(config, backbone)
     values = load_coefficients(coefficients, pool, build(config, "granularity"))
     statistics = _statistics_beside(coefficients, values)
-    policy = launch.build_batch_norm(config)
-    if statistics is None and policy.policy != "base":
-        assembly = launch.assemble(config)
-        assembly.model.coefficients = values
-        statistics = _final(assembly)
+    if statistics is None:
+        statistics = _statistics_anew(config, backbone, pool, values)
     files = export(pool, values, output, statistics=statistics, sidecar=backbone.sidecar(), recipe=recipe)
     if (run_dir / "heads.safetensors").is_file():
         files["heads"] = output / "heads.safetensors"
@@ -72,11 +74,15 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
 def pool_of(run_dir: Path) -> ExpertPool:
     """Open the pool of a run, to look at; its experts stay in their files where they can.
 
+    The folder may be another's, so that nothing but adamerge's own backbones and transforms is built.
+
     Raises:
-        InputError: If the folder is not a run's, or the files do not fit.
+        InputError: If the folder is not a run's, names code of others, or the files do not fit.
     """
     config = run_folder.load_config(run_dir.absolute())
-    check_targets(containers(config))
+    for node in ("backbone", "transform"):
+        if config.get(node) is not None:
+            check_own({node: OmegaConf.to_container(config[node], resolve=True)})
     return launch.build_pool(config, build(config, "backbone"))
 
 
@@ -107,8 +113,24 @@ def _statistics_beside(path: Path, coefficients: Coefficients) -> dict[str, Tens
     return statistics
 
 
+def _statistics_anew(
+    config: DictConfig, backbone: Backbone, pool: ExpertPool, coefficients: Coefficients
+) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics of coefficients; images are read only where there are layers to recalibrate."""
+    policy = launch.build_batch_norm(config)
+    if policy.policy == "base" or not average(pool):
+        return {}
+    if not policy.needs_data:
+        return average_for(backbone.encoder(), pool)
+    assembly = launch.assemble(config)
+    assembly.model.coefficients = coefficients
+    return _final(assembly)
+
+
 def _final(assembly: launch.Assembly) -> dict[str, Tensor]:
     """Return the BatchNorm statistics of a run's coefficients."""
+    if not assembly.batch_norm.applies(assembly.model):
+        return {}
     with torch.no_grad():
         return assembly.batch_norm.final(assembly.model, assembly.model.merge(), assembly.data)
 

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 _OWN = ("adamerge", "torch", "torchvision", "lightning")  # what every configuration uses
 _BY_PATH = "hydra.utils.get_"  # get_class, get_method, get_object: they import what path says
 
+_VIEWED = ("adamerge.backbones.", "adamerge.transforms.", "adamerge.zoo.tokenizer.")  # whose classes only read
+
 
 @dataclass(frozen=True)
 class Target:
@@ -70,10 +72,37 @@ def check_targets(content: Any) -> None:
             )
 
 
+def check_own(content: Any) -> None:
+    """Refuse all but classes of adamerge's backbones and transforms, for a folder that is only looked at.
+
+    Functions are refused too, and what a module of adamerge merely imports: ``adamerge.files.os.system``.
+
+    Raises:
+        InputError: If anything else would be imported.
+    """
+    for node, path in _walk(content, ""):
+        if not path.startswith(("adamerge.backbones.", "adamerge.transforms.", "adamerge.zoo.")) or not _is_own_class(
+            path
+        ):
+            raise InputError(
+                f"{node}: expected a class of adamerge's own, found {path}, which is not imported to look at a folder."
+            )
+
+
 def announce(content: Any) -> None:
     """Log what a configuration imports from outside."""
     for target in foreign_targets(content):
         log.info("%s", target)
+
+
+def _is_own_class(path: str) -> bool:
+    from hydra.utils import get_object
+
+    try:
+        found = get_object(path)
+    except Exception:  # hydra raises many kinds
+        return False
+    return isinstance(found, type) and f"{found.__module__}.".startswith(_VIEWED)
 
 
 def _walk(content: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -64,6 +64,8 @@ def test_base_changes_nothing_and_reads_no_image(model):
     assert policy.final(model, merged(model), None) == {}
     assert all(torch.equal(model.encoder_buffers[name], tensor) for name, tensor in before.items())
     assert not policy.needs_data
+    assert not policy.applies(model)
+    assert BatchNormPolicy("average").applies(model)
 
 
 def test_average_is_the_mean_of_the_experts_and_what_the_model_adapts_with(models, model):

@@ -231,6 +231,17 @@ def test_experts_of_unseen_tasks_do_not_merge(tmp_path):
     assert list(config.pool.experts) == ["a"]
 
 
+def test_unseen_leaves_an_expert_out_with_its_hash_and_licence_but_not_that_of_a_seen_task(tmp_path):
+    entry = "{{file: {0}.safetensors, sha256: {1}, licence: mit}}"
+    entries = [f"  {name}: {entry.format(name, name * 64)}" for name in "ab"]
+    (tmp_path / "pool.yaml").write_text("\n".join(["base: b.safetensors", "experts:", *entries, ""]))
+    pool = ["pool=files", f"pool.file={tmp_path}/pool.yaml", "data=clip_8", "+data.tasks.mnist.expert=a"]
+    config = compose([*pool, "data.unseen=[mnist]"])
+    assert [list(config.pool[part]) for part in ("experts", "sha256", "licences")] == [["b"]] * 3
+    config = compose([*pool, "+data.tasks.svhn.expert=a", "data.unseen=[mnist]"])
+    assert list(config.pool.experts) == list(config.pool.sha256) == ["a", "b"]
+
+
 def run(*arguments):
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))

@@ -1,6 +1,7 @@
 """The files of an export: content, names, dtypes, metadata; atomic; the same bytes each time."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toy import EXPERTS, ToyEncoder, save_files
 
-from adamerge import Coefficients, ExpertPool, InputError, checkpoints, files, load_state_dict, merge
+from adamerge import Coefficients, ExpertPool, InputError, MergedModel, checkpoints, files, load_state_dict, merge
+from adamerge.batch_norm import BatchNormPolicy
+from adamerge.callbacks import ExportMergedWeights
 from adamerge.coefficients import load_coefficients
 from adamerge.export import export, load_heads, save_heads, versions
 
@@ -167,6 +170,16 @@ def test_export_bytes_do_not_depend_on_storage(toy, tmp_path):
         pool = file_pool(toy, tmp_path, storage=storage)
         written.append(export(pool, made(pool, "row"), tmp_path / storage)["merged"].read_bytes())
     assert written[0] == written[1]
+
+
+def test_export_callback_merges_once_more_only_for_statistics(toy, tmp_path, monkeypatch):
+    pool = file_pool(toy, tmp_path)
+    model = MergedModel(toy.encoder, pool, made(pool), toy.heads)
+    monkeypatch.setattr(model, "merge", lambda: pytest.fail("merged for nothing"))
+    callback = ExportMergedWeights(tmp_path / "out", batch_norm=BatchNormPolicy("recalibrate"))
+    trainer = SimpleNamespace(is_global_zero=True, global_step=3, datamodule=None)
+    callback.on_fit_end(trainer, SimpleNamespace(model=model))
+    assert callback.files["merged"].is_file()
 
 
 def test_export_over_an_earlier_one_leaves_the_new_one_only(toy, tmp_path):

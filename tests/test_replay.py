@@ -168,6 +168,33 @@ def test_export_run_from_its_checkpoint_or_coefficients_gives_the_same_bytes(toy
     assert export_run(run, own["coefficients"], tmp_path / "b")["merged"].read_bytes() == expected
 
 
+def no_data(preprocess):
+    raise AssertionError("data was built")
+
+
+@pytest.mark.parametrize("policy", ["recalibrate", "average", "base"])
+def test_export_run_of_coefficients_opens_no_data_where_there_is_nothing_to_recalibrate(toy, tmp_path, policy):
+    run, own = run_folder(toy, tmp_path, "layer")
+    config = OmegaConf.load(run / CONFIG_FILE)
+    config.data = {"_target_": f"{__name__}.no_data"}
+    config.batch_norm = {"_target_": "adamerge.batch_norm.BatchNormPolicy", "policy": policy}
+    OmegaConf.save(config, run / CONFIG_FILE)
+    files = export_run(run, own["coefficients"], tmp_path / "b")
+    assert files["merged"].read_bytes() == own["merged"].read_bytes()
+
+
+def test_pool_of_builds_no_code_of_others(toy, tmp_path, monkeypatch):
+    run, _ = run_folder(toy, tmp_path, "layer")
+    touched = tmp_path / "touched"
+    for target in ("os.mkdir", "adamerge.backbones.open_clip.os.mkdir", "adamerge.cli.main", f"{__name__}.ToyBackbone"):
+        config = OmegaConf.load(run / CONFIG_FILE)
+        config.backbone = {"_target_": target, "path": str(touched)}
+        OmegaConf.save(config, run / CONFIG_FILE)
+        with pytest.raises(InputError, match="backbone: expected a class of adamerge's own, found"):
+            replay.pool_of(run)
+    assert not touched.exists()
+
+
 def test_export_run_into_its_own_folder_replaces_no_export(toy, tmp_path):
     run, own = run_folder(toy, tmp_path, "layer")
     files = export_run(run, None, run)

@@ -57,6 +57,7 @@ def test_report_holds_all_that_a_run_recorded(tmp_path, options):
         plots.Figure(figure)  # plotly checks every name and value
         assert f'id="plot-{key}" role="img" aria-label="' in text
     for said in ("adamerge adapt objective=imitation", "Mean accuracy", "1111111111111111", "split", "1.0 GB", "torch",
+                 f"--coefficients {tmp_path}/run/coefficients.json",
                  "1 tensors, not part of the encoder", "Imitation", "12,345 values"):  # fmt: skip
         assert said in text, said
 
@@ -216,6 +217,18 @@ def test_report_of_several_runs_compares_them(tmp_path, capsys, monkeypatch):
     assert set(figures(text)) == {"accuracies", "means", "losses-0"}
     assert [trace["name"] for trace in figures(text)["losses-0"]["data"]] == ["one", "two"]
     assert re.search(r'<th scope="row">seed</th><td>1</td><td>2</td>', text)
+
+
+def test_report_of_runs_of_different_pools_keeps_their_references_apart(tmp_path):
+    runs = [write_run(tmp_path / name, name=name, shift=shift) for name, shift in (("one", 0), ("two", 0.05))]
+    assert "two: pretrained" not in page_of(*runs, path=tmp_path / "same.html")
+    recipe = json.loads((runs[1] / "merge.json").read_text())
+    recipe["hashes"]["base"] = "9" * 64
+    save(recipe, runs[1] / "merge.json")
+    text = page_of(*runs, path=tmp_path / "report.html")
+    for name in ("one: pretrained", "two: pretrained", "one: experts", "two: experts"):
+        assert name in text
+    assert "The runs merged different checkpoints: each has references of its own." in text
 
 
 def test_report_of_runs_with_one_name_tells_them_apart_by_folder(tmp_path):

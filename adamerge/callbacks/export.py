@@ -72,7 +72,8 @@ class ExportMergedWeights(Callback):
         model = pl_module.model
         assert isinstance(model, MergedModel)
         statistics = {}
-        if trainer.is_global_zero or model.is_sharded:  # whose passes all processes run together
+        runs = trainer.is_global_zero or model.is_sharded  # whose passes all processes run together
+        if runs and self.batch_norm.applies(model):
             with torch.no_grad():
                 params = model.merge()
                 statistics = self.batch_norm.final(model, params, data if isinstance(data, UnlabeledTasks) else None)

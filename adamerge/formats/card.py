@@ -21,7 +21,12 @@ log = logging.getLogger(__name__)
 NOT_STATED = "not stated"
 PICTURE = "coefficients.png"
 _REFERENCE = re.compile(r"hf://(?P<name>[^@\s/]+/[^@\s/]+)")
-_FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\",:=\]}]+/)+")
+_HOMES = re.compile(r"(?<![\w./])(?:file:/+|/)(?:home|Users)/[^/'\"\]}),]+")
+# Folders that a path starts with; not what follows a scheme, as in hf://org/name.
+_FOLDERS = re.compile(
+    r"(?<![\w./~-])(?:file:/+|~[\w.-]*/|\.\./|[A-Za-z]:\\|(?<!:)/+|/(?!/))(?:[^/\\'\",:=\[\]{}]+[/\\])*(?=\S)"
+)
+_PLACE = re.compile(r"((?:[^=\s/\\~]+=)?['\"]?)((?:file:/|[~/]|[A-Za-z]:\\).*)", re.DOTALL)  # option=PATH, or PATH
 # Names that the Hub knows, of those that models and data sets usually have.
 _LICENCES = (
     *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"),
@@ -169,7 +174,21 @@ def _making(recipe: Mapping[str, Any], picture: bool) -> str:
 def _shown(command: Sequence[Any]) -> str:
     """Return a command line without folders of this machine."""
     program, *arguments = map(str, command)
-    return _FOLDERS.sub(".../", f"{program} {shlex.join(arguments)}")
+    return f"{_masked(program)} {shlex.join(map(_masked, arguments))}"
+
+
+def _masked(argument: str) -> str:
+    """Return an argument without the folders of this machine, which may have blanks: of a path its name is left.
+
+    >>> _masked("pool.file=/home/al ice/zoo/pool.yaml"), _masked("--out=~/a"), _masked("{a: /x/y.pt, b: hf://o/n}")
+    ('pool.file=.../pool.yaml', '--out=.../a', '{a: .../y.pt, b: hf://o/n}')
+    """
+    text = _HOMES.sub("~", argument)
+    if match := _PLACE.fullmatch(text):
+        option, place = match.groups()
+        *folders, name = re.split(r"[/\\]", place.rstrip("/\\"))
+        return f"{option}.../{name}" if folders else f"{option}{name}"
+    return _FOLDERS.sub(".../", text)
 
 
 def _ingredients(recipe: Mapping[str, Any]) -> str:
@@ -245,15 +264,15 @@ def _tag(recipe: Mapping[str, Any]) -> str | None:
     backbone = (recipe.get("config") or {}).get("backbone") or {}
     if not backbone.get("pretrained"):
         return None
-    return f"{backbone.get('model')}, pretrained={_source(str(backbone['pretrained']))}"
+    return f"{_source(backbone.get('model'))}, pretrained={_source(backbone['pretrained'])}"
 
 
 def _source(place: Any) -> str | None:
-    """Return a reference to the Hub as it is, of a path the last two names."""
+    """Return a reference to the Hub as it is, of a path its name: folders may be called after people."""
     if place is None:
         return None
     text = str(place)
-    return text if _REFERENCE.match(text) else "/".join(Path(text).parts[-2:] if "/" in text.strip("/") else (text,))
+    return text if _REFERENCE.match(text) else re.split(r"[/\\]", text.rstrip("/\\"))[-1]
 
 
 def _short(node: Any) -> str:
@@ -263,4 +282,4 @@ def _short(node: Any) -> str:
     options = {key: value for key, value in node.items() if not str(key).startswith("_") and value is not None}
     plain = {key: value for key, value in options.items() if isinstance(value, (int, float, str, bool))}
     name = str(node.get("_target_", "")).rsplit(".", 1)[-1]
-    return f"{name}({', '.join(f'{key}={value}' for key, value in plain.items())})"
+    return f"{name}({', '.join(f'{key}={_masked(str(value))}' for key, value in plain.items())})"

@@ -38,6 +38,8 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
         raise InputError(f"{source}: has the names of {TARGETS[target]} already; nothing to convert.")
     seen: Checkpoint = as_own(found.checkpoint, HF_CLIP) if is_theirs else as_theirs(found.checkpoint, HF_CLIP)
     if out.suffix == ".safetensors":
+        if out.exists():
+            raise InputError(f"--out {out}: expected a new file, found one. Choose another, or remove it.")
         save_state_dict({key: seen.get(key) for key in seen.keys}, out, {"format": "pt"})
         return [out]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from adamerge import run_folder
@@ -17,6 +19,7 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.export import load_heads
 from adamerge.model_files import OPEN_CLIP_CONFIG, read_json
 from adamerge.preflight import build
+from adamerge.targets import announce, check_targets
 
 WEIGHTS = "merged.safetensors"
 
@@ -141,28 +144,38 @@ def describe(backbone: Backbone) -> str:
 def _backbone(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
     """Return the backbone that a merge's own files name: configuration, recipe, or open_clip's sidecar."""
     if (folder / run_folder.CONFIG_FILE).is_file():
-        backbone: Backbone = build(run_folder.load_config(folder), "backbone")
-        return backbone
+        return _built(run_folder.load_config(folder), folder)
     if isinstance(recipe.get("config"), Mapping):  # of an export on request
         _go_to(recipe["config"].get("cwd"))
-        return _built(recipe["config"])
+        return _built(OmegaConf.create({"backbone": recipe["config"].get("backbone")}), folder)
     if recipe.get("overrides"):  # of a merge that read data
         _go_to(recipe.get("cwd"))
-        return _built(compose([str(override) for override in recipe["overrides"]]))
+        return _built(compose([str(override) for override in recipe["overrides"]]), folder)
     if (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
         return OpenClip(str(folder / "open_clip"))
-    raise InputError(
+    raise _unknown(folder)
+
+
+def _built(config: DictConfig, folder: Path) -> Backbone:
+    """Build the backbone of a folder, which may be another's: what that imports is checked and logged first."""
+    node = config.get("backbone")
+    if node is None:
+        raise _unknown(folder)
+    try:
+        imports = {"backbone": OmegaConf.to_container(node, resolve=True)}
+    except OmegaConfBaseException as error:
+        raise InputError(f"backbone: {str(error).splitlines()[0]}") from error
+    check_targets(imports)
+    announce(imports)
+    backbone: Backbone = build(config, "backbone")
+    return backbone
+
+
+def _unknown(folder: Path) -> InputError:
+    return InputError(
         f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
         f"{OPEN_CLIP_CONFIG}."
     )
-
-
-def _built(content: Any) -> Backbone:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.create({"backbone": content["backbone"]})
-    backbone: Backbone = build(config, "backbone")
-    return backbone
 
 
 def _go_to(folder: Any) -> None:

@@ -21,6 +21,7 @@ from adamerge.formats.usage import Usage, check_equal
 from adamerge.version import __version__
 
 WEIGHTS = "model.onnx"
+EXTERNAL = f"{WEIGHTS}.data"  # what the exporter calls it
 INPUT = "images"
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _LIMIT = 1_900_000_000  # bytes; a protobuf file holds less than 2 GiB
@@ -92,6 +93,8 @@ def write(merged: Merged, folder: Path) -> Usage:
         "classes.json": "class names by task, in the order of the logits",
         "preprocessing.json": "what images go through",
     }
+    if (folder / EXTERNAL).is_file():
+        files[EXTERNAL] = f"its weights, which have to lie beside {WEIGHTS}"
     code = _CODE.format(task=next(iter(merged.heads)), shape=shape)
     return Usage("onnx", "image-classification", files, code, preprocessing=preprocessing)
 

@@ -39,6 +39,11 @@ def write(merged: Merged, folder: Path, task: str | None = None) -> Usage:
     names = [f"{backbone.head}.{part}" for part in ("weight", "bias")]
     if task is not None:
         head = merged.head(task)
+        if not isinstance(head, nn.Linear):
+            raise InputError(
+                f"--to torchvision: task {task!r}: expected a Linear head, which the model's {backbone.head!r} can be, "
+                f"found {type(head).__name__}. Choose --to onnx."
+            )
         tensors |= {f"{backbone.head}.{part}": tensor for part, tensor in head.state_dict().items()}
     elif not set(names) <= set(tensors):
         raise InputError(

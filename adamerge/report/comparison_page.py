@@ -6,7 +6,7 @@ from typing import Any
 from adamerge.report import run_charts
 from adamerge.report.blocks import Note, Section, built
 from adamerge.report.charts import Bars, Cell, Heat, Lines, Panel, Table, number, percent
-from adamerge.report.facts import Run
+from adamerge.report.facts import Run, mapping
 from adamerge.report.run_page import duration, rows_by_task, size, table_of
 
 _FEW = 5  # runs that marks can still tell apart
@@ -47,12 +47,17 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _summary(named: Mapping[str, Run]) -> dict[str, Any] | None:
-    """Return one summary of all: each run's own row, between the references of the first that has them."""
+    """Return one summary of all: each run's own row, between the references of the first that has them.
+
+    Runs of different pools have references of their own.
+    """
     rows: dict[str, Any] = {}
     scored = {name: run for name, run in named.items() if run.summary}
     if not scored:
         return None
+    differ = len({str(sorted(hashes.items())) for run in scored.values() if (hashes := _hashes(run))}) > 1
     references: dict[str, Any] = {}
+    experts: dict[str, Any] = {}
     for name, run in scored.items():
         for row, content in run.summary["rows"].items():
             if row == run.own_row:
@@ -60,15 +65,20 @@ def _summary(named: Mapping[str, Run]) -> dict[str, Any] | None:
             elif run.own_row is None:
                 rows[f"{name}: {row}"] = content
             else:
-                references.setdefault(row, content)
-    experts = {"experts": references.pop("experts")} if "experts" in references else {}
+                of_kind = experts if row == "experts" else references
+                of_kind.setdefault(f"{name}: {row}" if differ else row, content)
     rows = {**references, **rows, **experts}
     tasks = [
         task for task in next(iter(scored.values())).summary["tasks"]
         if all(task in row["per_task"] for row in rows.values())
     ]  # fmt: skip
     protocols = {str(run.summary.get("protocol")) for run in scored.values()}
-    return {"rows": rows, "tasks": tasks, "protocol": " and ".join(sorted(protocols))}
+    return {"rows": rows, "tasks": tasks, "protocol": " and ".join(sorted(protocols)), "pools_differ": differ}
+
+
+def _hashes(run: Run) -> dict[str, Any]:
+    """Return the hashes of what a run merged; {} where they are not known."""
+    return mapping(run.recipe.get("hashes"))
 
 
 def accuracies(named: Mapping[str, Run]) -> Bars | Heat | None:
@@ -97,6 +107,8 @@ def accuracy_table(named: Mapping[str, Run]) -> list[Table | Note] | None:
         blocks.append(Note(f"Not all runs scored {', '.join(map(str, left))}; the means are each run's own.", True))
     if " and " in summary["protocol"]:
         blocks.append(Note("The runs have different protocols: their accuracies are not comparable.", True))
+    if summary["pools_differ"]:
+        blocks.append(Note("The runs merged different checkpoints: each has references of its own.", True))
     return blocks
 
 

@@ -263,7 +263,8 @@ def commands(run: Run) -> list[Block] | None:
         where = f"cd {shlex.quote(str(run.config['cwd']))}\n" if run.config.get("cwd") else ""
         blocks.append(Code("The command", where + command))
     if run.learned is not None and run.config:
-        replay = f"adamerge export {shlex.quote(str(run.folder))} --coefficients coefficients.json --output DIR"
+        folder, file = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / "coefficients.json"))
+        replay = f"adamerge export {folder} --coefficients {file} --output DIR"
         blocks.append(Code("The merged checkpoint again, to the byte and without data", replay))
     return blocks or None
 
