@@ -1,6 +1,7 @@
 """Which code of others a configuration imports: each ``_target_``, and the file that it comes from."""
 
 import logging
+import pkgutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,11 +97,9 @@ def announce(content: Any) -> None:
 
 
 def _is_own_class(path: str) -> bool:
-    from hydra.utils import get_object
-
     try:
-        found = get_object(path)
-    except Exception:  # hydra raises many kinds
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError):
         return False
     return isinstance(found, type) and f"{found.__module__}.".startswith(_VIEWED)
 
