@@ -1,6 +1,7 @@
 """Coefficients in TensorBoard, Weights & Biases and MLflow, read back from what these have written."""
 
 import io
+import time
 
 import pytest
 import torch
@@ -97,7 +98,10 @@ def test_wandb_offline_gets_images_histograms_and_scalars_by_task(method, tmp_pa
         assert f"coefficients/{name}" in summary
     assert config["optimizer"] == {"lr": 0.05}
     (stored,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    assert b'"histogram"' in stored.read_bytes()
+    deadline = time.monotonic() + 60
+    while b'"histogram"' not in stored.read_bytes():  # written by a process of its own
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     pictures = sorted(tmp_path.glob("wandb/offline-run-*/files/media/images/coefficients/heat_map_*.png"))
     assert len(pictures) == 2
     assert size(pictures[0])[0] >= 600

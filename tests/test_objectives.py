@@ -54,7 +54,8 @@ def test_objectives_keep_the_protocol(objective):
 
 def test_task_step_has_no_place_for_labels():
     assert set(TaskStep.__dataclass_fields__) == {
-        "task", "inputs", "indices", "outputs", "coefficients", "initial", "num_tasks", "_teacher", "_forward"
+        "task", "inputs", "indices", "outputs", "coefficients", "initial", "num_tasks", "_teacher", "_forward",
+        "_asked",
     }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_two_stages_record_the_chunks_and_their_result_is_replayed(two, tmp_path
     assert 0 < chunks <= 1.5 * 56
     assert f"Chunks by importance: {chunks} in {56 - frozen} tensors, {frozen} tensors frozen" in log
     for stage in (1, 2):
-        assert f"Stage {stage} of 2: step 4 of 4" in log
+        assert f"Stage {stage} of 2: 4/4 steps" in log
     one, two_ = (
         json.loads((tmp_path / "run" / folder / "coefficients.json").read_text())["coefficients"]["mnist"]
         for folder in ("stage_1", "")

@@ -291,7 +291,7 @@ def duration(seconds: float) -> str:
     """Return a time for people.
 
     >>> duration(0.0213), duration(4.56), duration(75), duration(7300)
-    ('21 ms', '4.6 s', '1 min 15 s', '2 h 2 min')
+    ('21 ms', '4.6 s', '1 min 15 s', '2 h 1 min')
     """
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms"
