@@ -25,8 +25,9 @@ from adamerge.checkpoints import load_state_dict
 from adamerge.cli import main
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.export import load_heads
-from adamerge.files import atomic_folder
-from adamerge.formats import export_as, merged, open_merged, upload
+from adamerge.files import atomic_folder, save_json
+from adamerge.formats import card, export_as, merged, open_merged, torchvision, upload
+from adamerge.formats import onnx as onnx_format
 from adamerge.formats.card import coefficient_table, ingredients, licence_of
 
 TEXTS = ["a photo of a cat.", "Two  dogs & 3 birds, isn't it?", "größe", ""]
@@ -194,6 +195,40 @@ def test_onnx_export_of_a_network_with_batch_norm(torchvision_run, tmp_path):
     assert session.get_inputs()[0].shape[1:] == [3, 224, 224]
 
 
+def test_onnx_export_with_weights_beside_it_lists_them(torchvision_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_format, "_LIMIT", 0)
+    export_as(torchvision_run, "onnx", tmp_path / "out")
+    assert (tmp_path / "out" / "model.onnx.data").is_file()
+    assert "| `model.onnx.data` | its weights, which have to lie beside model.onnx |" in (
+        tmp_path / "out" / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_torchvision_export_of_a_head_that_is_not_linear_is_refused(torchvision_run, tmp_path, monkeypatch):
+    found = open_merged(torchvision_run)
+    monkeypatch.setitem(found.heads, "dtd", {"weight": torch.ones(3, 2), "scale": torch.ones(())})
+    with pytest.raises(
+        InputError, match=r"task 'dtd': expected a Linear head, .* found ZeroShotHead\. Choose --to onnx"
+    ):
+        torchvision.write(found, tmp_path, "dtd")
+
+
+def test_open_merged_announces_the_code_of_others_and_refuses_that_of_the_working_directory(
+    torchvision_run, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "merged.safetensors").write_bytes((torchvision_run / "merged.safetensors").read_bytes())
+    (tmp_path / "stray.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
+    save_json({"config": {"backbone": {"_target_": "stray.Backbone"}}}, tmp_path / "merge.json")
+    with pytest.raises(InputError, match=r"backbone: stray\.Backbone would be imported from .*stray\.py"):
+        open_merged(tmp_path)
+    save_json({"config": {"backbone": {"_target_": "fractions.Fraction"}}}, tmp_path / "merge.json")
+    with caplog.at_level("INFO"):
+        open_merged(tmp_path)
+    assert "backbone: imports fractions.Fraction from" in caplog.text
+
+
 def test_merge_without_data_names_its_model_and_has_no_coefficients(torchvision_run, tmp_path):
     pool = torchvision_run.parent / "pool.yaml"
     (tmp_path / "pool.yaml").write_text(
@@ -285,6 +320,19 @@ def test_ingredients_of_the_hub_and_of_a_tag_are_named():
     assert found["cars"] == {"source": "hf://org/clip-cars@abc", "licence": "mit", "sha256": "2"}
     assert licence_of(["cc-by-4.0", "CC-BY-4.0"]) == "cc-by-4.0"
     assert licence_of(["of my own", "of my own"]) == "other"
+
+
+def test_card_names_no_folder_of_this_machine():
+    command = ["/home/alice/bin/adapt", "pool.file=/home/al ice/my zoo/pool.yaml", "--out=~/x/run", "/home/alice",
+               "e={a: '/data/bob b/a.pt', b: hf://org/n@abc}", "../alice/y", "objective=entropy"]  # fmt: skip
+    assert card._shown(command) == (
+        ".../adapt pool.file=.../pool.yaml --out=.../run '~' "
+        "'e={a: '\"'\"'.../a.pt'\"'\"', b: hf://org/n@abc}' .../y objective=entropy"
+    )
+    pool = {"base": None, "experts": {"cars": "/home/alice/cars/", "dtd": "/home/alice/dtd.pt"}}
+    backbone = {"model": "/home/alice/models/tiny", "pretrained": "/home/alice/base.pt"}
+    found = ingredients({"config": {"pool": pool, "backbone": backbone}})
+    assert [part["source"] for part in found.values()] == ["tiny, pretrained=base.pt", "cars", "dtd.pt"]
 
 
 def test_coefficient_table_of_rows_has_each_parameters_mean(tmp_path):
@@ -428,7 +476,7 @@ def test_upload_that_fails_says_where_the_export_is(tmp_path, hub):
 # convert
 
 
-def test_convert_there_and_back_gives_the_same_model(clip_run, tmp_path):
+def test_convert_there_and_back_gives_the_same_model(clip_run, tmp_path, capsys):
     source = clip_run / "open_clip"
     ends(0, "convert", source, "--to", "hf", "--out", tmp_path / "hf")
     ends(0, "convert", tmp_path / "hf", "--to", "open_clip", "--out", tmp_path / "own")
@@ -439,6 +487,10 @@ def test_convert_there_and_back_gives_the_same_model(clip_run, tmp_path):
     assert configs[0]["preprocess_cfg"] == configs[1]["preprocess_cfg"]
     ends(0, "convert", tmp_path / "hf", "--to", "open_clip", "--out", tmp_path / "weights.safetensors")
     assert load_state_dict(tmp_path / "weights.safetensors").keys() == first.keys()
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    ends(2, "convert", tmp_path / "weights.safetensors", "--to", "hf", "--out", tmp_path / "weights.safetensors")
+    assert "expected a new file, found one" in capsys.readouterr().err
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
 
 
 def test_convert_of_what_is_there_already_or_has_no_configuration_is_refused(clip_run, tmp_path, capsys):
