@@ -182,7 +182,7 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
         where = re.search(r"full_key: (\S+)", str(error))
         kind = "" if isinstance(cause, OSError) else f"{type(cause).__name__}: "
         said = f"{cause.filename}: {cause.strerror}" if isinstance(cause, OSError) and cause.filename else cause
-        raise InputError(f"{where.group(1) if where else node}: {kind}{said}.") from error
+        raise InputError(f"{where.group(1) if where else node}: {kind}{str(said).rstrip('.')}.") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{node}: {str(error).splitlines()[0]}") from error
     except Exception as error:
