@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from adamerge import compare_row
 from adamerge.comparison_table import GOAL, START, compared, markdown, terminal
-from adamerge.composition import compose, preset_file
+from adamerge.composition import compose, preset_content
 from adamerge.errors import GuardError, InputError
 from adamerge.figures import save_comparison
 from adamerge.files import atomic_path, save_json
@@ -210,11 +209,7 @@ def _slug(name: str) -> str:
 
 def _read_preset(preset: str) -> tuple[dict[str, str], list[str]]:
     """Read rows and overrides from a shipped preset or a yaml file."""
-    path = preset_file("compare", preset)
-    try:
-        content: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
-    except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
-        raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
+    path, content = preset_content("compare", preset)
     rows = content.get("rows") if isinstance(content, Mapping) else None
     overrides = content.get("overrides") or [] if isinstance(content, Mapping) else None
     if not isinstance(rows, Mapping) or not isinstance(overrides, list) or set(content) - set(_PRESET_KEYS):

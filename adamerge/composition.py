@@ -144,6 +144,19 @@ def preset_file(group: str, preset: str) -> Path:
     return Path(preset)
 
 
+def preset_content(group: str, preset: str) -> tuple[Path, Any]:
+    """Return a preset's file, see :func:`preset_file`, and what it holds as plain containers.
+
+    Raises:
+        InputError: If there is no such preset, or it is no yaml file.
+    """
+    path = preset_file(group, preset)
+    try:
+        return path, OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
+    except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
+        raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
+
+
 def rule_node(group: str, rule: str, settings: Sequence[str]) -> dict[str, Any]:
     """Return a rule's node: a shipped one by name, or any class by import path, with options set.
 

@@ -1,7 +1,8 @@
 """What a user can get wrong, and how a run can be stopped on purpose."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -46,3 +47,16 @@ def shorten(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def check_keys(found: Any, known: Sequence[str], where: str) -> None:
+    """Check that what a file holds at ``where`` is a mapping with no keys but the known ones.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if not isinstance(found, Mapping):
+        raise InputError(f"{where}: expected a mapping with {', '.join(known)}, found {found!r}.")
+    for key in found:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")

@@ -62,7 +62,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this one's number
     temporary.mkdir()
     try:
         yield temporary

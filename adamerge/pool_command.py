@@ -15,7 +15,7 @@ from adamerge.hash_cache import check_hash, forget
 from adamerge.hub import HubReference, located, located_all, reference_of
 from adamerge.layout import check_names
 from adamerge.model_files import open_model
-from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, place
+from adamerge.pool_files import PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
 from adamerge.pool_names import named_pool, own_pools, shipped_pools
 from adamerge.run_checks import Headers, read_headers
 
@@ -258,7 +258,7 @@ def _with_facts(files: PoolFiles, addition: Addition) -> PoolFiles:
     """Put tasks and licences to the experts that they are given for."""
     experts, base = dict(files.experts), files.base
     for option, key, pairs in (("--task", "task", addition.tasks), ("--licence", "licence", addition.licences)):
-        for name, value in _pairs(option, pairs).items():
+        for name, value in named_values(option, pairs).items():
             if name == "base" and key == "licence":
                 base = replace(base, licence=value)
             elif name not in experts:
@@ -267,18 +267,6 @@ def _with_facts(files: PoolFiles, addition: Addition) -> PoolFiles:
                 facts = {"task": experts[name].task, "licence": experts[name].licence, key: value}
                 experts[name] = replace(experts[name], task=facts["task"], licence=facts["licence"])
     return replace(files, base=base, experts=experts)
-
-
-def _pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator or not name or not value:
-            raise InputError(f"{option} {pair}: expected NAME=VALUE.")
-        if name in found:
-            raise InputError(f"{option} {pair}: the name {name!r} is given twice.")
-        found[name] = value
-    return found
 
 
 def _prefix(files: PoolFiles) -> str | None:

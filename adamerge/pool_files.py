@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from adamerge.adapters import open_expert
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, check_keys, did_you_mean
 from adamerge.files import sha256
 from adamerge.hash_cache import check_hash, file_hash
 from adamerge.hub import HubReference, located, located_all, reference_of
@@ -190,7 +190,7 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
     Raises:
         InputError: If it is no pool file's.
     """
-    _check_keys(content, _KEYS, where)
+    check_keys(content, _KEYS, where)
     for key in ("base", "experts"):
         if not content.get(key):
             raise InputError(f"{where}: {key}: must be given; such as {key}: {_EXAMPLES[key]}.")
@@ -222,15 +222,24 @@ def named_files(pairs: Sequence[str]) -> dict[str, PoolFile]:
     Raises:
         InputError: If one is something else, or a name is given twice.
     """
-    files: dict[str, PoolFile] = {}
+    return {name: PoolFile(place(path)) for name, path in named_values("--expert", pairs, "FILE").items()}
+
+
+def named_values(option: str, pairs: Sequence[str], value: str = "VALUE") -> dict[str, str]:
+    """Read an option that is repeated as ``NAME=VALUE``.
+
+    Raises:
+        InputError: If one is something else, or a name is given twice.
+    """
+    found: dict[str, str] = {}
     for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not separator or not name or not path:
-            raise InputError(f"--expert {pair}: expected NAME=FILE.")
-        if name in files:
-            raise InputError(f"--expert {pair}: the name {name!r} is given twice.")
-        files[name] = PoolFile(place(path))
-    return files
+        name, separator, text = pair.partition("=")
+        if not separator or not name or not text:
+            raise InputError(f"{option} {pair}: expected NAME={value}.")
+        if name in found:
+            raise InputError(f"{option} {pair}: the name {name!r} is given twice.")
+        found[name] = text
+    return found
 
 
 def place(text: str, folder: Path = Path()) -> Path | HubReference:
@@ -250,7 +259,7 @@ def _entry(found: Any, where: str, folder: Path) -> PoolFile:
     if isinstance(found, str) and found:
         return PoolFile(_place(found, where, folder))
     if isinstance(found, Mapping):
-        _check_keys(found, _FILE_KEYS, where)
+        check_keys(found, _FILE_KEYS, where)
     if not isinstance(found, Mapping) or not found.get("file"):
         raise InputError(
             f"{where}: expected a checkpoint FILE, hf://ORG/NAME, or {{file: FILE, ...}}, found {found!r}."
@@ -273,14 +282,6 @@ def _described(found: PoolFile) -> dict[str, str]:
     file = found.file if isinstance(found.file, HubReference) else found.file.absolute()
     facts = {"file": str(file), "task": found.task, "licence": found.licence, "sha256": found.sha256}
     return {key: value for key, value in facts.items() if value is not None}
-
-
-def _check_keys(content: Any, known: Sequence[str], where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise InputError(f"{where}: expected a mapping with {', '.join(known)}, found {content!r}.")
-    for key in content:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
 
 
 def _globs(found: Any, where: str) -> tuple[str, ...] | None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,16 @@ def read_recipe(path: Path, command: str, keys: Sequence[str]) -> dict[str, Any]
 
 def _mend(command: str) -> str:
     return f"Name a {command}.json that it wrote."
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested options by their dotted names.
+
+    >>> flat({"steps": 3, "optimizer": {"lr": 0.1}})
+    {'steps': 3, 'optimizer.lr': 0.1}
+    """
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        nested = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from adamerge import comparison
-from adamerge.composition import compose, preset_file
-from adamerge.errors import InputError, did_you_mean
+from adamerge.composition import compose, preset_content
+from adamerge.errors import InputError, check_keys, did_you_mean
 from adamerge.files import atomic_path, save_json
 from adamerge.preflight import check
 from adamerge.tasks import checks
@@ -70,16 +70,12 @@ def read_published(preset: str) -> Published:
     Raises:
         InputError: If there is no such preset, or it says nothing, or something else.
     """
-    path = preset_file("compare", preset)
-    try:
-        content: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
-    except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
-        raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
+    path, content = preset_content("compare", preset)
     section = content.get("published") if isinstance(content, Mapping) else None
     if section is None:
         raise InputError(f"{path}: expected a section published: with the figures to compare with, found none.")
     where = f"{path}: published"
-    _check_keys(section, _KEYS, where)
+    check_keys(section, _KEYS, where)
     for key in _KEYS:
         if not section.get(key):
             raise InputError(f"{where}.{key}: must be given.")
@@ -244,7 +240,7 @@ def _unknown_tasks(published: Published, tasks: Sequence[str]) -> list[str]:
 
 
 def _figures(found: Any, where: str, section: Mapping[str, Any]) -> Figures:
-    _check_keys(found, _ROW_KEYS, where)
+    check_keys(found, _ROW_KEYS, where)
     tasks = found.get("tasks") or {}
     if not isinstance(tasks, Mapping):
         raise InputError(f"{where}.tasks: expected a mapping from task to percent, found {tasks!r}.")
@@ -253,14 +249,6 @@ def _figures(found: Any, where: str, section: Mapping[str, Any]) -> Figures:
             raise InputError(f"{where}: {name}: expected an accuracy in percent, found {value!r}.")
     texts = {key: str(found.get(key) or section[key]) for key in ("source", "protocol")}
     return Figures(float(found["mean"]), tasks={str(k): float(v) for k, v in tasks.items()}, **texts)
-
-
-def _check_keys(found: Any, known: Sequence[str], where: str) -> None:
-    if not isinstance(found, Mapping):
-        raise InputError(f"{where}: expected a mapping with {', '.join(known)}, found {found!r}.")
-    for key in found:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
 
 
 def _data_help(config: DictConfig) -> list[str]:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from adamerge.errors import InputError
 from adamerge.files import atomic_path, ensure_writable, remove_temporaries
+from adamerge.recipes import flat
 from adamerge.stages import STAGE, START
 
 log = logging.getLogger(__name__)
@@ -150,18 +151,10 @@ def differences(config: DictConfig, stored: DictConfig) -> list[str]:
 
 def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """Do what :func:`differences` does, for plain containers."""
-    first, second = _flat(config), _flat(stored)
+    first, second = flat(config), flat(stored)
     ignored = ("run_dir", "resume", "cwd", "job", "logger.")
     keys = [key for key in {**first, **second} if not key.startswith(ignored)]
     return sorted(key for key in keys if first.get(key) != second.get(key))
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def is_started(folder: Path) -> bool:

@@ -112,3 +112,17 @@ def logits_of_hugging_face(model: CLIPModel, images: torch.Tensor, texts: torch.
 @torch.no_grad()
 def logits_of_open_clip(model: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor = TEXTS) -> torch.Tensor:
     return model.get_logits(images, texts)[0]
+
+
+def write_benchmark_clip(folder, names, monkeypatch):
+    """Write a tiny CLIP that takes open_clip's own tokenizer: its folder, a base, and an expert for each name."""
+    text = {**OPEN_CLIP["model_cfg"]["text_cfg"], "vocab_size": 49408}
+    monkeypatch.setitem(OPEN_CLIP, "model_cfg", {**OPEN_CLIP["model_cfg"], "text_cfg": text})
+    model = open_clip_model(open_clip_folder(folder / "model"))
+    base = {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
+    save_file(base, folder / "base.safetensors")
+    for name in names:
+        moved = {
+            key: value + 0.01 * torch.randn_like(value) for key, value in base.items() if key.startswith("visual.")
+        }
+        save_file({**base, **moved}, folder / f"{name}.safetensors")

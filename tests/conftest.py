@@ -1,13 +1,15 @@
 """Shared fixtures: one toy problem, in float32 and float64."""
 
+import io
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+from rich.console import Console
 from toy import Toy, make_toy
 
-from adamerge import Coefficients, ExpertPool, MergedModel
+from adamerge import Coefficients, ExpertPool, MergedModel, progress
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("repeatable")
@@ -58,3 +60,12 @@ def toy_batch(toy: Toy) -> dict[str, torch.Tensor]:
 def toy_model(toy: Toy) -> MergedModel:
     pool = toy.pool()
     return toy.model(pool, Coefficients(pool, "layer"))
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A terminal that bars are drawn on, whose text can be read."""
+    text = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=text, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "is_drawn", lambda: True)
+    return text

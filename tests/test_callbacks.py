@@ -1,6 +1,5 @@
 """Callbacks under Lightning's Trainer: the export at the end, graceful stops, progress."""
 
-import io
 import json
 import logging
 import os
@@ -10,10 +9,9 @@ import pytest
 import torch
 from fits import QUIET, batches, every_step, fit, make_data, make_method, values
 from lightning.pytorch import Callback, LightningDataModule
-from rich.console import Console
 from toy import EXPERTS
 
-from adamerge import GuardError, InputError, load_state_dict, merge, progress
+from adamerge import GuardError, InputError, load_state_dict, merge
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.errors import Interrupted
@@ -199,15 +197,6 @@ def test_graceful_stop_gives_the_handlers_back_when_a_fit_fails(toy, tmp_path, h
 
 
 # Progress
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-    """A terminal that bars are drawn on."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    monkeypatch.setattr(progress, "console", console)
-    monkeypatch.setattr(progress, "is_drawn", lambda: True)
-    return console.file
 
 
 def test_merging_progress_on_a_terminal_shows_step_and_loss_and_leaves(toy, tmp_path, terminal):

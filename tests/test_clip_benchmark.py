@@ -3,10 +3,8 @@
 import json
 
 import pytest
-import torch
-from clips import OPEN_CLIP, open_clip_folder, open_clip_model
+from clips import write_benchmark_clip
 from data_files import make
-from safetensors.torch import save_file
 
 from adamerge.cli import main
 from adamerge.tasks import BENCHMARKS, opening
@@ -18,18 +16,8 @@ def arguments(tmp_path, monkeypatch):
     opening._opened.cache_clear()
     for name in BENCHMARKS["clip_8"]:
         make(name, tmp_path / "data", monkeypatch)
-    text = {**OPEN_CLIP["model_cfg"]["text_cfg"], "vocab_size": 49408}  # of open_clip's tokenizer
-    monkeypatch.setitem(OPEN_CLIP, "model_cfg", {**OPEN_CLIP["model_cfg"], "text_cfg": text})
-    model = open_clip_model(open_clip_folder(tmp_path / "model"))
-    base = {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
-    save_file(base, tmp_path / "base.safetensors")
-    experts = []
-    for name in BENCHMARKS["clip_8"]:
-        moved = {
-            key: value + 0.01 * torch.randn_like(value) for key, value in base.items() if key.startswith("visual.")
-        }
-        save_file({**base, **moved}, tmp_path / f"{name}.safetensors")
-        experts.append(f"{name}: {tmp_path / name}.safetensors")
+    write_benchmark_clip(tmp_path, BENCHMARKS["clip_8"], monkeypatch)
+    experts = [f"{name}: {tmp_path / name}.safetensors" for name in BENCHMARKS["clip_8"]]
     return [
         "data=clip_8", f"data.root={tmp_path / 'data'}", "data.num_workers=0", "data.batch_size=2",
         "backbone=open_clip", f"backbone.model={tmp_path / 'model'}",

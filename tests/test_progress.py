@@ -1,6 +1,5 @@
 """Bars on real terminals, lines in logs, and nothing that moves anywhere else."""
 
-import io
 import logging
 import os
 import pty
@@ -9,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
 from adamerge import progress
 
@@ -23,37 +21,28 @@ with progress.phase("Scoring it", 3, "images") as advance:
 """
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Let bars be drawn, on a console whose text can be read."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    monkeypatch.setattr(progress, "console", console)
-    monkeypatch.setattr(progress, "is_drawn", lambda: True)
-    return console.file
-
-
-def test_phase_shows_count_and_logs_how_long_it_took(drawn, caplog):
+def test_phase_shows_count_and_logs_how_long_it_took(terminal, caplog):
     with caplog.at_level(logging.INFO, "adamerge"), progress.phase("Scoring it", 6, "images") as advance:
         advance(2)
         advance(4)
-    assert "Scoring it" in drawn.getvalue()
-    assert "6/6 images" in drawn.getvalue()
-    assert drawn.getvalue().count("\x1b[?25l") == drawn.getvalue().count("\x1b[?25h") == 1
+    assert "Scoring it" in terminal.getvalue()
+    assert "6/6 images" in terminal.getvalue()
+    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") == 1
     (record,) = caplog.records
     assert re.fullmatch(r"Scoring it: 6 images in \d+\.\d s, \d+\.\d images/s", record.getMessage())
 
 
-def test_phase_that_fails_takes_its_bar_away_and_logs_nothing(drawn, caplog):
+def test_phase_that_fails_takes_its_bar_away_and_logs_nothing(terminal, caplog):
     with pytest.raises(RuntimeError), caplog.at_level(logging.INFO), progress.phase("Reading"):
         raise RuntimeError
-    assert drawn.getvalue().count("\x1b[?25l") == drawn.getvalue().count("\x1b[?25h") == 1
+    assert terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count("\x1b[?25h") == 1
     assert not caplog.records
 
 
-def test_phase_within_another_is_drawn_too(drawn):
+def test_phase_within_another_is_drawn_too(terminal):
     with progress.phase("Outer"):
         assert list(progress.track([1, 2], "Inner", "tasks")) == [1, 2]
-    assert "Inner" in drawn.getvalue()
+    assert "Inner" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(

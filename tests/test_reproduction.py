@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
 import yaml
-from clips import OPEN_CLIP, open_clip_folder, open_clip_model
+from clips import write_benchmark_clip
 from data_files import make
-from safetensors.torch import save_file
 
 from adamerge import InputError
 from adamerge.baselines import LabelledCrossEntropy
@@ -45,16 +43,7 @@ def preset(tmp_path, monkeypatch):
     monkeypatch.delenv("ADAMERGE_POOLS", raising=False)
     for name in TASKS:
         make(name, tmp_path / "data", monkeypatch)
-    text = {**OPEN_CLIP["model_cfg"]["text_cfg"], "vocab_size": 49408}  # of open_clip's tokenizer
-    monkeypatch.setitem(OPEN_CLIP, "model_cfg", {**OPEN_CLIP["model_cfg"], "text_cfg": text})
-    model = open_clip_model(open_clip_folder(tmp_path / "model"))
-    base = {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
-    save_file(base, tmp_path / "base.safetensors")
-    for name in TASKS:
-        moved = {
-            key: value + 0.01 * torch.randn_like(value) for key, value in base.items() if key.startswith("visual.")
-        }
-        save_file({**base, **moved}, tmp_path / f"{name}.safetensors")
+    write_benchmark_clip(tmp_path, TASKS, monkeypatch)
     options = [word for name in TASKS for word in ("--expert", f"{name}={name}.safetensors")]
     run("pool", "add", "small", "--base", "base.safetensors", *options)
     others = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb")

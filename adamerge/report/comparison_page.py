@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adamerge.recipes import flat as flattened
 from adamerge.report import run_charts
 from adamerge.report.blocks import Note, Section, built
 from adamerge.report.charts import Bars, Cell, Heat, Lines, Panel, Table, number, percent
@@ -114,7 +115,7 @@ def accuracy_table(named: Mapping[str, Run]) -> list[Table | Note] | None:
 
 def differences(named: Mapping[str, Run]) -> Table | Note | None:
     """Options in which the runs differ."""
-    flat = {name: _flat(run.config) for name, run in named.items() if run.config}
+    flat = {name: flattened(run.config) for name, run in named.items() if run.config}
     if len(flat) < 2:
         return None
     keys = list(dict.fromkeys(key for options in flat.values() for key in options))
@@ -188,11 +189,3 @@ def costs(named: Mapping[str, Run]) -> Table:
         )  # fmt: skip
     header = ["run", "mean accuracy, %", "adaptation", "steps", "coefficients", "memory", "device memory", "device"]
     return Table("What each run took", header, rows)
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
