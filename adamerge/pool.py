@@ -49,6 +49,7 @@ class PoolReport:
         skipped: Tensor name (as in the base file) to why it is not merged.
         cosines: Cosines between task vectors, (E, E).
         norms: Norm of each expert's task vector by parameter, name to (E,).
+        base_norms: Norm of each of the base's merged parameters.
         storage: Where the task vectors are: ``device``, ``ram``, ``stream`` or ``packed``.
         bytes: Memory that they hold; mapped files count as none.
         dtype: That they are kept in.
@@ -61,6 +62,7 @@ class PoolReport:
     skipped: Mapping[str, str]
     cosines: Tensor
     norms: Mapping[str, Tensor]
+    base_norms: Mapping[str, float]
     storage: str
     bytes: int
     dtype: str
@@ -396,8 +398,8 @@ class ExpertPool:
             for _, tile in self.pieces(name):
                 gram += (tile @ tile.T).cpu().double()
         norms = gram.diagonal().sqrt()
-        lengths = [torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in self.base.values()]
-        scale = math.hypot(*lengths)
+        base = {name: torch.linalg.vector_norm(w, dtype=torch.float64).item() for name, w in self.base.items()}
+        scale = math.hypot(*base.values())
         hashes = self.hashes()
         return PoolReport(
             experts={
@@ -414,6 +416,7 @@ class ExpertPool:
             skipped=self.skipped,
             cosines=gram / torch.outer(norms, norms),
             norms=self._norms,
+            base_norms=base,
             storage=self.storage,
             bytes=self.nbytes,
             dtype=self.dtype_name,

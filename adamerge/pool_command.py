@@ -116,8 +116,10 @@ def _converted(files: PoolFiles, names: Sequence[str], folder: Path, addition: A
             for name in names:
                 if _is_pickle(file := entries[name].file):
                     pickles[name] = file
-                    _convert(file, temporary / f"{name}.safetensors", folder / f"{name}.safetensors")
-                    entries[name] = replace(entries[name], file=temporary / f"{name}.safetensors")
+                    out = folder / f"{name}.safetensors"
+                    _check_out(name, file, out, addition.again)
+                    _convert(file, temporary / out.name)
+                    entries[name] = replace(entries[name], file=temporary / out.name)
             checked = _checked(_with_entries(files, entries), addition)
         except InputError as error:
             said = str(error)
@@ -154,6 +156,14 @@ def recorded(files: PoolFiles) -> PoolFiles:
     files.verify()
     experts = {name: _recorded(files, entry) for name, entry in files.experts.items()}
     return replace(files, base=_recorded(files, files.base), experts=experts)
+
+
+def record(files: PoolFiles, path: Path) -> PoolFiles:
+    """Write a pool to a file with all that :func:`recorded` finds out."""
+    with locked(path):
+        files = recorded(files)
+        save_pool_file(files, path)
+        return files
 
 
 def problems_of(files: PoolFiles) -> list[str]:
@@ -294,12 +304,26 @@ def _is_pickle(file: Path | HubReference) -> TypeGuard[Path]:
         return opened.read(9)[8:] != b"{"  # which safetensors have there
 
 
-def _convert(source: Path, temporary: Path, out: Path) -> None:
-    """Write a pickle's tensors, under a plain model's names, to a temporary file that takes another's place later."""
+def _check_out(name: str, source: Path, out: Path, again: bool) -> None:
+    """Refuse a name that is none of a file, and to replace a file unasked."""
+    if Path(out.name).stem != name:
+        raise InputError(
+            f"pool add --expert {name}={source}: expected a name that a file can have, {name}.safetensors, to convert "
+            "into; found a path."
+        )
     if out.exists() and out.samefile(source):
         raise InputError(f"pool add --convert: {source}: would be replaced by what is made of it; move it first.")
-    if prefix := convert(source, temporary).prefix:
-        convert(source, temporary, prefix)
+    if out.exists() and not again:
+        raise InputError(
+            f"pool add --convert: {out} is there already. Add --replace to write over it, name the expert otherwise, "
+            f"or name that file: --expert {name}={out}."
+        )
+
+
+def _convert(source: Path, out: Path) -> None:
+    """Write a pickle's tensors under a plain model's names."""
+    if prefix := convert(source, out).prefix:
+        convert(source, out, prefix)
 
 
 def _not_there(name: str, state: State) -> str:

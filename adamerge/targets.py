@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from adamerge.errors import InputError
@@ -40,16 +41,18 @@ class Target:
 def foreign_targets(content: Any) -> list[Target]:
     """Return the import paths of a configuration that lead outside of adamerge, torch, torchvision and lightning.
 
-    Nothing is imported for it.
+    Of these, only what is their own counts, not what a module of theirs has imported: ``adamerge.files.os.system``
+    leads outside. Nothing else is imported for it.
 
     Args:
         content: The configuration as plain containers.
     """
     found = []
     for node, path in _walk(content, ""):
-        module = path.split(".")[0]
+        home = _home(path)
+        module = home.split(".")[0]
         if module and module not in _OWN:
-            spec, _ = _find(path)
+            spec, _ = _find(home)
             file = _file(spec)
             if spec is not None or module in sys.stdlib_module_names:
                 found.append(Target(node, path, file))
@@ -96,11 +99,22 @@ def announce(content: Any) -> None:
         log.info("%s", target)
 
 
-def _is_own_class(path: str) -> bool:
+def _home(path: str) -> str:
+    """Return an import path, of a package of ``_OWN`` as the module that defines what it leads to."""
+    found = _resolved(path) if path.split(".")[0] in _OWN else None
+    home = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None)
+    return home if isinstance(home, str) else path
+
+
+def _resolved(path: str) -> Any:
     try:
-        found = pkgutil.resolve_name(path)
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
-        return False
+        return None
+
+
+def _is_own_class(path: str) -> bool:
+    found = _resolved(path)
     return isinstance(found, type) and f"{found.__module__}.".startswith(_VIEWED)
 
 

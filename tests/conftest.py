@@ -1,6 +1,7 @@
 """Shared fixtures: one toy problem, in float32 and float64."""
 
 import io
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,8 +15,9 @@ from adamerge import Coefficients, ExpertPool, MergedModel, progress
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("repeatable")
 
-# On tensors this small, threads that wait for each other make a step up to ten times slower.
+# On tensors this small, threads that wait for each other make a step up to ten times slower; in processes too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

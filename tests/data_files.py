@@ -129,6 +129,16 @@ def emnist(root: Path) -> dict[str, int]:
     return _idx_files(root / "EMNIST/raw", "emnist-digits-train", "emnist-digits-test")
 
 
+def emnist_letters(root: Path) -> dict[str, int]:
+    # Labels from 1, as NIST has them.
+    counts = {"train": 52, "test": 26}
+    for split, count in counts.items():
+        start = root / f"EMNIST/raw/emnist-letters-{split}"
+        put(start.with_name(f"{start.name}-images-idx3-ubyte"), idx(RAW.integers(0, 256, (count, 28, 28))))
+        put(start.with_name(f"{start.name}-labels-idx1-ubyte"), idx(np.arange(count) % 26 + 1))
+    return counts
+
+
 def dtd(root: Path) -> dict[str, int]:
     classes = definition("dtd").classes
     for number, split in enumerate(("train", "val", "test")):
@@ -229,7 +239,7 @@ MAKERS: dict[str, Callable[[Path], dict[str, int]]] = {
     maker.__name__: maker
     for maker in (
         *(sun397, cars, resisc45, eurosat, svhn, gtsrb, mnist, dtd, stl10, oxford_iiit_pet, flowers102, cifar100),
-        *(pcam, fer2013, cifar10, food101, fashion_mnist, rendered_sst2, emnist, kmnist),
+        *(pcam, fer2013, cifar10, food101, fashion_mnist, rendered_sst2, emnist, kmnist, emnist_letters),
     )
 }
 

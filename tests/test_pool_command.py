@@ -168,6 +168,11 @@ def test_add_with_conversion_replaces_a_file_only_once_all_fits(capsys, files, t
     assert (folder / "red.safetensors").read_bytes() == before
     assert (tmp_path / "pools" / "mine.yaml").read_bytes() == pool
     assert sorted(path.name for path in folder.parent.iterdir()) == ["mine", "mine.yaml"]
+    (folder / "stray.safetensors").write_bytes(b"stray")
+    stray = ("--expert", "stray=red.pt", "--convert")
+    assert "is there already. Add --replace" in refused(capsys, "pool", "add", "mine", *stray)
+    slash = ("--expert", "a/b=red.pt", "--convert")
+    assert "a name that a file can have" in refused(capsys, "pool", "add", "mine", *slash)
     torch.save(toy.experts["blue"], tmp_path / "red.pt")
     assert run(capsys, "pool", "add", "mine", *options, "--replace")[0] == 0
     assert named_pool("mine").experts["red"].sha256 == sha256(folder / "red.safetensors") != digest(before).hexdigest()

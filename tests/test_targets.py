@@ -53,6 +53,8 @@ def test_foreign_targets_leave_out_what_every_run_uses():
     own = ["adamerge.data.Task", "torch.optim.Adam", "torchvision.datasets.ImageFolder", "lightning.pytorch.Trainer"]
     assert foreign_targets(config(*own)) == []
     assert [t.path for t in foreign_targets({"a": {"_target_": None}, "b": {"_target_": "os.system"}})] == ["os.system"]
+    through = "adamerge.files.os.system"  # what a module of ours has imported is not ours
+    assert [t.path for t in foreign_targets({"a": {"_target_": through}})] == [through]
     assert "time.sleep from Python itself" in str(foreign_targets({"a": {"_target_": "time.sleep"}})[0])
 
 

@@ -30,7 +30,7 @@ root_option = click.option(
 
 @click.group(short_help="Which of the field's data sets are there, and how to get the others.")
 def data() -> None:
-    """Look after the data sets of `data=clip_8`, `clip_14` and `clip_20` (docs/data.md)."""
+    """Look after the data sets of `data=clip_8`, `clip_14`, `clip_20` and `clip_20_hub` (docs/data.md)."""
 
 
 @data.command()

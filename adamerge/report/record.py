@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adamerge.descriptions import describe
+from adamerge.evaluation import Stopwatch
 from adamerge.files import save_json
 from adamerge.memory import peak_memory
 from adamerge.pool import ExpertPool
@@ -34,18 +35,21 @@ def save_record(folder: Path, pool: ExpertPool | None, costs: Mapping[str, Any] 
     path = folder / FILE
     if costs is None and path.is_file():
         costs = json.loads(path.read_text(encoding="utf-8")).get("costs")
-    save_json({"format": FORMAT, "pool": geometry(pool) if pool else {}, "costs": dict(costs or {})}, path)
+    watch, costs = Stopwatch(), dict(costs or {})
+    content = geometry(pool) if pool else {}
+    if "seconds" in costs:
+        costs["seconds"] = {**costs["seconds"], "geometry": round(watch.seconds(), 3)}
+    save_json({"format": FORMAT, "pool": content, "costs": costs}, path)
 
 
 def geometry(pool: ExpertPool) -> dict[str, Any]:
     """Return sizes, hashes, norms and cosines of a pool's task vectors as JSON-ready content."""
     report = pool.report()
-    base_norms = {name: _norm(tensor) for name, tensor in pool.base.items()}
     experts = {name: {**facts, "bytes": _size(str(facts["source"]))} for name, facts in report.experts.items()}
     base = {
         "source": pool.source.name,
         "sha256": pool.hashes()["base"],
-        "norm": math.sqrt(sum(norm**2 for norm in base_norms.values())),
+        "norm": math.hypot(*report.base_norms.values()),
         "bytes": _size(pool.source.name),
     }
     transform = report.transform
@@ -59,7 +63,7 @@ def geometry(pool: ExpertPool) -> dict[str, Any]:
         "transform": transform if transform is None or isinstance(transform, str | dict) else describe(transform),
         "cosines": [[_rounded(value) for value in row] for row in report.cosines.tolist()],
         "norms": {name: [_rounded(norm) for norm in norms.tolist()] for name, norms in report.norms.items()},
-        "base_norms": {name: _rounded(norm) for name, norm in base_norms.items()},
+        "base_norms": {name: _rounded(norm) for name, norm in report.base_norms.items()},
     }
 
 
@@ -82,10 +86,6 @@ def costs_of(seconds: Mapping[str, float], steps: int, device: torch.device, *, 
         "peak_memory_bytes": peak_memory(),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if is_cuda else None,
     }
-
-
-def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _rounded(value: float) -> float:

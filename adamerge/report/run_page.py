@@ -237,6 +237,7 @@ def cost_table(run: Run) -> Table | None:
     costs = run.record.get("costs") or {}
     rows = []
     names = {"prepare": "Reading the pool, building heads", "adapt": "Adapting and exporting", "score": "Scoring"}
+    names["geometry"] = "Hashes, norms and cosines of the pool"
     for phase, seconds in (costs.get("seconds") or {}).items():
         rows.append([names.get(phase, phase), duration(seconds)])
     if steps := costs.get("steps"):

@@ -14,8 +14,14 @@ _EIGHT = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dt
 _FOURTEEN = (*_EIGHT, "stl10", "oxford_iiit_pet", "flowers102", "cifar100", "pcam", "fer2013")
 _TWENTY = (*_FOURTEEN, "cifar10", "food101", "fashion_mnist", "rendered_sst2", "emnist", "kmnist")
 
-# Task arithmetic's eight, and the 14 and 20 of Wang et al., arXiv:2405.07813 (https://github.com/nik-dim/tall_masks).
-BENCHMARKS: Mapping[str, tuple[str, ...]] = {"clip_8": _EIGHT, "clip_14": _FOURTEEN, "clip_20": _TWENTY}
+_TWENTY_HUB = tuple("emnist_letters" if name == "emnist" else name for name in _TWENTY)
+
+# Task arithmetic's eight, the 14 and 20 of Wang et al., arXiv:2405.07813 (https://github.com/nik-dim/tall_masks), and
+# the 20 of FusionBench's experts at the Hub (https://github.com/tanganke/fusion_bench).
+BENCHMARKS: Mapping[str, tuple[str, ...]] = {
+    **{"clip_8": _EIGHT, "clip_14": _FOURTEEN, "clip_20": _TWENTY},
+    "clip_20_hub": _TWENTY_HUB,
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Layout:
         strip: Regular expression for what comes before the class name in the class's own names.
         divide: Split to images per class, drawn with a fixed seed; the rest is ``train``.
         counts: Split to the number of its images where it is not the definition's, None where it is not known.
+        first_label: The files' number of the first class.
     """
 
     title: str
@@ -43,6 +50,7 @@ class Layout:
     strip: str | None = None
     divide: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, int | None] = field(default_factory=dict)
+    first_label: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Definition:
 
 def names() -> tuple[str, ...]:
     """Return the names of all data sets, in the order of the benchmarks."""
-    return _TWENTY
+    return (*_TWENTY, "emnist_letters")
 
 
 @functools.cache
@@ -128,7 +136,7 @@ def chosen(words: Sequence[str]) -> list[str]:
         InputError: If a word names neither.
     """
     found: list[str] = []
-    for word in words or ["clip_20"]:
+    for word in words or names():
         if word not in BENCHMARKS and word not in names():
             known = [*BENCHMARKS, *names()]
             raise InputError(f"No data set is called {word!r}.{did_you_mean(word, known)} Known: {', '.join(known)}.")

@@ -30,23 +30,32 @@ class Split(Subset[Any]):
         dataset: Items are (image, label).
         indices: Which of them.
         order: The task's label for each of the data set's.
+        first: The data set's first label.
         classes: Names by the task's label.
         where: What it is, for messages.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], indices: Sequence[int], order: Sequence[int], classes: Sequence[str], where: str
+        self,
+        dataset: Dataset[Any],
+        indices: Sequence[int],
+        order: Sequence[int],
+        classes: Sequence[str],
+        where: str,
+        first: int = 0,
     ) -> None:
         super().__init__(dataset, indices)
         self.classes = list(classes)
-        self._order = order
+        self._order, self._first = order, first
         self._where = where
 
     def __getitem__(self, index: Any) -> tuple[Any, int]:
         image, label = self.dataset[self.indices[index]]
-        if not 0 <= int(label) < len(self._order):
-            raise InputError(f"{self._where}: expected labels from 0 to {len(self._order) - 1}, found {label}.")
-        return image if isinstance(image, Tensor) else image.convert("RGB"), self._order[int(label)]
+        number = int(label) - self._first
+        if not 0 <= number < len(self._order):
+            last = self._first + len(self._order) - 1
+            raise InputError(f"{self._where}: expected labels from {self._first} to {last}, found {label}.")
+        return image if isinstance(image, Tensor) else image.convert("RGB"), self._order[number]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """Return several items; torch's data loaders prefer this."""
@@ -158,7 +167,8 @@ def _opened(name: str, number: int, folder: Path, split: str) -> Split:
     dataset = _read(layout, folder, split, where)
     parts = divided(dataset, layout, known) if layout.divide else {}
     indices = parts[split] if parts else range(len(dataset))  # type: ignore[arg-type]
-    return Split(dataset, indices, order_of(dataset, layout, known, where), known.classes, where)
+    order = order_of(dataset, layout, known, where)
+    return Split(dataset, indices, order, known.classes, where, layout.first_label)
 
 
 def _read(layout: Layout, folder: Path, split: str, where: str) -> Dataset[Any]:
