@@ -168,10 +168,16 @@ def record(files: PoolFiles, path: Path) -> PoolFiles:
 
 def problems_of(files: PoolFiles) -> list[str]:
     """Read every byte of a pool's files; return all that is missing, changed, or does not fit the base."""
-    problems = []
-    for name, state in states(files).items():
-        if not state.there or state.path is None:
-            problems.append(_not_there(name, state))
+    problems, found = [], states(files)
+    try:
+        located_all({name: state.entry.file for name, state in found.items() if state.path is None})
+    except InputError as error:
+        problems.append(str(error))
+    for name, state in found.items():
+        if state.path is None:
+            continue
+        if not state.there:
+            problems.append(_no_such_file(name, state.path))
             continue
         forget(state.path)
         if state.entry.sha256 is None:
@@ -326,15 +332,9 @@ def _convert(source: Path, out: Path) -> None:
         convert(source, out, prefix)
 
 
-def _not_there(name: str, state: State) -> str:
-    if state.path is not None:
-        siblings = [p.name for p in state.path.parent.iterdir()] if state.path.parent.is_dir() else []
-        return f"{name}: {state.path}: no such file.{did_you_mean(state.path.name, siblings)}"
-    try:
-        located_all({name: state.entry.file})
-    except InputError as error:
-        return f"{name}: {error}"
-    return f"{name}: {state.entry.file}: not there."
+def _no_such_file(name: str, path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return f"{name}: {path}: no such file.{did_you_mean(path.name, siblings)}"
 
 
 def summary(files: PoolFiles) -> Mapping[str, int]:
