@@ -50,8 +50,8 @@ class Unconstrained:
 class Clamp(Unconstrained):
     """AdaMerging's constraint: clamp in the forward pass, gradient zero strictly outside the bounds.
 
-    A raw value that leaves the interval never comes back (12-31 % of the published coefficients are
-    exactly 0): ``Box`` has no such dead zone. At the bounds the gradient is 1, on every torch version.
+    A raw value that leaves the interval never comes back (10-31 % of the published layer-wise
+    coefficients are exactly 0): ``Box`` has no such dead zone. At the bounds the gradient is 1, on every torch version.
 
     Reference:
         AdaMerging (arXiv:2310.02575), released code.

@@ -72,13 +72,27 @@ def test_registration_order_is_open_clips(clip, names):
         registration_order([*(name for name in names if name != "proj"), "head"])
 
 
-def test_registration_order_of_the_benchmarks_models():
-    for model, count in (("ViT-B-32", 152), ("ViT-B-16", 152), ("ViT-L-14", 296)):
-        with torch.device("meta"):
-            tower = open_clip.create_model(model, load_weights=False, device="meta").visual
-        names = [name for name, _ in tower.named_parameters()]
-        assert len(names) == count
-        assert registration_order(names) == tuple(names)
+@pytest.mark.parametrize(("model", "count"), [("ViT-B-32", 152), ("ViT-B-16", 152), ("ViT-L-14", 296)])
+def test_shipped_lists_have_a_row_for_each_tensor_of_their_model(model, count):
+    with torch.device("meta"):
+        tower = open_clip.create_model(model, load_weights=False, device="meta").visual
+    names = [name for name, _ in tower.named_parameters()]
+    assert len(names) == count
+    assert registration_order(names) == tuple(names)
+    lists = [item for name, item in shipped_lists().items() if name.endswith(f"/{model}")]
+    assert len([item for item in lists if len(item.rows) > 1]) == 2
+    for item in lists:
+        content = named_coefficients(item, sorted(names), sorted(EIGHT))
+        assert content["source"]["list"] == item.name
+        rows, labels = (item.rows[3:-3], names) if len(item.rows) > 1 else (item.rows, ["all"])
+        for column, expert in enumerate(EIGHT):
+            expected = dict(zip(labels, (row[column] for row in rows), strict=True))
+            assert content["coefficients"][expert] == expected, item.name
+
+
+def test_a_list_of_another_model_is_refused(names):
+    with pytest.raises(InputError, match=r"expected 32 rows.*or 38 with.*found 302\. Is it a list of another model"):
+        named_coefficients(shipped_lists()["lw_adamerging/ViT-L-14"], names, EIGHT)
 
 
 def test_named_coefficients_pair_rows_and_columns_by_name(clip, names):
@@ -111,18 +125,36 @@ def test_named_coefficients_that_do_not_fit_are_refused(clip, names):
             named_coefficients(PublishedList("x", change(rows), {}), names, experts, order)
 
 
-def test_shipped_lists_are_those_of_the_paper():
-    lists = shipped_lists()
-    rows = lists["lw_adamerging/ViT-B-32"].rows
-    values = [value for row in rows for value in row]
-    assert (len(rows), len(values)) == (158, 1264)
-    assert sum(values) / len(values) == pytest.approx(0.240, abs=5e-4)
-    assert sum(value == 0 for value in values) / len(values) == pytest.approx(0.12, abs=5e-3)
-    assert sum(not any(row) for row in rows) == 8
-    assert max(values) == 0.7818
-    assert all(value == 0.3 for row in (*rows[:3], *rows[-3:]) for value in row)
-    assert sum(lists["tw_adamerging/ViT-B-32"].rows[0]) == pytest.approx(2.0239, abs=1e-6)
-    assert all("github.com/EnnengYang/AdaMerging" in found.source["repository"] for found in lists.values())
+SHIPPED = {  # rows, sum of all values, how many are 0 and 1, rows of zeros, largest value
+    "tw_adamerging/ViT-B-32": (1, 2.0239, 0, 0, 0, 0.4003),
+    "tw_adamergingpp/ViT-B-32": (1, 2.9828, 0, 0, 0, 0.5803),
+    "tw_adamerging/ViT-B-16": (1, 1.8893, 0, 0, 0, 0.3543),
+    "tw_adamergingpp/ViT-B-16": (1, 2.8078, 1, 0, 0, 0.7396),
+    "lw_adamerging/ViT-B-32": (158, 303.052262688, 152, 0, 8, 0.7818),
+    "lw_adamergingpp/ViT-B-32": (158, 365.02513238, 187, 0, 10, 0.781),
+    "lw_adamerging/ViT-B-16": (158, 340.1092, 390, 18, 27, 1.0),
+    "lw_adamergingpp/ViT-B-16": (158, 416.6052, 343, 58, 22, 1.0),
+    "lw_adamerging/ViT-L-14": (302, 653.42742645, 489, 19, 17, 1.0),
+    "lw_adamergingpp/ViT-L-14": (302, 822.95643298, 231, 60, 7, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_list_is_the_published_one(name):
+    found = shipped_lists()[name]
+    rows, values = found.rows, [value for row in found.rows for value in row]
+    assert {len(row) for row in rows} == {8}
+    facts = (values.count(0), values.count(1), sum(not any(row) for row in rows), max(values))
+    assert (len(rows), pytest.approx(sum(values), abs=1e-6), *facts) == SHIPPED[name]
+    assert min(values) >= 0
+    assert max(values) <= 1
+    if len(rows) > 1:
+        assert {value for row in (*rows[:3], *rows[-3:]) for value in row} == {0.3}
+    assert "github.com/EnnengYang/AdaMerging" in found.source["repository"]
+
+
+def test_shipped_lists_are_all_of_them():
+    assert list(shipped_lists()) == list(SHIPPED)
 
 
 def test_read_lists_python_file_is_read_and_not_run(tmp_path):
