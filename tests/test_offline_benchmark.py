@@ -58,6 +58,7 @@ def test_files_of_debians_package_are_a_layout_of_the_data_set(tmp_path):
         (gzip.compress(idx(np.zeros((3, 28, 28)))), "each of the 3 images.*found 2"),
         (b"plain", "cannot be decompressed"),
     ],
+    ids=["cut", "another format", "too short", "too many", "not compressed"],
 )
 def test_damaged_idx_file_is_named(tmp_path, content, message):
     put(tmp_path / "i.gz", content)
