@@ -161,6 +161,11 @@ class Bars(Chart):
         return Table(f"{self.title}, %", ["task", *every], rows)
 
 
+def scale_of(low: float, high: float) -> str:
+    """Return the colour scale of values from low to high: around 0 where some are negative, but for rounding."""
+    return "diverging" if low < -0.01 * abs(high) else "sequential"
+
+
 def number(value: Any) -> str:
     """Return a number for people; nothing for what is none.
 

@@ -6,7 +6,7 @@ from typing import Any
 from adamerge.recipes import flat as flattened
 from adamerge.report import run_charts
 from adamerge.report.blocks import Note, Section, built
-from adamerge.report.charts import Bars, Cell, Heat, Lines, Panel, Table, number, percent
+from adamerge.report.charts import Bars, Cell, Heat, Lines, Panel, Table, number, percent, scale_of
 from adamerge.report.facts import Run, mapping
 from adamerge.report.run_page import duration, rows_by_task, size, table_of
 
@@ -114,11 +114,12 @@ def accuracy_table(named: Mapping[str, Run]) -> list[Table | Note] | None:
 
 
 def differences(named: Mapping[str, Run]) -> Table | Note | None:
-    """Options in which the runs differ."""
+    """Options in which the runs differ, those that all of them have first."""
     flat = {name: flattened(run.config) for name, run in named.items() if run.config}
     if len(flat) < 2:
         return None
-    keys = list(dict.fromkeys(key for options in flat.values() for key in options))
+    found = dict.fromkeys(key for options in flat.values() for key in options)
+    keys = sorted(found, key=lambda key: not all(key in options for options in flat.values()))
     rows = [
         [key, *(str(options.get(key, "")) for options in flat.values())]
         for key in keys
@@ -147,11 +148,11 @@ def mean_coefficients(named: Mapping[str, Run]) -> Heat | None:
         [None if expert not in means else float(f"{means[expert]:.4g}") for expert in experts]
         for means in found.values()
     ]
-    lowest = min(value for row in values for value in row if value is not None)
+    known = [value for row in values for value in row if value is not None]
     return Heat(
         key="means", title="Mean coefficient of each expert", text="Over all of a run's coefficients.",
         rows=list(found), panels=[Panel("", experts, values)], value="mean coefficient", column="expert",
-        shows_values=len(experts) <= 12, scale="diverging" if lowest < 0 else "sequential",
+        shows_values=len(experts) <= 12, scale=scale_of(min(known), max(known)),
     )  # fmt: skip
 
 

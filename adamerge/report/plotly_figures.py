@@ -78,8 +78,8 @@ def _heat(chart: Heat) -> dict[str, Any]:
         coloraxis={
             "cmin": low, "cmax": high,
             "colorbar": {
-                "title": {"text": chart.value, "side": "right"}, "thickness": 12, "len": 1, "lenmode": "fraction",
-                "y": 0.5, "outlinewidth": 0,
+                "title": {"text": chart.value if total > 160 else "", "side": "right"},  # it is as long as the bar
+                "thickness": 12, "len": 1, "lenmode": "fraction", "y": 0.5, "outlinewidth": 0,
             },
         },
         meta={"scale": chart.scale},
@@ -153,10 +153,11 @@ def _bars(chart: Bars) -> dict[str, Any]:
                 "marker": {"color": COLORS[0]}, "opacity": 0.55, **common,
             }
         )  # fmt: skip
+    own = {"experts": COLORS[2], "pretrained": "#8b95a3"}
+    free = [color for color in COLORS[1 if chart.bar else 0 :] if color not in own.values()]
+    others = {name: free[number % len(free)] for number, name in enumerate(n for n in chart.marks if n not in own)}
     for number, (name, values) in enumerate(chart.marks.items()):
-        color = {"experts": "#2e9e6b", "pretrained": "#8b95a3"}.get(
-            name, COLORS[(number + (2 if chart.bar else 0)) % 10]
-        )
+        color = {**others, **own}[name]
         marker = {"size": 12, "color": color, "symbol": SYMBOLS[number % len(SYMBOLS)], "line": {"width": 1.5}}
         xs = [100 * v for v in values]
         data.append({"type": "scatter", "mode": "markers", "name": label(name), "x": xs, "marker": marker, **common})

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from adamerge.report.charts import Bars, Cell, Heat, Lines, Panel
+from adamerge.report.charts import Bars, Cell, Heat, Lines, Panel, scale_of
 from adamerge.report.facts import Learned, Run, Series, Values
 from adamerge.report.places import KINDS, are_parameters, by_depth, place_of
 
@@ -42,7 +42,7 @@ def coefficients(run: Run) -> Heat | None:
         return None
     text = "One row per expert, depth from left to right, one panel per kind of layer; hover for names and values."
     text += " A cell is the mean over a tensor's coefficients." if learned.is_fine else ""
-    lowest = min(float(array.mean(1).min()) for array in learned.values.values())
+    means = [array.mean(1) for array in learned.values.values()]
     return Heat(
         key="coefficients",
         title="Coefficients by expert and depth",
@@ -51,7 +51,7 @@ def coefficients(run: Run) -> Heat | None:
         panels=_panels(learned, lambda values: values.mean(1)),
         value="mean coefficient" if learned.is_fine else "coefficient",
         column="parameter tensor" if are_parameters(learned.values) else "group",
-        scale="diverging" if lowest < 0 else "sequential",
+        scale=scale_of(min(float(mean.min()) for mean in means), max(float(mean.max()) for mean in means)),
     )
 
 
@@ -138,6 +138,11 @@ def losses(run: Run) -> Lines | None:
     )
 
 
+def unlabeled(run: Run, kind: str) -> dict[str, Series]:
+    """Return a criterion that needs no label, by task: ``marginal``, ``entropy`` or ``disagreement``."""
+    return _in_order(run.logged(f"unlabeled/{kind}/") or run.logged(f"guard/{kind}/"), run.tasks)
+
+
 def criteria(run: Run) -> list[Lines]:
     """What can be seen of each task without labels, by step."""
     kinds = {
@@ -160,9 +165,8 @@ def criteria(run: Run) -> list[Lines]:
     }
     charts = []
     for kind, (title, text, y) in kinds.items():
-        found = run.logged(f"unlabeled/{kind}/") or run.logged(f"guard/{kind}/")
-        if found:
-            series = {task: _line(values) for task, values in _in_order(found, run.tasks).items()}
+        if found := unlabeled(run, kind):
+            series = {task: _line(values) for task, values in found.items()}
             charts.append(Lines(key=kind, title=title, text=text, series=series, y=y))
     return charts
 
@@ -179,7 +183,7 @@ def picks(run: Run) -> Heat | None:
         title="Frank-Wolfe: picks",
         text="Share of the groups that an iteration moved towards each vertex.",
         rows=list(lines),
-        panels=[Panel("", [f"step {step:.0f}" for step in steps], [ys for _, ys in lines.values()])],
+        panels=[Panel("", [f"{step:.0f}" for step in steps], [ys for _, ys in lines.values()])],
         value="share of the groups",
         column="step",
     )

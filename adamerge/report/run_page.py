@@ -198,21 +198,21 @@ def few_coefficients(run: Run) -> Table | None:
 
 def collapse_table(run: Run) -> list[Block] | None:
     """Whether a task collapses, by criteria that need no label."""
-    variety = run.logged("unlabeled/marginal/") or run.logged("guard/marginal/")
+    variety, apart = (charts.unlabeled(run, kind) for kind in ("marginal", "disagreement"))
     if not variety:
         return None
-    apart = run.logged("unlabeled/disagreement/") or run.logged("guard/disagreement/")
     rows, collapsed = [], []
     for task, series in variety.items():
         first, last = series.values[0], series.values[-1]
         if last < _COLLAPSED * first:
             collapsed.append(task)
-        ends = (apart[task].values[0], apart[task].values[-1]) if task in apart else (None, None)
+        ends = [number(apart[task].values[at]) if task in apart else "" for at in (0, -1)] if apart else []
         verdict = "fewer classes" if task in collapsed else "no"
-        rows.append([task, number(first), number(last), *(number(end) for end in ends), verdict])
-    header = ["task", "variety, first", "last", "disagreement, first", "last", "collapse"]
-    text = (
-        f"Signs of collapse: variety of predictions below {_COLLAPSED:g} of what it was, or a disagreement that grows."
+        rows.append([task, number(first), number(last), *ends, verdict])
+    ends = ["disagreement, first step", "last step"] if apart else []
+    header = ["task", "variety, first step", "last step", *ends, "collapse"]
+    text = f"Signs of collapse: variety of predictions below {_COLLAPSED:g} of what it was" + (
+        ", or a disagreement that grows." if apart else "."
     )
     warning = f"{', '.join(collapsed)}: predictions name ever fewer classes. See callbacks=collapse_guard."
     return [*([Note(warning, is_warning=True)] if collapsed else []), Table(text, header, rows)]
@@ -236,8 +236,10 @@ def cost_table(run: Run) -> Table | None:
     """Seconds by phase, and the most memory held."""
     costs = run.record.get("costs") or {}
     rows = []
-    names = {"prepare": "Reading the pool, building heads", "adapt": "Adapting and exporting", "score": "Scoring"}
-    names["geometry"] = "Hashes, norms and cosines of the pool"
+    names = {
+        **{"prepare": "Reading the pool, building heads", "adapt": "Adapting and exporting", "score": "Scoring"},
+        "geometry": "Hashes, norms and cosines of the pool",
+    }
     for phase, seconds in (costs.get("seconds") or {}).items():
         rows.append([names.get(phase, phase), duration(seconds)])
     if steps := costs.get("steps"):
