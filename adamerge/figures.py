@@ -1,6 +1,7 @@
 """Pictures of results, with matplotlib (extra ``demo``)."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
     axes.errorbar(means, positions, xerr=errors, fmt="|k", markersize=15, markeredgewidth=2.5, capsize=3, label="mean")
     for position, mean in zip(positions, means, strict=True):
         axes.text(101, position, f"{mean:.1f}", va="center", fontweight="bold", clip_on=False)
-    axes.set_yticks(positions, [name + (" *" if rows[name]["uses_labels"] else "") for name in names])
+    axes.set_yticks(positions, [_wrapped(name) + (" *" if rows[name]["uses_labels"] else "") for name in names])
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color("#777777" if rows[name]["uses_labels"] else "black")
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -75,7 +76,7 @@ def save_coefficients(
     limit = max(abs(low), abs(high), 1e-12)
     low = -limit if low < 0 else 0.0  # white is no contribution, whatever the range
     image = axes.imshow(values, aspect="auto", cmap="RdBu_r" if low < 0 else "Blues", vmin=low, vmax=limit)
-    axes.set_yticks(range(len(experts)), list(experts))
+    axes.set_yticks(range(len(experts)), list(map(_wrapped, experts)))
     step = max(1, math.ceil(len(names) / 24))
     shown = range(0, len(names), step)
     axes.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=6)
@@ -150,10 +151,15 @@ def save_heat_map(
             if value == value:  # no NaN
                 axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value < 65 else "black")
     axes.axvline(gap - 0.5, color="white", linewidth=4)
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), list(map(_wrapped, rows)))
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=10, loc="left")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=110)
+
+
+def _wrapped(name: str) -> str:
+    """Return a name in at most two lines, so that a long one leaves room for what it names."""
+    return "\n".join(textwrap.wrap(name, 40, max_lines=2, placeholder=" …")) or name

@@ -39,6 +39,13 @@ def test_save_comparison_format_follows_the_suffix(tmp_path, suffix, start):
     assert (tmp_path / f"x.{suffix}").read_bytes().startswith(start)
 
 
+def test_save_comparison_leaves_room_beside_a_very_long_name(tmp_path):
+    long = content()
+    row = next(iter(long["rows"].values()))
+    long["rows"] = {**long["rows"], "metrics_weighted " + " ".join(f"scores.task{i}=1" for i in range(20)): row}
+    save_comparison(long, tmp_path / "x.png")  # matplotlib warns where there is none
+
+
 def test_save_comparison_more_tasks_than_markers_works(tmp_path):
     save_comparison(content([f"t{i}" for i in range(11)]), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
