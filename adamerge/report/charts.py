@@ -2,6 +2,7 @@
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chart:
+class Chart(ABC):
     """What all figures have.
 
     Attributes:
@@ -49,9 +50,9 @@ class Chart:
         """What the figure shows, for those who cannot see it."""
         return f"{self.title}. {self.text} The numbers are in the table that follows."
 
+    @abstractmethod
     def table(self) -> Table:
         """Return the figure's numbers."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
