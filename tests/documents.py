@@ -1,5 +1,7 @@
 """What README.md and docs/ show: commands, and files that the reader is told to write."""
 
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -46,6 +48,18 @@ def written_files(page: Path) -> dict[str, str]:
         if name:
             files[name[1]] = block
     return files
+
+
+def unknown_imports(code: str) -> list[str]:
+    """Return what code imports from adamerge that is not there."""
+    wanted = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "adamerge"
+        for alias in node.names
+    ]
+    modules = {module: importlib.import_module(module) for module, _ in wanted}
+    return [f"{module}.{name}" for module, name in wanted if not hasattr(modules[module], name)]
 
 
 def _logical_lines(block: str, first: int):

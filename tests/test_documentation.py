@@ -6,7 +6,7 @@ import sys
 
 import click
 import pytest
-from documents import PAGES, ROOT, blocks, commands, written_files
+from documents import PAGES, ROOT, blocks, commands, unknown_imports, written_files
 
 from adamerge.cli import app
 from adamerge.composition import compose
@@ -76,9 +76,10 @@ def parse(command, arguments):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_of_the_pages_compiles(page):
+def test_python_of_the_pages_compiles_and_imports_what_there_is(page):
     for line, block in blocks(page, "python"):
         compile("\n" * (line - 1) + block, page.name, "exec")
+        assert unknown_imports(block) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from documents import unknown_imports
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,13 @@ def test_notebooks_are_stored_without_outputs(path):
     nbformat.validate(notebook)
     for cell in notebook.cells:
         assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_import_what_there_is(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and not cell.source.startswith("%%bash"):
+            assert unknown_imports(cell.source) == []
 
 
 @pytest.mark.parametrize(
