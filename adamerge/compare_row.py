@@ -246,23 +246,19 @@ def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
 
 
 def _run(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
-    run, start, spent = folder / "run", folder / "start" / _MERGED, folder / "interrupted.json"
+    run, start, spent = folder / "run", folder / "start" / _MERGED, folder / "merging.json"
     before = _read_seconds(spent)
     if spec.rule is not None:
         if not is_started(run):
             before = _merge(spec.rule, _assembled(config), start).seconds
+            save_json({"seconds": before}, spent)
         config.pool.base = str(start)
         config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
         config.init = 0.0 if not any(word.startswith("init=") for word in spec.overrides) else config.init
     problems = check(config)
     if problems:
         raise InputError(problems[0])
-    watch = Stopwatch()
-    try:
-        content = launch.adapt(config, run, resume=is_started(run))
-    except SystemExit:
-        save_json({"seconds": before + watch.seconds()}, spent)
-        raise
+    content = launch.adapt(config, run, resume=is_started(run))
     if content is None:
         raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
     row = dict(next(iter(content["rows"].values())))
@@ -271,7 +267,7 @@ def _run(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _read_seconds(path: Path) -> float:
-    """Return what an interrupted run has taken so far."""
+    """Return what a row's merge took before it adapts; 0 where there is none."""
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
     except FileNotFoundError:

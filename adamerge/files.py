@@ -19,6 +19,8 @@ from adamerge.errors import InputError
 log = logging.getLogger(__name__)
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_UMASK = os.umask(0)  # which can only be read by setting it
+os.umask(_UMASK)
 
 
 def save_json(content: Any, path: Path) -> None:
@@ -42,6 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # safetensors writes for the owner alone
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync(path.parent)
@@ -66,6 +69,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in (*temporary.rglob("*"), temporary):
+            if file.is_file():
+                file.chmod(0o666 & ~_UMASK)
             _sync(file)
         temporary.replace(path)
         _sync(path.parent)

@@ -18,6 +18,7 @@ from adamerge import launchers, progress, ranks
 from adamerge.backbones import Backbone, check_classes, own_base
 from adamerge.batch_norm import BatchNormPolicy
 from adamerge.callbacks import ExportMergedWeights, GracefulStop, UnlabeledCriteria
+from adamerge.callbacks.elapsed import Elapsed, seconds_of
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.checkpoint_io import write_atomically
@@ -194,7 +195,6 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
             save_config(first, folder / STAGE / CONFIG_FILE)
         save_config(config, folder / CONFIG_FILE)
     times = {"prepare": prepared.seconds()}
-    watch = Stopwatch()
     if todo is not None:
         _fit_first(todo, folder, assembly, resume=resume)
         assembly = assemble(config, of=assembly)
@@ -202,31 +202,37 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         folder,
         head_info=head_info(assembly.data),
         sidecar=assembly.backbone.sidecar(),
-        recipe={"config": plain(config), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], **assembly.start},
+        recipe={"config": plain(config), "command": command_of(config), **assembly.start},
         batch_norm=assembly.batch_norm,
     )
     trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
-    summary, times["adapt"] = None, watch.seconds()
+    times |= {"adapt": seconds_of(folder / LAST) + seconds_of(folder / STAGE / LAST), "export": export.seconds}
+    summary, scoring = None, Stopwatch()
     if assembly.model.is_sharded:
         ranks.wait()  # for the export: all devices score it, each with its part of the weights
     if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
         log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
     elif (trainer.is_global_zero or assembly.model.is_sharded) and config.evaluate and assembly.data.evaluation:
-        seconds = times["adapt"]
         uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
-        merged = Made(str(config.name), folder / export.filename, seconds, int(config.seed), uses_labels)
+        merged = Made(str(config.name), folder / export.filename, times["adapt"], int(config.seed), uses_labels)
         rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
         if trainer.is_global_zero:
             left_out = assembly.data.unreadable_evaluation()
             summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
-            record_metrics(export.files["recipe"], summary, seconds)
+            record_metrics(export.files["recipe"], summary, times["adapt"])
             log_scores(trainer.loggers, summary["rows"][merged.name], trainer.global_step)
-        times["score"] = watch.seconds() - seconds
+        times["score"] = scoring.seconds()
     if trainer.is_global_zero:
         _tell_unreadable(assembly.data)
-        _report(config, folder, assembly, costs_of(times, trainer.global_step, assembly.pool.device, resumed=resume))
+        steps = trainer.global_step + (int(first.steps) if first else 0)
+        _report(config, folder, assembly, costs_of(times, steps, assembly.pool.device, resumed=resume))
     _raise_reason(trainer)
     return summary
+
+
+def command_of(config: DictConfig) -> list[str]:
+    """Return the command that a run was begun with, or else the one of this process."""
+    return [str(word) for word in config.get("command") or (Path(sys.argv[0]).name, *sys.argv[1:])]
 
 
 def _report(config: DictConfig, folder: Path, assembly: Assembly, costs: dict[str, Any]) -> None:
@@ -268,7 +274,7 @@ def _fit(
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
     method.recipe = plain(config)
     own = [MergingProgress(description), UnlabeledCriteria()]
-    callbacks = [*own, *_callbacks(config, folder), *exports, GracefulStop(folder / LAST)]
+    callbacks = [*own, *_callbacks(config, folder), *exports, Elapsed(), GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **launchers.trainer_options()}
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
     write_atomically(trainer)

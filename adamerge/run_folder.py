@@ -152,7 +152,7 @@ def differences(config: DictConfig, stored: DictConfig) -> list[str]:
 def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """Do what :func:`differences` does, for plain containers."""
     first, second = flat(config), flat(stored)
-    ignored = ("run_dir", "resume", "cwd", "job", "logger.")
+    ignored = ("run_dir", "resume", "cwd", "command", "job", "logger.")
     keys = [key for key in {**first, **second} if not key.startswith(ignored)]
     return sorted(key for key in keys if first.get(key) != second.get(key))
 

@@ -390,6 +390,12 @@ def test_atomic_path_failure_keeps_old_file_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_saved_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
+    (tmp_path / "plain").touch()
+    save_state_dict({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_atomic_path_success_replaces_and_leaves_nothing_else(tmp_path):
     (tmp_path / "x").write_text("old")
     with atomic_path(tmp_path / "x") as temporary:

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adamerge import cli, zoo
+from adamerge.callbacks.elapsed import seconds_of
 from adamerge.commands import runs
 
 pytestmark = [
@@ -479,9 +480,17 @@ def test_adapt_interrupted_and_resumed_equals_uninterrupted(arguments, tmp_path)
     assert process.returncode == 130, errors
     assert "adamerge adapt resume=" in errors
     assert not (tmp_path / "cut" / "merged.safetensors").exists()
-    subprocess.run(command("adapt", "resume=cut"), check=True, capture_output=True, env=environment())
-    for name in ("merged.safetensors", "coefficients.safetensors"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    before = seconds_of(checkpoint)
+    for _ in range(2):  # the second time it has ended, and nothing is left to do
+        subprocess.run(command("adapt", "resume=cut"), check=True, capture_output=True, env=environment())
+        for name in ("merged.safetensors", "coefficients.safetensors"):
+            assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        recipe, record = (json.loads((tmp_path / "cut" / f"{name}.json").read_text()) for name in ("merge", "report"))
+        began = ["adamerge", "adapt", f"--config-dir={arguments[1]}", *arguments[2:], "run_dir=cut"]
+        assert recipe["command"] == began
+        assert record["costs"]["seconds"]["adapt"] == pytest.approx(seconds_of(checkpoint), abs=1e-3)
+        assert seconds_of(checkpoint) > before > 0
 
 
 def test_adapt_frank_wolfe_exports_its_support_and_refuses_the_box(arguments, capsys, tmp_path):
@@ -507,6 +516,11 @@ def test_adapt_sweep_runs_each_combination(arguments, tmp_path):
     )  # fmt: skip
     results = [(tmp_path / "sweep" / str(job) / "merged.safetensors").read_bytes() for job in (0, 1)]
     assert results[0] != results[1]
+    words = [json.loads((tmp_path / "sweep" / str(job) / "merge.json").read_text())["command"] for job in (0, 1)]
+    assert [[word for word in own if word.startswith("objective=")] for own in words] == [
+        ["objective=entropy"],
+        ["objective=imitation"],
+    ]
 
 
 def test_help_names_groups_and_choices():

@@ -1,6 +1,7 @@
 """Write the merged checkpoint when adaptation has ended."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class ExportMergedWeights(Callback):
 
     Attributes:
         files: Short name to file, once exported.
+        seconds: That the export took.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ExportMergedWeights(Callback):
         self.recipe = dict(recipe or {})
         self.batch_norm = batch_norm or BatchNormPolicy("base")
         self.files: dict[str, Path] = {}
+        self.seconds = 0.0
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -66,6 +69,7 @@ class ExportMergedWeights(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; also where a resumed run had no step left, which skips ``on_train_end``."""
+        start = time.perf_counter()
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
             data.gather_unreadable()
@@ -78,6 +82,7 @@ class ExportMergedWeights(Callback):
                 params = model.merge()
                 statistics = self.batch_norm.final(model, params, data if isinstance(data, UnlabeledTasks) else None)
         self._export(trainer, pl_module, model, statistics)
+        self.seconds = time.perf_counter() - start
 
     @rank_zero_only
     def _export(

@@ -118,6 +118,7 @@ def job(config: Any, as_json: bool = False) -> None:
     config = expanded(config)
     config.run_dir = str(folder)
     config.cwd = str(Path.cwd())
+    config.command = _command()
     config.job = launchers.job_id()
     again = run_folder.is_of_job(folder, config.job)  # the scheduler has started it anew
     again = again or (config.resume == "auto" and (folder / run_folder.CONFIG_FILE).is_file())
@@ -148,6 +149,16 @@ def job(config: Any, as_json: bool = False) -> None:
         if fresh and ranks.is_first() and not isinstance(error, GuardError):
             run_folder.remove_unstarted(folder)
         raise JobFailed(error) from error
+
+
+def _command() -> list[str]:
+    """Return what starts this run alone: of a sweep with its own values, in a launcher's process too."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    inside = [folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder for folder in folders]
+    return ["adamerge", "adapt", *(f"--config-dir={folder}" for folder in inside), *hydra.overrides.task]
 
 
 def _job_in_json(config: Any) -> None:

@@ -29,6 +29,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
     adamerge evaluate RUN_DIR --corruptions gaussian_noise:3,pixelate
     """  # noqa: D301
     from adamerge import launch, run_folder
+    from adamerge.callbacks.elapsed import seconds_of
     from adamerge.corruptions import read_corruptions
     from adamerge.evaluation import read_summary, summary, table, write_summary
     from adamerge.scoring import Made, score_run
@@ -41,7 +42,8 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
     old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
     before = {} if checkpoint else old.get(str(config.name), {})
     name = _row_name(file) if checkpoint else str(config.name)
-    made = Made(name, file, before.get("seconds", 0.0), int(config.seed), before.get("uses_labels", False))
+    seconds = 0.0 if checkpoint else before.get("seconds") or seconds_of(run_dir / run_folder.LAST)
+    made = Made(name, file, seconds, int(config.seed), before.get("uses_labels", False))
     if chosen:
         _evaluate_corrupted(run_dir, assembly, made, chosen, as_json=as_json)
         return

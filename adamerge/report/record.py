@@ -71,10 +71,10 @@ def costs_of(seconds: Mapping[str, float], steps: int, device: torch.device, *, 
     """Return times and memory of this process as JSON-ready content.
 
     Args:
-        seconds: Of the run's phases.
+        seconds: Of the run's phases; of ``adapt`` for all sessions of the run.
         steps: Optimizer steps in all.
         device: That adapted.
-        resumed: Whether the run was stopped in between: then the times are those since.
+        resumed: Whether the run was stopped in between: then the other times are those since.
     """
     is_cuda = device.type == "cuda"
     return {

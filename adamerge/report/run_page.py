@@ -236,24 +236,22 @@ def cost_table(run: Run) -> Table | None:
     """Seconds by phase, and the most memory held."""
     costs = run.record.get("costs") or {}
     rows = []
-    names = {
-        **{"prepare": "Reading the pool, building heads", "adapt": "Adapting and exporting", "score": "Scoring"},
-        "geometry": "Hashes, norms and cosines of the pool",
-    }
+    names = {"prepare": "Reading the pool, building heads", "adapt": "Adapting", "export": "Exporting"}
+    names |= {"score": "Scoring", "geometry": "Hashes, norms and cosines of the pool"}
     for phase, seconds in (costs.get("seconds") or {}).items():
         rows.append([names.get(phase, phase), duration(seconds)])
     if steps := costs.get("steps"):
         rows.append(["Steps", f"{steps:,}"])
-        if not costs.get("resumed") and "adapt" in costs.get("seconds", {}):
+        if "adapt" in costs.get("seconds", {}):
             rows.append(["Per step", duration(costs["seconds"]["adapt"] / steps)])
     peaks = {"Most memory of the process": "peak_memory_bytes", "Most memory of the device": "peak_device_memory_bytes"}
     rows += [[name, size(costs.get(key) or run.recipe.get(key))] for name, key in peaks.items()]
     if not costs and run.recipe.get("seconds") is not None:
-        rows.insert(0, ["Adapting and exporting", duration(run.recipe["seconds"])])
+        rows.insert(0, [names["adapt"], duration(run.recipe["seconds"])])
     if device := costs.get("device"):
         rows.append(["Device", f"{device}, {costs.get('threads')} thread(s)" if device == "cpu" else device])
     rows = [row for row in rows if row[1]]
-    since = " since the run was last resumed" if costs.get("resumed") else ""
+    since = "; of all sessions for adapting, else since the run was last resumed" if costs.get("resumed") else ""
     return Table(f"Time and memory{since}", ["", ""], rows) if rows else None
 
 
