@@ -249,7 +249,7 @@ def table(content: Mapping[str, Any], title: str | None = None, width: int = 120
     ]
     for column in (
         ("95 %", [f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}" for row in every]),
-        ("gap", ["" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}" for row in every]),
+        ("gap", ["" if row["gap_closed"] is None else str(round(100 * row["gap_closed"])) for row in every]),
         ("norm.", ["" if row["normalised"] is None else f"{100 * row['normalised']:.1f}" for row in every]),
         ("ECE", [f"{100 * _mean(row['calibration_error']):.1f}" for row in every]),
         ("s", [f"{row['seconds']:.1f}" for row in every]),

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from adamerge.pool import ExpertPool, PoolReport
 from adamerge.pool_files import PoolFiles
+from adamerge.report.charts import decimal
 from adamerge.run_checks import read_headers
 
 _ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning
@@ -81,7 +82,7 @@ def show(pool: ExpertPool, console: Console) -> None:
     for name in pool.expert_names:
         cosines.add_column(name, justify="right")
     for name, row in zip(pool.expert_names, report.cosines.tolist(), strict=True):
-        cosines.add_row(name, *(f"{value:.2f}" for value in row))
+        cosines.add_row(name, *(decimal(value, 2) for value in row))
     console.print(cosines)
     reasons: dict[str, list[str]] = {}
     for name, reason in report.skipped.items():
