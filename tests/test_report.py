@@ -9,14 +9,16 @@ import shutil
 
 import plotly.graph_objects as plots
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 from report_runs import EXPERTS, PARAMETERS, save, summary, write_run
 
 from adamerge import cli
-from adamerge.report import places, report_run, write_report
+from adamerge.report import places, plotly_figures, print_figures, report_run, write_report
+from adamerge.report.charts import Table
 from adamerge.report.facts import read_run
-from adamerge.report.run_charts import coefficients, distribution, norms, trajectories
-from adamerge.report.run_page import sections
+from adamerge.report.run_charts import accuracies, coefficients, cosines, distribution, norms, trajectories
+from adamerge.report.run_page import expert_table, headline, sections
 
 HOSTILE = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", '"><b onclick="x">{{7*7}}', "_$x^2$")
 
@@ -97,6 +99,8 @@ def test_report_of_a_folder_that_is_no_run_is_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     assert "ends in .html" in refusal(capsys, "report", run, "--out", tmp_path / "page.pdf")
     assert "no such folder" in refusal(capsys, "report", run, tmp_path / "none")
+    line = refusal(capsys, "report", run / "merge.json")
+    assert line.endswith(f"merge.json: expected a run's folder, found a file. Did you mean {run}?")
     assert not (run / "report.html").exists()
 
 
@@ -183,6 +187,67 @@ def test_norms_by_block_are_relative_to_the_bases(tmp_path):
     of_block = [name for name in PARAMETERS if ".2." in name]
     expected = math.hypot(*(run.pool["norms"][name][0] for name in of_block)) / math.hypot(*[5.0] * len(of_block))
     assert chart.series["cars"][1][3] == pytest.approx(expected, rel=1e-3)
+
+
+def test_names_have_the_same_colours_on_the_page_and_in_files(tmp_path):
+    chart = accuracies(read_run(write_run(tmp_path / "run")))
+    page = {trace["name"]: trace["marker"]["color"] for trace in plotly_figures.figure(chart)["data"]}
+    (axes,) = print_figures._draw(chart).axes
+    printed = {line.get_label(): line.get_color() for line in axes.lines}
+    assert printed == {name: color for name, color in page.items() if name != "adapt"}
+    assert to_hex(axes.containers[0][0].get_facecolor()) == page["adapt"]
+    assert len(set(page.values())) == len(page) == 4
+
+
+def test_marks_of_equal_values_are_drawn_apart(tmp_path):
+    chart = accuracies(read_run(write_run(tmp_path / "run")))
+    data = plotly_figures.figure(chart)["data"][1:]
+    for at, _ in enumerate(EXPERTS):
+        heights = [trace["y"][at] for trace in data]
+        assert len(set(heights)) == len(data)
+        assert max(abs(height - at) for height in heights) < 0.5
+    (axes,) = print_figures._draw(chart).axes
+    assert [line.get_ydata() for line in axes.lines] == [pytest.approx(trace["y"]) for trace in data]
+
+
+@pytest.mark.parametrize(("value", "end"), [(-0.0004, 0.25), (-0.2, 0.25), (0.3, 1), (-1.0, 1)])
+def test_cosines_have_a_fixed_scale_and_no_zero_with_a_minus(tmp_path, value, end):
+    run = read_run(write_run(tmp_path / "run", experts=("a", "b")))
+    run.record["pool"]["cosines"] = [[1.0, value], [value, 1.0]]
+    chart = cosines(run)
+    assert chart.limits() == (-end, end)
+    figure = plotly_figures.figure(chart)
+    text = "0.00" if value == -0.0004 else f"{value:.2f}"
+    assert figure["data"][0]["text"] == [["", text], [text, ""]]
+    axes = print_figures._draw(chart).axes[0]
+    assert [shown.get_text() for shown in axes.texts] == [text, text]
+    assert {shown.get_color() for shown in axes.texts} == {"white" if abs(value) / end > 0.5 else "black"}
+
+
+def test_empty_columns_are_left_out(tmp_path):
+    table = Table("", ["name", "empty", "half"], [["a", "", ""], ["b", "", "1"]]).filled()
+    assert (table.header, table.rows) == (["name", "half"], [["a", ""], ["b", "1"]])
+    run = write_run(tmp_path / "run")
+    (run / "report.json").unlink()
+    assert expert_table(read_run(run)).header == ["expert", "SHA-256"]
+    assert "device memory" not in page_of(run, write_run(tmp_path / "b"), path=tmp_path / "report.html")
+
+
+def test_tiles_name_the_granularity_and_know_when_no_task_is_behind(tmp_path):
+    run = write_run(tmp_path / "run")
+    coefficients = json.loads((run / "coefficients.json").read_text())
+    save({**coefficients, "granularity": {"name": "block", "pattern": "^x"}}, run / "coefficients.json")
+    content = summary(EXPERTS, "adapt")
+    content["rows"]["experts"]["per_task"] = content["rows"]["adapt"]["per_task"]
+    content["rows"]["adapt"]["gap_closed"] = -0.001
+    save(content, run / "summary.json")
+    tiles = {name: rest for name, *rest in headline(read_run(run)).tiles}
+    assert tiles["Coefficients"][1] == "3 experts, block"
+    assert tiles["Furthest from its expert"] == ["none", "no task is behind its expert"]
+    assert tiles["Gap closed"][0] == "0 %"
+    save(summary(EXPERTS, "adapt"), run / "summary.json")
+    tiles = {name: rest for name, *rest in headline(read_run(run)).tiles}
+    assert tiles["Furthest from its expert"] == ["cars", "-10.0 points"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def pages(tmp_path_factory):
     names = ("cars", "a_task_with_quite_a_long_name_of_its_own", "<b onmouseover=alert(1)>svhn</b>")
     runs = [write_run(folder / "rows", name="rows", rows=20, experts=names)]
     runs.append(write_run(folder / "frank_wolfe", name="<img src=x>", frank_wolfe=True, experts=names, shift=0.1))
-    files = {"rows": runs[:1], "frank_wolfe": runs[1:], "both": runs}
+    few = [write_run(folder / name, name=name, experts=names[1:]) for name in ("first", "a_run_with_a_longer_name")]
+    files = {"rows": runs[:1], "frank_wolfe": runs[1:], "both": runs, "few": few}
     for name, folders in files.items():
         write_report(folders, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in files}
@@ -83,6 +84,25 @@ def test_page_is_drawn_accessible_and_no_wider_than_the_window(visit, pages, nam
     assert [(v["id"], [node["html"][:200] for node in v["nodes"][:3]]) for v in found] == []
     page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_legend_has_room_above_the_plot_and_captions_wrap(visit, pages, width):
+    page = visit(pages["few"], {"width": width, "height": 800})
+
+    def box(selector):
+        return page.locator(f"#plot-accuracies {selector}").first.bounding_box()
+
+    for size in (width, 390):  # narrowed, it is drawn anew
+        page.set_viewport_size({"width": size, "height": 800})
+        page.wait_for_timeout(1500)
+        legend, plot = box(".legend"), box(".nsewdrag")
+        assert plot["height"] > 50
+        assert legend["y"] + legend["height"] <= plot["y"] + 1
+        assert page.locator("#plot-accuracies .legend .traces").count() == 5
+        assert page.locator("#plot-accuracies .legend .scrollbar").evaluate("bar => bar.getBBox().height") == 0
+        for span in page.locator("#result table:not(figure table) caption span").all():
+            assert span.bounding_box()["width"] < size
 
 
 def test_hover_shows_a_coefficients_value_and_names(visit, pages):

@@ -4,9 +4,19 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+COLORS = (  # mid-tones that stand out on white and on near-black
+    *("#3b82c4", "#e0566b", "#2e9e6b", "#c98a12", "#9b6bd3", "#1a9fb3", "#d0668f", "#7d8f2a", "#a06a45", "#5f7d95"),
+)
+QUIET = "#8b95a3"
+_REFERENCES = {  # look the same in every figure
+    "pretrained": QUIET,
+    "experts": COLORS[2],
+    "task_arithmetic_0.3": COLORS[3],
+    "weight_average": COLORS[4],
+}
 Cell = float | None
 _NUMBER = re.compile(r"([±+-]?[\d.,]+(e[+-]?\d+)?( ?(%|B|kB|MB|GB|ms|s|min|h))?( \d+ \w+)?)?")
 _MOST_CELLS = 4000  # of a table that stands for a heat map
@@ -28,6 +38,12 @@ class Table:
         return [
             not all(_NUMBER.fullmatch(row[at]) for row in self.rows if at < len(row)) for at in range(len(self.header))
         ]
+
+    def filled(self) -> "Table":
+        """Return the table without the columns that are empty in every row."""
+        kept = [at for at in range(len(self.header)) if any(row[at] for row in self.rows)]
+        rows = [[row[at] for at in kept] for row in self.rows]
+        return replace(self, header=[self.header[at] for at in kept], rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +124,8 @@ class Heat(Chart):
     Attributes:
         scale: ``"sequential"`` from the lowest to the highest value, or ``"diverging"`` around 0.
         shows_values: Whether the values are written into the cells.
+        reaches: Ends that a diverging scale may have, ascending, of which the first that holds all values counts; so
+            that noise around 0 does not look like extremes.
     """
 
     rows: Sequence[str]
@@ -116,6 +134,7 @@ class Heat(Chart):
     column: str
     scale: str = "sequential"
     shows_values: bool = False
+    reaches: Sequence[float] = ()
 
     def table(self) -> Table:
         """Return the values, columns down the page; of maps with very many cells the means of the panels."""
@@ -137,6 +156,7 @@ class Heat(Chart):
         low, high = (min(known), max(known)) if known else (0.0, 1.0)
         if self.scale == "diverging":
             high = max(abs(low), abs(high))
+            high = next((reach for reach in self.reaches if reach >= high), high)
             low = -high
         return (low, high) if high > low else (low - 0.5, high + 0.5)
 
@@ -161,6 +181,19 @@ class Bars(Chart):
         rows = [[name, *(percent(values[at]) for values in every.values())] for at, name in enumerate(self.categories)]
         return Table(f"{self.title}, %", ["task", *every], rows)
 
+    def colors(self) -> dict[str, str]:
+        """Return the colour of the bar and of each mark, by name: what runs are compared with has its own."""
+        names = [*([self.bar[0]] if self.bar else []), *self.marks]
+        shown = {name: _REFERENCES[name] for name in names if name in _REFERENCES}
+        free = [color for color in COLORS if color not in shown.values()]
+        others = [name for name in names if name not in shown]
+        return {**shown, **{name: free[number % len(free)] for number, name in enumerate(others)}}
+
+    def lanes(self) -> dict[str, float]:
+        """Return how far from the middle of its row each mark is drawn, in rows, so that equal values are all seen."""
+        step = min(0.2, 0.8 / max(1, len(self.marks)))
+        return {name: (number - (len(self.marks) - 1) / 2) * step for number, name in enumerate(self.marks)}
+
 
 def scale_of(low: float, high: float) -> str:
     """Return the colour scale of values from low to high: around 0 where some are negative, but for rounding."""
@@ -180,9 +213,18 @@ def number(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def percent(value: Any) -> str:
+def decimal(value: float, digits: int, sign: str = "") -> str:
+    """Return a number with so many decimals, and never a zero with a minus.
+
+    >>> decimal(-0.0004, 2), decimal(-0.04, 1, "+"), decimal(1.25, 1, "+")
+    ('0.00', '+0.0', '+1.2')
+    """
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def percent(value: Any, digits: int = 1) -> str:
     """Return a share in percent, such as ``84.1``; nothing for None."""
-    return "" if value is None else f"{100 * value:.1f}"
+    return "" if value is None else decimal(100 * value, digits)
 
 
 def _mean(values: Sequence[Cell]) -> Cell:

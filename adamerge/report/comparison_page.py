@@ -189,4 +189,4 @@ def costs(named: Mapping[str, Run]) -> Table:
             ]
         )  # fmt: skip
     header = ["run", "mean accuracy, %", "adaptation", "steps", "coefficients", "memory", "device memory", "device"]
-    return Table("What each run took", header, rows)
+    return Table("What each run took", header, rows).filled()

@@ -43,7 +43,8 @@ class Learned:
 
     Attributes:
         experts: Names, E.
-        granularity: As described in ``coefficients.json``, and likewise the constraint.
+        granularity: Its name; the configuration has the rest.
+        constraint: As described in ``coefficients.json``.
         values: Label, of a parameter or a group, to coefficients (E, groups).
     """
 
@@ -125,6 +126,8 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: If it is none.
     """
+    if folder.is_file():
+        raise InputError(f"{folder}: expected a run's folder, found a file. Did you mean {folder.parent}?")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. Name a folder that `adamerge adapt` made.")
     if not any((folder / name).is_file() for name in _ANY_OF):
@@ -197,14 +200,15 @@ def _learned(run: Run) -> Learned | None:
             raise ValueError("expected coefficients of every expert")
         if not all(np.isfinite(array).all() for array in values.values()):
             raise ValueError("NaN or infinite coefficients")
-        constraint, granularity = (_name(content.get(key)) for key in ("constraint", "granularity"))
+        constraint, granularity = _described(content.get("constraint")), content.get("granularity")
+        granularity = str(granularity.get("name") if isinstance(granularity, Mapping) else granularity)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, SafetensorError) as error:
         run.notes.append(f"coefficients.json cannot be used ({type(error).__name__}: {error}).")
         return None
     return Learned(experts, granularity, constraint, values)
 
 
-def _name(described: Any) -> str:
+def _described(described: Any) -> str:
     """Return what `describe` told as a few words."""
     if not isinstance(described, Mapping):
         return str(described)

@@ -22,6 +22,7 @@
     for (const key of Object.keys(out)) {
       if (/^[xy]axis\d*$/.test(key)) Object.assign(out[key], { gridcolor: t.grid, zerolinecolor: t.grid, linecolor: t.grid });
     }
+    if (out.legend) out.legend.maxheight = 1;  // no scroll bar of its own
     if (out.coloraxis) {
       out.coloraxis.colorscale = scale(t[(out.meta || {}).scale || "sequential"]);
       if (narrow) Object.assign(out.coloraxis.colorbar, { orientation: "h", y: 1, yanchor: "bottom", x: 0.5, thickness: 8,
@@ -33,10 +34,15 @@
 
   const plots = [...document.querySelectorAll(".plot")];
   const content = (plot) => JSON.parse(document.getElementById(plot.id + "-data").textContent);
-  function draw(plot) {
+  async function draw(plot) {
     const { data, layout } = content(plot);
     for (const trace of data) if (trace.mode === "markers") trace.marker.line.color = themes[theme()].tip;
-    return Plotly.react(plot, data, themed(layout), { responsive: true, displayModeBar: false });
+    const figure = themed(layout);
+    const options = { responsive: true, displayModeBar: false };
+    await Plotly.react(plot, data, { ...figure, height: figure.height + 45 * data.length }, options);
+    const legend = plot.querySelector(".legend");  // as many lines as the width asks for: the figure grows by them
+    const room = legend ? Math.ceil(legend.getBBox().height) + 6 : 0;
+    await Plotly.relayout(plot, { height: figure.height + room, "margin.t": figure.margin.t + room });
   }
 
   function label() {
@@ -57,6 +63,14 @@
     redraw();
   });
   system.addEventListener("change", redraw);
+  let width = innerWidth, waiting;
+  addEventListener("resize", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => {
+      if (innerWidth !== width && root.dataset.drawn) redraw();
+      width = innerWidth;
+    }, 200);
+  });
   label();
 
   async function unpacked(element) {

@@ -3,19 +3,16 @@
 import html
 from typing import Any
 
-from adamerge.report.charts import Bars, Chart, Heat, Lines, Panel
+from adamerge.report.charts import COLORS, QUIET, Bars, Chart, Heat, Lines, Panel, decimal
 
-COLORS = (  # mid-tones that stand out on white and on near-black
-    *("#3b82c4", "#e0566b", "#2e9e6b", "#c98a12", "#9b6bd3", "#1a9fb3", "#d0668f", "#7d8f2a", "#a06a45", "#5f7d95"),
-)
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "star", "triangle-up", "cross")
 _LONGEST = 26  # characters of a name in a figure; tables have it whole
-_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "font": {"size": 12}}
+_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "font": {"size": 12}}
 
 
 def figure(chart: Chart) -> dict[str, Any]:
-    """Return a chart's ``data`` and ``layout``."""
+    """Return a chart's ``data`` and ``layout``, whose height is without the legend: the page makes room for that."""
     if isinstance(chart, Lines):
         return _lines(chart)
     if isinstance(chart, Heat):
@@ -46,7 +43,7 @@ def _lines(chart: Lines) -> dict[str, Any]:
         number = loud.index(name) if name in loud else 0
         line = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number // len(COLORS) % 4], "width": 2}
         if name in chart.quiet:
-            line = {"color": "#8b95a3", "dash": "dot", "width": 1.5}
+            line = {"color": QUIET, "dash": "dot", "width": 1.5}
         data.append(
             {
                 "type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": label(name), "x": list(xs),
@@ -54,13 +51,12 @@ def _lines(chart: Lines) -> dict[str, Any]:
                 "visible": "legendonly" if name in chart.hidden else True,
             }
         )  # fmt: skip
-    rows = 1 + sum(len(label(name)) + 6 for name in chart.series) // 80
     x = _axis(chart.x, hoverformat=".4~g")
     if chart.ticks:
         x |= {"tickvals": list(chart.ticks), "ticktext": [label(name) for name in chart.ticks.values()]}
     y = _axis(chart.y, type="log" if chart.is_log else "linear", exponentformat="power")
     layout = _layout(
-        320 + 22 * rows, xaxis=x, yaxis=y, legend=_LEGEND, hovermode="x unified" if len(data) <= 12 else "closest",
+        320, xaxis=x, yaxis=y, legend=_LEGEND, hovermode="x unified" if len(data) <= 12 else "closest",
         showlegend=len(data) > 1,
     )  # fmt: skip
     return {"data": data, "layout": layout}
@@ -80,6 +76,7 @@ def _heat(chart: Heat) -> dict[str, Any]:
             "colorbar": {
                 "title": {"text": chart.value if total > 160 else "", "side": "right"},  # it is as long as the bar
                 "thickness": 12, "len": 1, "lenmode": "fraction", "y": 0.5, "outlinewidth": 0,
+                "exponentformat": "e",  # 5e-4, not 500µ
             },
         },
         meta={"scale": chart.scale},
@@ -109,14 +106,14 @@ def _heat(chart: Heat) -> dict[str, Any]:
 
 
 def _panel(chart: Heat, panel: Panel, axis: str) -> dict[str, Any]:
-    lines = [f"{chart.value} %{{z:.4g}}"]
+    lines = ["%{hovertext}", f"{chart.value} %{{z:.4g}}"]
     lines += [f"{name} %{{customdata[{at}]:.4~g}}" for at, name in enumerate(panel.details)]
     names = [html.escape(name, quote=False) for name in panel.columns]
     trace = {
         "type": "heatmap", "z": panel.values, "coloraxis": "coloraxis", "xaxis": f"x{axis}", "yaxis": f"y{axis}",
         "xgap": 1, "ygap": 1, "hoverongaps": False, "name": "",
-        "text": [[f"<b>{label(row)}</b><br>{name}" for name in names] for row in chart.rows],
-        "hovertemplate": "%{text}<br>" + "<br>".join(lines) + "<extra></extra>",
+        "hovertext": [[f"<b>{label(row)}</b><br>{name}" for name in names] for row in chart.rows],
+        "hovertemplate": "<br>".join(lines) + "<extra></extra>",
     }  # fmt: skip
     if panel.details:
         columns = list(panel.details.values())
@@ -124,7 +121,8 @@ def _panel(chart: Heat, panel: Panel, axis: str) -> dict[str, Any]:
             [[values[row][at] for values in columns] for at in range(len(names))] for row in range(len(chart.rows))
         ]
     if chart.shows_values:
-        trace |= {"texttemplate": "%{z:.2f}", "hovertemplate": "%{text}<br>" + lines[0] + "<extra></extra>"}
+        texts = [["" if value is None else decimal(value, 2) for value in row] for row in panel.values]
+        trace |= {"text": texts, "texttemplate": "%{text}"}
     return trace
 
 
@@ -141,29 +139,32 @@ def _columns(chart: Heat, panel: Panel, axis: str, is_last: bool) -> dict[str, A
 
 
 def _bars(chart: Bars) -> dict[str, Any]:
-    places = list(range(len(chart.categories)))
+    places, colors, lanes = range(len(chart.categories)), chart.colors(), chart.lanes()
     data: list[dict[str, Any]] = []
     names = [html.escape(name, quote=False) for name in chart.categories]
     hover = "%{customdata}<br>%{fullData.name} %{x:.1f} %<extra></extra>"
-    common = {"y": places, "customdata": names, "hovertemplate": hover, "orientation": "h"}
+    common = {"customdata": names, "hovertemplate": hover}
     if chart.bar:
+        name, values = chart.bar
         data.append(
             {
-                "type": "bar", "name": label(chart.bar[0]), "x": [100 * v for v in chart.bar[1]], "width": 0.6,
-                "marker": {"color": COLORS[0]}, "opacity": 0.55, **common,
+                "type": "bar", "name": label(name), "x": [100 * v for v in values], "y": list(places), "width": 0.8,
+                "orientation": "h", "marker": {"color": colors[name]}, "opacity": 0.55, **common,
             }
         )  # fmt: skip
-    own = {"experts": COLORS[2], "pretrained": "#8b95a3"}
-    free = [color for color in COLORS[1 if chart.bar else 0 :] if color not in own.values()]
-    others = {name: free[number % len(free)] for number, name in enumerate(n for n in chart.marks if n not in own)}
     for number, (name, values) in enumerate(chart.marks.items()):
-        color = {**others, **own}[name]
-        marker = {"size": 12, "color": color, "symbol": SYMBOLS[number % len(SYMBOLS)], "line": {"width": 1.5}}
-        xs = [100 * v for v in values]
-        data.append({"type": "scatter", "mode": "markers", "name": label(name), "x": xs, "marker": marker, **common})
-        data[-1].pop("orientation")
-    y = _axis("", tickvals=places, ticktext=[label(n) for n in chart.categories], autorange="reversed", showgrid=False)
+        marker = {"size": 11, "color": colors[name], "symbol": SYMBOLS[number % len(SYMBOLS)], "line": {"width": 1.5}}
+        data.append(
+            {
+                "type": "scatter", "mode": "markers", "name": label(name), "x": [100 * v for v in values],
+                "y": [round(place + lanes[name], 4) for place in places], "marker": marker, **common,
+            }
+        )  # fmt: skip
     lowest = min([v for trace in data for v in trace["x"]], default=0)
     x = _axis("accuracy, %", range=[0 if chart.bar else max(0, lowest - 5), 101], zeroline=False)
-    height = 90 + max(34 if len(places) <= 10 else 26, 0) * len(places) + 22 * (len(data) // 3)
-    return {"data": data, "layout": _layout(height, xaxis=x, yaxis=y | {"zeroline": False}, legend=_LEGEND)}
+    y = _axis(
+        "", tickvals=list(places), ticktext=[label(n) for n in chart.categories], showgrid=False, zeroline=False,
+        range=[len(places) - 0.4, -0.6],
+    )  # fmt: skip
+    row = max(34 if len(places) <= 10 else 26, 10 * len(chart.marks))
+    return {"data": data, "layout": _layout(70 + row * len(places), xaxis=x, yaxis=y, legend=_LEGEND)}

@@ -7,12 +7,11 @@ from typing import Any
 from adamerge.errors import InputError
 from adamerge.files import atomic_path, ensure_writable
 from adamerge.report import comparison_page, run_page
-from adamerge.report.charts import Bars, Chart, Heat, Lines
+from adamerge.report.charts import COLORS, QUIET, Bars, Chart, Heat, Lines, decimal
 from adamerge.report.facts import Run
-from adamerge.report.plotly_figures import COLORS
 
 _STYLES = ("-", "--", ":", "-.")
-_MARKERS = "oD|*sx"
+_MARKERS = "oDs*^P"
 _COLUMN = 7.0  # inches
 _MAPS = {"sequential": "Blues", "diverging": "RdBu"}
 
@@ -77,7 +76,7 @@ def _lines(chart: Lines) -> Any:
         number = loud.index(name) if name in loud else 0
         look: dict[str, Any] = {"color": COLORS[number % len(COLORS)], "linestyle": _STYLES[number // len(COLORS) % 4]}
         if name in chart.quiet:
-            look = {"color": "#8b95a3", "linestyle": ":"}
+            look = {"color": QUIET, "linestyle": ":"}
         axes.plot(xs, ys, label=_shown(name), linewidth=1.4, marker="o" if len(xs) == 1 else None, **look)
     axes.set(xlabel=chart.x, ylabel=chart.y, yscale="log" if chart.is_log else "linear")
     if chart.ticks:
@@ -106,38 +105,44 @@ def _heat(chart: Heat) -> Any:
         axes.set_title(panel.title, loc="left", fontsize=9)
         axes.tick_params(length=0)
         if chart.shows_values:
-            middle = (low_high[0] + 2 * low_high[1]) / 3
             for at, row in enumerate(panel.values):
                 for column, value in enumerate(row):
                     if value is not None:
-                        color = "white" if value > middle else "black"
-                        axes.text(column, at, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7)
+                        ink = _ink(image.cmap(image.norm(value)))
+                        axes.text(column, at, decimal(value, 2), ha="center", va="center", color=ink, fontsize=7)
     grid[-1].set_xlabel("block" if chart.panels[-1].ticks else chart.column)
     figure.colorbar(image, ax=list(grid), label=chart.value, pad=0.01)
     return figure
 
 
 def _bars(chart: Bars) -> Any:
-    figure = _figure(0.9 + 0.3 * len(chart.categories))
+    figure = _figure(0.9 + max(0.3, 0.08 * len(chart.marks)) * len(chart.categories))
     axes = figure.add_subplot()
-    places = range(len(chart.categories))
+    places, colors, lanes = range(len(chart.categories)), chart.colors(), chart.lanes()
     if chart.bar:
         name, values = chart.bar
-        axes.barh(places, [100 * value for value in values], height=0.6, color=COLORS[0], alpha=0.6, label=_shown(name))
+        shares = [100 * value for value in values]
+        axes.barh(places, shares, height=0.8, color=colors[name], alpha=0.6, label=_shown(name))
     for number, (name, values) in enumerate(chart.marks.items()):
-        marker, color = _MARKERS[number % len(_MARKERS)], COLORS[(number + 1) % len(COLORS)]
+        marker = _MARKERS[number % len(_MARKERS)]
         axes.plot(
-            [100 * value for value in values], places, linestyle="", marker=marker, color=color, label=_shown(name),
-            markersize=9 if marker == "|" else 6, markeredgewidth=2.2 if marker in "|x" else 1,
+            [100 * value for value in values], [place + lanes[name] for place in places], linestyle="",
+            marker=marker, color=colors[name], label=_shown(name), markersize=10 if marker == "*" else 6,
+            markeredgecolor="white", markeredgewidth=0.7,
         )  # fmt: skip
     axes.set_yticks(places, [_shown(name) for name in chart.categories])
-    axes.invert_yaxis()
+    axes.set_ylim(len(places) - 0.4, -0.6)
     axes.set_xlabel("accuracy, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#e6e6e6")
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     return figure
+
+
+def _ink(fill: Sequence[float]) -> str:
+    """Return the colour of letters that can be read on a fill (red, green, blue, ... in [0, 1])."""
+    return "white" if 0.3 * fill[0] + 0.59 * fill[1] + 0.11 * fill[2] < 0.55 else "black"
 
 
 def _shown(name: str) -> str:

@@ -222,6 +222,7 @@ def cosines(run: Run) -> Heat | None:
         column="expert",
         scale="diverging",
         shows_values=len(names) <= _MOST_VALUES,
+        reaches=(0.25, 1.0),
     )
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from adamerge.report import run_charts as charts
 from adamerge.report.blocks import Block, Code, Facts, Note, Section, Tiles, built
-from adamerge.report.charts import Heat, Panel, Table, number, percent
+from adamerge.report.charts import Heat, Panel, Table, decimal, number, percent
 from adamerge.report.facts import Run
 
 _COLLAPSED = 0.7  # as CollapseGuard's default: below this share of what it was
@@ -64,16 +64,20 @@ def headline(run: Run) -> Tiles | None:
         for name in ("task_arithmetic_0.3", "weight_average"):
             if name in rows:
                 difference = 100 * (row["mean"] - rows[name]["mean"])
-                tiles.append((f"Against {name.replace('_', ' ')}", f"{difference:+.1f}", "points of mean accuracy"))
+                tiles.append(
+                    (f"Against {name.replace('_', ' ')}", decimal(difference, 1, "+"), "points of mean accuracy")
+                )
                 break
         if row.get("gap_closed") is not None:
-            tiles.append(("Gap closed", f"{100 * row['gap_closed']:.0f} %", "from task arithmetic to the experts"))
+            tiles.append(("Gap closed", f"{percent(row['gap_closed'], 0)} %", "from task arithmetic to the experts"))
         if "experts" in rows:
             worst = min(
                 rows[own]["per_task"], key=lambda task: row["per_task"][task] - rows["experts"]["per_task"][task]
             )
             lost = 100 * (row["per_task"][worst] - rows["experts"]["per_task"][worst])
-            tiles.append(("Furthest from its expert", worst, f"{lost:+.1f} points"))
+            text = decimal(lost, 1, "+")
+            behind = (worst, f"{text} points") if text.startswith("-") else ("none", "no task is behind its expert")
+            tiles.append(("Furthest from its expert", *behind))
     if run.learned is not None:
         experts = len(run.learned.experts)
         tiles.append(("Coefficients", f"{run.learned.count:,}", f"{experts} experts, {run.learned.granularity}"))
@@ -113,7 +117,7 @@ def table_of(summary: Mapping[str, Any], own: str | None) -> Table:
     every = list(rows.values())
     header = ["", *tasks, "mean", "95 %"]
     optional: list[tuple[str, str, Callable[[float], str]]] = [
-        ("gap closed", "gap_closed", lambda v: f"{100 * v:.0f} %"),
+        ("gap closed", "gap_closed", lambda v: f"{percent(v, 0)} %"),
         ("of the experts", "normalised", percent),
         ("spread", "spread", lambda v: f"±{100 * v:.1f}"),
     ]
@@ -135,7 +139,7 @@ def table_of(summary: Mapping[str, Any], own: str | None) -> Table:
     return Table(
         f"Accuracy, % ({protocol}{stars}). 95 %: bootstrap over the scored images. ECE: expected calibration error.",
         header, lines, frozenset({list(rows).index(own)} if own in rows else ()),
-    )  # fmt: skip
+    ).filled()  # fmt: skip
 
 
 def setting(run: Run) -> Facts | None:
@@ -173,7 +177,7 @@ def expert_table(run: Run) -> Table | None:
             ]
         )  # fmt: skip
     header = ["expert", "file", "size", "SHA-256", "norm of its task vector", "relative to the base, %"]
-    return Table("Experts. Hashes are shortened; merge.json has them whole.", header, rows)
+    return Table("Experts. Hashes are shortened; merge.json has them whole.", header, rows).filled()
 
 
 def left_out(run: Run) -> Note | None:
