@@ -1,6 +1,7 @@
 """Hydra for the command line: composing the configuration of ``adapt``, and errors a person understands."""
 
 import contextlib
+import difflib
 import importlib.resources
 import io
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.utils import setup_globals
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
@@ -24,7 +26,10 @@ _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
     *("--package", "-p", "--cfg", "-c"),
 )
-
+_FLAGS = (
+    *(*_FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--shell-completion", "-sc", "--experimental-rerun", "--info", "-i"),
+)
 
 _NODE = ("file", "base", "experts")  # of a pool: what a pool file decides
 _NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
@@ -196,7 +201,14 @@ def rule_node(group: str, rule: str, settings: Sequence[str]) -> dict[str, Any]:
 
 
 def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> None:
-    """Hand over to Hydra: it composes again, makes the run folder (or the sweep's), and calls the job."""
+    """Hand over to Hydra: it composes again, makes the run folder (or the sweep's), and calls the job.
+
+    Raises:
+        InputError: If a flag, an override or a file is wrong.
+    """
+    for argument in arguments:
+        if argument.startswith("-") and argument.split("=")[0] not in _FLAGS:
+            raise InputError(_unknown_flag(argument))
     folder = next((Path(value) for value in _config_dirs(arguments)), None)
     sys.argv = ["adamerge adapt", *_flags_first(with_pool_files(arguments, folder))]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
@@ -236,10 +248,18 @@ def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         elif flag in _FLAGS_WITH_VALUE:
             raise InputError(f"{flag}: not supported; put your yaml files into a folder and use --config-dir.")
         elif argument.startswith("-"):
-            raise InputError(f"Unknown flag {argument!r}. See `adamerge adapt --help`.")
+            raise InputError(_unknown_flag(argument))
         else:
             overrides.append(argument)
     return overrides, folder
+
+
+def _unknown_flag(flag: str) -> str:
+    """Say that there is no such flag, and how what may be meant, an option, is written."""
+    name, _, value = flag.lstrip("-").partition("=")
+    near = difflib.get_close_matches(name.replace("-", "_"), _known_options(), n=1)
+    example = f"{near[0]}={value or 'VALUE'}" if near else "steps=300"
+    return f"Unknown flag {flag!r}. Options are written without dashes: {example}. See `adamerge adapt --help`."
 
 
 def _config_dirs(arguments: Sequence[str]) -> Iterator[str]:
@@ -263,7 +283,9 @@ def _flags_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
-    """Turn Hydra's message into one line, with the nearest name for an unknown key."""
+    """Turn Hydra's message into one line, with the nearest name for an unknown key or choice."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        return _no_such_choice(error, arguments)
     text = str(error).split("Config search path")[0]
     text = re.sub(r"\s*\n\s*", " ", text.strip())
     if "hydra_submitit_launcher" in text:
@@ -280,10 +302,20 @@ def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
             f"Unknown option {match.group(1)!r}.{did_you_mean(match.group(1), known)} "
             "`adamerge adapt --help` lists all; +key=value adds one that a class of your own takes."
         )
-    flags = ("--config-dir", "-cd")
-    if "Could not find" in text and not any(argument.split("=")[0] in flags for argument in arguments):
-        text = f"{text.rstrip('.')}. Is it a file of yours? Name the folder above it: --config-dir FOLDER."
     return InputError(text)
+
+
+def _no_such_choice(error: MissingConfigException, arguments: Sequence[str]) -> InputError:
+    """Say that a group has no such choice, and which file asks for it where the command line does not."""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    asking = re.match(r"In '([^']+)'", str(error))
+    where = "" if asking is None or asking[1] in (CONFIG_NAME, "hydra/config") else f"{asking[1]}.yaml: "
+    options = error.options or ()
+    hint = f" Is it a file of yours, FOLDER/{group}/{name or 'NAME'}.yaml? Name the folder: --config-dir FOLDER."
+    return InputError(
+        f"{where}{group}={name}: no such choice.{did_you_mean(name, options)} {group} is one of "
+        f"{', '.join(options)}.{'' if any(_config_dirs(arguments)) else hint}"
+    )
 
 
 def _known_options() -> list[str]:

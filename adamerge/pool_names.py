@@ -18,6 +18,7 @@ from adamerge.zoo import benchmark_folder, files
 FOLDERS = "ADAMERGE_POOLS"
 _DEFAULT_FOLDER = "pools"
 _SHIPPED_PREFIX = "visual."  # all that ship are CLIPs
+_CHOICE = "pool/{}.yaml"  # below a folder for --config-dir
 _FORM = "files"  # the choice of the group ``pool`` that takes a user's files
 
 
@@ -104,7 +105,10 @@ def named_pool(pool: str) -> PoolFiles:
         return load_pool_file(Path(pool))
     if (own := own_pools().get(pool)) is not None:
         return load_pool_file(own)
-    raise InputError(f"--pool {pool}: no such pool file, and {_no_such_name(pool)}")
+    raise InputError(
+        f"--pool {pool}: no such pool file, and {_no_such_name(pool)} A pool that is FOLDER/{_CHOICE.format(pool)} for "
+        "--config-dir is known to adapt and check only."
+    )
 
 
 def chosen_pool(
@@ -131,20 +135,24 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
         config_dir: A folder of yaml files that may have a ``pool/NAME.yaml`` of its own.
 
     Raises:
-        InputError: If there is no pool of that name.
+        InputError: If there is no pool of that name, or one in either place.
     """
     result: list[str] = []
     for argument in arguments:
         found = re.fullmatch(r"pool=([\w./~ -]+)", argument)
         name = found[1] if found else _FORM
-        is_choice = name in (*_choices(), "null")
-        if is_choice or (config_dir is not None and (config_dir / "pool" / f"{name}.yaml").is_file()):
+        if name in (*_choices(), "null"):
             result.append(argument)
             continue
         path = Path(name) if _is_path(name) else own_pools().get(name)
+        if config_dir is not None and (choice := config_dir / _CHOICE.format(name)).is_file():
+            if path is not None:
+                raise InputError(f"{argument}: two pools have that name, {choice} and {path}; rename one of the two.")
+            result.append(argument)
+            continue
         if path is None:
-            hint = " Is it a yaml file of yours, FOLDER/pool/NAME.yaml? Name that: --config-dir FOLDER."
-            raise InputError(f"{argument}: {_no_such_name(name)}{'' if config_dir is not None else hint}")
+            hint = f" Is it a yaml file of yours, FOLDER/{_CHOICE.format(name)}? Name the folder: --config-dir FOLDER."
+            raise InputError(f"{argument}: {_no_such_name(name, config_dir)}{hint if config_dir is None else ''}")
         result += [f"pool={_FORM}", "pool.file='" + str(path.absolute()).replace("'", "\\'") + "'"]
     if any(argument.startswith("pool.file=") for argument in result) and not any(
         argument.startswith("pool=") for argument in result
@@ -157,10 +165,14 @@ def _is_path(pool: str) -> bool:
     return pool.endswith((".yaml", ".yml")) or "/" in pool
 
 
-def _no_such_name(pool: str) -> str:
-    own = own_pools()
-    where = ", ".join(map(str, folders()))
+def _no_such_name(pool: str, config_dir: Path | None = None) -> str:
+    known = {", ".join(map(str, folders())): list(own_pools())}
+    if config_dir is not None:
+        choices = config_dir / "pool"
+        known[str(choices)] = sorted(path.stem for path in choices.glob("*.yaml"))
+    listed = "; ".join(f"in {where}: {', '.join(names) or 'none'}" for where, names in known.items())
+    near = did_you_mean(pool, [*shipped_pools(), *(name for names in known.values() for name in names)])
     return (
-        f"no pool of that name; shipped: {', '.join(shipped_pools())}; in {where}: {', '.join(own) or 'none'}."
-        f"{did_you_mean(pool, [*shipped_pools(), *own])} {FOLDERS} names other folders."
+        f"no pool of that name; shipped: {', '.join(shipped_pools())}; {listed}.{near} {FOLDERS} names other folders "
+        "of pool files."
     )

@@ -215,7 +215,9 @@ def test_check_several_problems_lists_all(arguments, capsys, tmp_path):
     [
         ("objectiv=entropy", ["'objectiv'", "'objective'"]),
         ("objective.temprature=2", ["'objective.temprature'", "'objective.temperature'"]),
-        ("objective=entropi", ["objective/entropi", "entropy", "imitation"]),
+        ("objective=entropi", ["objective=entropi: no such choice. Did you mean 'entropy'?", "alignment, combine"]),
+        ("experiment=recomended", ["experiment=recomended: no such choice. Did you mean 'recommended'?"]),
+        ("--stepss=3", ["Unknown flag '--stepss=3'. Options are written without dashes: steps=3."]),
         ("objective._target_=my_missing.Thing", ["objective._target_", "my_missing", "PYTHONPATH"]),
         ("objective._target_=adamerge.objectives.entropy.Entropi", ["objective._target_", "Entropi"]),
         ("+objective.weight=2", ["objective.weight", "takes no such option"]),

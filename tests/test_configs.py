@@ -11,6 +11,7 @@ from adamerge import preflight
 from adamerge.composition import compose
 from adamerge.errors import InputError
 from adamerge.model import TaskStep
+from adamerge.pool_names import named_pool
 
 FOLDER = Path(adamerge.configs.__file__).parent
 # Options that these choices leave to the user.
@@ -106,5 +107,34 @@ def test_unknown_key_of_an_experiment_file_is_found(tmp_path):
 
 
 def test_compose_flag_that_hydra_does_not_know_is_refused():
-    with pytest.raises(InputError, match="Unknown flag '--wrong'"):
+    with pytest.raises(InputError, match=r"Unknown flag '--wrong'.*: steps=300\."):
         compose(["--wrong"])
+    with pytest.raises(InputError, match=r"Unknown flag '--batch-size'.*: data\.batch_size=VALUE\."):
+        compose(["--batch-size", "3"])
+
+
+def test_compose_choice_that_is_not_there_names_group_choices_and_asking_file(tmp_path):
+    with pytest.raises(InputError, match=r"^granularity=rows: no such .*'row'\? .*, FOLDER/granularity/rows\.yaml\?"):
+        compose(["granularity=rows"])
+    folder = tmp_path / "own"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "mine.yaml").write_text("defaults: [fodlers]\n")
+    with pytest.raises(InputError, match=r"^data=mne: no such choice\. Did you mean 'mine'\? .*zoo\.$"):
+        compose(["--config-dir", str(folder), "data=mne"])
+    with pytest.raises(InputError, match=r"^data/mine\.yaml: data=fodlers: no such choice\. Did you mean 'folders'\?"):
+        compose(["--config-dir", str(folder), "data=mine"])
+
+
+def test_compose_pool_below_config_dir_is_listed_and_refused_where_a_pool_file_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMERGE_POOLS", str(tmp_path / "pools"))
+    for folder in ("pool", "pools"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pool" / "mine.yaml").write_text("base: a.safetensors\nexperts: {a: b.safetensors}\n")
+    with pytest.raises(InputError, match=r"pool: mine\. Did you mean 'mine'\?"):
+        compose(["--config-dir", str(tmp_path), "pool=mien"])
+    with pytest.raises(InputError, match=r"FOLDER/pool/mine\.yaml for --config-dir is known to adapt and check only"):
+        named_pool("mine")
+    assert compose(["--config-dir", str(tmp_path), "pool=mine"]).pool.base == "a.safetensors"
+    (tmp_path / "pools" / "mine.yaml").write_text("base: c.safetensors\nexperts: {a: b.safetensors}\n")
+    with pytest.raises(InputError, match=r"two pools have that name, \S+/pool/mine\.yaml and \S+/pools/mine\.yaml;"):
+        compose(["--config-dir", str(tmp_path), "pool=mine"])

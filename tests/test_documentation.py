@@ -38,7 +38,7 @@ def readers_folder(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
     pool = "base: base.safetensors\nexperts: {a: a.safetensors}\n"
-    names = ("FILE", "pool.yaml", "pools/mine.yaml", "packed/pool.yaml", "DIR/pool.yaml")
+    names = ("FILE", "pool.yaml", "pools/ours.yaml", "packed/pool.yaml", "DIR/pool.yaml")
     for name in (*names, "data/offline_benchmark/pool.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(pool, encoding="utf-8")

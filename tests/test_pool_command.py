@@ -95,7 +95,7 @@ def test_names_are_looked_up_in_named_folders_and_wrong_ones_listed(capsys, file
     assert named_pool("far").base.file == tmp_path / "base.safetensors"
     with pytest.raises(InputError, match=r"pool=fa: no pool of that name; shipped: clip_.*: far\. Did you mean 'far'"):
         compose(["pool=fa"])
-    with pytest.raises(InputError, match=r"Name that: --config-dir FOLDER"):
+    with pytest.raises(InputError, match=r"Name the folder: --config-dir FOLDER"):
         compose(["pool=ours"])
     assert compose(["pool=far"]).pool.base == str(tmp_path / "base.safetensors")
     assert "the name of a shipped pool" in refused(capsys, "pool", "add", "zoo", "--base", "base.safetensors")

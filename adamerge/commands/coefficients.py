@@ -23,9 +23,9 @@ def import_list(source: str, name: str | None, pool: str, order: str | None, out
     """Write a published list of coefficients as a file that `export` replays and `adapt init=FILE` starts from.
 
     \b
-    adamerge coefficients import lw_adamerging/ViT-B-32 --pool mine --out lw.json             a list that ships
-    adamerge export --pool mine --coefficients lw.json --output merged                        the paper's merge
-    adamerge coefficients import merging_cofficient.py --list lw_adamerging/ViT-B-32 --pool mine --out lw.json
+    adamerge coefficients import lw_adamerging/ViT-B-32 --pool ours --out lw.json             a list that ships
+    adamerge export --pool ours --coefficients lw.json --output merged                        the paper's merge
+    adamerge coefficients import merging_cofficient.py --list lw_adamerging/ViT-B-32 --pool ours --out lw.json
 
     SOURCE is a list that ships, which all of AdaMerging's do, or a file: Python like the authors', which is read and
     not run, or rows of numbers as text, JSON or a tensor (.pt, .safetensors). No image is needed, no weight is read.

@@ -44,8 +44,8 @@ def add(
     """Make the pool NAME, or add to it; a NAME with .yaml or / is a file's.
 
     \b
-    adamerge pool add mine --base vit_b32.safetensors --expert cars=cars.safetensors --expert dtd=dtd.safetensors
-    adamerge pool add mine --expert svhn=hf://org/name@main --task svhn=svhn --licence svhn=MIT
+    adamerge pool add ours --base vit_b32.safetensors --expert cars=cars.safetensors --expert dtd=dtd.safetensors
+    adamerge pool add ours --expert svhn=hf://org/name@main --task svhn=svhn --licence svhn=MIT
     adamerge pool add published --base hf://openai/clip-vit-base-patch32 --expert cars=Cars/finetuned.pt --convert
 
     Files are opened and compared with the base; their SHA-256, and the commits of models from the Hub, are recorded.
@@ -103,7 +103,7 @@ def verify(name: str, record: Path | None) -> None:
     """Read every byte of a pool's files: all are there, have their hashes, and fit the base. Exit code 2 if not.
 
     \b
-    adamerge pool verify mine
+    adamerge pool verify ours
     adamerge pool verify clip_vit_b32_8 --record pools/my_b32.yaml   # pins what is in the cache
     """  # noqa: D301
     from adamerge import pool_command
