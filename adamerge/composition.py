@@ -284,7 +284,7 @@ def _flags_first(arguments: Sequence[str]) -> list[str]:
 
 def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
     """Turn Hydra's message into one line, with the nearest name for an unknown key or choice."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         return _no_such_choice(error, arguments)
     text = str(error).split("Config search path")[0]
     text = re.sub(r"\s*\n\s*", " ", text.strip())
@@ -310,12 +310,18 @@ def _no_such_choice(error: MissingConfigException, arguments: Sequence[str]) -> 
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     asking = re.match(r"In '([^']+)'", str(error))
     where = "" if asking is None or asking[1] in (CONFIG_NAME, "hydra/config") else f"{asking[1]}.yaml: "
-    options = error.options or ()
+    options = error.options or _choices(group, arguments)
     hint = f" Is it a file of yours, FOLDER/{group}/{name or 'NAME'}.yaml? Name the folder: --config-dir FOLDER."
     return InputError(
         f"{where}{group}={name}: no such choice.{did_you_mean(name, options)} {group} is one of "
         f"{', '.join(options)}.{'' if any(_config_dirs(arguments)) else hint}"
     )
+
+
+def _choices(group: str, arguments: Sequence[str]) -> list[str]:
+    """Return the choices of a group: those that ship, and those below ``--config-dir``."""
+    folders = [Path(str(importlib.resources.files(CONFIG_MODULE))), *map(Path, _config_dirs(arguments))]
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def _known_options() -> list[str]:
