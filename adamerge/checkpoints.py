@@ -297,5 +297,10 @@ def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _refusal(path: Path) -> InputError:
     return InputError(
         f"{path}: holds pickled Python objects besides tensors, and unpickling can run code, so it is refused. "
-        f"Write its tensors as safetensors, which runs nothing: adamerge convert {path} --out NAME.safetensors."
+        f"Write its tensors as safetensors, which runs nothing: {convert_command(path)}."
     )
+
+
+def convert_command(path: Path | str) -> str:
+    """Return the command that writes a pickle's tensors as safetensors."""
+    return f"adamerge convert {path} --out NAME.safetensors"

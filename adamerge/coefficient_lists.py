@@ -51,6 +51,20 @@ class PublishedList:
     source: Mapping[str, str]
 
 
+def facts_of(published: PublishedList) -> dict[str, str | int]:
+    """Return what the name of a shipped list says, and its size."""
+    method, model = published.name.split("/")
+    granularity, _, variant = method.partition("_")
+    return {
+        "name": published.name,
+        "model": model,
+        "method": {"adamerging": "AdaMerging", "adamergingpp": "AdaMerging++"}[variant],
+        "granularity": {"tw": "task", "lw": "layer"}[granularity],
+        "rows": len(published.rows),
+        "columns": len(published.rows[0]),
+    }
+
+
 def shipped_lists() -> dict[str, PublishedList]:
     """Return the lists that ship, by name."""
     text = (files("adamerge") / "published" / "adamerging.yaml").read_text(encoding="utf-8")
@@ -119,18 +133,8 @@ def named_coefficients(
     Raises:
         InputError: If rows or columns are not those of the pool.
     """
+    rows = _without_base(published, experts)
     columns = _columns(published, experts, order)
-    width = len(columns)
-    rows = published.rows
-    if all(len(row) == width + 1 for row in rows):
-        if any(row[0] != 1 for row in rows):
-            raise InputError(f"{published.name}: the base's column, the first, holds other values than 1.")
-        rows = tuple(row[1:] for row in rows)
-    if any(len(row) != width for row in rows):
-        raise InputError(
-            f"{published.name}: expected {width} columns, one per expert {shorten(columns, 8)}, or one more for the "
-            f"base, found {len(rows[0])}. Name the experts in the order of the columns: --order."
-        )
     granularity, labels = "task", tuple[str, ...](["all"])
     if len(rows) > 1:
         granularity, labels = "layer", registration_order(parameters)
@@ -164,6 +168,25 @@ def registration_order(parameters: Sequence[str]) -> tuple[str, ...]:
             f"{shorten(sorted(missing)) or 'nothing'} and has besides {shorten(sorted(other)) or 'nothing'}."
         )
     return expected
+
+
+def _without_base(published: PublishedList, experts: Sequence[str]) -> Rows:
+    """Return the rows with one column per expert, without the base's, the first, where there is one."""
+    rows, count, width = published.rows, len(experts), len(published.rows[0])
+    pool = f"the pool's {count} experts, {shorten(experts, 8)}"
+    if width == count:
+        return rows
+    if width != count + 1:
+        raise InputError(
+            f"{published.name}: expected as many columns as {pool}, or one more for the base, found {width}. Take a "
+            "list of these experts, or a pool of the list's."
+        )
+    if any(row[0] != 1 for row in rows):
+        raise InputError(
+            f"{published.name}: found {width} columns for {pool}, so the first would be the base's, but it holds other "
+            "values than 1. Take a list of these experts, or a pool of the list's."
+        )
+    return tuple(row[1:] for row in rows)
 
 
 def _columns(published: PublishedList, experts: Sequence[str], order: Sequence[str] | None) -> Sequence[str]:

@@ -6,12 +6,13 @@ Opening a reference never touches the network; :meth:`HubReference.fetch` alone 
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adamerge.errors import InputError, shorten
+from adamerge.errors import InputError
 
 _SCHEME = re.compile(r"hf:/{1,2}")  # a Path joins the two slashes
 _PARTS = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<file>[^/].*))?")
@@ -198,9 +199,10 @@ def cache_folder() -> Path:
 
 def _missing(references: Iterable[str]) -> str:
     listed = list(dict.fromkeys(references))
+    what, them = ("a model", "it") if len(listed) == 1 else (f"{len(listed)} models", "them")
     return (
-        f"Not in the Hugging Face cache ({cache_folder()}): {shorten(listed, 20)}. Nothing is downloaded unasked: "
-        f"get {'it' if len(listed) == 1 else 'them'} with adamerge pool fetch. {_elsewhere()}"
+        f"Not in the Hugging Face cache ({cache_folder()}): {what} of the Hub. Nothing is downloaded unasked; this "
+        f"gets {them}: adamerge pool fetch {shlex.join(listed)}. {_elsewhere()}"
     )
 
 

@@ -1,5 +1,6 @@
 """What ``adamerge pool`` does: keep pool files, say which files are there, check and fetch them."""
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Any, TypeGuard
 
 from omegaconf import OmegaConf
 
+from adamerge.checkpoints import convert_command
 from adamerge.conversion import convert
 from adamerge.errors import InputError, did_you_mean
 from adamerge.files import atomic_path, locked
@@ -22,6 +24,18 @@ from adamerge.run_checks import Headers, read_headers
 _VISUAL = "visual."
 _OPTIONS = ("key_prefix", "storage", "dtype", "include", "exclude", "duplicates")
 _USUAL = {"storage": "auto", "duplicates": "refuse"}
+
+
+class PoolError(InputError):
+    """Everything that is wrong with a pool's files.
+
+    Attributes:
+        problems: One a line.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,8 @@ def add(path: Path, addition: Addition) -> PoolFiles:
 
     Raises:
         FileNotFoundError: If a checkpoint is not there.
-        InputError: If an option is wrong or anything does not fit; nothing is written then.
+        InputError: If an option is wrong; nothing is written then.
+        PoolError: If files do not fit; nothing is written then.
     """
     with locked(path):
         return _add(path, addition)
@@ -89,7 +104,10 @@ def _add(path: Path, addition: Addition) -> PoolFiles:
     check_names({name: entry.file for name, entry in files.experts.items()})
     files = _with_facts(files, addition)
     if not addition.pickled:
-        files = _checked(files, addition)
+        try:
+            files = _checked(files, addition)
+        except PoolError as error:
+            raise PoolError([_with_own_remedy(problem, files) for problem in error.problems]) from error
     else:
         names = [*new, *(["base"] if addition.base is not None else [])]
         files = _converted(files, names, path.with_suffix(""), addition)
@@ -122,10 +140,11 @@ def _converted(files: PoolFiles, names: Sequence[str], folder: Path, addition: A
                     entries[name] = replace(entries[name], file=temporary / out.name)
             checked = _checked(_with_entries(files, entries), addition)
         except InputError as error:
-            said = str(error)
+            problems = error.problems if isinstance(error, PoolError) else [str(error)]
             for name, file in pickles.items():  # the temporary files are gone when this is read
-                said = said.replace(str(temporary / f"{name}.safetensors"), str(file))
-            raise InputError(said) from error
+                made_of = str(temporary / f"{name}.safetensors"), str(file)
+                problems = [problem.replace(*made_of) for problem in problems]
+            raise PoolError(problems) from error
         finally:
             forget(temporary)
         entries = {"base": checked.base, **checked.experts}
@@ -134,6 +153,14 @@ def _converted(files: PoolFiles, names: Sequence[str], folder: Path, addition: A
             folder.mkdir(exist_ok=True)
             (temporary / f"{name}.safetensors").replace(folder / f"{name}.safetensors")
     return _with_entries(checked, entries)
+
+
+def _with_own_remedy(problem: str, files: PoolFiles) -> str:
+    """Return a problem with the command's own way to convert a pickle, where conversion is what it advises."""
+    for entry in files.entries.values():
+        if isinstance(entry.file, Path):
+            problem = problem.replace(convert_command(entry.file), "add --convert to this command")
+    return problem
 
 
 def _with_entries(files: PoolFiles, entries: Mapping[str, PoolFile]) -> PoolFiles:
@@ -147,12 +174,10 @@ def recorded(files: PoolFiles) -> PoolFiles:
 
     Raises:
         FileNotFoundError: If a checkpoint is not there.
-        InputError: If anything does not fit.
+        PoolError: If anything does not fit.
     """
-    problems = header_problems(files)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(problems[0] + more)
+    if problems := header_problems(files):
+        raise PoolError(problems)
     files.verify()
     experts = {name: _recorded(files, entry) for name, entry in files.experts.items()}
     return replace(files, base=_recorded(files, files.base), experts=experts)
@@ -240,7 +265,10 @@ def references(targets: Sequence[str]) -> list[HubReference]:
 
 
 def save_pool_file(files: PoolFiles, path: Path) -> None:
-    """Write a pool file, atomically; paths below its folder are written relative to it."""
+    """Write a pool file, atomically.
+
+    Paths are written relative to its folder where they lie below that, or both below the working directory.
+    """
     content: dict[str, Any] = {"base": _written(files.base, path)}
     for option in _OPTIONS:
         value = getattr(files, option)
@@ -256,8 +284,11 @@ def save_pool_file(files: PoolFiles, path: Path) -> None:
 def _written(entry: PoolFile, pool: Path) -> dict[str, str]:
     file, folder = entry.file, pool.parent.absolute()
     if isinstance(file, Path):
-        whole = file.absolute()
-        file = whole.relative_to(folder) if whole.is_relative_to(folder) else whole
+        whole = Path(os.path.abspath(file))  # without the '..' that a pool file's own paths may have
+        together = all(path.is_relative_to(Path.cwd()) for path in (whole, folder))
+        relative = Path(os.path.relpath(whole, folder))
+        leads_there = (folder / relative).resolve() == whole.resolve()  # not where '..' leaves a linked folder
+        file = relative if leads_there and (together or whole.is_relative_to(folder)) else whole
     facts = {"file": str(file), "task": entry.task, "licence": entry.licence, "sha256": entry.sha256}
     return {key: value for key, value in facts.items() if value is not None}
 

@@ -11,6 +11,7 @@
 Paths start from the folder of the file.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -248,7 +249,11 @@ def place(text: str, folder: Path = Path()) -> Path | HubReference:
     Raises:
         InputError: If it begins as a reference and is none.
     """
-    return reference_of(text) or folder / Path(text).expanduser()
+    if (reference := reference_of(text)) is not None:
+        return reference
+    path = folder / Path(text).expanduser()
+    plain = Path(os.path.normpath(path))  # without '..', unless that leaves a linked folder
+    return plain if ".." in path.parts and plain.resolve() == path.resolve() else path
 
 
 _EXAMPLES = {"base": "FILE", "experts": "{name: FILE, ...}"}

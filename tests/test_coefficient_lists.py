@@ -117,9 +117,11 @@ def test_named_coefficients_that_do_not_fit_are_refused(clip, names):
         (lambda r: r[1:], EIGHT, None, "found 37"),
         (lambda r: (*r[1:], r[0]), EIGHT, None, "Are the rows in open_clip's order"),
         (lambda r: ((2.0, *r[0][1:]), *r[1:]), EIGHT, None, "holds other values than 1"),
-        (lambda r: r, EIGHT[:7], None, "--order NAME,NAME"),
-        (lambda r: r, EIGHT[:7], EIGHT[:7], "expected 7 columns"),
-        (lambda r: r, ("a", "b"), ("a", "a"), "each once"),
+        (lambda r: r, ("x", *EIGHT[1:]), None, "--order NAME,NAME"),
+        (lambda r: r, EIGHT[:7], EIGHT[:7], "as many columns as the pool's 7 experts.*, or one more.*, found 9"),
+        (lambda r: r, EIGHT[:7], None, "as many columns as the pool's 7 experts"),
+        (lambda r: tuple(row[1:] for row in r), EIGHT[:7], None, "found 8 columns for the pool's 7 experts"),
+        (lambda r: tuple(row[:3] for row in r), ("a", "b"), ("a", "a"), "each once"),
     ):
         with pytest.raises(InputError, match=words):
             named_coefficients(PublishedList("x", change(rows), {}), names, experts, order)
@@ -155,6 +157,19 @@ def test_shipped_list_is_the_published_one(name):
 
 def test_shipped_lists_are_all_of_them():
     assert list(shipped_lists()) == list(SHIPPED)
+
+
+def test_list_names_the_shipped_lists_with_their_sizes(capsys):
+    code, out = call(capsys, "coefficients", "list")
+    assert code == 0
+    assert "lw_adamergingpp/ViT-L-14 ViT-L-14 AdaMerging++ layer 302 8" in map(
+        " ".join, map(str.split, out.splitlines())
+    )
+    assert "Columns: sun397, cars," in out
+    code, out = call(capsys, "coefficients", "list", "--json")
+    found = json.loads(out)
+    assert {entry["name"]: entry["rows"] for entry in found} == {name: facts[0] for name, facts in SHIPPED.items()}
+    assert found[0]["granularity"] == "task"
 
 
 def test_read_lists_python_file_is_read_and_not_run(tmp_path):

@@ -75,9 +75,9 @@ def test_add_makes_a_pool_with_hashes_that_commands_take_by_name(capsys, files, 
     ]
     assert run(capsys, "pool", "add", "mine", *options)[0] == 0
     content = OmegaConf.to_container(OmegaConf.load(tmp_path / "pools" / "mine.yaml"))
-    assert content["base"] == {"file": str(base), "licence": "BSD", "sha256": sha256(base)}
+    assert content["base"] == {"file": "../base.safetensors", "licence": "BSD", "sha256": sha256(base)}
     assert content["experts"]["blue"] == {
-        "file": str(experts["blue"]), "task": "sky", "licence": "MIT", "sha256": sha256(experts["blue"]),
+        "file": "../blue.safetensors", "task": "sky", "licence": "MIT", "sha256": sha256(experts["blue"]),
     }  # fmt: skip
     assert list(named_pool("mine").experts) == ["red", "green", "blue"]
     assert run(capsys, "merge", "--rule", "task_arithmetic", "--pool", "mine", "--out", "merged")[0] == 0
@@ -108,6 +108,26 @@ def test_add_writes_paths_below_the_pool_file_relative_to_it(capsys, files, tmp_
     assert load_pool_file(tmp_path / "mine.yaml").experts["red"].file == tmp_path / "red.safetensors"
 
 
+def test_add_writes_paths_that_move_with_the_folder_it_runs_in_and_others_whole(capsys, files, tmp_path, monkeypatch):
+    project, away = tmp_path / "project", tmp_path / "away"
+    project.mkdir()
+    for name in ("base", "red"):
+        (tmp_path / f"{name}.safetensors").rename(project / f"{name}.safetensors")
+    monkeypatch.chdir(project)
+    experts = ("--expert", "red=red.safetensors", "--expert", "green=../green.safetensors")
+    assert run(capsys, "pool", "add", "ours", "--base", "base.safetensors", *experts)[0] == 0
+    project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    pool = named_pool("ours")
+    assert str(pool.experts["red"].file) == "red.safetensors"
+    assert pool.experts["green"].file == tmp_path / "green.safetensors"
+    assert run(capsys, "pool", "verify", "ours")[0] == 0
+    away.mkdir()
+    (tmp_path / "moved" / "linked").symlink_to(away)  # where '..' is another folder
+    assert added(capsys, "linked/pool.yaml", experts=["red"])[0] == 0
+    assert load_pool_file(away / "pool.yaml").base.file == tmp_path / "moved" / "base.safetensors"
+
+
 def test_add_refuses_what_does_not_fit_and_writes_nothing(capsys, files, tmp_path):
     other = load_file("red.safetensors")
     save_file({name: torch.zeros(*tensor.shape, 2) for name, tensor in other.items()}, tmp_path / "wide.safetensors")
@@ -123,19 +143,23 @@ def test_add_refuses_what_does_not_fit_and_writes_nothing(capsys, files, tmp_pat
         ((*base, "--expert", "red=red.safetensors", "--expert", "copy=copy.safetensors"), "or copies"),
         ((*base, "--expert", "red=red.safetensors", "--task", "rod=x"), "Did you mean 'red'"),
         ((*base, "--expert", "red=red.safetensors", "--task", "red"), "expected NAME=VALUE"),
-        ((*base, "--expert", "pickled=pickled.pt"), "adamerge convert"),
+        ((*base, "--expert", "pickled=pickled.pt"), "which runs nothing: add --convert to this command."),
         ((), "nothing to add"),
         (base, "expected at least one expert"),
     ):
         assert words in refused(capsys, "pool", "add", "mine", *options)
         assert not (tmp_path / "pools").exists()
     assert added(capsys)[0] == 0
+    several = ("--expert", "wide=wide.safetensors", "--expert", "pickled=pickled.pt", "--expert", "red=red.safetensors")
+    code, _, errors = run(capsys, "pool", "add", "another", *base, *several)
+    assert code == 2
+    assert [line.split()[1] for line in errors.splitlines()] == ["pickled.pt:", "Expert"]
     before = (tmp_path / "pools" / "mine.yaml").read_bytes()
     assert "has an expert of that name" in refused(capsys, "pool", "add", "mine", "--expert", "red=blue.safetensors")
     assert "has a base already" in refused(capsys, "pool", "add", "mine", *base, "--expert", "blue=blue.safetensors")
     assert (tmp_path / "pools" / "mine.yaml").read_bytes() == before
     assert run(capsys, "pool", "add", "mine", "--replace", "--expert", "red=blue.safetensors")[0] == 0
-    assert named_pool("mine").experts["red"].file == tmp_path / "blue.safetensors"
+    assert named_pool("mine").experts["red"].file.absolute() == tmp_path / "blue.safetensors"
 
 
 def test_add_converts_pickles_beside_the_pool_file(capsys, files, tmp_path, toy):
@@ -145,7 +169,7 @@ def test_add_converts_pickles_beside_the_pool_file(capsys, files, tmp_path, toy)
     assert run(capsys, "pool", "add", "mine", *options)[0] == 0
     pool = named_pool("mine")
     assert pool.experts["red"].file.absolute() == tmp_path / "pools" / "mine" / "red.safetensors"
-    assert pool.experts["blue"].file == tmp_path / "blue.safetensors"
+    assert pool.experts["blue"].file.absolute() == tmp_path / "blue.safetensors"
     assert set(load_file(pool.base.file)) == set(toy.base)
     assert "mine/red.safetensors" in (tmp_path / "pools" / "mine.yaml").read_text()
 

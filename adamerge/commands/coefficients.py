@@ -4,13 +4,28 @@ from pathlib import Path
 
 import click
 
-from adamerge.commands.terminal import escape, out, report
+from adamerge.commands.terminal import escape, out, print_json, print_table, report
 from adamerge.errors import InputError
 
 
 @click.group(short_help="Bring published coefficients into a file with names.")
 def coefficients() -> None:
     """Work on files of merging coefficients (docs/files.md)."""
+
+
+@coefficients.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_lists(as_json: bool) -> None:
+    """List the published lists that ship, which `coefficients import` takes by name."""
+    from adamerge.coefficient_lists import EIGHT, facts_of, shipped_lists
+
+    found = [facts_of(published) for published in shipped_lists().values()]
+    if as_json:
+        print_json(found)
+        return
+    header = ("", "model", "method", "granularity", "rows", "columns")
+    print_table("Published coefficients", header, [tuple(map(str, facts.values())) for facts in found])
+    out.print(f"Columns: {', '.join(EIGHT)}.", highlight=False)
 
 
 @coefficients.command("import")

@@ -1,13 +1,12 @@
 """``pool``: files that name a base and its experts, and what is known about them."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adamerge.commands.terminal import escape, out, report
+from adamerge.commands.terminal import out, print_table, report
 from adamerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,9 +55,12 @@ def add(
     if not (base or experts or tasks or licences or key_prefix):
         raise InputError("pool add: nothing to add; give --base, --expert, --task or --licence.")
     path = pool_path(name)
-    files = pool_command.add(
-        path, pool_command.Addition(base, experts, tasks, licences, key_prefix, pickled=pickled, again=again)
-    )
+    addition = pool_command.Addition(base, experts, tasks, licences, key_prefix, pickled=pickled, again=again)
+    try:
+        files = pool_command.add(path, addition)
+    except pool_command.PoolError as error:
+        report(error.problems)
+        raise
     _show(files, str(path))
     click.echo(str(path))
 
@@ -91,7 +93,7 @@ def list_pools(name: str | None, as_json: bool) -> None:
         keys = ("name", "experts", "base", "state", "where")
         click.echo(json.dumps([dict(zip(keys, line, strict=True)) for line in lines], indent=2))
     else:
-        _table("Pools", ("", "experts", "base", "state", "from"), lines)
+        print_table("Pools", ("", "experts", "base", "state", "from"), lines)
 
 
 @pool.command()
@@ -146,7 +148,7 @@ def _show(files: "PoolFiles", title: str) -> None:
         known = (entry.sha256 or "-")[:12]
         where = "here" if state.there else "missing"
         lines.append((name, where, entry.task or "", entry.licence or "", known, str(entry.file)))
-    _table(title, ("", "state", "task", "licence", "sha256", "file"), lines)
+    print_table(title, ("", "state", "task", "licence", "sha256", "file"), lines)
 
 
 def _as_json(files: "PoolFiles") -> dict[str, object]:
@@ -154,15 +156,3 @@ def _as_json(files: "PoolFiles") -> dict[str, object]:
 
     there = {name: state.there for name, state in pool_command.states(files).items()}
     return {**files.described(), "there": there}
-
-
-def _table(title: str, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title=escape(title), title_justify="left")
-    for column in header:
-        table.add_column(column, overflow="fold")
-    for line in lines:
-        table.add_row(*map(escape, line))
-    out.print(table)

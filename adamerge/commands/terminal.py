@@ -78,6 +78,19 @@ def print_files(files: Mapping[str, Path], as_json: bool) -> None:
         out.print(str(path), highlight=False)
 
 
+def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print lines of texts under the names of their columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title=escape(title), title_justify="left")
+    for column in header:
+        table.add_column(column, overflow="fold")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    out.print(table)
+
+
 def size(count: float) -> str:
     """Return a number of bytes for people."""
     for unit in ("B", "kB", "MB"):
