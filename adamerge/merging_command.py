@@ -22,6 +22,7 @@ from adamerge.merges import merged_state_dict
 from adamerge.pool_files import PoolFiles, pool_files
 from adamerge.pool_names import chosen_pool
 from adamerge.preflight import build
+from adamerge.report import PAGE
 
 RULES = "merge"  # folder of the rules' yaml files
 
@@ -88,6 +89,7 @@ def run(job: Job, folder: Path) -> dict[str, Path]:
         "uses_labels": bool(getattr(rule, "uses_labels", False)),
         **recipes.command_facts(watch.seconds()),
     }
+    (folder / PAGE).unlink(missing_ok=True)  # of another merge, which this one replaces
     return export_merge(pool, state_dict, folder, facts=decided, recipe=recipe, **extras)
 
 

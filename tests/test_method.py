@@ -180,6 +180,7 @@ def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(tmp_
         "    def __call__(self, step):\n"
         "        return -(step.outputs.logits.softmax(-1) ** self.power).sum(-1).mean()\n\n"
         "class Vector(Confidence):\n    def __call__(self, step):\n        return step.outputs.logits.sum(-1)\n\n"
+        "class Broken(Confidence):\n    def __call__(self, step):\n        return step.outputs.logit.mean()\n\n"
         "class Signature(Confidence):\n    def __call__(self, logits, labels):\n        return logits.sum()\n"
     )
     yaml = tmp_path / "my_configs" / "objective" / "confidence.yaml"
@@ -207,6 +208,9 @@ def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(tmp_
         assert exit_info.value.code == 2
         assert words in capsys.readouterr().err
         assert not (tmp_path / "no").exists()
+    with pytest.raises(AttributeError, match="logit"):  # a fault of its own: where it is, and no folder in the way
+        cli.main(["adapt", *arguments, "run_dir=no", "objective._target_=my_package.objectives.Broken"])
+    assert not (tmp_path / "no").exists()
 
 
 # Pairs

@@ -145,10 +145,12 @@ def job(config: Any, as_json: bool = False) -> None:
     fresh = not any(folder.iterdir()) if folder.exists() else True
     try:
         _run(config, folder, resume=False, as_json=as_json)
-    except (InputError, OSError, GuardError) as error:
+    except Exception as error:  # of the code of others too: an objective that fails leaves no folder behind
         if fresh and ranks.is_first() and not isinstance(error, GuardError):
             run_folder.remove_unstarted(folder)
-        raise JobFailed(error) from error
+        if isinstance(error, (InputError, OSError, GuardError)):
+            raise JobFailed(error) from error
+        raise
 
 
 def _command() -> list[str]:
