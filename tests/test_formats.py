@@ -1,6 +1,7 @@
 """Exports in other libraries' formats, loaded back there: the same logits, through the command."""
 
 import json
+import re
 
 import huggingface_hub
 import onnx
@@ -26,7 +27,7 @@ from adamerge.cli import main
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.export import load_heads
 from adamerge.files import atomic_folder, save_json
-from adamerge.formats import card, export_as, merged, open_merged, torchvision, upload
+from adamerge.formats import card, export_as, hugging_face, merged, open_merged, torchvision, upload
 from adamerge.formats import onnx as onnx_format
 from adamerge.formats.card import coefficient_table, ingredients, licence_of
 
@@ -293,7 +294,11 @@ def test_card_tells_ingredients_licences_method_metrics_and_shows_the_coefficien
     hashes = json.loads((clip_run / "merge.json").read_text())["hashes"]
     for name, licence in (("base", "MIT"), ("cars", "Apache-2.0"), ("dtd", "not stated")):
         assert f"{name}.safetensors | {licence} | `{hashes[name]}` |" in card
-    assert "2 steps: objective `Imitation(" in card
+    assert "learned in 2 steps on unlabeled images, none of which was scored: objective `Imitation(" in card
+    for name in ("open_clip_model", "heads", "coefficients"):
+        assert f"| `{name}.{'json' if name == 'coefficients' else 'safetensors'}` | " in card
+    assert "| `adamerge.json` | " in card
+    assert "batch_norm.safetensors" not in card
     assert "![Coefficients](coefficients.png)" in card
     assert (tmp_path / "my-merge" / "coefficients.png").read_bytes().startswith(b"\x89PNG")
     assert "| adapt |" in card
@@ -302,6 +307,22 @@ def test_card_tells_ingredients_licences_method_metrics_and_shows_the_coefficien
     assert facts["ingredients"]["cars"]["sha256"] == hashes["cars"]
     for text in (card, json.dumps(facts)):
         assert str(clip_run.parent) not in text  # nothing of this machine's folders
+
+
+@pytest.mark.parametrize(("target", "is_text"), [("open_clip", True), ("hf", True), ("hf", False)])
+def test_code_of_the_card_gives_the_merges_logits_and_classes(clip_run, tmp_path, monkeypatch, capsys, target, is_text):
+    if not is_text:
+        monkeypatch.setattr(hugging_face, "write_tokenizer", lambda sidecar, folder: False)
+    export_as(clip_run, target, tmp_path / "out")
+    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
+    image = Image.new("RGB", (16, 16), (200, 10, 60))
+    names = {"image": image}
+    capsys.readouterr()
+    for block in blocks:
+        exec(block.replace("FOLDER", str(tmp_path / "out")), names)
+    expected = expected_logits(clip_run, OpenClip(str(clip_run / "open_clip")).preprocess()(image)[None])["cars"]
+    torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-4)
+    assert capsys.readouterr().out.splitlines()[-1] == Labelled.classes[expected.argmax()]
 
 
 def test_card_without_matplotlib_has_no_picture(clip_run, tmp_path, monkeypatch, caplog):
@@ -333,6 +354,14 @@ def test_card_names_no_folder_of_this_machine():
     backbone = {"model": "/home/alice/models/tiny", "pretrained": "/home/alice/base.pt"}
     found = ingredients({"config": {"pool": pool, "backbone": backbone}})
     assert [part["source"] for part in found.values()] == ["tiny, pretrained=base.pt", "cars", "dtd.pt"]
+
+
+def test_card_of_the_demo_tells_how_it_learned():
+    recipe = {"recipe": {"objective": "Imitation", "granularity": "row", "steps": 30}, "protocol": "transductive"}
+    assert card._method(recipe) == (
+        "Its coefficients were learned in 30 steps on the scored images, unlabeled: objective `Imitation`, granularity "
+        "`row`."
+    )
 
 
 def test_coefficient_table_of_rows_has_each_parameters_mean(tmp_path):

@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 
 NOT_STATED = "not stated"
 PICTURE = "coefficients.png"
+_BESIDE = {  # files that an export may have beside the model's own
+    "heads.safetensors": "each task's classifier, as `TASK/NAME`, with its class names in the metadata",
+    "coefficients.json": "the merging coefficients",
+    "coefficients.safetensors": "the merging coefficients themselves, which are too many for JSON",
+    "batch_norm.safetensors": "the statistics of the BatchNorm layers",
+    "adamerge.json": "ingredients with hashes and licences, versions, settings and accuracies",
+}
 _REFERENCE = re.compile(r"hf://(?P<name>[^@\s/]+/[^@\s/]+)")
 _HOMES = re.compile(r"(?<![\w./])(?:file:/+|/)(?:home|Users)/[^/'\"\]}),]+")
 # Folders that a path starts with; not what follows a scheme, as in hf://org/name.
@@ -48,7 +55,7 @@ def write_card(folder: Path, name: str, recipe: Mapping[str, Any], usage: Usage,
     sections = [
         f"# {name}\n",
         _summary(recipe),
-        _use(usage),
+        _use(usage, folder),
         _making(recipe, _picture(source, folder)),
         _ingredients(recipe),
         _accuracy(recipe),
@@ -125,9 +132,13 @@ def _summary(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _use(usage: Usage) -> str:
-    rows = "\n".join(f"| `{file}` | {what} |" for file, what in usage.files.items())
-    lines = [f"## Use\n\n```python\n{usage.code.rstrip()}\n```\n\n| file | what |\n|---|---|\n{rows}\n"]
+def _use(usage: Usage, folder: Path) -> str:
+    files = {**usage.files, **{file: what for file, what in _BESIDE.items() if (folder / file).is_file()}}
+    rows = "\n".join(f"| `{file}` | {what} |" for file, what in files.items())
+    lines = [f"## Use\n\n```python\n{usage.code.rstrip()}\n```\n"]
+    if usage.head:
+        lines.append(f"The classes of a task:\n\n```python\n{usage.head}\n```\n")
+    lines.append(f"| file | what |\n|---|---|\n{rows}\n")
     if usage.preprocessing:
         settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in usage.preprocessing.items())
         lines.append(f"Preprocessing of images: {settings}.\n")
@@ -140,14 +151,14 @@ def _method(recipe: Mapping[str, Any]) -> str:
         labels = ", with labels" if recipe.get("uses_labels") else ""
         data = f", with data{labels}" if recipe.get("uses_data") else ", without data"
         return f"The rule is `{_short(rule)}`{data}."
-    config = recipe.get("config") or {}
+    config = recipe.get("config") or recipe.get("recipe") or {}  # the demo has no configuration
     if not config:
         return "Its coefficients come from a file."
     parts = {part: _short(config[part]) for part in ("objective", "granularity", "constraint") if config.get(part)}
-    protocol = {"split": "images that are not scored", "transductive": "the images that are scored"}
-    data = protocol.get(str(recipe.get("protocol")), "images")
+    protocol = {"split": "unlabeled images, none of which was scored", "transductive": "the scored images, unlabeled"}
+    data = protocol.get(str(recipe.get("protocol")), "unlabeled images")
     text = ", ".join(f"{part} `{name}`" for part, name in parts.items())
-    return f"Its coefficients were learned on unlabeled {data} in {config.get('steps', '?')} steps: {text}."
+    return f"Its coefficients were learned in {config.get('steps', '?')} steps on {data}: {text}."
 
 
 def _making(recipe: Mapping[str, Any], picture: bool) -> str:

@@ -17,7 +17,7 @@ from adamerge.errors import InputError
 from adamerge.files import atomic_path, save_json
 from adamerge.formats.merged import Merged, describe
 from adamerge.formats.open_clip import sidecar_of, tokenizer_notes
-from adamerge.formats.usage import Usage, check_equal
+from adamerge.formats.usage import Usage, check_equal, head_code
 from adamerge.key_maps import HF_CLIP, as_theirs
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,13 @@ processor = CLIPProcessor.from_pretrained("FOLDER")
 inputs = processor(text=["a photo of a cat", "a photo of a dog"], images=image, return_tensors="pt", padding=True)
 probabilities = model(**inputs).logits_per_image.softmax(-1)
 """
-_CODE_WITHOUT_TEXTS = """from transformers import CLIPImageProcessor, CLIPModel
+_FEATURES = 'features = model.visual_projection(model.vision_model(pixel_values=inputs["pixel_values"]).pooler_output)'
+_CODE_WITHOUT_TEXTS = f"""from transformers import CLIPImageProcessor, CLIPModel
 
 model = CLIPModel.from_pretrained("FOLDER").eval()
 processor = CLIPImageProcessor.from_pretrained("FOLDER")
-features = model.get_image_features(**processor(images=image, return_tensors="pt"))
+inputs = processor(images=image, return_tensors="pt")
+{_FEATURES}
 """
 
 
@@ -56,8 +58,11 @@ def write(merged: Merged, folder: Path) -> Usage:
     notes = tokenizer_notes(merged.backbone)
     if not has_tokenizer and not notes:
         notes = ("The tokenizer is not OpenAI's, and not part of this folder: take the base's.",)
-    code = _CODE if has_tokenizer else _CODE_WITHOUT_TEXTS
-    return Usage("transformers", "zero-shot-image-classification", files, code, notes, sidecar["preprocess_cfg"])
+    code, features = (_CODE, _FEATURES) if has_tokenizer else (_CODE_WITHOUT_TEXTS, "")
+    return Usage(
+        "transformers", "zero-shot-image-classification", files, code, notes, sidecar["preprocess_cfg"],
+        head_code(merged, features),
+    )  # fmt: skip
 
 
 def write_model(checkpoint: Checkpoint, sidecar: Mapping[str, Any], where: str, folder: Path) -> dict[str, str]:

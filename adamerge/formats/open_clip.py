@@ -10,7 +10,7 @@ from adamerge.backbones import Backbone, OpenClip
 from adamerge.errors import InputError
 from adamerge.files import save_json
 from adamerge.formats.merged import Merged, describe
-from adamerge.formats.usage import Usage, check_equal
+from adamerge.formats.usage import Usage, check_equal, head_code
 from adamerge.model_files import OPEN_CLIP_CONFIG
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -49,7 +49,7 @@ def write(merged: Merged, folder: Path) -> Usage:
     files = {WEIGHTS: "the weights, both towers", OPEN_CLIP_CONFIG: "architecture and preprocessing"}
     return Usage(
         "open_clip", "zero-shot-image-classification", files, _CODE,
-        notes=tokenizer_notes(merged.backbone), preprocessing=sidecar["preprocess_cfg"],
+        notes=tokenizer_notes(merged.backbone), preprocessing=sidecar["preprocess_cfg"], head=head_code(merged),
     )  # fmt: skip
 
 
