@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 from small_run import arguments, write_configs
@@ -54,6 +56,15 @@ def test_adapt_json_prints_one_document_and_logs_everything(configs, tmp_path, c
     assert "\x1b" not in text + errors
     assert "Adapting: 2/2 steps" in errors  # there is no terminal to draw a bar on
     assert "accuracy, %" not in printed + errors
+
+
+def test_lightning_stays_silent_where_it_is_imported_afterwards():
+    code = (
+        "from adamerge.commands.terminal import configure_logging\nconfigure_logging(debug=False)\n"
+        "from lightning.pytorch import Trainer\nTrainer(accelerator='cpu', logger=False)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
 
 
 def test_adapt_quiet_prints_the_folder_only(configs, tmp_path, capsys):

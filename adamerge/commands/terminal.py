@@ -158,9 +158,13 @@ def configure_logging(debug: bool, quiet: bool = False) -> None:
 
 
 def quiet_lightning() -> None:
-    """Silence Lightning's loggers; to be called again once it is imported, which sets their levels anew."""
+    """Silence Lightning's loggers; to be called again once it is imported, which sets the levels of its packages anew.
+
+    What it tells of devices, and advertises, comes from a module of each, whose level stays.
+    """
     level = logging.DEBUG if logging.getLogger().level == logging.DEBUG else logging.ERROR
-    for noisy in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+    packages = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning")
+    for noisy in (*packages, *(f"{package}.utilities.rank_zero" for package in packages)):
         logging.getLogger(noisy).setLevel(level)
 
 
