@@ -39,6 +39,8 @@ from adamerge.objectives import Objective
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool import ExpertPool
+from adamerge.report import report_run
+from adamerge.report.record import costs_of
 from adamerge.scoring import checkpoint_parameters, score_experts
 from adamerge.views import Affine, Views
 
@@ -85,7 +87,8 @@ def run(
     """Run the demo and write its files.
 
     Args:
-        output: Folder for ``merged.safetensors`` and what belongs to it, ``summary.json`` and ``comparison.png``.
+        output: Folder for ``merged.safetensors`` and what belongs to it, ``summary.json``, ``comparison.png`` and
+            ``report.html``.
         seed: Of the split and the order of the images.
         fast: A tenth of the steps, to try the machinery; the accuracies mean little then.
         protocol: ``"split"`` or ``"transductive"``.
@@ -97,6 +100,7 @@ def run(
     Raises:
         InputError: If the packages of the extra ``demo`` are missing or the folder is not writable.
     """
+    watch = Stopwatch()
     ensure_writable(output)
     seed_everything(seed, workers=True, verbose=False)
     files = zoo.files()
@@ -109,21 +113,23 @@ def run(
     backbone = OpenClip(str(files), tokenizer=zoo.Tokenizer())
     heads = backbone.heads(pool.source, {}, tasks)
     start = MergedModel(backbone.encoder(), pool, Coefficients(pool, "task", 0.3, Unconstrained()), heads)
-    rows = _constant_rows(start, data, seed)
-    for name, recipe in _recipes(data, 0.1 if fast else 1.0).items():
+    times = {"prepare": watch.seconds()}
+    rows, recipes = _constant_rows(start, data, seed), _recipes(data, 0.1 if fast else 1.0)
+    for name, recipe in recipes.items():
         coefficients = Coefficients(pool, recipe.granularity, 0.3, recipe.constraint)
         model = MergedModel(backbone.encoder(), pool, coefficients, heads)
         export = None
         if name == EXPORTED:
-            export = ExportMergedWeights(
-                output, head_info=head_info(data), sidecar=backbone.sidecar(), recipe={"recipe": _described(recipe)}
-            )
+            facts = {"recipe": _described(recipe), "command": _command(output, seed, fast, protocol)}
+            export = ExportMergedWeights(output, head_info=head_info(data), sidecar=backbone.sidecar(), recipe=facts)
         rows[name] = _adapted_row(name, recipe, model, data, seed, export)
     rows["experts"] = score_experts(start, data)
     ordered = {name: rows[name] for name in ROWS}
     content = write_summary(ordered, protocol, output / "summary.json")
     record_metrics(output / "merge.json", content, ordered[EXPORTED].seconds)
     save_comparison(content, output / "comparison.png")
+    times["adapt"] = ordered[EXPORTED].seconds
+    report_run(output, pool, costs_of(times, recipes[EXPORTED].steps, pool.device, resumed=False))
     if console is not None:
         console.print(table(content, "Demo zoo: one base, six experts, one merged model", console.width))
         for line in verdict(ordered):
@@ -218,6 +224,11 @@ def _streams(recipe: Recipe, data: UnlabeledTasks) -> UnlabeledTasks:
     return UnlabeledTasks(
         data.tasks, batch_size=recipe.batch_size, protocol=data.protocol, seed=data.seed, views=recipe.views
     )
+
+
+def _command(output: Path, seed: int, fast: bool, protocol: Protocol) -> list[str]:
+    options = [*(["--fast"] if fast else []), *(["--transductive"] if protocol == "transductive" else [])]
+    return ["adamerge", "demo", "--output", str(output), "--seed", str(seed), *options]
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:

@@ -71,5 +71,12 @@ def test_demo_gives_the_expected_order_and_files(tmp_path):
     model = open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'open_clip'}")
     merged = load_state_dict(tmp_path / "out" / "merged.safetensors")
     assert all(torch.equal(tensor, merged[name].float()) for name, tensor in model.state_dict().items())
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for said in ("adamerge demo --output out --seed 1", "Cosines of the task vectors", "norm of its task vector",
+                 "Imitation"):  # fmt: skip
+        assert said in page, said
+    assert "report.html" in result.stdout
+    for chatter in ("Tip:", "GPU available", "TPU available"):
+        assert chatter not in result.stderr
     heads, info = load_heads(tmp_path / "out" / "heads.safetensors")
     assert set(heads) == set(content["tasks"]) == set(info)

@@ -10,7 +10,7 @@ import yaml
 from adamerge.report import run_charts as charts
 from adamerge.report.blocks import Block, Code, Facts, Note, Section, Tiles, built
 from adamerge.report.charts import Heat, Panel, Table, decimal, number, percent
-from adamerge.report.facts import Run
+from adamerge.report.facts import Run, mapping
 
 _COLLAPSED = 0.7  # as CollapseGuard's default: below this share of what it was
 
@@ -144,7 +144,7 @@ def table_of(summary: Mapping[str, Any], own: str | None) -> Table:
 
 def setting(run: Run) -> Facts | None:
     """How the run was made, in a few words."""
-    learned, config = run.learned, run.config
+    learned, config = run.learned, run.config or mapping(run.recipe.get("recipe"))  # the demo has no configuration
     facts = [
         ("Objective", _target(config.get("objective"))),
         ("Method", _target(config.get("method")) or _rule(run)),
@@ -325,7 +325,7 @@ def short_path(path: Any) -> str:
 
 def _target(node: Any) -> str:
     if not isinstance(node, Mapping) or not node.get("_target_"):
-        return ""
+        return node if isinstance(node, str) else ""
     return str(node["_target_"]).rsplit(".", 1)[-1]
 
 
