@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.resources
+import inspect
 import io
 import os
 import re
@@ -17,10 +18,12 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
+from adamerge.data import Task
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool_files import PoolFiles, load_pool_file
 from adamerge.pool_names import register_resolvers, with_pool_files
 from adamerge.preflight import CONFIG_MODULE, CONFIG_NAME
+from adamerge.tasks import task
 
 _FLAGS_WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
@@ -44,7 +47,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     setup_globals()
     register_resolvers()
     overrides, folder = _take_config_dir(arguments)
-    overrides = with_pool_files(overrides, folder)
+    overrides = _with_task_fields(with_pool_files(overrides, folder))
     if folder is not None:
         overrides.append(f"hydra.searchpath=['file://{folder.absolute()}']")
     try:
@@ -210,7 +213,7 @@ def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> No
         if argument.startswith("-") and argument.split("=")[0] not in _FLAGS:
             raise InputError(_unknown_flag(argument))
     folder = next((Path(value) for value in _config_dirs(arguments)), None)
-    sys.argv = ["adamerge adapt", *_flags_first(with_pool_files(arguments, folder))]
+    sys.argv = ["adamerge adapt", *_flags_first(_with_task_fields(with_pool_files(arguments, folder)))]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
     main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
     try:
@@ -316,6 +319,13 @@ def _no_such_choice(error: MissingConfigException, arguments: Sequence[str]) -> 
         f"{where}{group}={name}: no such choice.{did_you_mean(name, options)} {group} is one of "
         f"{', '.join(options)}.{'' if any(_config_dirs(arguments)) else hint}"
     )
+
+
+def _with_task_fields(arguments: Sequence[str]) -> list[str]:
+    """Let a task's fields be given also where its yaml file does not: Hydra's struct mode knows what is there only."""
+    fields = {*inspect.signature(Task).parameters, *inspect.signature(task).parameters} - {"name", "root"}
+    given = re.compile(rf"data\.tasks\.[\w-]+\.(?:{'|'.join(sorted(fields))})=")
+    return [f"++{argument}" if given.match(argument) else argument for argument in arguments]
 
 
 def _choices(group: str, arguments: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from adamerge import zoo
 from adamerge.backbones import Backbone, Torchvision, own_base
 from adamerge.errors import InputError, did_you_mean
 from adamerge.methods import ShardedStrategy
@@ -22,6 +23,7 @@ from adamerge.refinement import Refinement
 from adamerge.run_checks import (
     SETTINGS,
     Headers,
+    check_accelerator,
     check_devices,
     check_folder,
     check_groups,
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
+_ZOO = "backbone=zoo (the demo zoo's model, meant where no backbone is named)"  # whose folder nobody has named
 _POOL_KEYS = (
     *("file", "base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates"),
     *("licences", "sha256"),
@@ -256,10 +259,12 @@ def _check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> 
     exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
     headers = read_headers(found, experts, backbone.prefix, strings(node.get("include")), exclude)
     problems += headers.problems
+    other: list[str] = []
     if headers.source is not None and (find := getattr(backbone, "base_problems", None)) is not None:
-        problems += find(headers.source)
+        other += find(headers.source)
     if (find := getattr(backbone, "problems", None)) is not None:
-        problems += find({**({} if headers.source is None else {"base": headers.source}), **headers.experts})
+        other += find({**({} if headers.source is None else {"base": headers.source}), **headers.experts})
+    problems += [problem.replace(f"backbone.model={zoo.files()}", _ZOO) for problem in other]
     problems += hash_problems(node.get("sha256"), experts)
     if node.get("task_vectors") is not None:
         problems += packed_problems(node.task_vectors, headers)
@@ -298,6 +303,7 @@ def pool_files(node: Any, where: str, *, needs_base: bool = True) -> tuple[str |
 
 def _build_data(config: DictConfig, backbone: Backbone, problems: _Problems) -> Any:
     """Build the data; where that fails, look at each task alone, so that all that is missing is said at once."""
+    _refuse_unknown_tasks(config)
     try:
         return build(config, "data", preprocess=backbone.preprocess())
     except InputError:
@@ -311,11 +317,29 @@ def _build_data(config: DictConfig, backbone: Backbone, problems: _Problems) -> 
         raise
 
 
+def _refuse_unknown_tasks(config: DictConfig) -> None:
+    """Refuse fields of a task that the data does not have."""
+    tasks = OmegaConf.select(config, "data.tasks", throw_on_missing=False)
+    nodes = {str(name): tasks[name] for name in tasks} if isinstance(tasks, DictConfig) else {}
+    if "_target_" in nodes:
+        _check_signature(config, "data.tasks")
+        return
+    known = [name for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" in node]
+    for name, node in nodes.items():
+        if name not in known:
+            raise InputError(
+                f"data.tasks.{name}: expected a node with _target_, such as adamerge.data.Task, found {node}."
+                f"{did_you_mean(name, known)}"
+            )
+
+
 def _check_trainer(config: DictConfig) -> None:
     """Refuse what a run does not do with a trainer."""
     trainer = config.get("trainer")
     if isinstance(trainer, DictConfig):
-        plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(trainer, ["devices", "num_nodes"]), resolve=True)
+        read = ["devices", "num_nodes", "accelerator"]
+        plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(trainer, read), resolve=True)
+        check_accelerator(plain.get("accelerator"))
         check_devices(plain.get("devices", 1), plain.get("num_nodes", 1))
 
 
@@ -408,9 +432,11 @@ def check_options(where: str, target: Callable[..., Any], content: DictConfig) -
     for key in map(str, content):
         if not key.startswith("_") and key not in parameters and not open_ended:
             takes = f"It takes: {', '.join(parameters)}" if parameters else "It takes none"
+            near = did_you_mean(key, parameters)
+            hint = " If the option is left over from the group's default, give your class a yaml file of its own."
             raise InputError(
-                f"{where}.{key}: {content._target_} takes no such option.{did_you_mean(key, parameters)} {takes}. "
-                "If the option is left over from the group's default, give your class a yaml file of its own."
+                f"{where}.{key}: {content._target_} takes no such option.{near} {takes}."
+                f"{'' if near or where == 'merge' else hint}"
             )
         if OmegaConf.is_missing(content, key):
             raise InputError(f"{where}.{key}: must be given: {where}.{key}=VALUE.")

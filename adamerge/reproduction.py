@@ -22,7 +22,6 @@ from adamerge.errors import InputError, check_keys, did_you_mean
 from adamerge.files import atomic_path, save_json
 from adamerge.preflight import check
 from adamerge.tasks import checks
-from adamerge.tasks.definitions import definition
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def read_published(preset: str) -> Published:
 
 
 def problems_of(plan: comparison.Plan, published: Published) -> list[str]:
-    """Return everything that a plan's rows lack, before any is made: pool, data, options; each with what to do.
+    """Return everything that a plan's rows lack, before any is made: pool, data, options.
 
     Rows are checked as ``adamerge check`` would; what several have wrong is said once.
     """
@@ -107,9 +106,8 @@ def problems_of(plan: comparison.Plan, published: Published) -> list[str]:
         if problems:
             break  # pool and data are the same for all rows
     config = compose(plan.overrides)
-    how_to_get = _data_help(config) if problems else []
     tasks = [str(name) for name in config.data.get("tasks") or ()]  # a data set of another kind names its own
-    return [*problems, *how_to_get, *(_unknown_tasks(published, tasks) if tasks else [])]
+    return [*problems, *(_unknown_tasks(published, tasks) if tasks else [])]
 
 
 def run(
@@ -251,18 +249,18 @@ def _figures(found: Any, where: str, section: Mapping[str, Any]) -> Figures:
     return Figures(float(found["mean"]), tasks={str(k): float(v) for k, v in tasks.items()}, **texts)
 
 
-def _data_help(config: DictConfig) -> list[str]:
-    """Say how to get the field's data sets that cannot be opened."""
-    lines = []
-    tasks = config.data.get("tasks") or {}
+def missing_data(plan: comparison.Plan) -> list[tuple[str, Path]]:
+    """Return the field's data sets of a plan's tasks that are not there or not complete, each with its folder."""
+    missing = []
+    tasks = compose(plan.overrides).data.get("tasks") or {}
     for name in tasks:
         node = tasks[name]
         if not isinstance(node, DictConfig) or node.get("_target_") != _TASK:
             continue
         root = Path(str(node.root)).expanduser().absolute()
         if checks.check(str(node.name), root, 0).state != "complete":
-            lines.append(f"{node.name}: how to get it: {' '.join(checks.how_to_get(definition(str(node.name)), root))}")
-    return lines
+            missing.append((str(node.name), root))
+    return missing
 
 
 def _number(value: float | None) -> str:

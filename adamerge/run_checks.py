@@ -183,6 +183,20 @@ def check_devices(devices: Any, num_nodes: Any) -> None:
         )
 
 
+def check_accelerator(name: Any) -> None:
+    """Refuse a GPU where there is none, before a weight is read.
+
+    Raises:
+        InputError: If ``name`` is ``gpu`` or ``cuda`` and torch finds no such device.
+    """
+    found = torch.cuda.is_available() or (name == "gpu" and torch.backends.mps.is_available())
+    if name in ("gpu", "cuda") and not found:
+        raise InputError(
+            f"trainer.accelerator: found {name}, but torch {torch.__version__} finds no CUDA device here. Take the "
+            "processor, trainer=cpu, or start the run on a machine with a GPU and a torch that was built for it."
+        )
+
+
 def sharding_problems(config: Mapping[str, Any]) -> list[str]:
     """List what a run whose devices each hold a part of the model (``trainer=fsdp``) cannot do."""
     nodes = {node: config.get(node) or {} for node in ("pool", "transform", "encoder", "method")}

@@ -98,9 +98,13 @@ def load_config(folder: Path) -> DictConfig:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise InputError(
-            f"{folder}: not a run folder: it has no {CONFIG_FILE}. Name a folder that `adamerge adapt` made."
-        )
+        remedy = "Name a folder that `adamerge adapt` made."
+        if (merged := folder / "merged.safetensors").is_file() and (folder / "merge.json").is_file():
+            remedy = (
+                f"`adamerge merge` made it. To score it on the tasks of a run: adamerge evaluate RUN_DIR --checkpoint "
+                f"{merged}; or beside others: adamerge compare --rows RULE --out DIR."
+            )
+        raise InputError(f"{folder}: not a run folder: it has no {CONFIG_FILE}. {remedy}")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     config.run_dir = str(folder)

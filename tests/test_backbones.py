@@ -171,6 +171,7 @@ def test_open_clip_base_of_another_architecture_is_found_from_its_header():
     (problem,) = OpenClip("ViT-B-32").base_problems(base)
     assert "not of backbone.model=ViT-B-32: 152 of the 152 tensors" in problem
     assert "'visual.class_embedding': expected (768,), found (96,)" in problem
+    assert "backbone=open_clip backbone.model=NAME" in problem
 
 
 def test_open_clip_task_without_class_names_is_refused():

@@ -52,6 +52,11 @@ def test_check_of_all_does_not_fail_for_what_is_simply_not_there(tmp_path, monke
     assert content["svhn"]["splits"]["test"] == {"expected": 10, "found": 10, "problems": []}
 
 
+def test_check_says_that_the_folder_is_not_there(tmp_path, capsys):
+    assert run("check", "--root", tmp_path / "nowhere") == 0
+    assert f"{tmp_path / 'nowhere'}: no such folder." in capsys.readouterr().err
+
+
 def test_check_takes_its_folder_from_the_environment(tmp_path, monkeypatch, capsys):
     make("dtd", tmp_path, monkeypatch)
     monkeypatch.setenv("ADAMERGE_DATA", str(tmp_path))

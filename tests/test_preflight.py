@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from adapters import random_adapter
 from omegaconf import OmegaConf
 from PIL import Image
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from adamerge import ExpertPool, preflight, zoo
 from adamerge.composition import compose
 from adamerge.errors import InputError
+from adamerge.objectives.imitation import Imitation
 from adamerge.packed import write_packed
 
 
@@ -121,6 +123,7 @@ LANES = {
         ("data.tasks.mnist.expert=digts", ["data.tasks.mnist.expert", "Imitation", "'digts'", "'digits'"]),
         ("objective=entropy data.tasks.mnist.expert=digts", ["data.tasks.mnist.expert", "'digts'"]),
         ("data.batch_size=four", ["data.batch_size", "'four'"]),
+        ("data.tasks.mnit.expert=digits", ["data.tasks.mnit", "_target_", "Did you mean 'mnist'?"]),
     ],
 }  # fmt: skip
 
@@ -151,6 +154,36 @@ def test_pool_files_experts_that_are_no_mapping_of_files_are_refused(experts):
         preflight.pool_files(OmegaConf.create(f"base: base.safetensors\nexperts: {experts}"), "pool")
     with pytest.raises(InputError, match=r"^pool: expected base and experts"):
         preflight.pool_files(None, "pool")
+
+
+def test_check_task_takes_fields_that_its_file_does_not_set(found):
+    assert found("data.tasks.mnist.expert=digits", "data.tasks.mnist.templates=['a {}.']") == []
+
+
+def test_check_default_backbone_of_a_foreign_base_is_called_by_its_name(found, tmp_path):
+    base = load_file(zoo.files() / "base.safetensors")
+    save_file({name: t for name, t in base.items() if "resblocks.1." not in name}, tmp_path / "base.safetensors")
+    (problem,) = (text for text in found("pool.base=base.safetensors") if "not of" in text)
+    assert "base.safetensors: not of backbone=zoo (the demo zoo's model, meant where no backbone is named): " in problem
+    assert "backbone=open_clip backbone.model=NAME" in problem
+
+
+def test_check_gpu_where_there_is_none_is_found(found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (problem,) = found("trainer.accelerator=cuda")
+    assert problem.startswith("trainer.accelerator: found cuda, but torch")
+    assert "finds no CUDA device here" in problem
+    assert "trainer=cpu" in problem
+
+
+def test_check_options_speaks_of_the_groups_default_only_where_that_can_be_the_reason():
+    said = []
+    for where, option in (("merge", "wrong"), ("objective", "temprature"), ("objective", "wrong")):
+        content = OmegaConf.create({"_target_": "adamerge.objectives.imitation.Imitation", option: 1})
+        with pytest.raises(InputError) as caught:
+            preflight.check_options(where, Imitation, content)
+        said.append("left over from the group's default" in str(caught.value))
+    assert said == [False, False, True]
 
 
 def test_check_task_without_evaluation_images_is_found_unless_nothing_is_scored(found, images):

@@ -210,8 +210,15 @@ def test_export_run_without_checkpoint_or_configuration_is_named(toy, tmp_path):
     (run / LAST).unlink()
     with pytest.raises(InputError, match=r"last\.ckpt: no such checkpoint.*Give --coefficients instead"):
         export_run(run, None, tmp_path / "a")
-    with pytest.raises(InputError, match=r"not a run folder: it has no config\.yaml"):
+    with pytest.raises(InputError, match=r"not a run folder: it has no config\.yaml\. Name a folder"):
         export_run(tmp_path / "nothing", None, tmp_path / "a")
+    (run / "config.yaml").unlink(missing_ok=True)
+    (run / "merged.safetensors").touch()
+    (run / "merge.json").touch()
+    with pytest.raises(
+        InputError, match=r"`adamerge merge` made it.*--checkpoint \S+/merged\.safetensors; or .*--rows"
+    ):
+        export_run(run, None, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 

@@ -99,8 +99,11 @@ def test_reproduce_says_first_what_is_missing_and_how_to_get_it(preset, tmp_path
     said = capsys.readouterr().err
     assert "mnist.safetensors: no such file" in said
     assert "DTD (dtd), test, is not below" in said
-    assert "adamerge data get dtd --root" in said
-    assert "The table was made with: two experts" in said
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2
+    assert max(map(len, errors)) < 400
+    assert "\ndtd: how to get it\n  adamerge data get dtd --root" in said
+    assert said.splitlines()[-1].startswith("The table was made with: two experts")
     assert not (tmp_path / "out").exists()
     (tmp_path / "pools" / "small.yaml").unlink()
     run("reproduce", preset, code=2)

@@ -136,8 +136,8 @@ class OpenClip:
         return [
             f"{base.name}: not of backbone.model={self.model}: {len(other)} of the {len(wanted)} tensors of its visual "
             f"tower differ, such as {key!r}: expected {wanted[key]}, found {have.get(key, 'none')}. Name the "
-            "architecture of your checkpoints: backbone.model=NAME of open_clip's, or a folder with an "
-            "open_clip_config.json."
+            "architecture of your checkpoints: backbone=open_clip backbone.model=NAME of open_clip's, or a folder with "
+            "an open_clip_config.json."
         ]
 
     def _other_activation(self, where: str, quick_gelu: bool) -> str:

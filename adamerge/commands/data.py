@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 
 from adamerge import progress
-from adamerge.commands.terminal import EXIT_INPUT, escape, json_option, out, print_json
+from adamerge.commands.terminal import EXIT_INPUT, err, escape, json_option, out, print_json
 
 if TYPE_CHECKING:
     from adamerge.tasks.checks import Report
@@ -49,11 +50,13 @@ def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json:
 
     Exit code 2 if one that was named is not complete.
     """  # noqa: D301
-    from adamerge.tasks.checks import check, how_to_get
-    from adamerge.tasks.definitions import chosen, definition
+    from adamerge.tasks.checks import check
+    from adamerge.tasks.definitions import chosen
 
     root = root.expanduser().absolute()
     wanted = chosen(names)
+    if not root.is_dir():
+        err.print(f"{escape(str(root))}: no such folder. Name that of the data sets: --root DIR, or ADAMERGE_DATA.")
     looked_at = progress.track(wanted, "Looking at the data sets", "data sets")
     reports = [check(name, root, None if every else sample) for name in looked_at]
     if as_json:
@@ -62,11 +65,19 @@ def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json:
         _show(reports, root)
         for report in reports:
             if report.state != "complete":
-                out.print(f"\n[bold]{report.name}[/]: how to get it", highlight=False)
-                for line in how_to_get(definition(report.name), root):
-                    out.print(f"  {escape(line)}", highlight=False)
+                print_how_to_get(report.name, root, out)
     if any(report.state != "complete" and (names or report.state != "missing") for report in reports):
         sys.exit(EXIT_INPUT)
+
+
+def print_how_to_get(name: str, root: Path, console: Console) -> None:
+    """Print what a person has to do to have a data set."""
+    from adamerge.tasks.checks import how_to_get
+    from adamerge.tasks.definitions import definition
+
+    console.print(f"\n[bold]{name}[/]: how to get it", highlight=False)
+    for line in how_to_get(definition(name), root):
+        console.print(f"  {escape(line)}", highlight=False)
 
 
 @data.command()

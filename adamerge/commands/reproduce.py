@@ -2,14 +2,20 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from adamerge import progress
-from adamerge.commands.terminal import configure_logging, json_option, out, print_json, report
+from adamerge.commands.data import print_how_to_get
+from adamerge.commands.terminal import configure_logging, err, escape, json_option, out, print_json, report
 from adamerge.errors import InputError
+
+if TYPE_CHECKING:
+    from adamerge.reproduction import Published
 
 
 @click.command(options_metavar="[OPTIONS] [-- OVERRIDES...]")
@@ -46,9 +52,10 @@ def reproduce(
     try:
         plan = comparison.plan_of((), preset, overrides, seeds, folder, jobs)
     except InputError as error:
-        raise InputError(f"{error} The table was made with: {published.pool}") from error
+        report([str(error)], lambda: _explain(published))
+        raise
     problems = reproduction.problems_of(plan, published)
-    report([*problems, f"The table was made with: {published.pool}"] if problems else [])
+    report(problems, lambda: _explain(published, reproduction.missing_data(plan)))
     if only_check:
         out.print(f"{published.title}: {len(plan.rows)} rows can be made.", highlight=False)
         return
@@ -62,3 +69,10 @@ def reproduce(
     report([f"{row}: {message}" for row, message in failed.items()])
     if not as_json:
         click.echo(str(folder))
+
+
+def _explain(published: "Published", missing: Sequence[tuple[str, Path]] = ()) -> None:
+    """Say how to get what a table needs: data sets by name and folder, and its checkpoints."""
+    for name, root in missing:
+        print_how_to_get(name, root, err)
+    err.print(f"\nThe table was made with: {escape(published.pool)}")

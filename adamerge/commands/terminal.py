@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ class JobFailed(SystemExit):
         self.error = error
 
 
-def report(problems: Sequence[str]) -> None:
-    """List all problems, one a line, and leave; nothing where there are none."""
+def report(problems: Sequence[str], explain: Callable[[], None] | None = None) -> None:
+    """List all problems, one a line, with what is to be said besides, and leave; nothing where there are none."""
     for problem in problems:
         err.print(f"[red]error:[/] {escape(problem)}")
     if problems:
+        if explain is not None:
+            explain()
         sys.exit(EXIT_INPUT)
 
 
