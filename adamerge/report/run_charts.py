@@ -24,7 +24,8 @@ def accuracies(run: Run) -> Bars | None:
     tasks = run.summary["tasks"]
     shares = {name: [row["per_task"][task] for task in tasks] for name, row in rows.items()}
     marks = {name: values for name, values in shares.items() if name != own}
-    few = [name for name in marks if not rows[name].get("uses_labels")][-4:]
+    known = [name for name in marks if not rows[name].get("uses_labels")]
+    few = [*known[:1], *known[1:][-3:]]  # the first is the pretrained model, the last the experts
     return Bars(
         key="accuracies",
         title="Accuracy by task",
