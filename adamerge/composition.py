@@ -122,10 +122,12 @@ def _with_pool_file(config: DictConfig) -> DictConfig:
 
 
 def name_experts(config: DictConfig, files: PoolFiles) -> None:
-    """Tell the data's tasks which expert is theirs, where a pool file says so."""
+    """Tell the data's tasks which expert is theirs, where a pool file says so and they name none."""
     tasks = config.data.get("tasks") if isinstance(config.get("data"), DictConfig) else None
     for name, entry in files.experts.items():
-        if entry.task and isinstance(tasks, DictConfig) and entry.task in tasks and "_target_" not in tasks:
+        if not entry.task or not isinstance(tasks, DictConfig) or entry.task not in tasks or "_target_" in tasks:
+            continue
+        if OmegaConf.select(tasks, f"{entry.task}.expert") is None:
             OmegaConf.update(tasks, f"{entry.task}.expert", name, force_add=True)
 
 

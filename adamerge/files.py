@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from adamerge.errors import InputError
 log = logging.getLogger(__name__)
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-_UMASK = os.umask(0)  # which can only be read by setting it
-os.umask(_UMASK)
 
 
 def save_json(content: Any, path: Path) -> None:
@@ -42,10 +41,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
+        mode = _usual_mode(temporary)
         yield temporary
         with temporary.open("rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # safetensors writes for the owner alone
             os.fsync(file.fileno())
+        _set_mode(temporary, mode)
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:  # a failing write or sync does not say which file it was
@@ -67,10 +67,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
+        mode = _usual_mode(temporary / "file")
         yield temporary
         for file in (*temporary.rglob("*"), temporary):
             if file.is_file():
-                file.chmod(0o666 & ~_UMASK)
+                _set_mode(file, mode)
             _sync(file)
         temporary.replace(path)
         _sync(path.parent)
@@ -121,6 +122,22 @@ def _lock(lock: Path, path: Path) -> int:
             if os.fstat(file).st_ino == lock.stat().st_ino:
                 return file
         os.close(file)  # its holder has just ended and removed it
+
+
+def _usual_mode(path: Path) -> int:
+    """Return the permissions that a new file gets here, by the umask and the folder; makes and removes it."""
+    path.touch()
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    finally:
+        path.unlink()
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Give a file the usual permissions, where the file system has any: safetensors writes for the owner alone."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with contextlib.suppress(OSError):
+            path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

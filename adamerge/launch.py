@@ -202,7 +202,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         folder,
         head_info=head_info(assembly.data),
         sidecar=assembly.backbone.sidecar(),
-        recipe={"config": plain(config), "command": command_of(config), **assembly.start},
+        recipe={"config": _settings(config), "command": command_of(config), **assembly.start},
         batch_norm=assembly.batch_norm,
     )
     trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
@@ -228,6 +228,11 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         _report(config, folder, assembly, costs_of(times, steps, assembly.pool.device, resumed=resume))
     _raise_reason(trainer)
     return summary
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as ``merge.json`` has it, where the command stands beside it."""
+    return {key: value for key, value in plain(config).items() if key != "command"}
 
 
 def command_of(config: DictConfig) -> list[str]:

@@ -183,10 +183,10 @@ def recorded(files: PoolFiles) -> PoolFiles:
     return replace(files, base=_recorded(files, files.base), experts=experts)
 
 
-def record(files: PoolFiles, path: Path) -> PoolFiles:
-    """Write a pool to a file with all that :func:`recorded` finds out."""
+def record(name: str, path: Path) -> PoolFiles:
+    """Write a pool, as it is by now, to a file with all that :func:`recorded` finds out."""
     with locked(path):
-        files = recorded(files)
+        files = recorded(named_pool(name))
         save_pool_file(files, path)
         return files
 

@@ -146,7 +146,7 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
             continue
         path = Path(name) if _is_path(name) else own_pools().get(name)
         if config_dir is not None and (choice := config_dir / _CHOICE.format(name)).is_file():
-            if path is not None:
+            if path is not None and path.is_file() and not path.samefile(choice):
                 raise InputError(f"{argument}: two pools have that name, {choice} and {path}; rename one of the two.")
             result.append(argument)
             continue

@@ -326,7 +326,7 @@ def _refuse_unknown_tasks(config: DictConfig) -> None:
         return
     known = [name for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" in node]
     for name, node in nodes.items():
-        if name not in known:
+        if known and name not in known:  # else the data is a class of the user's own, which knows what its tasks are
             raise InputError(
                 f"data.tasks.{name}: expected a node with _target_, such as adamerge.data.Task, found {node}."
                 f"{did_you_mean(name, known)}"

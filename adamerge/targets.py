@@ -109,7 +109,7 @@ def _home(path: str) -> str:
 def _resolved(path: str) -> Any:
     try:
         return pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError):
+    except Exception:  # whatever a module raises that cannot be imported here
         return None
 
 

@@ -5,14 +5,17 @@ import logging
 import os
 import signal
 
+import lightning
 import pytest
 import torch
 from fits import QUIET, batches, every_step, fit, make_data, make_method, values
 from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import Timer
 from toy import EXPERTS
 
 from adamerge import GuardError, InputError, load_state_dict, merge
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
+from adamerge.callbacks.elapsed import Elapsed
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.errors import Interrupted
 from adamerge.objectives.imitation import Imitation
@@ -242,3 +245,14 @@ def test_merging_progress_resumed_starts_where_it_stopped(toy, tmp_path, termina
     options = {"enable_progress_bar": True, "callbacks": [bar, start]}
     fit(make_method(toy), make_data(), tmp_path, steps=4, resume=tmp_path / "step=2.ckpt", **options)
     assert shown == [2]
+
+
+def test_elapsed_goes_on_from_a_checkpoint_and_leaves_the_trainer_its_max_time():
+    first, second = Elapsed(), Elapsed()
+    first.on_train_start(None, None)
+    first.on_train_end(None, None)
+    assert first.seconds > 0
+    second.load_state_dict(first.state_dict())
+    assert second.seconds == first.seconds
+    trainer = lightning.Trainer(max_time="00:00:00:01", callbacks=[second], logger=False, enable_checkpointing=False)
+    assert [callback._duration for callback in trainer.callbacks if isinstance(callback, Timer)] == [1.0]

@@ -138,3 +138,18 @@ def test_compose_pool_below_config_dir_is_listed_and_refused_where_a_pool_file_h
     (tmp_path / "pools" / "mine.yaml").write_text("base: c.safetensors\nexperts: {a: b.safetensors}\n")
     with pytest.raises(InputError, match=r"two pools have that name, \S+/pool/mine\.yaml and \S+/pools/mine\.yaml;"):
         compose(["--config-dir", str(tmp_path), "pool=mine"])
+
+
+def test_compose_pool_in_a_folder_below_config_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine/pool/sub").mkdir(parents=True)
+    (tmp_path / "mine/pool/sub/ours.yaml").write_text("base: a.safetensors\nexperts: {a: b.safetensors}\n")
+    assert compose(["--config-dir", "mine", "pool=sub/ours"]).pool.base == "a.safetensors"
+
+
+def test_compose_expert_of_a_task_goes_before_what_the_pool_file_says(tmp_path):
+    file = tmp_path / "pool.yaml"
+    file.write_text("base: a.safetensors\nexperts: {one: {file: b.safetensors, task: mnist}, two: c.safetensors}\n")
+    words = [f"pool={file}", "data=clip_8", "data.root=/nowhere"]
+    assert compose(words).data.tasks.mnist.expert == "one"
+    assert compose([*words, "data.tasks.mnist.expert=two"]).data.tasks.mnist.expert == "two"

@@ -32,7 +32,8 @@ def pages(tmp_path_factory):
     runs = [write_run(folder / "rows", name="rows", rows=20, experts=names)]
     runs.append(write_run(folder / "frank_wolfe", name="<img src=x>", frank_wolfe=True, experts=names, shift=0.1))
     few = [write_run(folder / name, name=name, experts=names[1:]) for name in ("first", "a_run_with_a_longer_name")]
-    files = {"rows": runs[:1], "frank_wolfe": runs[1:], "both": runs, "few": few}
+    one = [write_run(folder / "one", name="one", experts=names, steps=1)]
+    files = {"rows": runs[:1], "frank_wolfe": runs[1:], "both": runs, "few": few, "one": one}
     for name, folders in files.items():
         write_report(folders, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in files}
@@ -140,3 +141,8 @@ def test_page_without_javascript_still_has_all_tables(browser, pages):
     assert page.locator("table").count() > 10
     assert "Mean accuracy" in page.locator("main").text_content()
     context.close()
+
+
+def test_page_of_a_run_of_one_step_has_its_figures(visit, pages):
+    page = visit(pages["one"])
+    assert page.locator(".plot .main-svg").count() >= page.locator(".plot").count() > 2

@@ -1,21 +1,51 @@
 """How long a run has adapted, all its sessions together."""
 
+import time
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adamerge.checkpoint_io import AtomicCheckpointIO
 
 _KEY = "adamerge.elapsed"
 
 
-class Elapsed(Timer):
-    """Lightning's timer, which checkpoints keep, under a key of its own: ``trainer.max_time`` brings another."""
+class Elapsed(Callback):
+    """Counts the seconds of training, and keeps them in checkpoints.
+
+    Lightning's ``Timer`` does so too, but beside one a trainer ignores its own ``max_time``.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._start: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of training, in this session and those before."""
+        return self._before + (0.0 if self._start is None else time.perf_counter() - self._start)
 
     @property
     def state_key(self) -> str:
         """What checkpoints call it."""
         return _KEY
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting."""
+        self._start = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting."""
+        self._before, self._start = self.seconds, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._before = float(state_dict["seconds"])
 
 
 def seconds_of(checkpoint: Path) -> float:
@@ -27,4 +57,4 @@ def seconds_of(checkpoint: Path) -> float:
     if not checkpoint.is_file():
         return 0.0
     callbacks = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True).get("callbacks") or {}
-    return float(callbacks.get(_KEY, {}).get("time_elapsed", {}).get("train", 0.0))
+    return float(callbacks.get(_KEY, {}).get("seconds", 0.0))

@@ -142,15 +142,10 @@ def job(config: Any, as_json: bool = False) -> None:
         _on_first(run_folder.check_unused, folder)
     except InputError as error:
         raise JobFailed(error) from error
-    fresh = not any(folder.iterdir()) if folder.exists() else True
     try:
         _run(config, folder, resume=False, as_json=as_json)
-    except Exception as error:  # of the code of others too: an objective that fails leaves no folder behind
-        if fresh and ranks.is_first() and not isinstance(error, GuardError):
-            run_folder.remove_unstarted(folder)
-        if isinstance(error, (InputError, OSError, GuardError)):
-            raise JobFailed(error) from error
-        raise
+    except (InputError, OSError, GuardError) as error:
+        raise JobFailed(error) from error
 
 
 def _command() -> list[str]:
@@ -160,7 +155,9 @@ def _command() -> list[str]:
     hydra = HydraConfig.get()
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
     inside = [folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder for folder in folders]
-    return ["adamerge", "adapt", *(f"--config-dir={folder}" for folder in inside), *hydra.overrides.task]
+    several = ranks.count() > 1  # then the folder that all of them agreed on has been added, in quotes
+    own = [word for word in hydra.overrides.task if not (several and word.startswith("run_dir='"))]
+    return ["adamerge", "adapt", *(f"--config-dir={folder}" for folder in inside), *own]
 
 
 def _job_in_json(config: Any) -> None:
@@ -225,7 +222,12 @@ def _run(config: Any, folder: Path, *, resume: bool, as_json: bool) -> None:
     with contextlib.ExitStack() as stack:
         held = run_folder.held(folder, unused=not resume)  # again: another process may have started here since
         _on_first(lambda _: stack.enter_context(held), folder)
-        content = _adapt(config, folder, resume=resume)
+        try:
+            content = _adapt(config, folder, resume=resume)
+        except Exception as error:  # of the code of others too: an objective that fails leaves no folder behind
+            if not resume and ranks.is_first() and not isinstance(error, GuardError):
+                run_folder.remove_unstarted(folder)
+            raise
     if not ranks.is_first():
         return
     if as_json:

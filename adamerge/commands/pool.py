@@ -114,7 +114,7 @@ def verify(name: str, record: Path | None) -> None:
     files = named_pool(name)
     report(pool_command.problems_of(files))
     if record is not None:
-        files = pool_command.record(files, record)
+        files = pool_command.record(name, record)
     _show(files, name)
     unknown = [entry for entry, state in files.entries.items() if state.sha256 is None]
     out.print(f"No problems found. {len(unknown)} files have no hash to compare with." if unknown else "All verified.")

@@ -18,6 +18,7 @@ WEIGHTS = "open_clip_model.safetensors"
 _CODE = """import open_clip
 
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")
+model.eval()
 features = model.encode_image(preprocess(image).unsqueeze(0))
 """
 

@@ -11,7 +11,7 @@ from adamerge.report.facts import Run, mapping
 from adamerge.report.run_page import duration, rows_by_task, size, table_of
 
 _FEW = 5  # runs that marks can still tell apart
-_PLACES = ("run_dir", "cwd", "job", "resume", "logger.", "name")  # of the configuration; they differ anyway
+_PLACES = ("run_dir", "cwd", "command", "job", "resume", "logger.", "name")  # of the configuration; they differ anyway
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

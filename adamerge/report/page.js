@@ -36,7 +36,7 @@
   const content = (plot) => JSON.parse(document.getElementById(plot.id + "-data").textContent);
   async function draw(plot) {
     const { data, layout } = content(plot);
-    for (const trace of data) if (trace.mode === "markers") trace.marker.line.color = themes[theme()].tip;
+    for (const trace of data) if (trace.marker?.line) trace.marker.line.color = themes[theme()].tip;
     const figure = themed(layout);
     const options = { responsive: true, displayModeBar: false };
     await Plotly.react(plot, data, { ...figure, height: figure.height + 45 * data.length }, options);
