@@ -10,6 +10,8 @@ import torch
 
 from adamerge.errors import InputError
 
+PLACES = ("run_dir", "resume", "cwd", "command", "job", "logger.")  # options, or their starts: where and how a run runs
+
 
 def command_facts(seconds: float) -> dict[str, Any]:
     """Return how this process came to a result: command line, working directory, threads and the seconds it took."""

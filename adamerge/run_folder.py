@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from adamerge.errors import InputError
 from adamerge.files import atomic_path, ensure_writable, remove_temporaries
-from adamerge.recipes import flat
+from adamerge.recipes import PLACES, flat
 from adamerge.stages import STAGE, START
 
 log = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ def differences(config: DictConfig, stored: DictConfig) -> list[str]:
 def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
     """Do what :func:`differences` does, for plain containers."""
     first, second = flat(config), flat(stored)
-    ignored = ("run_dir", "resume", "cwd", "command", "job", "logger.")
-    keys = [key for key in {**first, **second} if not key.startswith(ignored)]
+    keys = [key for key in {**first, **second} if not key.startswith(PLACES)]
     return sorted(key for key in keys if first.get(key) != second.get(key))
 
 

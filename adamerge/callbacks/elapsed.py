@@ -1,12 +1,12 @@
 """How long a run has adapted, all its sessions together."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adamerge.checkpoint_io import AtomicCheckpointIO
+from adamerge.evaluation import Stopwatch
 
 _KEY = "adamerge.elapsed"
 
@@ -19,12 +19,12 @@ class Elapsed(Callback):
 
     def __init__(self) -> None:
         self._before = 0.0
-        self._start: float | None = None
+        self._watch: Stopwatch | None = None
 
     @property
     def seconds(self) -> float:
         """Of training, in this session and those before."""
-        return self._before + (0.0 if self._start is None else time.perf_counter() - self._start)
+        return self._before + (0.0 if self._watch is None else self._watch.seconds())
 
     @property
     def state_key(self) -> str:
@@ -33,11 +33,11 @@ class Elapsed(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting."""
-        self._start = time.perf_counter()
+        self._watch = Stopwatch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop counting."""
-        self._before, self._start = self.seconds, None
+        self._before, self._watch = self.seconds, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

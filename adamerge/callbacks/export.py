@@ -1,7 +1,6 @@
 """Write the merged checkpoint when adaptation has ended."""
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from adamerge.batch_norm import BatchNormPolicy
 from adamerge.data import UnlabeledTasks
 from adamerge.errors import InputError
+from adamerge.evaluation import Stopwatch
 from adamerge.export import export
 from adamerge.files import ensure_writable
 from adamerge.methods.method import MergingMethod
@@ -69,7 +69,7 @@ class ExportMergedWeights(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; also where a resumed run had no step left, which skips ``on_train_end``."""
-        start = time.perf_counter()
+        watch = Stopwatch()
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, UnlabeledTasks):
             data.gather_unreadable()
@@ -82,7 +82,7 @@ class ExportMergedWeights(Callback):
                 params = model.merge()
                 statistics = self.batch_norm.final(model, params, data if isinstance(data, UnlabeledTasks) else None)
         self._export(trainer, pl_module, model, statistics)
-        self.seconds = time.perf_counter() - start
+        self.seconds = watch.seconds()
 
     @rank_zero_only
     def _export(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from adamerge.commands.terminal import escape, out, print_json, print_table, report
+from adamerge.commands.terminal import escape, json_option, out, print_json, print_table, report
 from adamerge.errors import InputError
 
 
@@ -14,7 +14,7 @@ def coefficients() -> None:
 
 
 @coefficients.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def list_lists(as_json: bool) -> None:
     """List the published lists that ship, which `coefficients import` takes by name."""
     from adamerge.coefficient_lists import EIGHT, facts_of, shipped_lists

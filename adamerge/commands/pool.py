@@ -1,12 +1,11 @@
 """``pool``: files that name a base and its experts, and what is known about them."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adamerge.commands.terminal import out, print_table, report
+from adamerge.commands.terminal import json_option, out, print_json, print_table, report
 from adamerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def add(
 
 @pool.command("list")
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def list_pools(name: str | None, as_json: bool) -> None:
     """List all pools that have a name, or the files of one."""
     from adamerge import pool_command
@@ -76,7 +75,7 @@ def list_pools(name: str | None, as_json: bool) -> None:
     if name is not None:
         files = named_pool(name)
         if as_json:
-            click.echo(json.dumps(_as_json(files), indent=2))
+            print_json(_as_json(files))
         else:
             _show(files, name)
         return
@@ -91,7 +90,7 @@ def list_pools(name: str | None, as_json: bool) -> None:
         lines.append((pool_name, str(len(said.experts)), str(said.base.file), state, where))
     if as_json:
         keys = ("name", "experts", "base", "state", "where")
-        click.echo(json.dumps([dict(zip(keys, line, strict=True)) for line in lines], indent=2))
+        print_json([dict(zip(keys, line, strict=True)) for line in lines])
     else:
         print_table("Pools", ("", "experts", "base", "state", "from"), lines)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adamerge.recipes import PLACES
 from adamerge.recipes import flat as flattened
 from adamerge.report import run_charts
 from adamerge.report.blocks import Note, Section, built
@@ -11,7 +12,7 @@ from adamerge.report.facts import Run, mapping
 from adamerge.report.run_page import duration, rows_by_task, size, table_of
 
 _FEW = 5  # runs that marks can still tell apart
-_PLACES = ("run_dir", "cwd", "command", "job", "resume", "logger.", "name")  # of the configuration; they differ anyway
+_APART = (*PLACES, "name")  # options that differ anyway
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -123,7 +124,7 @@ def differences(named: Mapping[str, Run]) -> Table | Note | None:
     rows = [
         [key, *(str(options.get(key, "")) for options in flat.values())]
         for key in keys
-        if not key.startswith(_PLACES) and len({str(options.get(key, "")) for options in flat.values()}) > 1
+        if not key.startswith(_APART) and len({str(options.get(key, "")) for options in flat.values()}) > 1
     ]
     if not rows:
         return Note("The runs have the same configuration.")
