@@ -4,23 +4,22 @@ The names below are imported when they are first used, so that what needs no ten
 does not wait for torch.
 """
 
-import importlib
-import sys
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from adamerge.version import __version__ as __version__
+from adamerge.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from adamerge.checkpoints import load_state_dict as load_state_dict
-    from adamerge.coefficients import Coefficients as Coefficients
+    from adamerge.checkpoints.checkpoint import load_state_dict as load_state_dict
     from adamerge.errors import GuardError as GuardError
     from adamerge.errors import InputError as InputError
-    from adamerge.merge import merge as merge
-    from adamerge.model import MergedModel as MergedModel
-    from adamerge.model import Outputs as Outputs
-    from adamerge.model import TaskStep as TaskStep
-    from adamerge.pool import ExpertPool as ExpertPool
+    from adamerge.model.coefficients import Coefficients as Coefficients
+    from adamerge.model.merge import merge as merge
+    from adamerge.model.merged_model import MergedModel as MergedModel
+    from adamerge.model.merged_model import Outputs as Outputs
+    from adamerge.model.merged_model import TaskStep as TaskStep
+    from adamerge.pool.pool import ExpertPool as ExpertPool
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Coefficients",
@@ -34,35 +33,17 @@ __all__ = [
     "merge",
 ]
 
-_HOMES = {
-    "Coefficients": "adamerge.coefficients",
-    "ExpertPool": "adamerge.pool",
-    "GuardError": "adamerge.errors",
-    "InputError": "adamerge.errors",
-    "MergedModel": "adamerge.model",
-    "Outputs": "adamerge.model",
-    "TaskStep": "adamerge.model",
-    "load_state_dict": "adamerge.checkpoints",
-    "merge": "adamerge.merge",
-}
-
-
-class _Package(types.ModuleType):
-    """The package, whose ``merge`` is the function: Python would set it to the module of that name on its import."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        is_module = name == "merge" and isinstance(value, types.ModuleType)
-        super().__setattr__(name, value.merge if is_module else value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_HOMES})
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Coefficients": "adamerge.model.coefficients",
+        "ExpertPool": "adamerge.pool.pool",
+        "GuardError": "adamerge.errors",
+        "InputError": "adamerge.errors",
+        "MergedModel": "adamerge.model.merged_model",
+        "Outputs": "adamerge.model.merged_model",
+        "TaskStep": "adamerge.model.merged_model",
+        "load_state_dict": "adamerge.checkpoints.checkpoint",
+        "merge": "adamerge.model.merge",
+    },
+)

@@ -1,4 +1,4 @@
-"""The public surface of the package, as text: ``python tests/api.py`` writes it to tests/api.txt.
+"""The public surface of the package, as text: ``python -m tests.api`` writes it to tests/api.txt.
 
 Public are ``adamerge.__all__``, what the subpackages' front pages name, what the shipped yaml files name as
 ``_target_``, what README and docs import, and the commands with their options.
@@ -14,10 +14,10 @@ from typing import Any
 import adamerge.configs
 import click
 import yaml
-from documents import PAGES, blocks
 
 import adamerge
-from adamerge.cli import app
+from adamerge.commands.cli import app
+from tests.support.documents import PAGES, blocks
 
 FILE = Path(__file__).parent / "api.txt"
 CONFIGS = Path(adamerge.configs.__file__).parent

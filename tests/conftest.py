@@ -8,9 +8,12 @@ import hypothesis
 import pytest
 import torch
 from rich.console import Console
-from toy import Toy, make_toy
 
-from adamerge import Coefficients, ExpertPool, MergedModel, progress
+from adamerge import Coefficients, ExpertPool, MergedModel
+from adamerge.system import progress
+from tests.support.command_line import arguments as arguments
+from tests.support.command_line import configs as configs
+from tests.support.toy import Toy, make_toy
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=15, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -7,11 +7,11 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from adamerge import preflight
-from adamerge.composition import compose
+from adamerge.commands.run import build as preflight
+from adamerge.commands.run.compose import compose
+from adamerge.commands.run.named_pools import named_pool
 from adamerge.errors import InputError
-from adamerge.model import TaskStep
-from adamerge.pool_names import named_pool
+from adamerge.model.merged_model import TaskStep
 
 FOLDER = Path(adamerge.configs.__file__).parent
 # Options that these choices leave to the user.
@@ -90,7 +90,7 @@ def test_config_adamerging_layer_has_the_published_settings():
     assert settings["optimizer"]["_target_"] == "torch.optim.Adam"
     assert (settings["optimizer"]["lr"], settings["steps"], settings["init"]) == (1e-3, 500, 0.3)
     assert settings["data"]["batch_size"] == 16
-    assert settings["constraint"] == {"_target_": "adamerge.constraints.Clamp", "low": 0.0, "high": 1.0}
+    assert settings["constraint"] == {"_target_": "adamerge.model.constraints.Clamp", "low": 0.0, "high": 1.0}
     assert settings["method"]["reduction"] == "sum"
     assert settings["objective"]["_target_"].endswith("Entropy")
     assert settings["granularity"]["_target_"].endswith("Layer")

@@ -6,10 +6,10 @@ import sys
 
 import click
 import pytest
-from documents import PAGES, ROOT, blocks, commands, unknown_imports, written_files
 
-from adamerge.cli import app
-from adamerge.composition import compose
+from adamerge.commands.cli import app
+from adamerge.commands.run.compose import compose
+from tests.support.documents import PAGES, ROOT, blocks, commands, unknown_imports, written_files
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
 SHOWN_ONLY = {"--help", "-h", "--version"}
@@ -109,7 +109,7 @@ def test_links_between_the_pages_lead_somewhere(page):
     ids=lambda overrides: overrides[0],
 )
 def test_what_the_readme_tells_to_write_runs(overrides, readers_folder, tmp_path):
-    code = "from adamerge.cli import main; main()"
+    code = "from adamerge.commands.cli import main; main()"
     few = ["steps=2", "data.limit=32", "evaluate=false", f"run_dir={tmp_path / 'run'}"]
     command = [sys.executable, "-c", code, "adapt", "--config-dir", "my_configs", *overrides, *few]
     environment = {**os.environ, "PYTHONPATH": "."}

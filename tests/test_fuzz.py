@@ -11,20 +11,20 @@ import resource
 import time
 from collections import Counter
 
-import hostile
 import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import save
-from test_coefficients import large_pool
-from toy import make_toy
 
 from adamerge import Coefficients, InputError, load_state_dict
-from adamerge.coefficients import load_coefficients, save_coefficients
-from adamerge.pickles import find_tensors, open_pickled
-from adamerge.pool_files import load_pool_file
+from adamerge.checkpoints.pickles import find_tensors, open_pickled
+from adamerge.model.coefficients import load_coefficients, save_coefficients
+from adamerge.pool.pool_file import load_pool_file
+from tests.support import hostile
+from tests.support.pools import large_pool
+from tests.support.toy import make_toy
 
 TRIED: Counter[str] = Counter()
 SECONDS, KILOBYTES = 10, 500_000  # what one file may take; what the process may grow by

@@ -138,12 +138,13 @@ def test_import_adamerge_loads_no_heavy_package():
 
 
 def test_help_and_usage_errors_do_not_wait_for_torch():
-    code = "import sys, adamerge.cli; print('torch' in sys.modules)"
+    code = "import sys, adamerge.commands.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize(
-    "first", ["import adamerge.merge", "import adamerge.model", "from adamerge.merge import PullBack"]
+    "first",
+    ["import adamerge.merge", "import adamerge.model.merged_model", "from adamerge.model.merge import PullBack"],
 )
 def test_merge_is_the_function_whatever_is_imported_first(first):
     code = f"{first}; import adamerge; from adamerge import merge; print(merge.__name__, adamerge.merge is merge)"

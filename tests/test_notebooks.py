@@ -6,8 +6,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from documents import unknown_imports
 from nbclient import NotebookClient
+
+from tests.support.documents import unknown_imports
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

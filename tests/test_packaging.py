@@ -48,7 +48,7 @@ def test_wheel_holds_every_module_config_and_zoo_file(installed):
 
 def test_wheel_runs_from_any_directory(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    code = "import adamerge, adamerge.configs; print(adamerge.__file__); from adamerge.cli import main; main()"
+    code = "import adamerge, adamerge.configs; print(adamerge.__file__); from adamerge.commands.cli import main; main()"
     result = subprocess.run(
         [sys.executable, "-c", code, "adapt", "--cfg", "job", "objective=entropy"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,

@@ -16,10 +16,10 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from adamerge.checkpoints import SafetensorsCheckpoint, save_state_dict
+from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, save_state_dict
 from adamerge.errors import InputError
-from adamerge.files import ensure_writable
-from adamerge.teacher_files import digest
+from adamerge.model.teacher_files import digest
+from adamerge.system.files import ensure_writable
 
 log = logging.getLogger(__name__)
 

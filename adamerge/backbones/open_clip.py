@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adamerge.backbones import head_cache
-from adamerge.backbones.pretrained import Tag, find_tag
-from adamerge.checkpoints import Checkpoint
-from adamerge.clip_configs import quick_gelu_of
-from adamerge.data import Task
+from adamerge.backbones.tags import Tag, find_tag
+from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.checkpoints.clip_configs import quick_gelu_of
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
+from adamerge.data.unlabeled_tasks import Task
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.model_files import OPEN_CLIP_CONFIG, read_json
-from adamerge.teacher_files import digest
+from adamerge.model.teacher_files import digest
 
 
 class ZeroShotHead(nn.Module):

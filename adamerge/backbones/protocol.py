@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from adamerge.checkpoints import Checkpoint
-from adamerge.data import Task
+from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.data.unlabeled_tasks import Task
 from adamerge.errors import InputError
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adamerge.checkpoints import Checkpoint
-from adamerge.data import Task
+from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.data.unlabeled_tasks import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 
 

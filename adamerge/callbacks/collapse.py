@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adamerge import ranks
 from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod
-from adamerge.model import TaskStep
+from adamerge.model.merged_model import TaskStep
+from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adamerge import ranks
 from adamerge.methods.method import MergingMethod
-from adamerge.model import MergedModel, TaskStep
+from adamerge.model.merged_model import MergedModel, TaskStep
+from adamerge.system import ranks
 
 
 @dataclass

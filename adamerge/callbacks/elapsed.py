@@ -5,8 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from adamerge.checkpoint_io import AtomicCheckpointIO
-from adamerge.evaluation import Stopwatch
+from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
+from adamerge.results.evaluation import Stopwatch
 
 _KEY = "adamerge.elapsed"
 

@@ -10,14 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from adamerge.batch_norm import BatchNormPolicy
-from adamerge.data import UnlabeledTasks
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
-from adamerge.evaluation import Stopwatch
-from adamerge.export import export
-from adamerge.files import ensure_writable
 from adamerge.methods.method import MergingMethod
-from adamerge.model import MergedModel
+from adamerge.model.batch_norm import BatchNormPolicy
+from adamerge.model.merged_model import MergedModel
+from adamerge.results.evaluation import Stopwatch
+from adamerge.results.export import export
+from adamerge.system.files import ensure_writable
 
 
 class ExportMergedWeights(Callback):

@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adamerge import ranks
-from adamerge.data import UnlabeledTasks
+from adamerge.data.streams import TaskBatch
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod
-from adamerge.streams import TaskBatch
+from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
 

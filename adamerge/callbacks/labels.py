@@ -2,13 +2,13 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from adamerge.baselines import LabelledCrossEntropy, stream_labels
-from adamerge.data import UnlabeledTasks
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
+from adamerge.results.baselines import LabelledCrossEntropy, stream_labels
 
 
 class HandOverLabels(Callback):
-    """Give the labels behind the adaptation streams to :class:`~adamerge.baselines.LabelledCrossEntropy`.
+    """Give the labels behind the adaptation streams to :class:`~adamerge.results.baselines.LabelledCrossEntropy`.
 
     The streams themselves stay unlabeled. Results of such a run are marked ``uses_labels``.
     """
@@ -22,7 +22,7 @@ class HandOverLabels(Callback):
         objective, data = getattr(pl_module, "objective", None), getattr(trainer, "datamodule", None)
         if not isinstance(objective, LabelledCrossEntropy):
             raise InputError(
-                f"HandOverLabels: expected the objective adamerge.baselines.LabelledCrossEntropy, found "
+                f"HandOverLabels: expected the objective adamerge.results.baselines.LabelledCrossEntropy, found "
                 f"{type(objective).__name__}, which takes no labels. Remove the callback."
             )
         if not isinstance(data, UnlabeledTasks):

@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from adamerge.coefficients import Coefficients
 from adamerge.errors import InputError
-from adamerge.granularity import Block
 from adamerge.methods.method import MergingMethod
-from adamerge.model import MergedModel
+from adamerge.model.coefficients import Coefficients
+from adamerge.model.granularity import Block
+from adamerge.model.merged_model import MergedModel
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 

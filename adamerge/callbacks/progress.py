@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import Progress, TaskID
 
-from adamerge import progress
+from adamerge.system import progress
 
 _LOG_LINES = 5  # per run
 

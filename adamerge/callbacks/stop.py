@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from adamerge import ranks
 from adamerge.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted
+from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""The commands of ``adamerge``, by what they work on; :mod:`adamerge.cli` puts them together."""
+"""The commands of ``adamerge``, by what they work on; :mod:`adamerge.commands.cli` puts them together."""

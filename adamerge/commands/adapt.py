@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from adamerge import progress, ranks
 from adamerge.commands.terminal import (
     EXIT_INPUT,
     Agreed,
@@ -27,6 +26,7 @@ from adamerge.commands.terminal import (
     report,
 )
 from adamerge.errors import GuardError, InputError, Interrupted
+from adamerge.system import progress, ranks
 
 
 @click.command(
@@ -37,8 +37,9 @@ from adamerge.errors import GuardError, InputError, Interrupted
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def adapt(overrides: tuple[str, ...], as_json: bool) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
-    from adamerge import launchers, preflight
-    from adamerge.composition import compose, hand_over, quoted
+    from adamerge.commands.run import build as preflight
+    from adamerge.commands.run import processes as launchers
+    from adamerge.commands.run.compose import compose, hand_over, quoted
 
     arguments, resume = _take_resume(list(overrides))
     launchers.join()
@@ -83,9 +84,9 @@ def check(overrides: tuple[str, ...], as_json: bool) -> None:
 
     It takes what `adamerge adapt` takes; see `adamerge adapt --help`.
     """  # noqa: D301
-    from adamerge import preflight
-    from adamerge.composition import compose
-    from adamerge.targets import foreign_targets
+    from adamerge.commands.run import build as preflight
+    from adamerge.commands.run.compose import compose
+    from adamerge.commands.run.imports import foreign_targets
 
     config = compose(list(overrides))
     problems = preflight.check(config)
@@ -106,9 +107,11 @@ def job(config: Any, as_json: bool = False) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from adamerge import launchers, preflight, run_folder
-    from adamerge.composition import expanded
-    from adamerge.pool_names import register_resolvers
+    from adamerge.commands.run import build as preflight
+    from adamerge.commands.run import folder as run_folder
+    from adamerge.commands.run import processes as launchers
+    from adamerge.commands.run.compose import expanded
+    from adamerge.commands.run.named_pools import register_resolvers
 
     register_resolvers()
     if launchers.job_id() and not logging.getLogger().isEnabledFor(logging.INFO):
@@ -166,7 +169,7 @@ def _job_in_json(config: Any) -> None:
 
 
 def _resume(folder: Path, rest: Sequence[str], as_json: bool) -> None:
-    from adamerge import run_folder
+    from adamerge.commands.run import folder as run_folder
 
     if rest:
         raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(rest)}.")
@@ -178,7 +181,7 @@ def _resume(folder: Path, rest: Sequence[str], as_json: bool) -> None:
 
 def _start_ranks(config: Any, overrides: Sequence[str], as_json: bool) -> bool:
     """Start the run's processes and leave with their exit code when they have ended; False if one is enough."""
-    from adamerge import launchers
+    from adamerge.commands.run import processes as launchers
 
     if launchers.environment() is not None or (count := launchers.wanted(config.trainer)) == 1:
         return False
@@ -194,7 +197,7 @@ def _start_ranks(config: Any, overrides: Sequence[str], as_json: bool) -> bool:
 
 def _refuse_ranks(config: Any) -> None:
     """Refuse a job of a sweep in this process that would have to start others."""
-    from adamerge import launchers
+    from adamerge.commands.run import processes as launchers
 
     if launchers.environment() is None and launchers.wanted(config.trainer) > 1:
         raise InputError(
@@ -216,8 +219,8 @@ def _on_first(function: Callable[[Path], object], folder: Path) -> None:
 
 
 def _run(config: Any, folder: Path, *, resume: bool, as_json: bool) -> None:
-    from adamerge import run_folder
-    from adamerge.evaluation import table
+    from adamerge.commands.run import folder as run_folder
+    from adamerge.results.evaluation import table
 
     with contextlib.ExitStack() as stack:
         held = run_folder.held(folder, unused=not resume)  # again: another process may have started here since
@@ -243,9 +246,10 @@ def _adapt(config: Any, folder: Path, *, resume: bool) -> Any:
     """Run with a log in the run's folder, and say how to go on where the run is stopped."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from adamerge import launch, run_folder
-    from adamerge.evaluation import table
-    from adamerge.stages import running_stage
+    from adamerge.commands.run import folder as run_folder
+    from adamerge.commands.run import run as launch
+    from adamerge.commands.run.stages import running_stage
+    from adamerge.results.evaluation import table
 
     quiet_lightning()
     try:

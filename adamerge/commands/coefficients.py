@@ -17,7 +17,7 @@ def coefficients() -> None:
 @json_option
 def list_lists(as_json: bool) -> None:
     """List the published lists that ship, which `coefficients import` takes by name."""
-    from adamerge.coefficient_lists import EIGHT, facts_of, shipped_lists
+    from adamerge.model.published import EIGHT, facts_of, shipped_lists
 
     found = [facts_of(published) for published in shipped_lists().values()]
     if as_json:
@@ -45,10 +45,10 @@ def import_list(source: str, name: str | None, pool: str, order: str | None, out
     SOURCE is a list that ships, which all of AdaMerging's do, or a file: Python like the authors', which is read and
     not run, or rows of numbers as text, JSON or a tensor (.pt, .safetensors). No image is needed, no weight is read.
     """  # noqa: D301
-    from adamerge import coefficient_lists as lists
-    from adamerge.files import save_json
-    from adamerge.pool_command import header_problems, headers
-    from adamerge.pool_names import named_pool
+    from adamerge.commands.pool_command import header_problems, headers
+    from adamerge.commands.run.named_pools import named_pool
+    from adamerge.model import published as lists
+    from adamerge.system.files import save_json
 
     if output.suffix != ".json":
         raise InputError(f"--out {output}: expected a file name that ends in .json.")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from adamerge import progress
 from adamerge.commands.terminal import EXIT_INPUT, err, escape, json_option, out, print_json
+from adamerge.system import progress
 
 if TYPE_CHECKING:
-    from adamerge.tasks.checks import Report
+    from adamerge.data.benchmarks.checks import Report
 
 _STYLES = {"complete": "green", "missing": "dim", "incomplete": "yellow", "wrong": "red"}
 
@@ -50,8 +50,8 @@ def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json:
 
     Exit code 2 if one that was named is not complete.
     """  # noqa: D301
-    from adamerge.tasks.checks import check
-    from adamerge.tasks.definitions import chosen
+    from adamerge.data.benchmarks.checks import check
+    from adamerge.data.benchmarks.definitions import chosen
 
     root = root.expanduser().absolute()
     wanted = chosen(names)
@@ -72,8 +72,8 @@ def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json:
 
 def print_how_to_get(name: str, root: Path, console: Console) -> None:
     """Print what a person has to do to have a data set."""
-    from adamerge.tasks.checks import how_to_get
-    from adamerge.tasks.definitions import definition
+    from adamerge.data.benchmarks.checks import how_to_get
+    from adamerge.data.benchmarks.definitions import definition
 
     console.print(f"\n[bold]{name}[/]: how to get it", highlight=False)
     for line in how_to_get(definition(name), root):
@@ -91,10 +91,10 @@ def get(names: tuple[str, ...], root: Path, hub: bool) -> None:
     adamerge data get mnist svhn --root /datasets
     adamerge data get sun397 --hub
     """  # noqa: D301
-    from adamerge.files import ensure_writable
-    from adamerge.tasks.checks import check
-    from adamerge.tasks.definitions import chosen, definition
-    from adamerge.tasks.downloads import fetch
+    from adamerge.data.benchmarks.checks import check
+    from adamerge.data.benchmarks.definitions import chosen, definition
+    from adamerge.data.benchmarks.downloads import fetch
+    from adamerge.system.files import ensure_writable
 
     root = root.expanduser().absolute()
     wanted = chosen(names)

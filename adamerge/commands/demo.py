@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from adamerge import progress
 from adamerge.commands.data import root_option
 from adamerge.commands.terminal import json_option, list_files, out, print_json
+from adamerge.system import progress
 
 
 @click.command()
@@ -18,7 +18,7 @@ from adamerge.commands.terminal import json_option, list_files, out, print_json
 @json_option
 def demo(output: Path, seed: int, fast: bool, transductive: bool, as_json: bool) -> None:
     """Run the whole job on the embedded offline zoo: adapt, export, score, compare."""
-    from adamerge.demo import run
+    from adamerge.commands.demo_run import run
 
     console = None if as_json or progress.is_quiet() else out
     content = run(output, seed=seed, fast=fast, protocol="transductive" if transductive else "split", console=console)
@@ -54,7 +54,7 @@ def zoo_build(name: str, output: Path | None, seed: int, root: Path, as_json: bo
     dataset-fashion-mnist, or `adamerge data get fashion_mnist`.
     """  # noqa: D301
     from adamerge import zoo as package
-    from adamerge.files import ensure_writable
+    from adamerge.system.files import ensure_writable
     from adamerge.zoo.benchmark import benchmark_design
     from adamerge.zoo.design import DEMO
 

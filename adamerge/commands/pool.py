@@ -9,7 +9,7 @@ from adamerge.commands.terminal import json_option, out, print_json, print_table
 from adamerge.errors import InputError
 
 if TYPE_CHECKING:
-    from adamerge.pool_files import PoolFiles
+    from adamerge.pool.pool_file import PoolFiles
 
 
 @click.group(short_help="Keep pool files: a base, its experts, their tasks, licences and hashes.")
@@ -48,8 +48,8 @@ def add(
 
     Files are opened and compared with the base; their SHA-256, and the commits of models from the Hub, are recorded.
     """  # noqa: D301
-    from adamerge import pool_command
-    from adamerge.pool_names import pool_path
+    from adamerge.commands import pool_command
+    from adamerge.commands.run.named_pools import pool_path
 
     if not (base or experts or tasks or licences or key_prefix):
         raise InputError("pool add: nothing to add; give --base, --expert, --task or --licence.")
@@ -69,8 +69,8 @@ def add(
 @json_option
 def list_pools(name: str | None, as_json: bool) -> None:
     """List all pools that have a name, or the files of one."""
-    from adamerge import pool_command
-    from adamerge.pool_names import named_pool
+    from adamerge.commands import pool_command
+    from adamerge.commands.run.named_pools import named_pool
 
     if name is not None:
         files = named_pool(name)
@@ -107,8 +107,8 @@ def verify(name: str, record: Path | None) -> None:
     adamerge pool verify ours
     adamerge pool verify clip_vit_b32_8 --record pools/my_b32.yaml   # pins what is in the cache
     """  # noqa: D301
-    from adamerge import pool_command
-    from adamerge.pool_names import named_pool
+    from adamerge.commands import pool_command
+    from adamerge.commands.run.named_pools import named_pool
 
     files = named_pool(name)
     report(pool_command.problems_of(files))
@@ -132,14 +132,14 @@ def fetch(targets: tuple[str, ...]) -> None:
 
     They go to the Hugging Face cache (HF_HOME); what is there is not fetched again.
     """  # noqa: D301
-    from adamerge import pool_command
+    from adamerge.commands import pool_command
 
     for reference in pool_command.references(targets):
         out.print(f"{reference}: {reference.fetch()}", highlight=False)
 
 
 def _show(files: "PoolFiles", title: str) -> None:
-    from adamerge import pool_command
+    from adamerge.commands import pool_command
 
     lines = []
     for name, state in pool_command.states(files).items():
@@ -151,7 +151,7 @@ def _show(files: "PoolFiles", title: str) -> None:
 
 
 def _as_json(files: "PoolFiles") -> dict[str, object]:
-    from adamerge import pool_command
+    from adamerge.commands import pool_command
 
     there = {name: state.there for name, state in pool_command.states(files).items()}
     return {**files.described(), "there": there}

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from adamerge import progress
 from adamerge.commands.data import print_how_to_get
 from adamerge.commands.terminal import configure_logging, err, escape, json_option, out, print_json, report
 from adamerge.errors import InputError
+from adamerge.system import progress
 
 if TYPE_CHECKING:
-    from adamerge.reproduction import Published
+    from adamerge.commands.reproduction import Published
 
 
 @click.command(options_metavar="[OPTIONS] [-- OVERRIDES...]")
@@ -45,7 +45,8 @@ def reproduce(
     PRESET is a shipped one (docs/reproduce.md), or a yaml file of rows with a section `published`. OVERRIDES are those
     of `adamerge adapt`, for all rows.
     """  # noqa: D301
-    from adamerge import comparison, reproduction
+    from adamerge.commands import reproduction
+    from adamerge.commands.compare import plan as comparison
 
     published = reproduction.read_published(preset)
     folder = folder or Path("runs") / "reproduce" / Path(preset).stem

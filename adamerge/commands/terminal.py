@@ -18,9 +18,9 @@ import click
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 
-from adamerge import progress, ranks
+from adamerge import __version__
 from adamerge.errors import GuardError, InputError
-from adamerge.version import __version__
+from adamerge.system import progress, ranks
 
 EXIT_INPUT = 2
 EXIT_GUARD = 3

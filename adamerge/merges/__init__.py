@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from adamerge.errors import InputError, shorten
-from adamerge.pool import ExpertPool
+from adamerge.pool.pool import ExpertPool
 
 if TYPE_CHECKING:
-    from adamerge.data import UnlabeledTasks
-    from adamerge.model import MergedModel
+    from adamerge.data.unlabeled_tasks import UnlabeledTasks
+    from adamerge.model.merged_model import MergedModel
 
 Merged = Iterator[tuple[str, Tensor]]
 

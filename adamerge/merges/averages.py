@@ -15,8 +15,8 @@ from torch import Tensor
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.merges import Merged
 from adamerge.merges.tensors import average, check_choice, check_count, check_range, weighted
-from adamerge.pool import ExpertPool
-from adamerge.stock import stock_ratio
+from adamerge.model.stock import stock_ratio
+from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.depth import block_order
 
 
@@ -43,7 +43,7 @@ class TaskArithmetic:
     r"""The scaled sum of the task vectors: :math:`\theta = \theta_0 + \lambda \sum_e \tau_e`.
 
     No tensor is skipped. Cost: one pass. The search for the best coefficient needs labels: it is
-    ``adamerge.baselines.search_task_arithmetic``.
+    ``adamerge.results.baselines.search_task_arithmetic``.
 
     Args:
         coefficient: Lambda; 0.3 is usual for up to eight experts, 1 / E is the average.

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from adamerge.data import UnlabeledTasks
+from adamerge.data.streams import collate, permutation
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
-from adamerge.model import MergedModel
-from adamerge.streams import collate, permutation
+from adamerge.model.merged_model import MergedModel
 
 
 def tasks_of(model: MergedModel, data: UnlabeledTasks) -> dict[str, list[str]]:

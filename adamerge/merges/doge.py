@@ -13,7 +13,7 @@ from torch import Tensor
 from adamerge.merges import Merged
 from adamerge.merges.singular import singular_vectors
 from adamerge.merges.tensors import average, check_choice, check_count, check_globs, check_range, is_matrix
-from adamerge.pool import ExpertPool
+from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.ties import trim_threshold
 
 

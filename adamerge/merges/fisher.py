@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adamerge.data import UnlabeledTasks
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.merges import Merged
 from adamerge.merges.calibration import batches, tasks_of
 from adamerge.merges.tensors import check_count, check_range, task_vector
-from adamerge.model import MergedModel
-from adamerge.pool import ExpertPool
+from adamerge.model.merged_model import MergedModel
+from adamerge.pool.pool import ExpertPool
 
 log = logging.getLogger(__name__)
 

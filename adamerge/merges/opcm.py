@@ -14,7 +14,7 @@ from torch import Tensor
 from adamerge.merges import Merged
 from adamerge.merges.singular import singular_vectors
 from adamerge.merges.tensors import check_globs, check_range, is_matrix, task_vector
-from adamerge.pool import ExpertPool
+from adamerge.pool.pool import ExpertPool
 
 
 @dataclass(frozen=True)

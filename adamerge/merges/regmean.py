@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from adamerge.data import UnlabeledTasks
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, shorten
 from adamerge.merges import Merged
 from adamerge.merges.activations import Rows, linear_inputs
+from adamerge.merges.blocks import open_chain
 from adamerge.merges.calibration import batches, tasks_of
-from adamerge.merges.chains import open_chain
 from adamerge.merges.tensors import average, check_count, check_range, task_vector
-from adamerge.model import MergedModel
-from adamerge.pool import ExpertPool
+from adamerge.model.merged_model import MergedModel
+from adamerge.pool.pool import ExpertPool
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adamerge.merges import Merged
 from adamerge.merges.tensors import average, check_globs, check_range, is_matrix
-from adamerge.pool import ExpertPool
+from adamerge.pool.pool import ExpertPool
 
 
 @dataclass(frozen=True)

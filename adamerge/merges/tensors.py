@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.pool import ExpertPool
+from adamerge.pool.pool import ExpertPool
 
 
 def task_vector(pool: ExpertPool, name: str, row: int) -> Tensor:

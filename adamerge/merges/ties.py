@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamerge.merges import Merged
 from adamerge.merges.tensors import check_choice, check_range
-from adamerge.pool import ExpertPool
+from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.protocol import Prepared, total
 from adamerge.transforms.ties import Ties as Elected
 

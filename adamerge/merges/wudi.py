@@ -21,7 +21,7 @@ from adamerge.merges.tensors import (
     is_matrix,
     task_vector,
 )
-from adamerge.pool import ExpertPool
+from adamerge.pool.pool import ExpertPool
 
 _STEP = 0.04  # of the task vectors' root mean square, per step of Adam
 _EPSILON = 1e-8  # of the same

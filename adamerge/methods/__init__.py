@@ -2,4 +2,4 @@
 
 from adamerge.methods.frank_wolfe import FrankWolfeMerging as FrankWolfeMerging
 from adamerge.methods.gradient import GradientMerging as GradientMerging
-from adamerge.methods.strategy import ShardedStrategy as ShardedStrategy
+from adamerge.methods.sharded_strategy import ShardedStrategy as ShardedStrategy

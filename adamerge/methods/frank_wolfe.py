@@ -6,13 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adamerge.constraints import Simplex, Unconstrained
+from adamerge.data.streams import TaskBatch
 from adamerge.errors import InputError, did_you_mean
-from adamerge.frank_wolfe import FrankWolfe, SoftFrankWolfe, StepRule, Vertices
+from adamerge.methods.frank_wolfe_steps import FrankWolfe, SoftFrankWolfe, StepRule, Vertices
 from adamerge.methods.method import MergingMethod, OnNonfinite
-from adamerge.model import MergedModel
+from adamerge.model.constraints import Simplex, Unconstrained
+from adamerge.model.merged_model import MergedModel
 from adamerge.objectives import Objective
-from adamerge.streams import TaskBatch
 
 _OPTIONS = {
     "mode": ("hard", "soft"),
@@ -28,7 +28,7 @@ class FrankWolfeMerging(MergingMethod):
     The linear minimization oracle is the argmin over the vertices of the engine's gradient (E, G); the
     iterate is kept as coefficients, so memory does not grow with the iterations. ``hard``: one vertex s per
     iteration, :math:`\theta \leftarrow \theta + \gamma_t (s - \theta)`. ``soft``: the ``top_k`` best, with
-    weights fitted on the simplex, see :class:`~adamerge.frank_wolfe.SoftFrankWolfe`. A group in which no
+    weights fitted on the simplex, see :class:`~adamerge.methods.frank_wolfe_steps.SoftFrankWolfe`. A group in which no
     vertex descends is skipped. The duality gap is logged as ``adapt/gap``; on mini-batches it is noisy.
 
     Differs from the paper, which uses labels: any objective, label-free. Differs from the released code,

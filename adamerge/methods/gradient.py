@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adamerge.methods.method import MergingMethod, OnNonfinite
-from adamerge.model import MergedModel
+from adamerge.model.merged_model import MergedModel
 from adamerge.objectives import Objective
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3)  # AdaMerging's

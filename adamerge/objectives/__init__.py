@@ -1,6 +1,6 @@
 """What is minimized: scalar losses on unlabeled data, one file each.
 
-An objective is any callable that takes a :class:`~adamerge.model.TaskStep` and returns a scalar; it
+An objective is any callable that takes a :class:`~adamerge.TaskStep` and returns a scalar; it
 is chosen by import path (``objective._target_=my_package.MyObjective``). Frozen dataclasses serve
 well: a wrong option then fails when the run is set up.
 """
@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.model import TaskStep
+from adamerge.model.merged_model import TaskStep
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.model import TaskStep
+from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.imitation import divergence
 
 _WEIGHTS = ("logit_weight", "hidden_weight", "feature_weight", "anchor")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.model import TaskStep
+from adamerge.model.merged_model import TaskStep
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adamerge.errors import InputError
-from adamerge.model import TaskStep
+from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.entropy import log_softmax, mean_over
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adamerge.errors import InputError
-from adamerge.granularity import Block
+from adamerge.model.granularity import Block
 from adamerge.transforms.protocol import Rule, Source, check_number, total
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adamerge.selection import kth_smallest
 from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert
+from adamerge.transforms.selection import kth_smallest
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.selection import kth_smallest
 from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert, total
+from adamerge.transforms.selection import kth_smallest
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Transform(Protocol):
 
 
 class Source(Protocol):
-    """Raw task vectors to take statistics of, such as an :class:`~adamerge.pool.ExpertPool`; never to be changed."""
+    """Raw task vectors to take statistics of, such as an :class:`~adamerge.ExpertPool`; never to be changed."""
 
     expert_names: tuple[str, ...]
 

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adamerge.selection import kth_smallest
 from adamerge.transforms.magnitude import Trim
 from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert, total
+from adamerge.transforms.selection import kth_smallest
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from adamerge.data.benchmarks import definition, open_split
 from adamerge.errors import InputError
-from adamerge.tasks import definition, open_split
 from adamerge.zoo.design import SOURCES, Curriculum, Design, Recipe, training_images
 from adamerge.zoo.glyphs import STYLES, random_affine
 from adamerge.zoo.images import (
@@ -29,7 +29,7 @@ from adamerge.zoo.images import (
 from adamerge.zoo.model import BENCHMARK
 
 if TYPE_CHECKING:
-    from adamerge.data import Task
+    from adamerge.data.unlabeled_tasks import Task
 
 DEBIAN = Path("/usr/share/datasets")
 """Where Debian's package ``dataset-fashion-mnist`` puts its files."""
@@ -94,7 +94,7 @@ def benchmark_tasks(root: str | Path, seed: int = 0) -> dict[str, Task]:
     Raises:
         InputError: If Fashion-MNIST is not there.
     """
-    from adamerge.data import Task  # imports Lightning
+    from adamerge.data.unlabeled_tasks import Task  # imports Lightning
 
     images = {"fashion": FashionImages("test", root), **{name: ZooImages(name, "test", seed) for name in TASKS}}
     return {

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from adamerge.files import atomic_path, remove_temporaries, save_json, sha256
-from adamerge.progress import bar as progress_bar
+from adamerge.system.files import atomic_path, remove_temporaries, save_json, sha256
+from adamerge.system.progress import bar as progress_bar
 from adamerge.zoo.design import DEMO, Design
 from adamerge.zoo.model import CONFIG_FILE, model_from_config
 from adamerge.zoo.progress import Progress

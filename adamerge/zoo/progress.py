@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adamerge.errors import InputError
-from adamerge.files import atomic_path, save_json, sha256
+from adamerge.system.files import atomic_path, save_json, sha256
 
 _EVERY = 50  # steps between two states of a model in training
 

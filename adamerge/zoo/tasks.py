@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from adamerge.zoo.images import CLASSES, TASKS, TEMPLATES, ZooImages
 
 if TYPE_CHECKING:
-    from adamerge.data import Task
+    from adamerge.data.unlabeled_tasks import Task
 
 
 def tasks(split: str = "test", seed: int = 0) -> dict[str, Task]:
@@ -17,7 +17,7 @@ def tasks(split: str = "test", seed: int = 0) -> dict[str, Task]:
         split: Which images, see :class:`~adamerge.zoo.images.ZooImages`; the protocol divides them.
         seed: Of the images.
     """
-    from adamerge.data import Task  # imports Lightning
+    from adamerge.data.unlabeled_tasks import Task  # imports Lightning
 
     return {
         name: Task(dataset=ZooImages(name, split, seed), classes=CLASSES[name], templates=TEMPLATES) for name in TASKS

@@ -25,11 +25,11 @@ from torch.utils.data import Subset
 from adamerge import Coefficients, MergedModel, zoo
 from adamerge.callbacks import CollapseGuard
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.evaluation import Row, score_tasks
-from adamerge.figures import save_lines
-from adamerge.files import save_json
 from adamerge.methods import GradientMerging
 from adamerge.objectives.entropy import Entropy
+from adamerge.results.evaluation import Row, score_tasks
+from adamerge.results.figures import save_lines
+from adamerge.system.files import save_json
 
 STREAMS = ("one_class", "tiny")
 ACTIONS = ("warn", "lower", "stop")  # warn changes nothing

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from small_run import arguments, write_configs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.support.small_run import arguments, write_configs
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         configs = write_configs(Path(scratch) / "configs")
         folder = Path(scratch) / "run"
         command = arguments(configs, folder, f"steps={options.steps}", *options.overrides)
-        code = "import torch; torch.set_num_threads(1); from adamerge.cli import main; main()"
+        code = "import torch; torch.set_num_threads(1); from adamerge.commands.cli import main; main()"
         errors = Path(scratch) / "errors"
         with errors.open("w") as file:
             process = subprocess.Popen([sys.executable, "-c", code, *command], stdout=file, stderr=file, cwd=scratch)

@@ -34,11 +34,11 @@ def child(row: str, experts: int, folder: Path) -> dict[str, float]:
     """Run one row in this process."""
     from omegaconf import OmegaConf
 
-    from adamerge.composition import rule_node
+    from adamerge.commands.run.build import build
+    from adamerge.commands.run.compose import rule_node
+    from adamerge.commands.transform import Job, run
     from adamerge.merges import merged_state_dict
-    from adamerge.pool_files import PoolFile, PoolFiles
-    from adamerge.preflight import build
-    from adamerge.transform_command import Job, run
+    from adamerge.pool.pool_file import PoolFile, PoolFiles
 
     entries = {f"expert{e}": PoolFile(folder / f"expert{e}.safetensors") for e in range(experts)}
     files = PoolFiles(PoolFile(folder / "base.safetensors"), entries, storage="stream")

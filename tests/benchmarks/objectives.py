@@ -24,17 +24,17 @@ from rich.table import Table
 
 from adamerge import Coefficients, ExpertPool, MergedModel, zoo
 from adamerge.backbones import OpenClip
-from adamerge.baselines import LabelledCrossEntropy, constant, stream_labels
 from adamerge.data import UnlabeledTasks
-from adamerge.evaluation import Row, Stopwatch, gap_closed, normalised, score_tasks
-from adamerge.files import save_json
 from adamerge.methods import FrankWolfeMerging, GradientMerging
 from adamerge.objectives.alignment import Alignment
 from adamerge.objectives.combine import Combine
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.objectives.infomax import InfoMax
-from adamerge.scoring import score_experts
+from adamerge.results.baselines import LabelledCrossEntropy, constant, stream_labels
+from adamerge.results.evaluation import Row, Stopwatch, gap_closed, normalised, score_tasks
+from adamerge.results.scoring import score_experts
+from adamerge.system.files import save_json
 
 BLOCKS = ("transformer.resblocks.[0-9]",)
 OBJECTIVES = {

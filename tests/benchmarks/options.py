@@ -60,7 +60,7 @@ def make_step(options: argparse.Namespace, model: str, folder: Path, row: str) -
     from workload import MODELS, Work
 
     from adamerge import ExpertPool
-    from adamerge.running import EncoderOptions
+    from adamerge.model.encoder import EncoderOptions
 
     encoder, size = MODELS[model]()
     paths = {f"task{e}": folder / f"task{e}.safetensors" for e in range(options.experts)}

@@ -20,7 +20,7 @@ from rich.table import Table
 from workload import MODELS, alternate, machine, median, temporary_folder, write_experts
 
 from adamerge import Coefficients, ExpertPool
-from adamerge.merge import merge_into, pull_back
+from adamerge.model.merge import merge_into, pull_back
 
 GRANULARITIES = ["task", "block", "layer", "chunk", "row", "column"]
 

@@ -31,16 +31,16 @@ from rich.table import Table
 
 from adamerge import Coefficients, ExpertPool, MergedModel, zoo
 from adamerge.backbones import OpenClip
-from adamerge.checkpoints import load_state_dict, save_state_dict
+from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
 from adamerge.data import UnlabeledTasks
-from adamerge.evaluation import Row, Stopwatch, score_tasks
-from adamerge.figures import save_lines
-from adamerge.files import atomic_path, save_json
 from adamerge.methods import FrankWolfeMerging, GradientMerging
 from adamerge.methods.method import MergingMethod
 from adamerge.objectives import Objective
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
+from adamerge.results.evaluation import Row, Stopwatch, score_tasks
+from adamerge.results.figures import save_lines
+from adamerge.system.files import atomic_path, save_json
 from adamerge.zoo.design import DEMO
 from adamerge.zoo.training import train_expert
 

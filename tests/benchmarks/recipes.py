@@ -19,10 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from adamerge import launch
-from adamerge.composition import compose
-from adamerge.evaluation import read_summary
-from adamerge.files import save_json
+from adamerge.commands.run import run as launch
+from adamerge.commands.run.compose import compose
+from adamerge.results.evaluation import read_summary
+from adamerge.system.files import save_json
 
 _COMBINED = "objective=combine +objective.terms.hidden._target_=adamerge.objectives.alignment.Alignment"
 _HIDDEN = f"{_COMBINED} ~objective.terms.infomax ~objective.weights.infomax +objective.terms.hidden.logit_weight=0"

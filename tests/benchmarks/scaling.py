@@ -27,15 +27,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from workload import CLASSES, MODELS, median, write_experts
 
-sys.path.append(str(Path(__file__).parents[1]))
-from traffic import Traffic, wire_bytes
-
-from adamerge import Coefficients, ExpertPool, MergedModel, launchers, ranks
+sys.path.append(str(Path(__file__).parents[2]))
+from adamerge import Coefficients, ExpertPool, MergedModel
+from adamerge.commands.run import processes as launchers
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.memory import peak_memory
 from adamerge.methods import GradientMerging, ShardedStrategy
+from adamerge.model.sharded_model import ShardedModel
 from adamerge.objectives.entropy import Entropy
-from adamerge.sharded_model import ShardedModel
+from adamerge.system import ranks
+from adamerge.system.memory import peak_memory
+from tests.support.traffic import Traffic, wire_bytes
 
 WARM_UP = 2  # steps that are not timed
 

@@ -27,8 +27,8 @@ from torch import nn
 from workload import Work, write_experts
 
 from adamerge import Coefficients, ExpertPool, load_state_dict
-from adamerge.merge import merge_into, pull_back
-from adamerge.packed import write_packed
+from adamerge.model.merge import merge_into, pull_back
+from adamerge.pool.pack import write_packed
 
 # Row to: which experts (full checkpoints or adapters), storage, dtype in memory, packed file.
 ROWS = {
@@ -133,8 +133,8 @@ def errors(folder: Path, row: str) -> dict[str, float]:
 
 def accuracy(folder: Path, row: str, granularity: str, steps: int) -> float:
     """Mean accuracy of a short imitation run on the zoo's images."""
-    from adamerge import launch
-    from adamerge.composition import compose
+    from adamerge.commands.run import run as launch
+    from adamerge.commands.run.compose import compose
 
     kind, storage, dtype, packed = ROWS[row]
     experts = ",".join(f"{name}:{path}" for name, path in files(folder, kind).items())

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 MODEL = "ViT-B-32"
-ADAMERGE = [sys.executable, "-c", "from adamerge.cli import main; main()"]
+ADAMERGE = [sys.executable, "-c", "from adamerge.commands.cli import main; main()"]
 LOAD_BACK = """
 import sys, torch, open_clip
 from transformers import CLIPModel

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge import Coefficients, ExpertPool, MergedModel
-from adamerge.running import EncoderOptions
+from adamerge.model.encoder import EncoderOptions
 
 Step = Callable[[], None]
 CLASSES = 10

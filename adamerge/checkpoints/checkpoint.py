@@ -1,0 +1,306 @@
+"""Files to tensors and back: lazy and safe reading, atomic writing.
+
+Nothing here unpickles Python objects: files are safetensors, or torch files read with
+``weights_only=True``.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adamerge.checkpoints.hashes import file_hash
+from adamerge.checkpoints.pickles import find_tensors, open_pickled
+from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.system.files import atomic_path
+
+_NESTS = ("state_dict", "model_state_dict", "model")
+_TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
+_HEADER_LIMIT = 16_000_000  # bytes, over 100,000 tensors; reading a header as JSON takes many times its size
+# What torch's reader says of a file that names classes or functions other than those of tensors.
+_FOREIGN_OBJECT = re.compile(r"GLOBAL|create new object|Can only build|unrecognized function|must be imported")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Checkpoint(Protocol):
+    """Named tensors that are read one at a time.
+
+    ``spec`` costs no tensor read for safetensors files, so that checks stay fast on large models.
+    """
+
+    name: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names in file order."""
+        ...
+
+    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a tensor."""
+        ...
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor on the CPU, zero-copy where the format allows."""
+        ...
+
+    def sha256(self) -> str:
+        """Return the hash of the content, as hexadecimal digits."""
+        ...
+
+
+class MemoryCheckpoint:
+    """A state dict that is already in memory."""
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        others = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
+        if others:
+            raise InputError(
+                f"{name}: expected only tensors, found other values under {shorten(others)}. Save the state dict alone."
+            )
+        self.name = name
+        self._tensors = dict(tensors)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names in order."""
+        return tuple(self._tensors)
+
+    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a tensor."""
+        tensor = self._tensors[key]
+        return tuple(tensor.shape), tensor.dtype
+
+    def get(self, key: str) -> Tensor:
+        """Return the tensor itself, detached and on the CPU."""
+        return self._tensors[key].detach().cpu()
+
+    def sha256(self) -> str:
+        """Hash names, dtypes, shapes and bytes of all tensors."""
+        digest = hashlib.sha256()
+        for key in sorted(self._tensors):
+            tensor = self.get(key).contiguous()
+            digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class FileCheckpoint(MemoryCheckpoint):
+    """A torch file (zip or legacy format) read with ``weights_only=True``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), _read_torch_file(path))
+        self.path = path
+
+    def sha256(self) -> str:
+        """Hash the file's bytes."""
+        return file_hash(self.path)
+
+
+class SafetensorsCheckpoint:
+    """A memory-mapped safetensors file: tensors are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.path = path
+        self._header = _read_header(path)
+        try:
+            self._file: Any = safe_open(path, framework="pt", device="cpu")  # maps the file, checks every entry
+        except SafetensorError as error:
+            raise InputError(
+                f"{path}: truncated or damaged safetensors file ({error}). Copy or export it again."
+            ) from error
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names in file order."""
+        return tuple(self._header)
+
+    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a tensor from the header alone."""
+        entry = self._header[key]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise InputError(
+                f"{self.path}: tensor {key!r} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}. "
+                "Convert it to float32, float16 or bfloat16."
+            )
+        return tuple(entry["shape"]), dtype
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor backed by the memory map."""
+        tensor: Tensor = self._file.get_tensor(key)
+        return tensor
+
+    def sha256(self) -> str:
+        """Hash the file's bytes."""
+        return file_hash(self.path)
+
+
+def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:
+    """Open a checkpoint by its content, not by its suffix.
+
+    Args:
+        path: A safetensors file, or a torch file that ``torch.load(weights_only=True)`` accepts.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If the file is a folder, empty, truncated, not a checkpoint, or holds pickled
+            objects other than tensors (it is never unpickled).
+    """
+    path = Path(path)
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
+    if path.is_dir():
+        raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it.")
+    with path.open("rb") as file:
+        head = file.read(16)
+    # Byte 8 first: a safetensors file opens with its header's length, whose bytes may look like the others.
+    if head[8:9] != b"{" and (head.startswith((b"PK", _TORCH_LEGACY))):
+        return FileCheckpoint(path)
+    if head[8:9] != b"{" and head.startswith(b"\x80"):
+        raise _refusal(path)
+    return SafetensorsCheckpoint(path)
+
+
+def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Load all tensors of a safetensors or ``weights_only`` torch file; never a pickle.
+
+    Args:
+        path: The checkpoint file.
+        device: Where the tensors go.
+
+    Returns:
+        Name to tensor, dtypes as stored. In torch files a nested ``state_dict`` is unwrapped and a
+        ``module.`` prefix (DataParallel) removed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: See :func:`open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path)
+    # A copy, so that the result does not change when the mapped file is later replaced.
+    return {key: checkpoint.get(key).to(device, copy=True) for key in checkpoint.keys}
+
+
+def save_state_dict(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically.
+
+    Args:
+        tensors: Name to tensor; shared or non-contiguous memory is cloned (the format refuses it).
+        path: The file; an existing one is replaced only once the new one is complete.
+        metadata: Strings for the file's header.
+
+    Raises:
+        OSError: If the file cannot be written; an earlier one is then still there.
+    """
+    seen: set[int] = set()
+    clean: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        clean[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    with atomic_path(path) as temporary:
+        try:
+            save_file(clean, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            if found := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, say
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            raise
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Read and check a safetensors header: its offsets must agree with the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(min(length, _HEADER_LIMIT))
+    if not raw.startswith(b"{"):
+        raise InputError(f"{path}: not a checkpoint. Expected a safetensors file or a torch file of tensors.")
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(raw, object_pairs_hook=_without_duplicates)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: truncated or damaged safetensors file: its header of {length} bytes cannot be read "
+            f"(the file has {size} bytes). Copy or export it again."
+        ) from error
+    if end != size:
+        raise InputError(
+            f"{path}: truncated or damaged safetensors file: expected {end} bytes, found {size}. "
+            "Copy or export it again."
+        )
+    return header
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError("a name is given twice")
+    return content
+
+
+def _read_torch_file(path: Path) -> dict[str, Tensor]:
+    find_tensors(
+        open_pickled(path)
+    )  # torch's reader trusts sizes, unpacks what is compressed, and does not name what it refuses
+    try:
+        # An open file, so that torch goes by the content and not by the suffix.
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything in torch's reader
+        message = str(error)
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        if unpickling and _FOREIGN_OBJECT.search(message):
+            raise _refusal(path) from error
+        reason = "its list of tensors is unreadable" if unpickling else message.strip().split("\n", 1)[0]
+        raise InputError(
+            f"{path}: truncated or damaged torch file ({reason or type(error).__name__}). Copy or export it again."
+        ) from error
+    for nest in _NESTS:
+        if isinstance(content, dict) and isinstance(content.get(nest), dict):
+            content = content[nest]
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: expected a state dict (name to tensor), found {type(content).__name__}.")
+    return _strip_module({str(key): value for key, value in content.items()})
+
+
+def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if all(key.startswith("module.") for key in tensors):
+        return {key.removeprefix("module."): value for key, value in tensors.items()}
+    return dict(tensors)
+
+
+def _refusal(path: Path) -> InputError:
+    return InputError(
+        f"{path}: holds pickled Python objects besides tensors, and unpickling can run code, so it is refused. "
+        f"Write its tensors as safetensors, which runs nothing: {convert_command(path)}."
+    )
+
+
+def convert_command(path: Path | str) -> str:
+    """Return the command that writes a pickle's tensors as safetensors."""
+    return f"adamerge convert {path} --out NAME.safetensors"

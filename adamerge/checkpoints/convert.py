@@ -1,0 +1,81 @@
+"""Pickled checkpoints to safetensors, without unpickling them."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.checkpoints.pickles import find_tensors, open_pickled
+from adamerge.errors import InputError, did_you_mean, shorten
+
+_WRAPPERS = ("module.", "model.")  # DataParallel's name, and that of task_vectors' ImageEncoder
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was found and written.
+
+    Attributes:
+        of: What the file holds, in words.
+        dtypes: How many tensors of each dtype.
+        nbytes: Their size.
+        inert: Classes and functions that the file names, none of which was imported.
+        left_out: Names that were not written: no tensors, or without the prefix.
+        prefix: What all written names begin with and a plain model's do not; empty if nothing.
+    """
+
+    of: str
+    dtypes: dict[str, int]
+    nbytes: int
+    inert: tuple[str, ...]
+    left_out: tuple[str, ...]
+    prefix: str
+
+
+def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
+    """Write a pickled checkpoint's tensors as safetensors, atomically; dtypes stay.
+
+    Args:
+        source: What :func:`adamerge.checkpoints.pickles.open_pickled` reads.
+        out: The file to write; weights that share memory are written in full, each under its name.
+        key_prefix: Taken off the names; tensors without it are left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If the file is refused or damaged, has no tensors, or none with the prefix.
+    """
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out}: expected a file name that ends in .safetensors.")
+    if not source.exists():
+        siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
+        raise FileNotFoundError(f"{source}: no such file.{did_you_mean(source.name, siblings)}")
+    if source.is_dir():
+        raise InputError(f"{source}: expected a checkpoint file, found a folder. Name the file inside it.")
+    if out.exists() and out.samefile(source):
+        raise InputError(f"--out {out}: is the source itself; choose another name.")
+    with source.open("rb") as file:
+        if file.read(9)[8:] == b"{":
+            raise InputError(f"{source}: is a safetensors file already; nothing to convert.")
+    pickled = open_pickled(source)
+    found = find_tensors(pickled)
+    tensors = {name.removeprefix(key_prefix): t for name, t in found.tensors().items() if name.startswith(key_prefix)}
+    dropped = [name for name in found.views if not name.startswith(key_prefix)]
+    if not tensors or "" in tensors:
+        raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(found.views)}.")
+    save_state_dict(tensors, out, {"format": "pt"})
+    return Conversion(
+        of=f"{found.of}, {pickled.format}",
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
+        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        inert=tuple(sorted(pickled.inert)),
+        left_out=(*found.left_out, *dropped),
+        prefix=_common_wrapper(list(tensors)),
+    )
+
+
+def _common_wrapper(names: list[str]) -> str:
+    """Return the wrappers' names that all tensors begin with, such as ``module.model.``."""
+    prefix = ""
+    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(prefix + w) for n in names)), None):
+        prefix += wrapper
+    return prefix

@@ -1,0 +1,94 @@
+"""SHA-256 of large files, kept from run to run for as long as a file's size and times stay the same."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from hashlib import sha256 as digest
+from pathlib import Path
+
+from adamerge.errors import InputError
+from adamerge.system.files import save_json, sha256
+
+log = logging.getLogger(__name__)
+
+_SETTLED = 2.0  # seconds
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, from the last time that it was read whole where it has not changed since.
+
+    "Not changed" means: the same real path, inode, size, and times of change to the nanosecond. Hashes are kept in
+    ``adamerge/hashes`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``), left alone where that cannot
+    be written to or is not known. What was changed within the last two seconds is not kept: it may change again within
+    one tick.
+    """
+    real = path.resolve()
+    entry, state = _entry(real), _state(real)
+    if (known := _read(entry, state)) is not None:
+        return known
+    found = sha256(real)
+    if (
+        entry is not None
+        and _state(real) == state
+        and time.time() - max(state["mtime_ns"], state["ctime_ns"]) / 1e9 > _SETTLED
+    ):
+        try:
+            save_json({"path": str(real), **state, "sha256": found}, entry)
+        except OSError as error:
+            log.debug("%s cannot be written (%s)", entry, error.strerror or error)
+    return found
+
+
+def forget(path: Path) -> None:
+    """Forget the hash of a file, or of every file in a folder, so that the next one is read from the disk."""
+    with contextlib.suppress(OSError):
+        for file in path.rglob("*") if path.is_dir() else (path,):
+            if (entry := _entry(Path(os.path.realpath(file)))) is not None:
+                entry.unlink(missing_ok=True)
+
+
+def check_hash(where: object, name: str, expected: str | None, found: Callable[[], str]) -> None:
+    """Compare a checkpoint's hash with the one that a pool gives, if it gives one.
+
+    Raises:
+        InputError: If they differ.
+    """
+    if expected is not None and (own := found()) != expected.lower():
+        raise InputError(
+            f"{where}: expected the SHA-256 {expected} that the pool gives for {name}, found {own}. "
+            "It is another file, or damaged: get it again, or correct the pool."
+        )
+
+
+def _entry(real: Path) -> Path | None:
+    """Return the file that keeps a file's hash; None for a user who has no home."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no entry in the list of users, as in some containers
+        return None
+    return Path(home) / "adamerge" / "hashes" / f"{digest(os.fsencode(real)).hexdigest()}.json"
+
+
+def _state(path: Path) -> dict[str, int]:
+    found = path.stat()
+    return {
+        "size": found.st_size,
+        "inode": found.st_ino,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,
+    }
+
+
+def _read(entry: Path | None, state: dict[str, int]) -> str | None:
+    """Return a kept hash; None where there is none, or the file has changed."""
+    if entry is None:
+        return None
+    try:
+        content = json.loads(entry.read_text(encoding="utf-8"))
+        known = str(content["sha256"])
+        return known if all(content[key] == value for key, value in state.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,1 @@
+"""Several merges side by side: one row each."""

@@ -1,0 +1,278 @@
+"""One row of ``adamerge compare``: what its text means, and making, scoring and measuring it.
+
+pretrained | experts | task_arithmetic_best       references; the last searches its coefficient with labels
+ties density=0.1 transform=lines                  a rule of `adamerge merge`, its options, a transform
+experiment=recommended steps=100                  what `adamerge adapt` takes
+experiment=imitation_row start=wudi               the same, from a rule's merge: it is the base, coefficients are 0
+"""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.commands.run import run as launch
+from adamerge.commands.run.build import build, check
+from adamerge.commands.run.compose import compose, rule_node
+from adamerge.commands.run.folder import differing, held, is_started, plain
+from adamerge.errors import InputError
+from adamerge.merges import merged_state_dict
+from adamerge.model.coefficients import Coefficients
+from adamerge.model.merged_model import MergedModel
+from adamerge.results.baselines import search_task_arithmetic
+from adamerge.results.evaluation import Row, Stopwatch, summary
+from adamerge.results.scoring import checkpoint_parameters, score_experts, scores_of
+from adamerge.system.files import save_json
+from adamerge.system.memory import peak_memory, restart_peak
+
+SEARCHED = "task_arithmetic_best"
+REFERENCES = ("pretrained", "experts", SEARCHED)
+_MERGED = "merged.safetensors"
+_STARTED = "started.json"  # what an adapting row was begun with
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A row, understood.
+
+    Attributes:
+        text: As the user wrote it.
+        reference: Which of :data:`REFERENCES` it is, or None.
+        rule: Node of the merge that is the row or its start; None for references and runs from the pool's base.
+        overrides: Of the configuration of ``adapt``.
+        adapts: Whether it is a run of ``adapt``.
+    """
+
+    text: str
+    reference: str | None = None
+    rule: Mapping[str, Any] | None = None
+    overrides: tuple[str, ...] = ()
+    adapts: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what decides the row's result."""
+        return {**asdict(self), "overrides": list(self.overrides)}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A merge's file, and what it took."""
+
+    path: Path
+    seconds: float
+    uses_data: bool
+    uses_labels: bool
+
+
+def read_row(text: str) -> Spec:
+    """Understand a row's text.
+
+    Raises:
+        InputError: If it names no rule, or an option is wrong.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"row {text!r}: {error}.") from error
+    if not words:
+        raise InputError("row '': expected a rule, a reference or options of adapt.")
+    try:
+        return _adapted_spec(text, words) if "=" in words[0] else _merge_spec(text, words)
+    except InputError as error:
+        raise InputError(f"row {text!r}: {error}") from error
+
+
+def _merge_spec(text: str, words: Sequence[str]) -> Spec:
+    name, options = words[0], words[1:]
+    settings = [word for word in options if not word.startswith("transform")]
+    overrides = tuple(word for word in options if word.startswith("transform"))
+    if name in REFERENCES:
+        wrong = options if name != SEARCHED else settings
+        if wrong:
+            takes = "a transform only" if name == SEARCHED else "no options"
+            raise InputError(f"{name} takes {takes}, found {wrong[0]!r}.")
+        return Spec(text, name, overrides=overrides)
+    rule = "task_arithmetic" if name == "task_arithmetic_0.3" else name
+    return Spec(text, rule=_checked(rule_node("merge", rule, settings)), overrides=overrides)
+
+
+def _adapted_spec(text: str, words: Sequence[str]) -> Spec:
+    start = [word.removeprefix("start=") for word in words if word.startswith("start=")]
+    settings = [word.removeprefix("start.") for word in words if word.startswith("start.")]
+    rest = tuple(word for word in words if not word.startswith(("start=", "start.")))
+    if settings and not start:
+        raise InputError(f"start.{settings[0]}: no start=RULE that takes it.")
+    rule = _checked(rule_node("merge", start[-1], settings)) if start else None
+    return Spec(text, rule=rule, overrides=rest, adapts=True)
+
+
+def _checked(node: dict[str, Any]) -> dict[str, Any]:
+    """Refuse options that a rule does not take, before anything runs."""
+    build(OmegaConf.create({"merge": node}), "merge")
+    return node
+
+
+def make_row(spec: Spec, common: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
+    """Make and score one row; its files go into ``folder``.
+
+    Args:
+        spec: The row.
+        common: Overrides for all rows, which name pool, data and backbone.
+        seed: Of splits, orders and everything random.
+        folder: Made if needed; a run in there goes on.
+
+    Returns:
+        The row as ``summary.json`` has it, with ``peak_memory_bytes`` of this process while it made the row.
+
+    Raises:
+        InputError: If the configuration, the rule or a file is wrong.
+        GuardError: If a run was stopped by a guard.
+    """
+    restart_peak()
+    config = compose([*common, *spec.overrides])
+    config.seed, config.cwd = seed, str(Path.cwd())
+    if spec.adapts:
+        content = _adapted(spec, config, folder)
+    else:
+        assembly = _transformed(config, _shared(tuple(common), seed))
+        seed_everything(seed, workers=True, verbose=False)  # as if it were the first row of its process
+        content = summary({"row": _reference_or_merge(spec, assembly, folder)}, "")["rows"]["row"]
+    protocol = str(config.data.get("protocol") or "split")
+    return {**content, "seed": seed, "protocol": protocol, "peak_memory_bytes": peak_memory()}
+
+
+@lru_cache(maxsize=1)
+def _shared(common: tuple[str, ...], seed: int) -> launch.Assembly:
+    """Build what all rows of a seed that do not adapt have in common, once in a process."""
+    config = compose(common)
+    config.seed, config.cwd = seed, str(Path.cwd())
+    return _assembled(config)
+
+
+def _assembled(config: DictConfig) -> launch.Assembly:
+    """Build everything that a merge may ask for; its coefficients stay unused."""
+    config = config.copy()
+    config.granularity = {"_target_": "adamerge.model.granularity.Task"}
+    config.init, config.first_stage = "mean", None
+    seed_everything(config.seed, workers=True, verbose=False)
+    return launch.assemble(config)
+
+
+def _transformed(config: DictConfig, of: launch.Assembly) -> launch.Assembly:
+    """Return an assembly with the pool that the configuration's transform makes; itself where there is none."""
+    transform = config.get("transform")
+    if transform is None or transform.get("_target_") is None:
+        return of
+    pool = launch.build_pool(config, of.backbone)
+    model = MergedModel(of.model.encoder, pool, Coefficients(pool, "task", "mean"), of.heads, of.model.teachers)
+    of.batch_norm.start(model)
+    return replace(of, pool=pool, model=model)
+
+
+def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> Row:
+    model, data = assembly.model, assembly.data
+    if not data.evaluation:
+        raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
+    if spec.reference == "experts":
+        return score_experts(model, data)
+    if spec.reference == "pretrained":
+        return Row(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
+    if spec.rule is None:
+        return _searched(assembly)
+    made = _merge(spec.rule, assembly, folder / _MERGED)
+    scores, unseen = scores_of(model, checkpoint_parameters(made.path, model), data, "Scoring the merge")
+    return Row(scores, unseen, uses_data=made.uses_data, uses_labels=made.uses_labels, seconds=made.seconds)
+
+
+def _searched(assembly: launch.Assembly) -> Row:
+    """Score task arithmetic with the coefficient that is best on the labels of the adaptation images."""
+    pool, of, data = assembly.pool, assembly.model, assembly.data
+    model = MergedModel(of.encoder, pool, Coefficients(pool, "task", "mean", "none"), of.heads, of.teachers)
+    watch = Stopwatch()
+    assembly.batch_norm.start(model)
+    best = search_task_arithmetic(model, data)
+    params = {name: tensor.detach() for name, tensor in model.merge().items()}
+    params |= assembly.batch_norm.final(model, params, data)
+    seconds = watch.seconds()
+    scores, unseen = scores_of(model, params, data, "Scoring task arithmetic")
+    return Row(scores, unseen, uses_labels=True, uses_data=True, seconds=seconds, extra={"coefficient": best})
+
+
+def _merge(rule: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> _Made:
+    """Merge into a file."""
+    built = build(OmegaConf.create({"merge": dict(rule)}), "merge")
+    watch = Stopwatch()
+    state_dict = merged_state_dict(assembly.pool, built, model=assembly.model, data=assembly.data)
+    state_dict = assembly.batch_norm.complete(state_dict, assembly.model, assembly.pool, assembly.data)
+    seconds = watch.seconds()
+    save_state_dict(state_dict, path)
+    return _Made(path, seconds, *(bool(getattr(built, fact, False)) for fact in ("needs_data", "uses_labels")))
+
+
+def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run ``adapt``, from where it was interrupted, and return its row."""
+    config.run_dir = str(folder / "run")
+    config.references, config.report = False, False
+    with held(folder / "run", option="--out"):
+        _check_same(spec, config, folder)
+        return _run(spec, config, folder)
+
+
+def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
+    """Note what a row is begun with, and refuse to go on with one that was begun with something else."""
+    path = folder / _STARTED
+    own = json.loads(json.dumps({"row": spec.as_json(), "config": plain(config)}))
+    if not is_started(folder / "run"):
+        save_json(own, path)
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        changed = differing(own["config"], stored["config"])
+        changed += ["start"] if own["row"]["rule"] != stored["row"]["rule"] else []
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        changed = [f"unknown, as {path.name} is missing or damaged"]
+    if changed:
+        raise InputError(
+            f"{folder}: an interrupted row that was made with other options: {', '.join(changed)}. "
+            "Remove its folder to make it anew, or choose another --out."
+        )
+
+
+def _run(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
+    run, start, spent = folder / "run", folder / "start" / _MERGED, folder / "merging.json"
+    before = _read_seconds(spent)
+    if spec.rule is not None:
+        if not is_started(run):
+            before = _merge(spec.rule, _assembled(config), start).seconds
+            save_json({"seconds": before}, spent)
+        config.pool.base = str(start)
+        config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
+        config.init = 0.0 if not any(word.startswith("init=") for word in spec.overrides) else config.init
+    problems = check(config)
+    if problems:
+        raise InputError(problems[0])
+    content = launch.adapt(config, run, resume=is_started(run))
+    if content is None:
+        raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
+    row = dict(next(iter(content["rows"].values())))
+    uses_labels = row["uses_labels"] or (spec.rule is not None and _uses_labels(spec.rule))
+    return {**row, "seconds": row["seconds"] + before, "uses_labels": uses_labels}
+
+
+def _read_seconds(path: Path) -> float:
+    """Return what a row's merge took before it adapts; 0 where there is none."""
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    except FileNotFoundError:
+        return 0.0
+
+
+def _uses_labels(rule: Mapping[str, Any]) -> bool:
+    return bool(getattr(build(OmegaConf.create({"merge": dict(rule)}), "merge"), "uses_labels", False))

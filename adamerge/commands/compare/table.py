@@ -1,0 +1,144 @@
+"""Many rows side by side: means over seeds, and tables for the terminal and for Markdown."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from adamerge.results.evaluation import FORMAT
+
+START, GOAL = "task_arithmetic_0.3", "experts"  # what the measures refer to
+
+Result = Mapping[str, Any]
+
+
+def compared(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """Return the content of ``summary.json``: rows averaged over their seeds, and measures relative to others.
+
+    Args:
+        results: Row name to its results, one per seed, in the format of ``summary.json``.
+
+    Returns:
+        The rows with ``normalised_per_task``, ``seeds`` and ``spread`` (standard deviation of the mean accuracy over
+        the seeds; None for one) besides. Measures compare results of the same seed.
+    """
+    by_seed = {name: {result["seed"]: result for result in found} for name, found in results.items() if found}
+    rows = {name: _averaged(found, by_seed) for name, found in by_seed.items()}
+    first = next(iter(next(iter(by_seed.values())).values()))
+    unseen = list(dict.fromkeys(task for row in rows.values() for task in row.get("unseen", ())))
+    tasks = {"tasks": list(first["per_task"]), **({"unseen": unseen} if unseen else {})}
+    return {"format": FORMAT, "protocol": first["protocol"], **tasks, "rows": rows}
+
+
+def _averaged(found: Mapping[int, Result], every: Mapping[str, Mapping[int, Result]]) -> dict[str, Any]:
+    results = list(found.values())
+    tasks = list(results[0]["per_task"])
+    start, goal = every.get(START, {}), every.get(GOAL, {})
+    ratios = [ratio for seed, result in found.items() if (ratio := _ratios(result, goal.get(seed)))]
+    gaps = [_gap(result, start.get(seed), goal.get(seed)) for seed, result in found.items()]
+    means = [result["mean"] for result in results]
+    known = [gap for gap in gaps if gap is not None]
+    per_task = {task: _mean([ratio[task] for ratio in ratios]) for task in tasks} if ratios else None
+    unseen = {task: _mean([result["unseen"][task] for result in results]) for task in results[0].get("unseen", ())}
+    return {
+        **({"unseen": unseen} if unseen else {}),
+        "per_task": {task: _mean([result["per_task"][task] for result in results]) for task in tasks},
+        "calibration_error": {task: _mean([r["calibration_error"][task] for r in results]) for task in tasks},
+        "mean": _mean(means),
+        "interval": [_mean([result["interval"][side] for result in results]) for side in (0, 1)],
+        "normalised": _mean(list(per_task.values())) if per_task else None,
+        "normalised_per_task": per_task,
+        "gap_closed": _mean(known) if known else None,
+        "uses_labels": any(result["uses_labels"] for result in results),
+        "uses_data": any(result["uses_data"] for result in results),
+        "seconds": _mean([result["seconds"] for result in results]),
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
+        "seed": results[0]["seed"],
+        "seeds": list(found),
+        "spread": statistics.stdev(means) if len(means) > 1 else None,
+    }
+
+
+def _ratios(result: Result, experts: Result | None) -> dict[str, float] | None:
+    """Return a result's accuracies relative to each task's own expert."""
+    if experts is None or any(not experts["per_task"].get(task) for task in result["per_task"]):
+        return None
+    return {task: accuracy / experts["per_task"][task] for task, accuracy in result["per_task"].items()}
+
+
+def _gap(result: Result, start: Result | None, goal: Result | None) -> float | None:
+    """Return the share of the way from task arithmetic to the experts."""
+    if start is None or goal is None or goal["mean"] <= start["mean"]:
+        return None
+    return float((result["mean"] - start["mean"]) / (goal["mean"] - start["mean"]))
+
+
+def terminal(content: Mapping[str, Any]) -> Table:
+    """Lay a comparison out for the terminal."""
+    header, *lines = _cells(content)
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    table.caption, table.caption_justify = caption(content), "left"
+    for number, name in enumerate(header):
+        table.add_column(name, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Lay a comparison out as Markdown."""
+    header, *lines = _cells(content)
+    names = [f"`{line[0]}`".replace("|", r"\|") for line in lines]
+    table = [header, ["---"] * len(header), *([name, *line[1:]] for name, line in zip(names, lines, strict=True))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table) + f"\n\n{caption(content)}\n"
+
+
+def caption(content: Mapping[str, Any]) -> str:
+    """Say what the columns are."""
+    measure = "accuracy relative to the task's expert" if _is_normalised(content) else "accuracy"
+    return (
+        f"Tasks: {measure}, %; norm.: their mean; acc.: mean accuracy, %, ±: 95 % over images, or sd over seeds; "
+        f"gap: share of the way from task arithmetic (0.3) to the experts, %; data: what it saw beside the weights; "
+        f"s: to make it; MB: peak memory of its process. Protocol: {content['protocol']}."
+        + (" †: unseen task, accuracy, %: no expert, no images to adapt on." if content.get("unseen") else "")
+    )
+
+
+def _is_normalised(content: Mapping[str, Any]) -> bool:
+    return all(row["normalised"] is not None for row in content["rows"].values())
+
+
+def _cells(content: Mapping[str, Any]) -> list[list[str]]:
+    """Return the header and a line for each row."""
+    per_task = "normalised_per_task" if _is_normalised(content) else "per_task"
+    unseen = content.get("unseen", [])
+    marked = [f"{task} †" for task in unseen]
+    lines = [["row", *content["tasks"], "norm.", "acc.", "±", "gap", *marked, "data", "s", "MB"]]
+    for name, row in content["rows"].items():
+        half = (row["interval"][1] - row["interval"][0]) / 2
+        spread = f"{100 * half:.1f}" if row["spread"] is None else f"sd {100 * row['spread']:.1f}"
+        lines.append(
+            [
+                name,
+                *(_percent(row[per_task][task]) for task in content["tasks"]),
+                _percent(row["normalised"]),
+                _percent(row["mean"]),
+                spread,
+                _percent(row["gap_closed"], 0),
+                *(_percent(row.get("unseen", {}).get(task)) for task in unseen),
+                "labels" if row["uses_labels"] else "unlabeled" if row["uses_data"] else "none",
+                f"{row['seconds']:.1f}",
+                f"{row['peak_memory_bytes'] / 1e6:.0f}",
+            ]
+        )
+    return lines
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before zero
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

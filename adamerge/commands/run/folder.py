@@ -1,0 +1,179 @@
+"""A run's folder: what lies where, and whether a run may start, or go on, in it."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from adamerge.commands.run.stages import STAGE, START
+from adamerge.errors import InputError
+from adamerge.results.recipes import PLACES, flat
+from adamerge.system.files import atomic_path, ensure_writable, remove_temporaries
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+CONFIG_FILE = "config.yaml"
+LAST = Path("checkpoints") / "last.ckpt"
+LAST_GOOD = "last_good.json"  # coefficients before a step that was not finite
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, unused: bool = False, option: str = "run_dir") -> Iterator[None]:
+    """Hold a run's folder for this process, and clear away what a killed one left half-written there.
+
+    A record lock on a file in the folder, which the kernel releases when this process ends, however it ends. Unlike
+    ``flock``'s it is not inherited by the processes that load data, which outlive a killed run by seconds, and it works
+    on NFS. For the first of a run's processes, and not for use twice in one.
+
+    Args:
+        folder: Made if needed.
+        unused: Whether it must not hold a run already, see :func:`check_unused`.
+        option: What the user names the folder with, for the message.
+
+    Raises:
+        InputError: If the folder cannot be written to, another process holds it, or it is used.
+    """
+    ensure_writable(folder)
+    path = folder / LOCK
+    file = _locked(path, option)
+    try:
+        if unused:
+            check_unused(folder)
+        remove_temporaries(folder)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the lock is released with the file
+        os.close(file)
+
+
+def _locked(path: Path, option: str) -> int:
+    """Open and lock a file; return its descriptor."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(file, 200).decode(errors="replace").strip()
+            os.close(file)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(
+                    f"{path.parent} is in use by another run ({holder or 'just started'}). Wait for it or stop it, or "
+                    f"choose another {option}."
+                ) from error
+            log.warning("%s cannot be locked (%s): start no second run there.", path.parent, error.strerror)
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file).st_ino == path.stat().st_ino:
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                return file
+        os.close(file)  # its holder has just ended and removed it
+
+
+def save_config(config: DictConfig, path: Path) -> None:
+    """Write the resolved configuration, atomically."""
+    with atomic_path(path) as temporary:
+        OmegaConf.save(config, temporary, resolve=True)
+
+
+def load_config(folder: Path) -> DictConfig:
+    """Read a run's configuration; the folder may have moved since.
+
+    Relative paths in it start from the folder that the run was launched in, so this process moves there.
+
+    Args:
+        folder: The run's, absolute.
+
+    Raises:
+        InputError: If the folder is not a run's.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        remedy = "Name a folder that `adamerge adapt` made."
+        if (merged := folder / "merged.safetensors").is_file() and (folder / "merge.json").is_file():
+            remedy = (
+                f"`adamerge merge` made it. To score it on the tasks of a run: adamerge evaluate RUN_DIR --checkpoint "
+                f"{merged}; or beside others: adamerge compare --rows RULE --out DIR."
+            )
+        raise InputError(f"{folder}: not a run folder: it has no {CONFIG_FILE}. {remedy}")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    config.run_dir = str(folder)
+    if config.get("cwd") and Path(config.cwd).is_dir():
+        os.chdir(config.cwd)
+    for logger in (config.get("logger") or {}).values():
+        if "save_dir" in logger:
+            logger.save_dir = str(folder)
+    return config
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse to start in the folder of another run, whose files would mix with the new ones.
+
+    Raises:
+        InputError: If the folder holds a run.
+    """
+    found = [name for name in (CONFIG_FILE, "merged.safetensors", str(LAST)) if (folder / name).exists()]
+    if found:
+        raise InputError(
+            f"{folder} holds a run already ({found[0]}). Choose another run_dir, or go on with it: resume={folder}."
+        )
+
+
+def is_of_job(folder: Path, job: str | None) -> bool:
+    """Whether a folder holds the run of a scheduler's job."""
+    path = folder / CONFIG_FILE
+    return job is not None and path.is_file() and bool(OmegaConf.select(OmegaConf.load(path), "job") == job)
+
+
+def remove_unstarted(folder: Path) -> None:
+    """Remove the folder of a run that failed before its first step; a folder with anything else in it is left alone."""
+    own = {folder / "adapt.log", folder / LOCK, folder / CONFIG_FILE, folder / STAGE / CONFIG_FILE}
+    if any(path.is_file() for path in folder.rglob("*") if path not in own):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    parents = folder.absolute().parents
+    if len(parents) > 1 and parents[1].name == "runs":  # runs/<name>/<time>: its parents go too, where empty
+        for path in parents[:2]:
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def differences(config: DictConfig, stored: DictConfig) -> list[str]:
+    """Return the dotted options in which two configurations of one run differ, leaving out where it runs."""
+    return differing(plain(config), plain(stored))
+
+
+def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Do what :func:`differences` does, for plain containers."""
+    first, second = flat(config), flat(stored)
+    keys = [key for key in {**first, **second} if not key.startswith(PLACES)]
+    return sorted(key for key in keys if first.get(key) != second.get(key))
+
+
+def is_started(folder: Path) -> bool:
+    """Whether a run has saved something in its folder that it can go on from."""
+    found = (last_checkpoint(folder), last_checkpoint(folder / STAGE))
+    return any(path is not None for path in found) or (folder / START).is_file()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the latest checkpoint of a run or stage, its own or what Lightning wrote before a requeue; or None."""
+    found = [path for path in (folder / LAST, *folder.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration as plain containers."""
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,178 @@
+"""Pools by name: those that ship, and pool files in folders of the user's."""
+
+import importlib.resources
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from adamerge.commands.run.build import CONFIG_MODULE
+from adamerge.errors import InputError, did_you_mean
+from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, place, pool_files
+from adamerge.zoo import benchmark_folder, files
+
+FOLDERS = "ADAMERGE_POOLS"
+_DEFAULT_FOLDER = "pools"
+_SHIPPED_PREFIX = "visual."  # all that ship are CLIPs
+_CHOICE = "pool/{}.yaml"  # below a folder for --config-dir
+_FORM = "files"  # the choice of the group ``pool`` that takes a user's files
+
+
+def register_resolvers() -> None:
+    """Let yaml files name the shipped zoo, ``${zoo:base.safetensors}``, and that of the offline benchmark."""
+    OmegaConf.register_new_resolver("zoo", lambda path="": str(files() / str(path)), replace=True)
+    OmegaConf.register_new_resolver("offline_benchmark", _benchmark_file, replace=True)
+
+
+def _benchmark_file(root: str, path: str = "") -> str:
+    """Return a path in the zoo of the offline benchmark, below the folder of the data sets.
+
+    Raises:
+        InputError: If the zoo is not there, or not finished.
+    """
+    folder = benchmark_folder(root)
+    if not (folder / "zoo.json").is_file():
+        state = "is not finished" if (folder / "building.json").is_file() else "is not there"
+        raise InputError(
+            f"{folder}: the zoo of the offline benchmark {state}. Make it, in about half an hour on one CPU core: "
+            f"adamerge zoo build offline_benchmark --root {root}; or name the folder that it is in: data.root=DIR or "
+            "the environment variable ADAMERGE_DATA."
+        )
+    return str(folder / path)
+
+
+def folders() -> list[Path]:
+    """Return where pool files are looked for by name: the folders of ``ADAMERGE_POOLS``, else ``./pools``."""
+    named = os.environ.get(FOLDERS)
+    return [Path(folder).expanduser() for folder in (named or _DEFAULT_FOLDER).split(os.pathsep) if folder]
+
+
+def shipped_pools() -> list[str]:
+    """Return the names of the pools that ship, without those that the configuration of ``adapt`` completes."""
+    return [name for name in _choices() if _shipped(name).get("base") not in (None, "???")]
+
+
+def _choices() -> list[str]:
+    """Return the choices of the group ``pool``."""
+    folder = importlib.resources.files(CONFIG_MODULE) / "pool"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """Return what a file of the group says, unresolved."""
+    text = (importlib.resources.files(CONFIG_MODULE) / "pool" / f"{name}.yaml").read_text(encoding="utf-8")
+    content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    return {str(key): value for key, value in content.items()}
+
+
+def own_pools() -> dict[str, Path]:
+    """Return the user's pools by name; the first folder's where two have one of a name."""
+    found: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else ():
+            found.setdefault(path.stem, path)
+    return found
+
+
+def pool_path(pool: str) -> Path:
+    """Return the file of a user's pool, by name or as it is named itself; it need not be there.
+
+    Raises:
+        InputError: If it is a shipped pool's name.
+    """
+    if _is_path(pool):
+        return Path(pool)
+    if pool in _choices():
+        raise InputError(f"pool {pool}: the name of a shipped pool; choose another, or name a file, ./{pool}.yaml.")
+    return own_pools().get(pool, folders()[0] / f"{pool}.yaml")
+
+
+def named_pool(pool: str) -> PoolFiles:
+    """Return a shipped pool or a user's by name, or read a pool file.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if pool in shipped_pools():
+        register_resolvers()
+        content: Any = OmegaConf.to_container(OmegaConf.create(_shipped(pool)), resolve=True)
+        return pool_files({**content, "key_prefix": _SHIPPED_PREFIX}, f"--pool {pool}", Path())
+    if Path(pool).is_file():
+        return load_pool_file(Path(pool))
+    if (own := own_pools().get(pool)) is not None:
+        return load_pool_file(own)
+    raise InputError(
+        f"--pool {pool}: no such pool file, and {_no_such_name(pool)} A pool that is FOLDER/{_CHOICE.format(pool)} for "
+        "--config-dir is known to adapt and check only."
+    )
+
+
+def chosen_pool(
+    command: str, base: Path | None, experts: Sequence[str], pool: str | None, key_prefix: str | None
+) -> PoolFiles:
+    """Read a command's options that name a pool: ``--pool``, or ``--base`` and ``--expert``.
+
+    Raises:
+        InputError: If both or neither are given, or one is wrong.
+    """
+    if pool is not None and (base or experts):
+        raise InputError(f"{command}: give either --pool, or --base and --expert, not both.")
+    if pool is None and (base is None or not experts):
+        raise InputError(f"{command}: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME or FILE.")
+    files = named_pool(pool) if pool is not None else PoolFiles(PoolFile(place(str(base))), named_files(experts))
+    return files if key_prefix is None else replace(files, key_prefix=key_prefix)
+
+
+def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[str]:
+    """Return arguments of ``adapt`` in which ``pool=NAME`` of a user's pool, or a file, stands as the file.
+
+    Args:
+        arguments: Overrides, and flags.
+        config_dir: A folder of yaml files that may have a ``pool/NAME.yaml`` of its own.
+
+    Raises:
+        InputError: If there is no pool of that name, or one in either place.
+    """
+    result: list[str] = []
+    for argument in arguments:
+        found = re.fullmatch(r"pool=([\w./~ -]+)", argument)
+        name = found[1] if found else _FORM
+        if name in (*_choices(), "null"):
+            result.append(argument)
+            continue
+        path = Path(name) if _is_path(name) else own_pools().get(name)
+        if config_dir is not None and (choice := config_dir / _CHOICE.format(name)).is_file():
+            if path is not None and path.is_file() and not path.samefile(choice):
+                raise InputError(f"{argument}: two pools have that name, {choice} and {path}; rename one of the two.")
+            result.append(argument)
+            continue
+        if path is None:
+            hint = f" Is it a yaml file of yours, FOLDER/{_CHOICE.format(name)}? Name the folder: --config-dir FOLDER."
+            raise InputError(f"{argument}: {_no_such_name(name, config_dir)}{hint if config_dir is None else ''}")
+        result += [f"pool={_FORM}", "pool.file='" + str(path.absolute()).replace("'", "\\'") + "'"]
+    if any(argument.startswith("pool.file=") for argument in result) and not any(
+        argument.startswith("pool=") for argument in result
+    ):
+        result.append(f"pool={_FORM}")
+    return result
+
+
+def _is_path(pool: str) -> bool:
+    return pool.endswith((".yaml", ".yml")) or "/" in pool
+
+
+def _no_such_name(pool: str, config_dir: Path | None = None) -> str:
+    known = {", ".join(map(str, folders())): list(own_pools())}
+    if config_dir is not None:
+        choices = config_dir / "pool"
+        known[str(choices)] = sorted(path.stem for path in choices.glob("*.yaml"))
+    listed = "; ".join(f"in {where}: {', '.join(names) or 'none'}" for where, names in known.items())
+    near = did_you_mean(pool, [*shipped_pools(), *(name for names in known.values() for name in names)])
+    return (
+        f"no pool of that name; shipped: {', '.join(shipped_pools())}; {listed}.{near} {FOLDERS} names other folders "
+        "of pool files."
+    )

@@ -1,0 +1,162 @@
+"""Where the processes of a run come from: torchrun, srun, or the command line itself."""
+
+import atexit
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch import distributed
+
+from adamerge.errors import InputError
+from adamerge.system import ranks
+
+log = logging.getLogger(__name__)
+
+_PROGRAM = ("-m", "adamerge.commands.cli")
+_GRACE = 20.0  # seconds that the other processes have to end by themselves after one has failed
+
+Environment = TorchElasticEnvironment | SLURMEnvironment
+
+
+def environment() -> Environment | None:
+    """Return what tells this process its place among several; None where it is alone.
+
+    Raises:
+        InputError: If srun was called with options that do not say how many processes a node has.
+    """
+    if TorchElasticEnvironment.detect():
+        found: Environment = TorchElasticEnvironment()
+    elif SLURMEnvironment.detect():
+        try:
+            found = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:
+            raise InputError(f"srun: {error}") from error
+    else:
+        return None
+    return found if found.world_size() > 1 else None
+
+
+def join() -> None:
+    """Join the other processes of the run, if a launcher has started several."""
+    found = environment()
+    if found is None or distributed.is_initialized():
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = found.main_address, str(found.main_port)
+    has_gpus = torch.cuda.is_available()
+    if has_gpus:
+        torch.cuda.set_device(found.local_rank() % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+    distributed.init_process_group(backend, rank=found.global_rank(), world_size=found.world_size())
+    atexit.register(_leave)
+    if not ranks.is_first():
+        logging.getLogger().setLevel(logging.ERROR)  # the first rank talks to the user
+
+
+def trainer_options() -> dict[str, Any]:
+    """Return the trainer's arguments that follow from the launcher, which knows better than a configuration."""
+    found = environment()
+    options: dict[str, Any] = {}
+    if "SUBMITIT_EXECUTOR" in os.environ and SLURMEnvironment.detect():
+        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit does it; Lightning must not too
+    if found is None:
+        return options
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if isinstance(found, TorchElasticEnvironment) else 0
+    local = local or found.world_size() // int(os.environ.get("SLURM_NNODES", 1))
+    return {**options, "devices": local, "num_nodes": max(1, found.world_size() // local)}
+
+
+def job_id() -> str | None:
+    """Return the scheduler's name for this job, the same when it is started again; None without a scheduler."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    if array and task:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID")
+
+
+def wanted(trainer: Mapping[str, Any]) -> int:
+    """Return how many processes a run of these trainer options needs on this machine.
+
+    Raises:
+        InputError: If it needs several machines, where only a launcher can start processes, or SLURM.
+    """
+    slurm = any("SLURMEnvironment" in str(plugin) for plugin in trainer.get("plugins") or [])
+    if slurm and "SLURM_JOB_ID" not in os.environ:
+        raise InputError("trainer=slurm: this is no job of SLURM's. Start it with srun, or set trainer=ddp.")
+    if int(trainer.get("num_nodes") or 1) > 1:
+        raise InputError(
+            f"trainer.num_nodes: found {trainer['num_nodes']}, but this command runs on one machine. Start it on each "
+            "with torchrun or srun (docs/cluster.md), and leave trainer.num_nodes out."
+        )
+    devices = trainer.get("devices", 1)
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if trainer.get("accelerator") != "cpu" else 1
+    return int(devices) if isinstance(devices, (int, str)) else len(devices)
+
+
+def start(count: int, arguments: Sequence[str]) -> int:
+    """Run a command of this program as processes of one group on this machine, and return the exit code.
+
+    Ctrl-C and SIGTERM reach all of them once. When one fails, the others end too.
+    """
+    shared = {
+        **os.environ,
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "adamerge"},
+        **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"},
+    }
+    shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    command = [sys.executable, *_PROGRAM, *arguments]
+    processes = [
+        subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
+        for i in range(count)
+    ]
+
+    def forward(number: int, _: Any) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """Wait for all, or for a while after the first failure, and return the first code that is not 0."""
+    failed: int | None = None
+    limit = float("inf")
+    while time.monotonic() < limit:
+        codes = [process.poll() for process in processes]
+        if failed is None and any(codes):
+            failed, limit = next(code for code in codes if code), time.monotonic() + _GRACE
+        if None not in codes:
+            break
+        time.sleep(0.05)
+    failed = failed or 0
+    return 128 - failed if failed < 0 else failed
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

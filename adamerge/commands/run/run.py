@@ -1,0 +1,347 @@
+"""From a Hydra configuration to objects, a run folder and a result."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from adamerge.backbones import Backbone, check_classes, own_base
+from adamerge.callbacks import ExportMergedWeights, GracefulStop, UnlabeledCriteria
+from adamerge.callbacks.checkpoint_io import write_atomically
+from adamerge.callbacks.elapsed import Elapsed, seconds_of
+from adamerge.callbacks.log_coefficients import log_scores
+from adamerge.callbacks.progress import MergingProgress
+from adamerge.commands.run import processes as launchers
+from adamerge.commands.run.build import build, build_init, build_optional, containers, is_sharded, strings
+from adamerge.commands.run.folder import (
+    CONFIG_FILE,
+    LAST,
+    LAST_GOOD,
+    is_started,
+    last_checkpoint,
+    load_config,
+    plain,
+    save_config,
+)
+from adamerge.commands.run.imports import announce, check_targets
+from adamerge.commands.run.stages import STAGE, START, first_stage, start_file
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
+from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
+from adamerge.methods.method import MergingMethod
+from adamerge.model.batch_norm import BatchNormPolicy
+from adamerge.model.coefficients import Coefficients, load_coefficients, save_coefficients
+from adamerge.model.descriptions import describe
+from adamerge.model.merged_model import MergedModel
+from adamerge.model.refinement import Refinement, transfer
+from adamerge.model.sharded_model import ShardedModel
+from adamerge.model.teacher_files import TeacherFiles
+from adamerge.pool.pool import ExpertPool
+from adamerge.pool.task_vectors import dtype_of
+from adamerge.results.evaluation import Stopwatch, write_summary
+from adamerge.results.report import report_run
+from adamerge.results.report.record import costs_of
+from adamerge.results.scoring import Made, score_run
+from adamerge.system import progress, ranks
+from adamerge.system.files import ensure_writable, save_json, sha256
+from adamerge.system.memory import peak_memory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Assembly:
+    """Everything a run needs, built from its configuration.
+
+    Attributes:
+        start: For ``merge.json``: the file whose coefficients the run starts from, and the groups that follow from it.
+        batch_norm: Which statistics the merged model's BatchNorm layers have; ``model`` has those to adapt with.
+    """
+
+    backbone: Backbone
+    data: UnlabeledTasks
+    pool: ExpertPool
+    heads: dict[str, nn.Module]
+    model: MergedModel
+    start: dict[str, Any] = field(default_factory=dict)
+    batch_norm: BatchNormPolicy = field(default_factory=lambda: BatchNormPolicy("base"))
+
+
+def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
+    """Build data, pool, heads and merged model.
+
+    Args:
+        config: Of a run or stage.
+        of: Another stage of the same run, whose data, pool, heads and encoder are taken over.
+
+    Raises:
+        InputError: If something does not fit; the message names the option.
+    """
+    if of is not None:
+        coefficients, start = _coefficients(config, of.pool)
+        options = build_optional(config, "encoder")
+        model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
+        of.batch_norm.start(model)
+        return replace(of, model=model, start=start)
+    imports = containers(config)
+    check_targets(imports)
+    announce(imports)
+    backbone: Backbone = build(config, "backbone")
+    data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess())
+    pool = build_pool(config, backbone)
+    experts = {name: pool.checkpoint(name) for name in pool.expert_names}
+    heads = backbone.heads(pool.source, experts, data.tasks)
+    encoder = backbone.encoder()
+    coefficients, start = _coefficients(config, pool)
+    teachers = {name: task.expert for name, task in data.tasks.items() if task.expert and name not in data.unseen}
+    kind = ShardedModel if is_sharded(config) else MergedModel
+    model = kind(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
+    check_classes(data.tasks, heads, _feature_width(model, data))
+    batch_norm = build_batch_norm(config)
+    batch_norm.start(model)
+    return Assembly(backbone, data, pool, heads, model, start, batch_norm)
+
+
+def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, dict[str, Any]]:
+    """Make a run's coefficients, and the record of where they start if they start from others.
+
+    After a first stage ``init`` stays what anchors refer to: the loss of both stages is the same.
+    """
+    granularity, constraint = build(config, "granularity"), build(config, "constraint")
+    init, path = build_init(config), start_file(config)
+    if path is None:
+        return Coefficients(pool, granularity, init, constraint), {}
+    if not path.is_file():
+        hint = f"The run's first stage has not ended: go on with adamerge adapt resume={config.run_dir}, or export it."
+        raise InputError(f"{path}: no such file, to start from. {hint if config.get('first_stage') else 'Check init.'}")
+    of_stage = OmegaConf.select(config, "first_stage.granularity._target_") is not None
+    own = build(config, "first_stage.granularity") if of_stage else granularity
+    learned = load_coefficients(path, pool, own)
+    if isinstance(granularity, Refinement):
+        granularity = granularity.refine(pool, learned)
+    index = granularity(pool.shapes)
+    values = transfer(learned, index)
+    if isinstance(init, str) and init.endswith(".json"):
+        init = values if Path(init) == path else transfer(load_coefficients(Path(init), pool, granularity), index)
+    coefficients = Coefficients(pool, granularity, init, constraint)
+    coefficients.warm_start(values)
+    inside = path.is_relative_to(str(config.run_dir))
+    name = str(path.relative_to(str(config.run_dir)) if inside else path)
+    return coefficients, {"start": {"file": name, "sha256": sha256(path), "granularity": describe(granularity)}}
+
+
+def build_batch_norm(config: DictConfig) -> BatchNormPolicy:
+    """Return the policy of a configuration; of those that were written before there was one, the base's statistics."""
+    policy: BatchNormPolicy | None = build_optional(config, "batch_norm")
+    return policy or BatchNormPolicy("base")
+
+
+def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
+    """Open the pool that the configuration names, for a backbone, whose own base stands in where the pool has none."""
+    node = config.pool
+    base = node.get("base") or own_base(backbone, download=True)
+    if base is None:
+        raise InputError("pool.base: must be given: base=FILE.")
+    return ExpertPool.from_files(
+        base,
+        dict(node.experts),
+        storage=node.get("storage") or "auto",
+        dtype=dtype_of(node.get("dtype")),
+        include=strings(node.get("include")),
+        exclude=[*backbone.exclude, *(strings(node.get("exclude")) or [])] or None,
+        key_map=backbone.prefix,
+        transform=build_optional(config, "transform"),
+        task_vectors=node.get("task_vectors"),
+        duplicates=node.get("duplicates") or "refuse",
+        mapped=is_sharded(config),
+        hashes=dict(node.get("sha256") or {}),
+    )
+
+
+def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
+    """Adapt, export and evaluate; everything goes into ``folder``, a first stage into a folder of its own in there.
+
+    Args:
+        config: The composed configuration; ``run_dir`` must be ``folder``.
+        folder: The run's folder, made if needed.
+        resume: Go on from the folder's last checkpoint, or from the beginning where there is none yet.
+
+    Returns:
+        The content of ``summary.json``, or None where ``evaluate`` is off.
+
+    Raises:
+        InputError: If the configuration or a file is wrong.
+        GuardError: If the loss or a coefficient became NaN or infinite, or, once the export is written, if a
+            callback stopped the run for a ``reason``.
+        SystemExit: If the run was stopped by a signal and saved.
+    """
+    if resume and not is_started(folder):
+        log.info("%s: nothing was saved before the run was stopped, so it starts from the beginning.", folder)
+    first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
+    todo = first if first is not None and not (folder / START).is_file() else None
+    prepared = Stopwatch()
+    with progress.phase("Reading the pool and building the heads"):
+        assembly = assemble(config if todo is None else todo)
+    if ranks.is_first():
+        ensure_writable(folder)
+        if first is not None:
+            save_config(first, folder / STAGE / CONFIG_FILE)
+        save_config(config, folder / CONFIG_FILE)
+    times = {"prepare": prepared.seconds()}
+    if todo is not None:
+        _fit_first(todo, folder, assembly, resume=resume)
+        assembly = assemble(config, of=assembly)
+    export = ExportMergedWeights(
+        folder,
+        head_info=head_info(assembly.data),
+        sidecar=assembly.backbone.sidecar(),
+        recipe={"config": _settings(config), "command": command_of(config), **assembly.start},
+        batch_norm=assembly.batch_norm,
+    )
+    trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
+    times |= {"adapt": seconds_of(folder / LAST) + seconds_of(folder / STAGE / LAST), "export": export.seconds}
+    summary, scoring = None, Stopwatch()
+    if assembly.model.is_sharded:
+        ranks.wait()  # for the export: all devices score it, each with its part of the weights
+    if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
+        log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
+    elif (trainer.is_global_zero or assembly.model.is_sharded) and config.evaluate and assembly.data.evaluation:
+        uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
+        merged = Made(str(config.name), folder / export.filename, times["adapt"], int(config.seed), uses_labels)
+        rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
+        if trainer.is_global_zero:
+            left_out = assembly.data.unreadable_evaluation()
+            summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
+            record_metrics(export.files["recipe"], summary, times["adapt"])
+            log_scores(trainer.loggers, summary["rows"][merged.name], trainer.global_step)
+        times["score"] = scoring.seconds()
+    if trainer.is_global_zero:
+        _tell_unreadable(assembly.data)
+        steps = trainer.global_step + (int(first.steps) if first else 0)
+        _report(config, folder, assembly, costs_of(times, steps, assembly.pool.device, resumed=resume))
+    _raise_reason(trainer)
+    return summary
+
+
+def _settings(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as ``merge.json`` has it, where the command stands beside it."""
+    return {key: value for key, value in plain(config).items() if key != "command"}
+
+
+def command_of(config: DictConfig) -> list[str]:
+    """Return the command that a run was begun with, or else the one of this process."""
+    return [str(word) for word in config.get("command") or (Path(sys.argv[0]).name, *sys.argv[1:])]
+
+
+def _report(config: DictConfig, folder: Path, assembly: Assembly, costs: dict[str, Any]) -> None:
+    """Write the run's report, unless it is turned off."""
+    if config.get("report", True):
+        pool = None if assembly.model.is_sharded else assembly.pool  # of which this device has a part only
+        report_run(folder, pool, costs)
+
+
+def _tell_unreadable(data: UnlabeledTasks) -> None:
+    """Log which images were left out: processes that load data may have no log."""
+    for kind, found in (("adapt", data.unreadable()), ("score", data.unreadable_evaluation())):
+        for task, names in found.items():
+            log.warning(
+                "data.tasks.%s: %d images to %s cannot be read: %s", task, len(names), kind, shorten(names, 1000)
+            )
+
+
+def _fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> None:
+    """Run the first stage in its folder, and leave in the run's what the second starts from.
+
+    That is a file of its own, as an export on request may write the stage's ``coefficients.json`` at any time.
+    """
+    trainer = _fit(config, folder / STAGE, assembly, [], "Stage 1 of 2", resume=resume)
+    if trainer.is_global_zero:
+        for path in (folder / STAGE / "coefficients.json", folder / START):
+            save_coefficients(assembly.model.coefficients, path, assembly.pool)
+    ranks.wait()  # for the files
+    _raise_reason(trainer)
+
+
+def _fit(
+    config: DictConfig, folder: Path, assembly: Assembly, exports: list[Callback], description: str, *, resume: bool
+) -> Trainer:
+    """Run one stage to its end, from its own last checkpoint where it has one; seeded by itself, as a resume is."""
+    seed_everything(config.seed, workers=True, verbose=False)
+    objective = build(config, "objective")
+    method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
+    method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
+    method.recipe = plain(config)
+    own = [MergingProgress(description), UnlabeledCriteria()]
+    callbacks = [*own, *_callbacks(config, folder), *exports, Elapsed(), GracefulStop(folder / LAST)]
+    options = {"default_root_dir": folder, **launchers.trainer_options()}
+    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
+    write_atomically(trainer)
+    saved = last_checkpoint(folder) if resume else None
+    try:
+        trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
+    except NonfiniteError as error:
+        if trainer.is_global_zero:
+            save_coefficients(assembly.model.coefficients, folder / LAST_GOOD, assembly.pool)
+        raise GuardError(
+            f"{error} The last good coefficients are in {folder / LAST_GOOD}: start from them with init=FILE."
+        ) from error
+    trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
+    return trainer
+
+
+def _raise_reason(trainer: Trainer) -> None:
+    """End with an error where a callback stopped the run for a ``reason`` that the user should know."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if reason := getattr(callback, "reason", None):
+            raise GuardError(reason)
+
+
+def head_info(data: UnlabeledTasks) -> dict[str, Any]:
+    """Return class names and templates by task, for ``heads.safetensors``."""
+    return {name: {"classes": task.class_names, "templates": list(task.templates)} for name, task in data.tasks.items()}
+
+
+def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> None:
+    """Add the metrics to ``merge.json``."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    facts = {"metrics": summary["rows"], "unreadable_evaluation": summary.get("unreadable", {})}
+    save_json({**content, **facts, "seconds": seconds, "peak_memory_bytes": peak_memory()}, path)
+
+
+def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:
+    checkpoints = ModelCheckpoint(
+        dirpath=folder / LAST.parent,
+        filename="step={step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=config.checkpoint_every,
+        save_top_k=0,
+        save_last=True,
+        enable_version_counter=False,
+    )
+    return [checkpoints, *(build(config, f"callbacks.{name}") for name in config.callbacks or {})]
+
+
+def _loggers(config: DictConfig) -> list[Any] | bool:
+    return [build(config, f"logger.{name}") for name in config.logger or {}] or False
+
+
+def _feature_width(model: MergedModel, data: UnlabeledTasks) -> int:
+    """Run one image through the encoder, to know F."""
+    name, stream = next(iter(data.streams.items()))
+    inputs = stream[0].inputs.unsqueeze(0)
+    try:
+        with torch.no_grad():
+            return int(model(inputs, model.pool.base).shape[-1])
+    except RuntimeError as error:
+        raise InputError(
+            f"data.tasks.{name}: the encoder cannot take inputs of shape {tuple(inputs.shape)} ({error}). Do the data "
+            "set's transform and the backbone's image size agree?"
+        ) from error

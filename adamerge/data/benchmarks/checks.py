@@ -1,0 +1,138 @@
+"""Which data sets are there, and whether they are complete."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adamerge.data.benchmarks.definitions import Definition, definition
+from adamerge.data.benchmarks.opening import Place, Split, expected_count, open_at, place_of, places
+from adamerge.errors import InputError, shorten
+
+_PATHS = ("samples", "_samples", "_image_files", "_images")  # where data sets of torchvision list their files
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split: number of images expected (None: not known) and found (None: not there), and what is wrong."""
+
+    expected: int | None
+    found: int | None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """One data set.
+
+    Attributes:
+        name: Of the data set.
+        state: ``complete``, ``incomplete`` (a split or some images are missing), ``wrong`` or ``missing``.
+        layout: How it lies on disk.
+        folder: Where.
+        splits: By name.
+    """
+
+    name: str
+    state: str
+    layout: str | None = None
+    folder: Path | None = None
+    splits: Mapping[str, SplitReport] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> list[str]:
+        """All that is wrong, split by split, each once."""
+        return list(dict.fromkeys(problem for split in self.splits.values() for problem in split.problems))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it ready for JSON."""
+        return {**asdict(self), "folder": None if self.folder is None else str(self.folder)}
+
+
+def check(name: str, root: Path, sample: int | None = 20) -> Report:
+    """Look whether a data set is there, has all its images, and can be read.
+
+    Args:
+        name: Of the data set.
+        root: Folder of the data sets.
+        sample: Images of each split to decode, spread over it; None for all.
+    """
+    known = definition(name)
+    found = places(known, root)
+    if not root.is_dir() or not found[0].found:
+        return Report(name, "missing")
+    there: dict[str, Place] = {}
+    for split in known.splits:
+        try:
+            there[split] = place_of(known, split, root)
+        except InputError:
+            continue
+    place = next(iter(there.values()), found[0])
+    splits = {split: _split(known, there.get(split), place, split, sample) for split in known.splits}
+    wrong = [report for report in splits.values() if report.problems and report.found is not None]
+    absent = [report for report in splits.values() if report.found is None]
+    state = "wrong" if wrong else "incomplete" if absent else "complete"
+    return Report(name, state, place.layout.title, place.folder, splits)
+
+
+def _split(known: Definition, place: Place | None, nearest: Place, split: str, sample: int | None) -> SplitReport:
+    if place is None:
+        missing = nearest.missing.get(split)
+        listed = shorten((str(path) for path in missing), 3) if missing else "not part of this copy"
+        return SplitReport(known.splits[split], None, (f"{split}: {listed}{' missing' if missing else ''}",))
+    expected = expected_count(known, place.layout, split)
+    try:
+        images = open_at(known, place, split)
+    except InputError as error:
+        return SplitReport(expected, 0, (str(error),))
+    problems = []
+    if expected is not None and len(images) != expected:
+        problems.append(f"{split}: expected {expected} images, found {len(images)}")
+    problems += _absent_files(images, split)
+    problems += _unreadable(images, split, sample)
+    return SplitReport(expected, len(images), tuple(problems))
+
+
+def _absent_files(images: Split, split: str) -> list[str]:
+    """Say how many of the files that a data set lists are not there."""
+    listed = next((found for name in _PATHS if isinstance(found := getattr(images.dataset, name, None), list)), [])
+    paths = [Path(entry[0] if isinstance(entry, tuple) else entry) for entry in listed if _is_path(entry)]
+    absent = [path for path in paths if not path.is_file()]
+    return [f"{split}: {len(absent)} of {len(paths)} files missing, the first {absent[0]}"] if absent else []
+
+
+def _is_path(entry: Any) -> bool:
+    return isinstance(entry[0] if isinstance(entry, tuple) else entry, (str, Path))
+
+
+def _unreadable(images: Split, split: str, sample: int | None) -> list[str]:
+    """Say how many images of a sample cannot be decoded, or have a label that is none."""
+    count = len(images) if sample is None else min(sample, len(images))
+    chosen = sorted({position * len(images) // count for position in range(count)})
+    bad: list[str] = []
+    for index in chosen:
+        try:
+            image, _ = images[index]
+            image.load()
+        except Exception as error:  # decoders raise what they like
+            bad.append(f"number {index} ({' '.join(str(error).split()) or type(error).__name__})")
+    return [f"{split}: {len(bad)} of {len(chosen)} images looked at cannot be read, first {bad[0]}"] if bad else []
+
+
+def how_to_get(known: Definition, root: Path) -> Sequence[str]:
+    """Return what a person has to do to have a data set, one step a line."""
+    lines = []
+    if known.torchvision or known.get:
+        rest = ", all but the images" if known.get and known.hub and not _has_images(known) else f", {known.size}"
+        lines.append(f"adamerge data get {known.name} --root {root}   (from its authors{rest})")
+    if known.hub:
+        lines.append(f"adamerge data get {known.name} --hub --root {root}   (the copy {known.hub} at the Hub)")
+    if known.manual:
+        lines.append(f"by hand, below {root}: {known.manual}")
+    lines.append(f"homepage: {known.homepage}   licence: {known.licence}")
+    return lines
+
+
+def _has_images(known: Definition) -> bool:
+    """Whether the files to fetch are more than lists."""
+    return any(not download.url.endswith(".txt") for download in known.get)

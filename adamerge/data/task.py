@@ -1,0 +1,135 @@
+"""What a task's images are, and how they are divided into those that adapt, are held out, and are scored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.utils.data import Dataset, Subset
+
+from adamerge.data.streams import length_of, permutation
+from adamerge.errors import InputError, did_you_mean
+
+Protocol = Literal["split", "transductive"]
+PROTOCOLS = ("split", "transductive")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's images come from, and what its classes are called.
+
+    Give either ``dataset`` (divided by the protocol), or ``adapt`` and ``evaluate``. Any map-style
+    dataset works whose items are inputs, or tuples that begin with the input and the label: ImageFolder,
+    torchvision's, or your own.
+
+    Args:
+        dataset: Labelled images, of which one half adapts and the other is scored.
+        adapt: Images to adapt on; labels, if there are any, are dropped.
+        evaluate: Labelled images to score.
+        classes: Class names in the order of the labels; default ``dataset.classes``.
+        templates: Prompts such as ``"a photo of a {}."`` for zero-shot heads.
+        expert: Name of the expert that belongs to the task; default the task's own name.
+    """
+
+    dataset: Dataset[Any] | None = None
+    adapt: Dataset[Any] | None = None
+    evaluate: Dataset[Any] | None = None
+    classes: Sequence[str] | None = None
+    templates: Sequence[str] = ("a photo of a {}.",)
+    expert: str | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Class names, from here or from the dataset; None where neither has any."""
+        sources = (self.evaluate, self.dataset, self.adapt)
+        found = self.classes or next((getattr(d, "classes", None) for d in sources if hasattr(d, "classes")), None)
+        return None if found is None else [str(name) for name in found]
+
+
+def divide(name: str, task: Task, protocol: Protocol, seed: int) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """Return a task's adaptation and evaluation data under the protocol.
+
+    Args:
+        name: Of the task.
+        task: Its data.
+        protocol: See :class:`~adamerge.data.UnlabeledTasks`.
+        seed: Of the division into halves.
+
+    Raises:
+        InputError: If the task has no data, or data that the protocol cannot divide.
+    """
+    for key in ("dataset", "adapt", "evaluate"):
+        found = getattr(task, key)
+        if found is not None and length_of(found, f"data.tasks.{name}.{key}") == 0:
+            raise InputError(f"data.tasks.{name}.{key}: the data set is empty. Check its folder or split.")
+    if task.dataset is not None and (task.adapt is not None or task.evaluate is not None):
+        raise InputError(f"data.tasks.{name}: give either dataset, or adapt and evaluate, not both.")
+    if task.dataset is not None and protocol == "transductive":
+        return task.dataset, task.dataset
+    if task.dataset is not None:
+        order = permutation(length_of(task.dataset), f"{seed}/split/{name}").tolist()
+        half = (len(order) + 1) // 2
+        if half == len(order):
+            raise InputError(f"data.tasks.{name}.dataset: one image cannot be split; expected at least two.")
+        return Subset(task.dataset, sorted(order[:half])), Subset(task.dataset, sorted(order[half:]))
+    if protocol == "transductive" and task.evaluate is not None:
+        return task.evaluate, task.evaluate
+    if task.adapt is None:
+        raise InputError(
+            f"data.tasks.{name}: no adaptation images. Give dataset, or adapt (and evaluate to score the result); "
+            "to adapt on the scored images themselves, set data.protocol=transductive."
+        )
+    return task.adapt, task.evaluate
+
+
+def scored_only(name: str, task: Task) -> Dataset[Any]:
+    """Return all the labelled images of a task that has no stream.
+
+    Raises:
+        InputError: If it has none.
+    """
+    scored = task.evaluate if task.evaluate is not None else task.dataset
+    if scored is None or length_of(scored, f"data.tasks.{name}.evaluate") == 0:
+        raise InputError(f"data.unseen: {name} has no labelled images. Give data.tasks.{name}.evaluate (or dataset).")
+    return scored
+
+
+def checked_unseen(unseen: Sequence[str], tasks: Mapping[str, Task]) -> tuple[str, ...]:
+    """Refuse names of no task, and data without a task to adapt on."""
+    if isinstance(unseen, str):
+        raise InputError(f"data.unseen: expected a list of tasks, found {unseen!r}; write [{unseen}].")
+    for name in unseen:
+        if name not in tasks:
+            raise InputError(
+                f"data.unseen: no task {name!r}.{did_you_mean(str(name), tasks)} Known: {', '.join(tasks)}."
+            )
+    if set(unseen) == set(tasks):
+        raise InputError("data.unseen: expected some tasks, found all: none is left to adapt on.")
+    return tuple(dict.fromkeys(unseen))
+
+
+def sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
+    """Return at most ``limit`` images, drawn by ``key`` alone; all for None.
+
+    Raises:
+        InputError: If the limit is no positive number.
+    """
+    if limit is None or limit >= length_of(dataset):
+        return dataset
+    if limit < 1:
+        raise InputError(f"data.limit: expected a number >= 1, found {limit}.")
+    return Subset(dataset, sorted(permutation(length_of(dataset), key)[:limit].tolist()))
+
+
+def hold_out(dataset: Dataset[Any], share: float, key: str) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Divide, drawn by ``key`` alone, into what adapts and what is held out, at least one image each.
+
+    Raises:
+        InputError: If the share leaves nothing to adapt on.
+    """
+    order = permutation(length_of(dataset), key).tolist()
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise InputError(
+            f"data.holdout: {share} of {len(order)} images leaves none to adapt on; expected a smaller share."
+        )
+    return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))

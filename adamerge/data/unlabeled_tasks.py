@@ -1,0 +1,331 @@
+"""Unlabeled streams, one per task, and the labelled images they are scored on.
+
+Labels are dropped where data enters: a stream's batch holds inputs and their positions, nothing else.
+The order of every stream is a function of (seed, task, step) alone, so that a resumed run, or another
+number of workers, sees the same batches.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from adamerge.data.cache import CACHES, Cache, keep_inputs, nature_of
+from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
+from adamerge.data.streams import (
+    Labelled,
+    Steps,
+    StreamLoader,
+    Unlabeled,
+    collate,
+    collate_labelled,
+)
+from adamerge.data.streams import TaskBatch as TaskBatch
+from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
+from adamerge.data.task import Protocol as Protocol
+from adamerge.data.task import Task as Task
+from adamerge.data.unreadable import Readable
+from adamerge.data.views import Views
+from adamerge.errors import InputError
+from adamerge.system import ranks
+
+DISTRIBUTIONS = ("samples", "tasks")
+
+Preprocess = Callable[[Any], Tensor]
+
+
+class UnlabeledTasks(LightningDataModule):
+    """One unlabeled stream per task for adaptation, and labelled loaders for evaluation.
+
+    Args:
+        tasks: Task name to its data.
+        batch_size: Inputs per task and batch (on each device).
+        distribute: With several devices: ``"samples"``, each takes its part of every task's batch; or ``"tasks"``,
+            each takes whole batches of its own tasks, so that fewer experts are asked and run per device. The
+            gradient is the same.
+        batches_per_step: Batches per task and step, whose losses are summed; AdaMerging's released script
+            uses 2.
+        protocol: ``"split"``: images that adapt are never scored. ``"transductive"``: adapt on the very
+            images that are scored, as the AdaMerging paper does.
+        limit: Most adaptation images per task, a seeded sample; None for all.
+        holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
+        views: Random views that replace the adaptation images (not those held out or scored); None for
+            the images themselves.
+        seed: Of splits, samples and orders.
+        num_workers: Processes that load data; 0 loads in the main one.
+        prefetch: Steps whose images are loaded ahead, by each process or, without any, by a thread; 0 loads them when
+            they are due. The thread is for images that are neither in memory nor drawn at random.
+        cache: ``"auto"`` keeps decoded images, in up to a quarter of the free memory; ``"ram"`` all or refuses;
+            ``"off"`` none. What draws random numbers is never kept.
+        preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
+        evaluation_batch_size: Inputs per batch when scoring.
+        unseen: Names of tasks that are scored only: they have no stream, and their experts do not merge.
+        corruption: What is done to the images to adapt on, see :mod:`adamerge.data.corruptions`; None for nothing. The
+            scored images stay clean (``adamerge evaluate --corruptions``).
+        severity: Of the corruption, 1 to 5.
+        max_unreadable: Largest share of each task's images that may be damaged: they are left out, counted and named;
+            beyond it the run ends.
+        root: Not used here: the folder of the data sets, for tasks to refer to as ``${data.root}``.
+        adapt: Not used here: which images tasks with splits of their own adapt on, to refer to as ``${data.adapt}``.
+
+    Raises:
+        InputError: If a task has no data, an empty stream, or data that the protocol cannot divide.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        *,
+        batch_size: int = 16,
+        batches_per_step: int = 1,
+        distribute: Literal["samples", "tasks"] = "samples",
+        protocol: Protocol = "split",
+        limit: int | None = None,
+        holdout: float = 0.0,
+        views: Views | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        cache: Cache | Literal[False] = "auto",
+        preprocess: Preprocess | None = None,
+        evaluation_batch_size: int = 256,
+        unseen: Sequence[str] | None = None,
+        corruption: str | None = None,
+        severity: int = DEFAULT_SEVERITY,
+        max_unreadable: float = 0.01,
+        root: str | None = None,
+        adapt: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise InputError("data.tasks: expected at least one task, found none.")
+        for option, share in (("holdout", holdout), ("max_unreadable", max_unreadable)):
+            if not 0 <= share < 1:
+                raise InputError(f"data.{option}: expected a share in [0, 1), found {share}.")
+        cache = "off" if cache is False else cache  # what a yaml file reads from a bare off
+        for option, found, known in (
+            ("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES), ("distribute", distribute, DISTRIBUTIONS),
+        ):  # fmt: skip
+            if found not in known:
+                raise InputError(f"data.{option}: expected {' or '.join(map(repr, known))}, found {found!r}.")
+        _check_numbers(1, batch_size=batch_size, batches_per_step=batches_per_step)
+        _check_numbers(0, num_workers=num_workers, prefetch=prefetch)
+        self.tasks = dict(tasks)
+        self.unseen = checked_unseen(unseen or (), self.tasks)
+        self.corruption = None if corruption is None else Corruption(corruption, severity)
+        self.batch_size = batch_size
+        self.batches_per_step = batches_per_step
+        self.distribute = distribute
+        self.protocol = protocol
+        self.seed = seed
+        self.num_workers = num_workers
+        self._prefetch = prefetch
+        self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
+        self._cache = cache
+        self._has_views = views is not None
+        self._draws = False  # until it is known how inputs come about
+        self.evaluation_batch_size = evaluation_batch_size
+        self.streams: dict[str, Unlabeled] = {}
+        self.holdout_streams: dict[str, Unlabeled] = {}
+        self.evaluation: dict[str, Labelled] = {}
+        self.unseen_evaluation: dict[str, Labelled] = {}
+        self._scale = scale_of(preprocess)
+        self._max_unreadable = max_unreadable
+        for name in self.unseen:
+            self.unseen_evaluation[name] = self._labelled(scored_only(name, self.tasks[name]), name, preprocess)
+        for name, task in self.tasks.items():
+            if name not in self.unseen:
+                self._open(name, task, limit, holdout, preprocess, views)
+
+    def _open(
+        self, name: str, task: Task, limit: int | None, holdout: float, preprocess: Preprocess | None,
+        views: Views | None,
+    ) -> None:  # fmt: skip
+        """Make a task's streams and scored images."""
+        images, evaluate = divide(name, task, self.protocol, self.seed)
+        images = sample(images, limit, f"{self.seed}/limit/{name}")
+        held_out = None
+        if holdout:
+            images, held_out = hold_out(images, holdout, f"{self.seed}/holdout/{name}")
+        shared = self.num_workers > 0
+        account = self._account(images, name, shared=shared)
+        images = self._corrupted(images, name, self.corruption)
+        self.streams[name] = Unlabeled(images, preprocess, 0, account, views, f"{self.seed}/views/{name}")
+        if held_out is not None:
+            account = self._account(held_out, name, shared=False)
+            held_out = self._corrupted(held_out, name, self.corruption)
+            self.holdout_streams[name] = Unlabeled(held_out, preprocess, len(self.streams[name]), account)
+        if evaluate is not None:
+            self.evaluation[name] = self._labelled(evaluate, name, preprocess)
+
+    def _labelled(self, images: Dataset[Any], task: str, preprocess: Preprocess | None) -> Labelled:
+        return Labelled(images, preprocess, self._account(images, task, shared=self.num_workers > 0))
+
+    def _account(self, images: Dataset[Any], task: str, *, shared: bool) -> Readable:
+        return Readable(images, f"data.tasks.{task}", self._max_unreadable, shared=shared)
+
+    def _corrupted(self, dataset: Dataset[Any], task: str, corruption: Corruption | None) -> Dataset[Any]:
+        if corruption is None:
+            return dataset
+        return Corrupted(dataset, corruption, f"data.tasks.{task}, seed {self.seed}", self._scale)
+
+    def with_corrupted_evaluation(self, corruption: Corruption) -> "UnlabeledTasks":
+        """Return the same data with corrupted images to score; streams are shared."""
+        other = copy.copy(self)
+        for kind in ("evaluation", "unseen_evaluation"):
+            scored = {
+                task: labelled.changed(lambda dataset, task=task: self._corrupted(dataset, task, corruption))
+                for task, labelled in getattr(self, kind).items()
+            }
+            setattr(other, kind, scored)
+        return other
+
+    @property
+    def scored(self) -> dict[str, Labelled]:
+        """Labelled images by task, those of unseen tasks too."""
+        return {**self.evaluation, **self.unseen_evaluation}
+
+    def unreadable(self) -> dict[str, list[str]]:
+        """Return the images to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
+        found = {name: list(stream.readable.names) for name, stream in self.streams.items()}
+        for name, stream in self.holdout_streams.items():
+            found[name] += stream.readable.names
+        return {name: names for name, names in found.items() if names}
+
+    def gather_unreadable(self) -> None:
+        """Let all devices know of the images to adapt on that any of them could not read; all must call."""
+        for stream in (*self.streams.values(), *self.holdout_streams.values()):
+            found = ranks.everyones(stream.readable.unreadable)
+            stream.readable.unreadable = sorted({index for part in found for index in part})
+
+    def unreadable_evaluation(self) -> dict[str, list[str]]:
+        """Return the images to score that could not be read so far, by task; {} for none."""
+        found = {name: labelled.readable.names for name, labelled in self.scored.items()}
+        return {name: names for name, names in found.items() if names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which images could not be read so far, for checkpoints."""
+        return {"unreadable": {name: stream.readable.unreadable for name, stream in self.streams.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on leaving out what was left out before a checkpoint."""
+        for name, indices in state_dict["unreadable"].items():
+            self.streams[name].readable.unreadable = indices
+
+    def setup(self, stage: str) -> None:
+        """Look at how inputs come about, and decide what is kept and read ahead."""
+        if stage != "fit":
+            return
+        natures = {name: nature_of(stream) for name, stream in self.streams.items()}
+        steps = self._steps(self.streams)
+        count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
+        visited: dict[str, tuple[Unlabeled, Sequence[int]]] = {
+            name: (stream, stream.images(range(len(stream)) if count is None else steps.visited(name, count)))
+            for name, stream in self.streams.items()
+        }
+        for name, stream in self.holdout_streams.items():
+            visited[f"{name}, held out"] = stream, range(len(stream))
+        keep_inputs(
+            visited,
+            natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},
+            self._cache,
+            workers=self.num_workers,
+            processes=self.trainer.world_size if self.trainer else 1,
+        )
+        # From generators that a thread must not touch; views too use the generator of the whole process.
+        self._draws = any(nature.random for nature in natures.values())
+        in_memory = all(nature.in_memory for nature in natures.values())
+        if self.num_workers == 0:
+            self._ahead = 0 if self._draws or self._has_views or in_memory else self._prefetch
+
+    def train_dataloader(self) -> "StreamLoader":
+        """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""
+        steps = self._steps(self.streams)
+        return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers, self._ahead)
+
+    def first_batch(self) -> dict[str, TaskBatch]:
+        """Return what the first step of a run sees; on each of several devices its part of that."""
+        return self._steps(self.streams)[0]
+
+    def shares(self) -> dict[str, float]:
+        """Return, for every task, this device's part of a step's inputs, times the number of devices."""
+        steps = self._steps(self.streams)
+        return {task: steps.share(task) for task in self.streams}
+
+    def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
+        """Yield the held-out images once, in their own order; tasks with fewer end earlier.
+
+        Each of several devices has every so many of the batches, and as many as the others: its last may be empty.
+        """
+        size, streams = self.batch_size * self.batches_per_step, self.holdout_streams
+        world, rank = self._ranks()
+        for first in range(0, max(map(len, streams.values()), default=0), world * size):
+            start = first + rank * size
+            yield {
+                task: collate([stream[i] for i in range(start, min(start + size, len(stream)))])
+                for task, stream in streams.items()
+                if start < len(stream)
+            }
+
+    def mixed_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of images to adapt on, (B, ...) by task, that depend on the seed only.
+
+        Args:
+            count: Most batches; at most one pass over the longest stream, shorter ones are repeated.
+        """
+        steps = Steps(self.streams, self.batch_size, self.seed, 0, 1, draws=True)
+        for number in range(min(count, max(steps.per_pass(task) for task in self.streams))):
+            yield {task: batch.inputs for task, batch in steps[number].items()}
+
+    def evaluation_loader(self, task: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the labelled images of a task that can be read, in their own order, (inputs, labels)."""
+        batches: DataLoader[Any] = DataLoader(
+            self.scored[task], self.evaluation_batch_size,
+            num_workers=self.num_workers, collate_fn=collate_labelled,
+        )  # fmt: skip
+        return (batch for batch in batches if batch is not None)
+
+    def teacher_loader(self, task: str, steps: int | None = None) -> DataLoader[TaskBatch]:
+        """Return the stream's samples that this device visits in ``steps`` steps (None: all), in ascending order.
+
+        The order does not depend on the run's position, so that cached teacher outputs are the same
+        to the last bit after a resume.
+        """
+        stream = self.streams[task]
+        visited = list(range(len(stream)))
+        if steps is not None:
+            visited = self._steps(self.streams).visited(task, steps)
+        batch_size = max(self.batch_size, self.evaluation_batch_size)
+        return DataLoader(Subset(stream, visited), batch_size, num_workers=self.num_workers, collate_fn=collate)
+
+    def _steps(self, streams: Mapping[str, Unlabeled]) -> "Steps":
+        world, rank = self._ranks()
+        size = self.batch_size * self.batches_per_step
+        return Steps(streams, size, self.seed, rank, world, self.distribute == "tasks", self._draws)
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of devices, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _steps_per_epoch(self, steps: "Steps") -> int:
+        """One epoch is the whole run where the trainer counts steps, else one pass over the longest stream."""
+        trainer = self.trainer
+        if trainer is not None and trainer.max_steps > 0:
+            return trainer.max_steps * trainer.accumulate_grad_batches
+        return max(1, max(steps.per_pass(task) for task in self.streams))
+
+    def _position(self) -> int:
+        """Batches of this epoch that have been trained on."""
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)
+
+
+def _check_numbers(least: int, **options: object) -> None:
+    for option, found in options.items():
+        if not isinstance(found, int) or isinstance(found, bool) or found < least:
+            raise InputError(f"data.{option}: expected a whole number >= {least}, found {found!r}.")

@@ -1,0 +1,1 @@
+"""Coefficients, merge and functional call: the only trainable thing, and its mathematics."""

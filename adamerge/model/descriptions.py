@@ -1,0 +1,145 @@
+"""What a coefficients file says about itself: how it was made, and whether it belongs to a pool."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adamerge import transforms
+from adamerge.errors import InputError, shorten
+from adamerge.model import constraints
+from adamerge.model import granularity as granularities
+from adamerge.model.granularity import Granularity
+from adamerge.pool.pool import ExpertPool
+
+FORMAT = 1
+
+
+def describe(item: Any) -> Any:
+    """Return a built-in granularity, constraint or transform by name and options, any other object by import path."""
+    if not dataclasses.is_dataclass(item) or isinstance(item, type):
+        state = {key: repr(value) for key, value in sorted(getattr(item, "__dict__", {}).items())}
+        return {"name": f"{type(item).__module__}.{type(item).__qualname__}", **state}
+    own = type(item).__module__.startswith((granularities.__name__, constraints.__name__, f"{transforms.__name__}."))
+    names = {"Unconstrained": "none"}
+    name = (
+        names.get(type(item).__name__, type(item).__name__.lower())
+        if own
+        else f"{type(item).__module__}.{type(item).__qualname__}"
+    )
+    options = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+    options = {key: _plain(value) for key, value in options.items()}
+    return {"name": name, **options} if options else name
+
+
+def _plain(value: Any) -> Any:
+    """Return an option as JSON would give it back."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return describe(value) if dataclasses.is_dataclass(value) else value
+
+
+def granularity_of(described: Any, own: Granularity | None, source: str) -> Granularity:
+    """Rebuild a built-in granularity from its description; never imports anything.
+
+    Args:
+        described: What :func:`describe` returned.
+        own: Used where the described one is not built in.
+        source: What to call the file in messages.
+
+    Raises:
+        InputError: If it is no built-in, or does not take the options.
+    """
+    options = dict(described) if isinstance(described, Mapping) else {"name": described}
+    name = str(options.pop("name", None))
+    kinds: dict[str, Any] = {
+        kind.__name__.lower(): kind
+        for kind in (
+            granularities.Task,
+            granularities.Block,
+            granularities.Layer,
+            granularities.Chunk,
+            granularities.Row,
+            granularities.Column,
+            granularities.Pattern,
+        )
+    }
+    if name not in kinds and own is not None:
+        return own
+    if name not in kinds:
+        raise InputError(
+            f"{source}: granularity {name!r} is not built in (one of {', '.join(kinds)}). "
+            "Pass the granularity object it was made with."
+        )
+    try:
+        result: Granularity = kinds[name](**options)
+    except TypeError as error:
+        raise InputError(f"{source}: granularity {name!r} does not take these options: {error}.") from error
+    return result
+
+
+def _is_nested(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(value, Mapping) for value in content.values())
+
+
+def check_content(content: Any, pool: ExpertPool, source: str) -> None:
+    """Check that a coefficients file's content is well formed and belongs to a pool.
+
+    Raises:
+        InputError: If not; the message begins with ``source``.
+    """
+    required = ("format", "granularity", "experts", "coefficients")
+    missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise InputError(f"{source}: not a coefficients file: the keys {shorten(missing)} are missing.")
+    if content["format"] != FORMAT:
+        raise InputError(f"{source}: format {content['format']!r} is not {FORMAT}; update adamerge to read it.")
+    experts, stored, recorded = content["experts"], content["coefficients"], content.get("pool", {})
+    for key, fits, expected in (
+        (
+            "experts",
+            isinstance(experts, Sequence) and all(isinstance(name, str) for name in experts),
+            "a list of names",
+        ),
+        ("coefficients", _is_nested(stored), "a mapping from expert to a mapping from group to value"),
+        ("pool", isinstance(recorded, Mapping), "a mapping from name to hash"),
+    ):
+        if not fits:
+            raise InputError(f"{source}: not a coefficients file: {key!r} holds something else; expected {expected}.")
+    for names in (experts, stored):
+        if sorted(names) != sorted(pool.expert_names):
+            raise InputError(
+                f"{source}: made for the experts {shorten(names)}, but the pool has {shorten(pool.expert_names)}."
+            )
+    hashes = pool.hashes() if recorded else {}
+    changed = [name for name in hashes if name in recorded and recorded[name] != hashes[name]]
+    if changed:
+        raise InputError(
+            f"{source}: belongs to another pool: the content of {shorten(changed)} differs from what it was made for. "
+            "Use the same base and expert files."
+        )
+    made, here = content.get("task_vectors"), describe_task_vectors(pool)
+    if recorded and made != here:
+        raise InputError(
+            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same "
+            "dtype, transform and parameters (include, exclude), for example by naming the run's folder."
+        )
+
+
+def describe_task_vectors(pool: ExpertPool) -> dict[str, Any]:
+    """Return which parameters merge and what was done to their task vectors, ready for JSON."""
+    return {
+        "dtype": pool.dtype_name,
+        "transform": describe_transform(pool),
+        "parameters": hashlib.sha256("\n".join(sorted(pool.names)).encode()).hexdigest()[:16],
+        "keys": pool.keys_digest,
+    }
+
+
+def describe_transform(pool: ExpertPool) -> Any:
+    """Return what was done to a pool's task vectors, ready for JSON; a packed file says it of its own."""
+    if pool.packed is not None:
+        return pool.packed.transform
+    return None if pool.transform is None else describe(pool.transform)

@@ -1,0 +1,297 @@
+"""The merge and its adjoint: the hot path.
+
+theta_n = theta0_n + sum_e lambda[e, g(n)] tau[e, n]        (merge)
+dL/dlambda[e, g] = sum over n in g of <dL/dtheta_n, tau[e, n]>    (pull_back)
+
+Legend: E experts, G groups, n entries of a flattened parameter. Both passes walk over tiles: pieces
+of a segment small enough that the result stays in the processor's cache while the E task vectors
+stream through it once. A tile with one group is a matrix-vector product; one with several contiguous
+groups (rows, chunks) a batch of them; groups that interleave (columns) are broadcast elementwise.
+Parameters whose task vectors are products of thin matrices (LoRA) stay so: see :mod:`adamerge.model.merge_low_rank`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamerge.model import merge_low_rank as factored
+from adamerge.model.coefficients import Coefficients
+from adamerge.model.granularity import GroupIndex, Segment
+from adamerge.pool.low_rank import Factors, exact_products
+from adamerge.pool.part import PoolPart
+from adamerge.pool.pool import ExpertPool
+
+_TILE = 1 << 17  # entries: the result stays in a second-level cache; longer sums in float32 would lose digits
+_TILE_OF_ACCELERATORS = 1 << 22  # entries: most tensors are one tile, and temporaries stay bounded
+_SHORT = 16  # entries of a group, below which one small product per group costs more than broadcasting
+
+
+@overload
+def merge(pool: ExpertPool, coefficients: Coefficients) -> dict[str, Tensor]: ...
+@overload
+def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool) -> dict[str, Tensor]: ...
+def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False) -> dict[str, Tensor]:
+    r"""Add coefficient-weighted task vectors to the base.
+
+    :math:`\theta_n = \theta^0_n + \sum_e \lambda_{e, g(n)} \tau_{e, n}`
+
+    Args:
+        pool: Base and task vectors; not modified.
+        coefficients: Made for this pool.
+        detach: Return a state dict for export instead: every key of the base checkpoint, with the
+            base's key names and dtypes. Computed on the CPU in float64, elementwise, so that the
+            same coefficients give the same bytes whatever the storage, threads or device.
+
+    Returns:
+        Parameter name (the encoder's) to tensor (*S) in ``pool.compute_dtype``, differentiable in
+        ``coefficients.raw``; or, with ``detach``, the state dict.
+
+    Example:
+        >>> pool = ExpertPool.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+        >>> merge(pool, Coefficients(pool, "task", init=0.25), detach=True)
+        {'w': tensor([0.2500, 0.2500])}
+
+    Reference:
+        Ilharco et al., Task arithmetic, arXiv:2212.04089; Yang et al., AdaMerging, arXiv:2310.02575.
+    """
+    coefficients.check(pool)
+    if detach:
+        return _merge_for_export(pool, coefficients)
+    merged = _Merge.apply(coefficients().to(pool.device), pool, coefficients.index)
+    return dict(zip(pool.names, merged, strict=True))
+
+
+def merge_into(out: Mapping[str, Tensor], pool: ExpertPool | PoolPart, index: GroupIndex, values: Tensor) -> None:
+    """Write the merged parameters into existing tensors; allocates nothing of a model's size.
+
+    Args:
+        out: Parameter name to contiguous tensor (*S) of ``pool.compute_dtype``, overwritten; only these are merged.
+        pool: Base and task vectors.
+        index: The groups.
+        values: Coefficients (E, G) on the pool's device.
+    """
+    with _engine(pool.device) as threads:
+        weights = values.t().contiguous()  # (G, E)
+        for name, tensor in out.items():
+            base, target, segments = pool.base[name].view(-1), tensor.view(-1), index.segments[name]
+            factors = pool.factors(name)
+            if factors is not None:
+                whole, segments = _divided(factors, segments)
+                with _use_threads(threads):
+                    for segment in whole:
+                        factored.merge_segment(target, base, factors, segment, weights)
+            for tile in _tiles(segments, pool.device):
+                _merge_tile(target, base, pool.tile(name, tile.start, tile.stop, reuse=True), tile, weights)
+
+
+def pull_back(pool: ExpertPool, index: GroupIndex, gradients: Mapping[str, Tensor | None]) -> Tensor:
+    """Contract gradients of the merged parameters with the task vectors: the adjoint of the merge.
+
+    Args:
+        pool: The task vectors.
+        index: The groups.
+        gradients: Parameter name to dL/dtheta (*S); None or absent counts as zero and costs nothing.
+
+    Returns:
+        dL/dlambda, (E, G), in ``pool.compute_dtype``.
+    """
+    sums = PullBack(pool, index)
+    for name in pool.names:
+        gradient = gradients.get(name)
+        if gradient is not None:
+            sums.add(name, gradient)
+    return sums.result()
+
+
+class PullBack:
+    """The adjoint of the merge, one parameter after the other as their gradients arrive.
+
+    Args:
+        pool: The task vectors.
+        index: The groups.
+    """
+
+    def __init__(self, pool: ExpertPool | PoolPart, index: GroupIndex) -> None:
+        self._pool = pool
+        self._index = index
+        with _engine(pool.device):
+            shape = (index.size, len(pool.expert_names))
+            self._sums = torch.zeros(shape, dtype=pool.compute_dtype, device=pool.device)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Contract the gradient (*S) of one parameter, or a part of it, with its task vectors."""
+        flat, pool, segments = gradient.reshape(-1), self._pool, self._index.segments[name]
+        with _engine(pool.device) as threads:
+            factors = pool.factors(name)
+            if factors is not None:
+                whole, segments = _divided(factors, segments)
+                with _use_threads(threads):
+                    for segment in whole:
+                        factored.pull_back_segment(self._sums, flat, factors, segment)
+            for tile in _tiles(segments, pool.device):
+                _pull_back_tile(self._sums, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
+
+    @contextmanager
+    def collect(
+        self, leaves: Mapping[str, Tensor], also: Callable[[str, Tensor], None] | None = None
+    ) -> Iterator[None]:
+        """Contract and drop each leaf's gradient the moment a backward pass inside the block completes it.
+
+        So the gradients of a whole model never exist at once, and each is still in the cache when used.
+        ``also`` sees each name and gradient (*S) before it is dropped.
+        """
+
+        def arrived(name: str, leaf: Tensor) -> None:
+            if leaf.grad is not None:
+                self.add(name, leaf.grad)
+                if also is not None:
+                    also(name, leaf.grad)
+                leaf.grad = None
+
+        handles = [leaf.register_post_accumulate_grad_hook(partial(arrived, name)) for name, leaf in leaves.items()]
+        try:
+            yield
+            for name, leaf in leaves.items():  # reached by an earlier backward pass only
+                arrived(name, leaf)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def result(self) -> Tensor:
+        """Return the sum so far, dL/dlambda (E, G)."""
+        return self._sums.t().contiguous()
+
+
+@contextmanager
+def _engine(device: torch.device) -> Iterator[int]:
+    """Run a pass: without autograd, in full precision, and on one thread; yields the number of threads outside.
+
+    One thread already saturates memory on a small machine, and waiting for the others at the end of
+    every tile costs more than they help, most of all where other processes compete for them.
+    """
+    threads = torch.get_num_threads()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products(), _use_threads(1):
+        yield threads
+
+
+@contextmanager
+def _use_threads(count: int) -> Iterator[None]:
+    """Use so many threads: products of factors compute more than they read."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _divided(factors: Factors, segments: tuple[Segment, ...]) -> tuple[list[Segment], tuple[Segment, ...]]:
+    """Divide segments into those that the factored form takes, and those whose groups end within a row."""
+    width = factors.down.shape[1]
+    fitting = [segment for segment in segments if factored.fits(segment, width)]
+    return fitting, tuple(segment for segment in segments if not factored.fits(segment, width))
+
+
+def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segment]:
+    """Cut segments into pieces of at most about ``_TILE`` entries, along their outermost axis."""
+    limit = _TILE if device.type == "cpu" else _TILE_OF_ACCELERATORS
+    for segment in segments:
+        start, outer, groups, inner, first = segment
+        if outer * groups * inner <= limit:
+            yield segment
+        elif outer > 1:
+            step = max(1, limit // (groups * inner))
+            for i in range(0, outer, step):
+                count = min(step, outer - i)
+                yield Segment(start + i * groups * inner, count, groups, inner, first)
+        elif groups > 1 and inner <= limit:
+            step = limit // inner
+            for i in range(0, groups, step):
+                yield Segment(start + i * inner, 1, min(step, groups - i), inner, first + i)
+        else:
+            for k in range(groups):
+                for i in range(0, inner, limit):
+                    yield Segment(start + k * inner + i, 1, 1, min(limit, inner - i), first + k)
+
+
+def _merge_tile(target: Tensor, base: Tensor, tau: Tensor, tile: Segment, weights: Tensor) -> None:
+    """Write one tile of the merge; ``tau`` is (E, entries of the tile), ``weights`` (G, E)."""
+    out, start = target[tile.start : tile.stop], base[tile.start : tile.stop]
+    weights = weights[tile.first : tile.first + tile.groups]
+    if tile.groups == 1:
+        torch.addmv(start, tau.t(), weights[0], out=out)
+    elif _is_batch(tile, tau):
+        rows = (tile.groups, 1, tile.inner)
+        tau = tau.view(-1, tile.groups, tile.inner).transpose(0, 1)  # (groups, E, inner)
+        torch.baddbmm(start.view(rows), weights.unsqueeze(1), tau, out=out.view(rows))
+    else:
+        block = (tile.outer, tile.groups, tile.inner)
+        start, out = start.view(block), out.view(block)
+        for task_vector, weight in zip(tau, weights.t().contiguous(), strict=True):
+            torch.addcmul(start, task_vector.view(block), weight.unsqueeze(1), out=out)
+            start = out
+
+
+def _pull_back_tile(result: Tensor, gradient: Tensor, tau: Tensor, tile: Segment) -> None:
+    """Add one tile's inner products to ``result`` (G, E); ``tau`` is (E, entries of the tile)."""
+    piece = gradient[tile.start : tile.stop]
+    result = result[tile.first : tile.first + tile.groups]
+    if tile.groups == 1:
+        torch.addmv(result[0], tau, piece, out=result[0])
+    elif _is_batch(tile, tau):
+        tau = tau.view(-1, tile.groups, tile.inner).permute(1, 2, 0)  # (groups, inner, E)
+        result.unsqueeze(1).baddbmm_(piece.view(tile.groups, 1, tile.inner), tau)
+    else:
+        block = (tile.outer, tile.groups, tile.inner)
+        result += (tau.view(-1, *block) * piece.view(block)).sum((1, 3)).t()
+
+
+def _is_batch(tile: Segment, tau: Tensor) -> bool:
+    """Whether a tile is best seen as one product per group.
+
+    Never on accelerators: a batched product may round to TensorFloat-32 there, broadcasting does not.
+    """
+    return tile.outer == 1 and tile.inner >= _SHORT and tau.device.type == "cpu"
+
+
+class _Merge(torch.autograd.Function):
+    """The merge as a differentiable function of the coefficients, for plain autograd use."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, pool: ExpertPool, index: GroupIndex) -> tuple[Tensor, ...]:
+        ctx.pool, ctx.index = pool, index
+        ctx.set_materialize_grads(False)
+        out = {name: torch.empty_like(tensor) for name, tensor in pool.base.items()}
+        merge_into(out, pool, index, values)
+        return tuple(out.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        named = dict(zip(ctx.pool.names, gradients, strict=True))
+        return pull_back(ctx.pool, ctx.index, named), None, None
+
+
+def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str, Tensor]:
+    values = coefficients().detach().cpu().double()
+    state_dict = {}
+    for key in pool.source.keys:
+        name = pool.keys.name(key)
+        name = pool.tied.get(name, name) if name is not None else None
+        if name not in pool.shapes:
+            state_dict[key] = pool.source.get(key).clone()
+            continue
+        merged = pool.base[name].cpu().to(torch.float64, copy=True).view(-1)
+        for tile in _tiles(coefficients.index.segments[name], torch.device("cpu")):
+            block = (tile.outer, tile.groups, tile.inner)
+            out = merged[tile.start : tile.stop].view(block)
+            tau = pool.exact_tile(name, tile.start, tile.stop)
+            for task_vector, weight in zip(tau, values, strict=True):
+                out += task_vector.view(block) * weight[tile.first : tile.first + tile.groups, None]
+        state_dict[key] = merged.view(pool.shapes[name]).to(pool.source.spec(key)[1])
+    return state_dict

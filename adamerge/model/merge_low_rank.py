@@ -1,0 +1,57 @@
+"""The merge and its adjoint where task vectors are products of thin matrices: nothing of their full size is formed.
+
+    theta = theta0 + sum_e lambda_e up_e down_e,    dL/dlambda_e = <dL/dtheta, up_e down_e>
+
+Coefficients per row scale the rows of ``up``, those per column the columns of ``down``; one for the whole is a
+single run of rows. Legend: R ranks of all experts, E experts, G groups; a parameter is a matrix (d, w).
+"""
+
+import torch
+from torch import Tensor
+
+from adamerge.model.granularity import Segment
+from adamerge.pool.low_rank import Factors, exact_products
+
+
+def fits(segment: Segment, width: int) -> bool:
+    """Whether a segment's groups are runs of whole rows, or of whole columns, of a matrix with rows of ``width``."""
+    return segment.start % width == 0 and (_is_by_rows(segment, width) or segment.groups * segment.inner == width)
+
+
+def merge_segment(target: Tensor, base: Tensor, factors: Factors, segment: Segment, weights: Tensor) -> None:
+    """Write one segment of the merge.
+
+    Args:
+        target: The flattened parameter (n,), overwritten there.
+        base: The base's (n,).
+        factors: All experts'.
+        segment: One that :func:`fits`.
+        weights: Coefficients (G, E).
+    """
+    width = factors.down.shape[1]
+    rows, groups = slice(segment.start // width, segment.stop // width), segment.groups
+    scales = weights[segment.first : segment.first + groups][:, factors.owner]  # (groups, R)
+    up, down = factors.up[rows], factors.down
+    if _is_by_rows(segment, width):
+        up = (up.unflatten(0, (groups, -1)) * scales.unsqueeze(1)).flatten(0, 1)
+    else:
+        down = (down.unflatten(1, (groups, -1)) * scales.t().unsqueeze(2)).flatten(1)
+    with exact_products():
+        torch.addmm(base.view(-1, width)[rows], up, down, out=target.view(-1, width)[rows])
+
+
+def pull_back_segment(result: Tensor, gradient: Tensor, factors: Factors, segment: Segment) -> None:
+    """Add one segment's inner products to ``result`` (G, E); ``gradient`` is the parameter's, (n,)."""
+    width = factors.down.shape[1]
+    rows, groups = slice(segment.start // width, segment.stop // width), segment.groups
+    piece, up = gradient.view(-1, width)[rows], factors.up[rows]
+    with exact_products():
+        if _is_by_rows(segment, width):
+            by_rank = ((piece @ factors.down.t()) * up).unflatten(0, (groups, -1)).sum(1)
+        else:
+            by_rank = ((up.t() @ piece) * factors.down).unflatten(1, (groups, -1)).sum(2).t()
+        result[segment.first : segment.first + groups] += by_rank @ factors.members
+
+
+def _is_by_rows(segment: Segment, width: int) -> bool:
+    return segment.outer == 1 and segment.inner % width == 0

@@ -1,0 +1,302 @@
+"""Coefficients as the field publishes them, lists without names, to a ``coefficients.json`` with names.
+
+AdaMerging's are rows of a Python file: one row per parameter tensor in the order in which open_clip registers them,
+the text tower's leftovers included, one column per expert after the base's. Nothing in such a file is run.
+"""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adamerge.checkpoints.checkpoint import load_state_dict
+from adamerge.checkpoints.pickles import find_tensors, open_pickled
+from adamerge.checkpoints.pickles.records import TensorView
+from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.model.descriptions import FORMAT
+from adamerge.system.files import sha256
+
+Rows = tuple[tuple[float, ...], ...]
+
+# open_clip's order: of a CLIP without its text transformer, of the visual tower, and of each of its blocks.
+_BEFORE, _AFTER = 3, 3  # positional_embedding, text_projection, logit_scale; token_embedding, ln_final's two
+_STEM = ("class_embedding", "positional_embedding", "proj", "conv1.weight", "ln_pre.weight", "ln_pre.bias")
+_BLOCK = (
+    *("ln_1.weight", "ln_1.bias", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight"),
+    *("attn.out_proj.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
+    "mlp.c_proj.bias",
+)
+_END = ("ln_post.weight", "ln_post.bias")
+_IN_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+EIGHT = ("sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")  # AdaMerging's columns
+
+
+@dataclass(frozen=True)
+class PublishedList:
+    """One list of coefficients.
+
+    Attributes:
+        name: How it is chosen, such as ``lw_adamerging/ViT-B-32``.
+        rows: As published: one (task-wise), or one per parameter tensor.
+        source: Where it comes from.
+    """
+
+    name: str
+    rows: Rows
+    source: Mapping[str, str]
+
+
+def facts_of(published: PublishedList) -> dict[str, str | int]:
+    """Return what the name of a shipped list says, and its size."""
+    method, model = published.name.split("/")
+    granularity, _, variant = method.partition("_")
+    return {
+        "name": published.name,
+        "model": model,
+        "method": {"adamerging": "AdaMerging", "adamergingpp": "AdaMerging++"}[variant],
+        "granularity": {"tw": "task", "lw": "layer"}[granularity],
+        "rows": len(published.rows),
+        "columns": len(published.rows[0]),
+    }
+
+
+def shipped_lists() -> dict[str, PublishedList]:
+    """Return the lists that ship, by name."""
+    text = (files(__package__) / "published.yaml").read_text(encoding="utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
+    source = {"paper": content["paper"], "repository": content["repository"], "licence": content["licence"]}
+    lists = content["lists"]
+    return {name: PublishedList(name, _of_lines(rows, name), source) for name, rows in lists.items()}
+
+
+def read_lists(path: Path) -> dict[str, PublishedList]:
+    """Read a file of lists: AdaMerging's Python file, a text or JSON of rows, or a file of one tensor.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it holds no list of rows of numbers.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, and no list of that name ships.")
+    source = {"file": path.name, "sha256": sha256(path)}
+    if path.suffix == ".py":
+        found = {name: PublishedList(name, rows, source) for name, rows in _of_python(path).items()}
+        if not found:
+            raise InputError(f"{path}: expected lists of rows, such as merging_cofficient.py has, found none.")
+        return found
+    is_tensor = path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    rows = _of_tensor(path) if is_tensor else _of_text(path)
+    return {path.stem: PublishedList(path.stem, rows, source)}
+
+
+def chosen_list(target: str, name: str | None) -> PublishedList:
+    """Return a shipped list by name, or one of a file's.
+
+    Raises:
+        FileNotFoundError: If ``target`` is neither.
+        InputError: If the file has several, or none of that name.
+    """
+    shipped = shipped_lists()
+    if target in shipped:
+        return shipped[target]
+    if not Path(target).is_file() and not Path(target).suffix:
+        raise InputError(
+            f"coefficients import {target}: no such file, and no list of that name ships; shipped: "
+            f"{', '.join(shipped)}.{did_you_mean(target, shipped)}"
+        )
+    lists = read_lists(Path(target))
+    if name is None and len(lists) == 1:
+        return next(iter(lists.values()))
+    if name not in lists:
+        raise InputError(
+            f"{target}: --list: expected one of {', '.join(lists)}, found {name}.{did_you_mean(str(name), lists)}"
+        )
+    return lists[name]
+
+
+def named_coefficients(
+    published: PublishedList, parameters: Sequence[str], experts: Sequence[str], order: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Pair a list with names; the result is what ``coefficients.json`` holds.
+
+    Args:
+        published: The list.
+        parameters: Those that merge, of open_clip's ViT without its prefix, in any order.
+        experts: The pool's, in any order.
+        order: Of the list's columns, by the pool's names; default the eight of AdaMerging.
+
+    Raises:
+        InputError: If rows or columns are not those of the pool.
+    """
+    rows = _without_base(published, experts)
+    columns = _columns(published, experts, order)
+    granularity, labels = "task", tuple[str, ...](["all"])
+    if len(rows) > 1:
+        granularity, labels = "layer", registration_order(parameters)
+        rows = _visual(published.name, rows, len(labels))
+    values = {
+        expert: dict(zip(labels, (row[column] for row in rows), strict=True)) for column, expert in enumerate(columns)
+    }
+    return {
+        "format": FORMAT,
+        "granularity": granularity,
+        "constraint": "none",
+        "experts": list(experts),
+        "coefficients": {expert: values[expert] for expert in experts},
+        "source": {"list": published.name, **published.source},
+    }
+
+
+def registration_order(parameters: Sequence[str]) -> tuple[str, ...]:
+    """Return the parameters of open_clip's visual transformer in the order of ``named_parameters()``.
+
+    Raises:
+        InputError: If there are others, or some are missing.
+    """
+    blocks = {int(match[1]) for name in parameters if (match := _IN_BLOCK.fullmatch(name))}
+    inner = (f"transformer.resblocks.{block}.{name}" for block in sorted(blocks) for name in _BLOCK)
+    expected = (*_STEM, *inner, *_END)
+    missing, other = set(expected) - set(parameters), set(parameters) - set(expected)
+    if missing or other:
+        raise InputError(
+            "Layer-wise lists are of open_clip's CLIP ViTs, all of whose visual tower merges: the pool lacks "
+            f"{shorten(sorted(missing)) or 'nothing'} and has besides {shorten(sorted(other)) or 'nothing'}."
+        )
+    return expected
+
+
+def _without_base(published: PublishedList, experts: Sequence[str]) -> Rows:
+    """Return the rows with one column per expert, without the base's, the first, where there is one."""
+    rows, count, width = published.rows, len(experts), len(published.rows[0])
+    pool = f"the pool's {count} experts, {shorten(experts, 8)}"
+    if width == count:
+        return rows
+    if width != count + 1:
+        raise InputError(
+            f"{published.name}: expected as many columns as {pool}, or one more for the base, found {width}. Take a "
+            "list of these experts, or a pool of the list's."
+        )
+    if any(row[0] != 1 for row in rows):
+        raise InputError(
+            f"{published.name}: found {width} columns for {pool}, so the first would be the base's, but it holds other "
+            "values than 1. Take a list of these experts, or a pool of the list's."
+        )
+    return tuple(row[1:] for row in rows)
+
+
+def _columns(published: PublishedList, experts: Sequence[str], order: Sequence[str] | None) -> Sequence[str]:
+    columns = list(order or EIGHT)
+    if sorted(columns) != sorted(experts):
+        asked = "--order" if order else "the list's columns"
+        raise InputError(
+            f"{published.name}: {asked}: {', '.join(columns)}: expected the pool's experts, {', '.join(experts)}, each "
+            "once. Name them in the order of the columns: --order NAME,NAME,..."
+        )
+    return columns
+
+
+def _visual(name: str, rows: Rows, count: int) -> Rows:
+    """Return the rows of the visual tower, without the text tower's leftovers, which were never trained."""
+    if len(rows) == count:
+        return rows
+    whole = count + _BEFORE + _AFTER
+    if len(rows) != whole:
+        raise InputError(
+            f"{name}: expected {count} rows, one per tensor of the visual tower, or {whole} with the "
+            f"text tower's leftovers, found {len(rows)}. Is it a list of another model?"
+        )
+    leftovers = {value for row in (*rows[:_BEFORE], *rows[-_AFTER:]) for value in row}
+    if len(leftovers) != 1:
+        raise InputError(
+            f"{name}: expected one initial value in the first {_BEFORE} and last {_AFTER} rows, the text tower's, "
+            f"which are not trained, found {shorten(map(str, sorted(leftovers)))}. Are the rows in open_clip's order?"
+        )
+    return rows[_BEFORE:-_AFTER]
+
+
+def _of_python(path: Path) -> dict[str, Rows]:
+    """Return the lists of rows in a Python file, named by the texts that the conditions around them compare with."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"{path}: expected Python, found: {error}.") from error
+    found: dict[str, Rows] = {}
+
+    def visit(node: ast.AST, labels: tuple[str, ...]) -> None:
+        if isinstance(node, ast.If):
+            texts = (n.value for n in ast.walk(node.test) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+            own = (*labels, *texts)
+            for child, of in ((node.body, own), (node.orelse, labels)):
+                for statement in child:
+                    visit(statement, of)
+            return
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
+            try:
+                rows = _rows(ast.literal_eval(node.value), str(path))
+            except (ValueError, InputError):  # a list of something else, or of variables
+                return
+            found["/".join(labels) or str(getattr(node.targets[0], "id", "list"))] = rows
+            return
+        for part in ast.iter_child_nodes(node):
+            visit(part, labels)
+
+    visit(tree, ())
+    return found
+
+
+def _of_text(path: Path) -> Rows:
+    """Read JSON or a printed list, else lines of numbers."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected a text of numbers ({error}).") from error
+    if text.startswith("["):
+        try:
+            return _rows(ast.literal_eval(text), str(path))
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise InputError(f"{path}: expected a list of rows of numbers, found: {error}.") from error
+    return _of_lines(text, str(path))
+
+
+def _of_lines(text: str, where: str) -> Rows:
+    """Read lines of numbers, divided by blanks or commas."""
+    lines = [re.split(r"[,;\s]+", line.strip(" \t,;")) for line in text.splitlines() if line.strip()]
+    try:
+        rows = [[float(word) for word in line] for line in lines]
+    except ValueError as error:
+        raise InputError(f"{where}: expected lines of numbers ({error}).") from error
+    return _rows(rows, where)
+
+
+def _of_tensor(path: Path) -> Rows:
+    """Read the one tensor of a file, (rows, experts)."""
+    if path.suffix == ".safetensors":
+        tensors = load_state_dict(path)
+    else:
+        pickled = open_pickled(path)
+        is_bare = isinstance(pickled.root, TensorView)
+        tensors = {path.stem: pickled.root.tensor()} if is_bare else find_tensors(pickled).tensors()
+    if len(tensors) != 1 or next(iter(tensors.values())).ndim != 2:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise InputError(
+            f"{path}: expected one tensor of shape (rows, experts), found {shorten(map(str, shapes.items()))}."
+        )
+    return _rows(next(iter(tensors.values())).double().tolist(), str(path))
+
+
+def _rows(found: Any, where: str) -> Rows:
+    """Check that something is a list of equally long rows of numbers."""
+    is_rows = (
+        isinstance(found, (list, tuple)) and found and all(isinstance(row, (list, tuple)) and row for row in found)
+    )
+    numbers = [value for row in found for value in row] if is_rows else []
+    if not is_rows or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
+        raise InputError(f"{where}: expected a list of rows of numbers, [[0.3, ...], ...].")
+    if len({len(row) for row in found}) != 1 or not all(abs(value) < float("inf") for value in numbers):
+        raise InputError(f"{where}: expected rows of one length, of finite numbers.")
+    return tuple(tuple(float(value) for value in row) for row in found)

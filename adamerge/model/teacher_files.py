@@ -1,0 +1,183 @@
+"""What the experts say, kept in a folder from run to run.
+
+One safetensors file per batch, named by a hash of everything that decides its content: the expert, the head, the
+encoder, the layers asked for, how it is computed, and the inputs themselves. What differs in any of these
+has another name (an encoder counts by its class, its print and its buffers: empty the folder after editing its code),
+and every file can be deleted. The inputs are hashed as the encoder sees them, preprocessed: images are still read in
+each run, which costs little beside asking an expert, and another transform, split or sample is another name.
+
+The batch is the unit, not the sample: a sample's outputs change in their last bits with the batch it is part of, and a
+run must not depend on what other runs have left in the folder. Samples come in a fixed order
+(:meth:`~adamerge.data.UnlabeledTasks.teacher_loader`), so the next run on the same data asks for the same batches.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, save_state_dict
+from adamerge.errors import InputError
+from adamerge.model.merged_model import MergedModel
+from adamerge.model.teachers import Outputs
+from adamerge.pool.low_rank import matmul_precision
+from adamerge.system.files import ensure_writable
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_SUM = "adamerge_teacher"  # metadata: the checksum of the tensors
+_HIDDEN = "hidden/"
+
+
+class TeacherFiles:
+    """A folder of the experts' outputs, which several processes may share.
+
+    Args:
+        folder: Made if needed.
+
+    Raises:
+        InputError: If the folder cannot be written to.
+
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        ensure_writable(self.folder)
+        self._read = self._written = 0
+
+    def summary(self) -> str:
+        """Say how many batches came from the folder and how many went there."""
+        return f"{self._read} batches read from {self.folder}, {self._written} computed and added"
+
+    def path(self, key: str, inputs: Tensor) -> Path:
+        """Return the file of a batch of inputs (B, ...) under :func:`model_key`'s ``key``."""
+        return self.folder / f"{digest({'model': key, 'inputs': inputs})[:40]}.safetensors"
+
+    def get(self, path: Path) -> Outputs | None:
+        """Return the outputs in a file, on the CPU; None where there is none, or, with a warning, a damaged one."""
+        if not path.exists():
+            return None
+        try:
+            file = SafetensorsCheckpoint(path)
+            tensors = {key: file.get(key).clone() for key in file.keys}  # a copy: the file may be replaced or deleted
+            with safe_open(path, framework="pt") as opened:
+                expected = (opened.metadata() or {}).get(_SUM)
+            if digest(tensors) != expected:
+                raise InputError(f"{path}: the content is not what was written.")
+            hidden = {key.removeprefix(_HIDDEN): value for key, value in tensors.items() if key.startswith(_HIDDEN)}
+            outputs = Outputs(tensors["logits"], tensors["features"], hidden)
+        except (InputError, OSError, KeyError) as error:
+            log.warning("teacher_cache: a damaged file is computed again (%s)", " ".join(str(error).split()))
+            return None
+        self._read += 1
+        return outputs
+
+    def put(self, path: Path, outputs: Outputs) -> None:
+        """Write the outputs of a batch, atomically; where that fails the run goes on without."""
+        tensors = {"logits": outputs.logits, "features": outputs.features}
+        tensors |= {f"{_HIDDEN}{name}": value for name, value in outputs.hidden.items()}
+        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
+        try:
+            save_state_dict(tensors, path, {_SUM: digest(tensors)})
+        except OSError as error:
+            log.warning("teacher_cache: %s cannot be written (%s)", path, error.strerror or error)
+            return
+        self._written += 1
+
+
+def ask_expert(
+    model: MergedModel,
+    task: str,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    hidden_layers: Sequence[str] = (),
+    files: TeacherFiles | None = None,
+    computed: Mapping[str, str] | None = None,
+) -> None:
+    """Put what a task's expert says of batches into the model's cache.
+
+    Args:
+        model: Its pool has the expert, its ``teacher_cache`` gets the outputs.
+        task: Whose expert.
+        batches: Inputs (B, ...) and their positions in the task's stream (B,).
+        hidden_layers: Modules of the encoder to capture, by path or glob.
+        files: Looked into before the expert is asked; if they have all, not even its parameters are read.
+        computed: What else decides the bits of the outputs, such as precision and device.
+    """
+    expert, device = model.teacher_of(task), model.pool.device
+    key = "" if files is None else _model_key(model, task, hidden_layers, computed or {})
+    asked: list[tuple[Tensor, Path | None]] = []
+
+    def missing() -> Iterator[tuple[str, Tensor]]:
+        for inputs, indices in batches:
+            path = files.path(key, inputs) if files else None
+            stored = files.get(path) if files and path else None
+            if stored is None:
+                asked.append((indices, path))
+                yield task, inputs.to(device)
+            else:
+                model.teacher_cache.put(task, indices, stored.to(device))
+
+    questions = missing()
+    first = next(questions, None)
+    if first is None and not model.is_sharded:
+        return
+    asking = questions if first is None else itertools.chain([first], questions)
+    for outputs in model.expert_outputs(expert, asking, hidden_layers):
+        indices, path = asked.pop()
+        model.teacher_cache.put(task, indices, outputs)
+        if files and path:
+            files.put(path, outputs)
+
+
+def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], computed: Mapping[str, str]) -> str:
+    """Hash all that decides the outputs of a task's expert but the inputs.
+
+    The encoder counts with its class, its modules as they are printed, and its own buffers; a head with its tensors;
+    the base too, as it stands in for what an expert's file lacks.
+    """
+    hashes, encoder, head = model.pool.hashes(), model.encoder, model.heads[task]
+    return digest(
+        {
+            "format": _FORMAT,
+            "files": [hashes["base"], hashes[model.teacher_of(task)], model.pool.keys_digest],
+            "encoder": [*_described(encoder), dict(encoder.named_buffers())],
+            "head": [*_described(head), head.state_dict()],
+            "hidden_layers": list(hidden_layers),
+            "dtype": str(model.pool.compute_dtype),
+            "matmul": matmul_precision(),
+            "torch": torch.__version__,
+            "computed": dict(computed),
+        }
+    )
+
+
+def digest(content: Any) -> str:
+    """Hash nested mappings and lists of texts, numbers and tensors; tensors by dtype, shape and bytes."""
+    tensors: list[Tensor] = []
+
+    def described(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            tensors.append(item)
+            return ["tensor", str(item.dtype), list(item.shape)]
+        if isinstance(item, Mapping):
+            return {str(key): described(item[key]) for key in sorted(item)}
+        return [described(part) for part in item] if isinstance(item, (list, tuple)) else item
+
+    result = hashlib.sha256(json.dumps(described(content)).encode())
+    for tensor in tensors:
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()
+
+
+def _described(module: nn.Module) -> list[str]:
+    """Return a module's class and print, without addresses in memory."""
+    return [f"{type(module).__module__}.{type(module).__qualname__}", re.sub(r" at 0x[0-9a-f]+", "", repr(module))]

@@ -1,0 +1,1 @@
+"""Base and experts: checked, and seen as task vectors."""

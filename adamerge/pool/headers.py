@@ -1,0 +1,213 @@
+"""What the headers of a pool's files say: which tensors merge, which do not and why, what is wrong.
+
+No tensor is read here, so that a pool of large models is checked in milliseconds.
+"""
+
+import fnmatch
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Size, Tensor
+
+from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.errors import InputError, did_you_mean, shorten
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class KeyMap:
+    """Relates the keys of checkpoint files to the encoder's parameter names."""
+
+    def __init__(self, base_keys: Sequence[str], key_map: str | Mapping[str, str] | None) -> None:
+        self.map = key_map or ""
+        self._to_file = {name: key for key in base_keys if (name := self.name(key)) is not None}
+
+    def name(self, file_key: str) -> str | None:
+        """Return the encoder's name of a file's key, or None where it is not the encoder's."""
+        if isinstance(self.map, str):
+            return file_key.removeprefix(self.map) if file_key.startswith(self.map) else None
+        return self.map.get(file_key)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._to_file
+
+    def file_key(self, name: str) -> str:
+        """Return the key of a parameter in the files."""
+        return self._to_file[name]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the headers say: which parameters merge, which do not and why, and all that is wrong."""
+
+    merged: tuple[str, ...]
+    fixed: tuple[str, ...]
+    skipped: Mapping[str, str]
+    problems: tuple[str, ...]
+
+
+def check_layout(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    keys: KeyMap,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    tied: Mapping[str, str],
+) -> Layout:
+    """Compare names, shapes and dtypes without reading a tensor; collect everything that is wrong."""
+    merged, fixed, skipped = [], [], {}
+    is_excluded = _matcher(exclude)
+    is_included = _matcher(include) if include is not None else lambda name: True
+
+    def is_ignored(name: str) -> bool:
+        return is_excluded(name) or not is_included(name) or name in tied
+
+    for key in base.keys:
+        name = keys.name(key)
+        if name is None:
+            skipped[key] = "not part of the encoder"
+        elif name in tied:
+            skipped[key] = f"tied to {tied[name]}"
+        elif name.rsplit(".", 1)[-1] in _STATISTICS:
+            skipped[key] = "normalisation statistics: see batch_norm"
+        elif is_excluded(name) or not is_included(name):
+            skipped[key] = "excluded"
+            fixed.append(name)
+        elif not base.spec(key)[1].is_floating_point:
+            skipped[key] = f"integer tensor ({str(base.spec(key)[1]).removeprefix('torch.')})"
+        else:
+            merged.append(name)
+    problems = _option_problems(base, keys, include, exclude, tied)
+    if not merged:
+        problems.append(
+            f"{base.name}: no tensor to merge: none of its {len(base.keys)} keys, such as "
+            f"{next(iter(base.keys), None)!r}, is left by key_map={keys.map!r}, include and exclude."
+        )
+    for expert, checkpoint in experts.items():
+        problems += _compare(base, expert, checkpoint, keys, merged, is_ignored)
+    return Layout(tuple(merged), tuple(fixed), skipped, tuple(problems))
+
+
+def check_names(experts: Mapping[str, object]) -> None:
+    """Refuse an empty pool, the reserved name ``base``, and one file under two names."""
+    if not experts:
+        raise InputError("experts: expected at least one expert (name to file), found none.")
+    if "base" in experts:
+        raise InputError("experts: the name 'base' is reserved for the pretrained model; rename that expert.")
+    by_file: dict[str, str] = {}
+    for name, path in experts.items():
+        if isinstance(path, (str, Path)) and os.path.exists(path):
+            other = by_file.setdefault(os.path.realpath(path), name)
+            if other != name:
+                raise InputError(
+                    f"Experts {other!r} and {name!r} are the same file: {path}. Remove one or name its own file."
+                )
+
+
+def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return alias to first name, of tensors that are the same memory, read in the same order."""
+    first: dict[tuple[int, Size, tuple[int, ...]], str] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            canonical = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
+            if canonical != name:
+                result[name] = canonical
+    return result
+
+
+def _compare(
+    base: Checkpoint,
+    expert: str,
+    checkpoint: Checkpoint,
+    keys: KeyMap,
+    merged: Sequence[str],
+    is_ignored: Callable[[str], bool],
+) -> list[str]:
+    """List how one expert's header differs from the base's."""
+    where = f"Expert {expert!r} ({checkpoint.name})" if checkpoint.name != expert else f"Expert {expert!r}"
+    present = set(checkpoint.keys)
+    expected = {keys.file_key(name): name for name in merged}
+    missing = [key for key in expected if key not in present]
+    known = set(base.keys)
+    extra = [key for key in checkpoint.keys if key not in known and _is_own(keys, key, is_ignored)]
+    reshaped, integer = [], []
+    for key in (key for key in expected if key in present):
+        shape, dtype = checkpoint.spec(key)
+        if not dtype.is_floating_point:
+            integer.append((key, dtype))
+        elif shape != base.spec(key)[0]:
+            reshaped.append(key)
+    problems = []
+    if reshaped:
+        key = reshaped[0]
+        problems.append(
+            f"{where} does not match the base: {len(reshaped)} of {len(expected)} tensors differ in shape, "
+            f"first {key!r}: expected {base.spec(key)[0]}, found {checkpoint.spec(key)[0]}. "
+            "Were both made from the same architecture?"
+        )
+    if missing:
+        hint = did_you_mean(missing[0], extra or present)
+        problems.append(
+            f"{where} lacks {len(missing)} of {len(expected)} tensors of the base: {shorten(missing)}.{hint} "
+            "Was it made from the same architecture, and is key_map right?"
+        )
+    if extra:
+        problems.append(
+            f"{where} has {len(extra)} tensors that the base lacks: {shorten(extra)}. "
+            "Leave them out with exclude=[...] if they are not part of the encoder."
+        )
+    if integer:
+        key, dtype = integer[0]
+        problems.append(
+            f"{where}: tensor {key!r} has the integer dtype {dtype}, expected floating point. "
+            "Quantized experts cannot be merged: dequantize the file first."
+        )
+    return problems
+
+
+def _is_own(keys: KeyMap, key: str, is_ignored: Callable[[str], bool]) -> bool:
+    """Whether a key that only the expert has belongs to the encoder, so that ignoring it would lose something."""
+    name = keys.name(key)
+    return name is not None and not is_ignored(name) and name.rsplit(".", 1)[-1] not in _STATISTICS
+
+
+def _matcher(globs: Sequence[str] | None) -> Callable[[str], bool]:
+    patterns = tuple(globs or ())
+    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _option_problems(
+    base: Checkpoint,
+    keys: KeyMap,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    tied: Mapping[str, str],
+) -> list[str]:
+    """List what the options name that is not there."""
+    problems = [
+        f"pool.{option}: expected a list of globs, found the text {globs!r}; write [{globs!r}]."
+        for option, globs in (("include", include), ("exclude", exclude))
+        if isinstance(globs, str)
+    ]
+    by_name: dict[str, str] = {}
+    for key in base.keys:
+        name = keys.name(key)
+        if name is not None and by_name.setdefault(name, key) != key:
+            problems.append(f"key_map gives {by_name[name]!r} and {key!r} the same name {name!r}; name each once.")
+    if isinstance(keys.map, Mapping):
+        unknown = [key for key in keys.map if key not in set(base.keys)]
+        problems += [f"key_map: {base.name} has no tensor {key!r}.{did_you_mean(key, base.keys)}" for key in unknown]
+    problems += [
+        f"pool.tied: {alias!r} is tied to {name!r}, which is no untied tensor of {base.name}."
+        f"{did_you_mean(name, by_name)}"
+        for alias, name in tied.items()
+        if name not in by_name or name in tied
+    ]
+    return problems + [
+        f"pool.include: the pattern {pattern!r} matches no tensor of {base.name}.{did_you_mean(pattern, by_name)}"
+        for pattern in include or ()
+        if not fnmatch.filter(by_name, pattern)
+    ]

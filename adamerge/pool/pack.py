@@ -1,0 +1,160 @@
+"""Write a pool's task vectors into one file, to be read as mapped memory: see :mod:`adamerge.pool.packed`."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from adamerge.errors import InputError
+from adamerge.model.descriptions import describe, describe_transform
+from adamerge.pool.low_rank import matrix_shape
+from adamerge.pool.packed import FORMAT, METADATA, SCALES
+from adamerge.pool.pool import ExpertPool
+from adamerge.pool.stacks import ALIGN, encode, takes_int8
+from adamerge.system.files import atomic_path
+from adamerge.transforms import Prepared
+
+_PIECE = 1 << 19  # entries of a tile, of all experts together, in whole rows
+_BYTES = ALIGN * 4  # where stacks begin, as far as their sizes allow
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
+
+
+def write_packed(
+    pool: ExpertPool,
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    transform: Any = None,
+    on_parameter: Callable[[str], None] | None = None,
+) -> Path:
+    """Write a pool's task vectors, transformed as they are, as one safetensors file.
+
+    Written tile by tile, so that no more than a few rows of one parameter are in memory, under a temporary name that
+    replaces ``path`` when it is complete. Open it with ``ExpertPool.from_files(..., task_vectors=path)``.
+
+    Args:
+        pool: Any; LoRA experts are written in full.
+        path: The file.
+        dtype: float32, bfloat16, float16 or int8; default the pool's compute dtype.
+        transform: Of a pool that has none, applied while writing: in tiles where it is elementwise, else to one
+            parameter at a time. A pool that streams its experts then never holds the result.
+        on_parameter: Called with each name once it is written, for progress bars.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: If the dtype is none of these, or too small for a task vector; if the pool is transformed already,
+            or the transform leaves nothing of an expert.
+    """
+    path, dtype = Path(path), dtype or pool.compute_dtype
+    if dtype not in _NAMES:
+        raise InputError(f"dtype: expected float32, bfloat16, float16 or int8, found {dtype}.")
+    if transform is not None and (pool.transform is not None or pool.packed is not None):
+        raise InputError(
+            f"transform: expected a pool of raw experts, found one with {describe_transform(pool) or 'packed vectors'}."
+        )
+    prepared = None if transform is None else Prepared(transform, pool)
+    header, offsets = _header(pool, dtype, describe_transform(pool) if transform is None else describe(transform))
+    changed = torch.zeros(len(pool.expert_names), dtype=torch.bool)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in pool.names:
+            kept = _dtype_of(pool, name, dtype)
+            rows, width = matrix_shape(pool.shapes[name])
+            for row, tile in _tiles(pool, name, prepared):
+                changed |= (tile != 0).any(1)
+                if kept == torch.int8:
+                    codes, scales = encode(tile.unflatten(1, (-1, width)))
+                    _write(file, codes.flatten(1), offsets[name], row * width, rows * width)
+                    _write(file, scales, offsets[name + SCALES], row, rows)
+                    continue
+                values = tile.to(kept)
+                if not torch.isfinite(values).all():
+                    raise InputError(f"dtype: {kept} overflows in the task vectors of {name!r}; use bfloat16.")
+                _write(file, values, offsets[name], row * width, rows * width)
+            if on_parameter is not None:
+                on_parameter(name)
+        if not changed.all():
+            expert = pool.expert_names[int((~changed).nonzero()[0])]
+            raise InputError(f"transform: {type(transform).__name__} leaves nothing of the task vector of {expert!r}.")
+    return path
+
+
+def _dtype_of(pool: ExpertPool, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what one parameter is written in."""
+    return pool.compute_dtype if dtype == torch.int8 and not takes_int8(pool.shapes[name]) else dtype
+
+
+def _tiles(pool: ExpertPool, name: str, prepared: Prepared | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield a parameter's task vectors on the CPU in tiles (E, entries) of whole rows, and the first row of each."""
+    experts, (rows, width) = len(pool.expert_names), matrix_shape(pool.shapes[name])
+    step = max(1, _PIECE // max(width * experts, 1))
+    whole = None
+    if prepared is not None and not prepared.elementwise:
+        whole = prepared(name, pool.task_vectors(name).clone()).reshape(experts, -1)
+    for row in range(0, rows, step):
+        start, stop = row * width, min(row + step, rows) * width
+        tile = pool.tile(name, start, stop, reuse=True) if whole is None else whole[:, start:stop]
+        if prepared is not None and whole is None:
+            tile = prepared(name, tile.clone())  # what is stored stays as it is
+        yield row, tile.cpu()
+
+
+def _write(file: BinaryIO, tile: Tensor, offset: int, first: int, entries: int) -> None:
+    """Write columns from ``first`` of a stack (E, entries) that begins at ``offset``."""
+    for expert, row in enumerate(tile.contiguous()):
+        file.seek(offset + (expert * entries + first) * row.element_size())
+        file.write(row.view(torch.uint8).numpy().data)
+
+
+def _header(pool: ExpertPool, dtype: torch.dtype, transform: Any) -> tuple[bytes, dict[str, int]]:
+    """Return the file's header, and where each tensor begins in the file.
+
+    Tensors whose rows can all be aligned come first: tiles of those are used as they lie in the map.
+    """
+    experts = len(pool.expert_names)
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, shape in pool.shapes.items():
+        kept = _dtype_of(pool, name, dtype)
+        tensors[name] = ((experts, *shape), kept)
+        if kept == torch.int8:
+            tensors[name + SCALES] = ((experts, shape[0]), pool.compute_dtype)
+
+    def order(name: str) -> tuple[bool, int]:
+        shape, kept = tensors[name]
+        return (math.prod(shape[1:]) * kept.itemsize) % _BYTES != 0, -kept.itemsize
+
+    entries, begins, at = {}, {}, 0
+    for name in sorted(tensors, key=order):
+        shape, kept = tensors[name]
+        begins[name], end = at, at + math.prod(shape) * kept.itemsize
+        entries[name] = {"dtype": _NAMES[kept], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {METADATA: json.dumps(_facts(pool, dtype, transform))}, **entries}).encode()
+    text += b" " * (-(8 + len(text)) % _BYTES)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+
+
+def _facts(pool: ExpertPool, dtype: torch.dtype, transform: Any) -> dict[str, object]:
+    reasons = {name: pool.skipped.get(pool.keys.file_key(name), "") for name in pool.fixed}
+    unchanged = [name for name, reason in reasons.items() if reason.startswith(pool.UNCHANGED)]
+    return {
+        "format": FORMAT,
+        "experts": list(pool.expert_names),
+        "hashes": pool.hashes(),
+        "keys": pool.keys_digest,
+        "transform": transform,
+        "dtype": str(dtype).removeprefix("torch."),
+        "unchanged": unchanged,
+    }

@@ -1,0 +1,84 @@
+"""The part of a pool that one of several processes holds.
+
+Merging is elementwise, so a process that has some entries of base and task vectors can merge these, and contract the
+gradient of these, without the others. Legend: E experts, n entries of the part of one parameter.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adamerge.pool.low_rank import Factors
+from adamerge.pool.pool import ExpertPool
+from adamerge.pool.stacks import Dense
+from adamerge.pool.task_vectors import TaskVectors
+
+_PIECE = 1 << 18  # entries of a parameter that are read at a time
+
+
+class PoolPart:
+    """Some entries of every merged parameter, in memory: what merge and adjoint read of a pool.
+
+    Task vectors are kept as the pool gives them; products (LoRA) and integers are expanded.
+
+    Args:
+        pool: On the CPU; a mapped one, so that the processes do not each hold all of it besides.
+        ranges: Parameter name to entries of the flattened parameter, for all of ``pool.names``.
+
+    Attributes:
+        names: As the pool's.
+        expert_names: As the pool's.
+        compute_dtype: As the pool's.
+        base: Name to tensor (n,) in ``compute_dtype``.
+        ranges: As given.
+        device: Where tiles are wanted.
+    """
+
+    def __init__(self, pool: ExpertPool, ranges: Mapping[str, range]) -> None:
+        self.names, self.expert_names, self.compute_dtype = pool.names, pool.expert_names, pool.compute_dtype
+        self.ranges = dict(ranges)
+        self.device = torch.device("cpu")
+        self.base: dict[str, Tensor] = {}
+        dtype = pool.compute_dtype
+        if pool.packed is not None and pool.packed.dtype.is_floating_point:
+            dtype = pool.packed.dtype
+        experts = len(pool.expert_names)
+        size = sum(map(len, self.ranges.values())) * experts * dtype.itemsize
+        self._task_vectors = TaskVectors(experts, pool.wanted_storage, "ram", size, dtype, pool.compute_dtype)
+        for name in pool.names:
+            entries = self.ranges[name]
+            self.base[name] = pool.base[name].view(-1)[entries.start : entries.stop].clone()
+            stack = Dense.empty(experts, len(entries), dtype, self.device)
+            for start in range(entries.start, entries.stop, _PIECE):
+                stop = min(start + _PIECE, entries.stop)
+                tile = pool.tile(name, start, stop, reuse=True)
+                stack.data[:, start - entries.start : stop - entries.start].copy_(tile)
+            self._task_vectors.keep(name, stack)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of base and task vectors."""
+        return self._task_vectors.nbytes + sum(tensor.nbytes for tensor in self.base.values())
+
+    def tile(self, name: str, start: int, stop: int, *, reuse: bool = False) -> Tensor:
+        """Return task vectors (E, stop - start), as :meth:`~adamerge.ExpertPool.tile` does; entry 0 is the part's.
+
+        Args:
+            name: The parameter.
+            start: First entry.
+            stop: End, exclusive.
+            reuse: Whether the result may be overwritten by the next call.
+        """
+        return self._task_vectors.tile(name, start, stop, self.base[name], reuse)
+
+    def factors(self, name: str) -> Factors | None:
+        """Return None: products are expanded."""
+        return None
+
+    def to(self, device: torch.device) -> "PoolPart":
+        """Move to a device, in place; with ``pool.storage=ram`` the task vectors stay in the host's memory."""
+        self.device = device
+        self.base = {name: tensor.to(device) for name, tensor in self.base.items()}
+        self._task_vectors.to(device, self.base)
+        return self

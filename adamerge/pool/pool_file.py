@@ -1,0 +1,297 @@
+"""Pool files: a base, its experts and what is known about them, in one yaml beside the checkpoints.
+
+    base: base.safetensors
+    key_prefix: visual.
+    experts:
+      cars: cars.safetensors
+      svhn: hf://org/name@1f0c...
+      dtd: {file: dtd.safetensors, task: textures, licence: MIT, sha256: 1f0c...}
+    task_vectors: task_vectors.safetensors
+
+Paths start from the folder of the file.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from adamerge.checkpoints.hashes import check_hash, file_hash
+from adamerge.checkpoints.hub import HubReference, located, located_all, reference_of
+from adamerge.checkpoints.model_folder import open_model
+from adamerge.errors import InputError, check_keys, did_you_mean
+from adamerge.pool.lora import open_expert
+from adamerge.pool.pool import ExpertPool
+from adamerge.pool.task_vectors import dtype_of
+from adamerge.system.files import sha256
+
+_KEYS = (
+    *("base", "experts", "key_prefix", "storage", "dtype", "include", "exclude"),
+    *("task_vectors", "duplicates", "sha256"),
+)
+_FILE_KEYS = ("file", "task", "licence", "sha256")
+
+
+@dataclass(frozen=True)
+class PoolFile:
+    """One checkpoint of a pool.
+
+    Attributes:
+        file: Where it is: a file or folder, or a reference to the Hub.
+        task: That the expert was trained on; None for the base, or where it is the expert's name.
+        licence: Of the weights, if known.
+        sha256: Of the file, if known; checked before the pool is opened.
+    """
+
+    file: Path | HubReference
+    task: str | None = None
+    licence: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class PoolFiles:
+    """What a pool file says; the options are those of ``ExpertPool.from_files``."""
+
+    base: PoolFile
+    experts: Mapping[str, PoolFile]
+    key_prefix: str | None = None
+    storage: str = "auto"
+    dtype: str | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    task_vectors: PoolFile | None = None
+    duplicates: str = "refuse"
+
+    @property
+    def entries(self) -> dict[str, PoolFile]:
+        """The base (key ``base``), the experts, and the packed task vectors (``task_vectors``) if there are any."""
+        packed = {} if self.task_vectors is None else {"task_vectors": self.task_vectors}
+        return {"base": self.base, **self.experts, **packed}
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 that are known of the base (key ``base``) and the experts."""
+        entries = {"base": self.base, **self.experts}
+        return {name: entry.sha256 for name, entry in entries.items() if entry.sha256 is not None}
+
+    def narrowed(self, include: Sequence[str], exclude: Sequence[str]) -> "PoolFiles":
+        """Return the same files with further globs."""
+        both = (*(self.include or ()), *include), (*(self.exclude or ()), *exclude)
+        return replace(self, include=both[0] or self.include, exclude=both[1] or self.exclude)
+
+    def pinned(self, hashes: Mapping[str, str]) -> "PoolFiles":
+        """Return the same files, to be verified by the SHA-256 of the base (key ``base``) and the experts."""
+        experts = {name: replace(entry, sha256=hashes.get(name)) for name, entry in self.experts.items()}
+        return replace(self, base=replace(self.base, sha256=hashes.get("base")), experts=experts)
+
+    def open(self, **options: Any) -> ExpertPool:
+        """Open the pool; ``options`` are those of ``ExpertPool.from_files`` that stand in for the file's."""
+        own = {
+            "storage": self.storage,
+            "dtype": dtype_of(self.dtype),
+            "include": self.include,
+            "exclude": self.exclude,
+            "key_map": self.key_prefix or None,
+            "task_vectors": self.task_vectors and self.task_vectors.file,
+            "duplicates": self.duplicates,
+            "hashes": self.hashes,
+        }
+        experts = {name: entry.file for name, entry in self.experts.items()}
+        return ExpertPool.from_files(self.base.file, experts, **{**own, **options})
+
+    def node(self) -> dict[str, Any]:
+        """Return the files and options as the group ``pool`` of the configuration has them."""
+        return {
+            "base": str(self.base.file),
+            "experts": {name: str(entry.file) for name, entry in self.experts.items()},
+            "storage": self.storage,
+            "dtype": self.dtype,
+            "include": None if self.include is None else list(self.include),
+            "exclude": None if self.exclude is None else list(self.exclude),
+            "task_vectors": self.task_vectors and str(self.task_vectors.file),
+            "duplicates": self.duplicates,
+            "licences": self.licences or None,
+            "sha256": self.hashes or None,
+        }
+
+    @property
+    def licences(self) -> dict[str, str]:
+        """The licences that are known of the base (key ``base``) and the experts."""
+        entries = {"base": self.base, **self.experts}
+        return {name: entry.licence for name, entry in entries.items() if entry.licence}
+
+    def described(self) -> dict[str, Any]:
+        """Return a pool file's content, with absolute paths; a packed file with its hash."""
+        packed = self.task_vectors
+        if packed is not None:
+            packed = replace(packed, sha256=sha256(located(packed.file)))
+        return {
+            **{key: value for key, value in self.node().items() if key not in ("licences", "sha256")},
+            "base": _described(self.base),
+            "experts": {name: _described(found) for name, found in self.experts.items()},
+            "key_prefix": self.key_prefix,
+            "task_vectors": packed and _described(packed),
+        }
+
+    def verify(self) -> None:
+        """Compare the files with the hashes that are given; a file is read only if it changed since it last was.
+
+        Raises:
+            FileNotFoundError: If a file is not there.
+            InputError: If one has another hash, or is not in the Hub's cache.
+        """
+        places = located_all({name: entry.file for name, entry in self.entries.items()})
+        for name, entry in self.entries.items():
+            path = places[name]
+            if not path.exists():  # a folder is a model's, or a LoRA adapter's
+                siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+                raise FileNotFoundError(
+                    f"{path}: no such file, named for {name}; paths in a pool file start from its own folder, not "
+                    f"from yours (those of a yaml file below --config-dir start from yours)."
+                    f"{did_you_mean(path.name, siblings)}"
+                )
+            check_hash(entry.file, name, entry.sha256, partial(self.hash_of, path))
+
+    def hash_of(self, path: Path) -> str:
+        """Return the SHA-256 of a checkpoint of the pool: of its file, or for a folder of all that is read there."""
+        if not path.is_dir():
+            return file_hash(path)
+        return open_expert(path, open_model(located(self.base.file)), self.key_prefix or "").sha256()
+
+
+def load_pool_file(path: Path) -> PoolFiles:
+    """Read a pool file; the checkpoints are not opened.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is no pool file, or has a key that nothing reads.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such pool file.")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
+    except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
+        raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
+    return pool_files(content, str(path), path.parent)
+
+
+def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
+    """Read the content of a pool file.
+
+    Args:
+        content: Plain containers.
+        where: What messages call it.
+        folder: That its paths start from.
+
+    Raises:
+        InputError: If it is no pool file's.
+    """
+    check_keys(content, _KEYS, where)
+    for key in ("base", "experts"):
+        if not content.get(key):
+            raise InputError(f"{where}: {key}: must be given; such as {key}: {_EXAMPLES[key]}.")
+    if not isinstance(content["experts"], Mapping):
+        raise InputError(f"{where}: experts: expected {_EXAMPLES['experts']}, found {content['experts']!r}.")
+    for key in ("key_prefix", "storage", "dtype", "duplicates"):
+        if not isinstance(content.get(key) or "", str):
+            raise InputError(f"{where}: {key}: expected a text, found {content[key]!r}.")
+    packed, hashes = content.get("task_vectors"), content.get("sha256") or {}
+    if not isinstance(hashes, Mapping) or not all(isinstance(found, str) for found in hashes.values()):
+        raise InputError(f"{where}: sha256: expected a mapping from base and experts to SHA-256, found {hashes!r}.")
+    files = PoolFiles(
+        base=_entry(content["base"], f"{where}: base", folder),
+        experts={str(n): _entry(e, f"{where}: experts.{n}", folder) for n, e in content["experts"].items()},
+        key_prefix=content.get("key_prefix"),
+        storage=content.get("storage") or "auto",
+        dtype=content.get("dtype"),
+        include=_globs(content.get("include"), f"{where}: include"),
+        exclude=_globs(content.get("exclude"), f"{where}: exclude"),
+        task_vectors=_entry(packed, f"{where}: task_vectors", folder) if packed else None,
+        duplicates=content.get("duplicates") or "refuse",
+    )
+    return files.pinned({**hashes, **files.hashes}) if hashes else files
+
+
+def named_files(pairs: Sequence[str]) -> dict[str, PoolFile]:
+    """Read ``--expert NAME=FILE`` options.
+
+    Raises:
+        InputError: If one is something else, or a name is given twice.
+    """
+    return {name: PoolFile(place(path)) for name, path in named_values("--expert", pairs, "FILE").items()}
+
+
+def named_values(option: str, pairs: Sequence[str], value: str = "VALUE") -> dict[str, str]:
+    """Read an option that is repeated as ``NAME=VALUE``.
+
+    Raises:
+        InputError: If one is something else, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator or not name or not text:
+            raise InputError(f"{option} {pair}: expected NAME={value}.")
+        if name in found:
+            raise InputError(f"{option} {pair}: the name {name!r} is given twice.")
+        found[name] = text
+    return found
+
+
+def place(text: str, folder: Path = Path()) -> Path | HubReference:
+    """Return the reference to the Hub that a text is, or else the path, which starts from a folder.
+
+    Raises:
+        InputError: If it begins as a reference and is none.
+    """
+    if (reference := reference_of(text)) is not None:
+        return reference
+    path = folder / Path(text).expanduser()
+    plain = Path(os.path.normpath(path))  # without '..', unless that leaves a linked folder
+    return plain if ".." in path.parts and plain.resolve() == path.resolve() else path
+
+
+_EXAMPLES = {"base": "FILE", "experts": "{name: FILE, ...}"}
+
+
+def _entry(found: Any, where: str, folder: Path) -> PoolFile:
+    """Read a file's entry: a path, or a mapping with more."""
+    if isinstance(found, str) and found:
+        return PoolFile(_place(found, where, folder))
+    if isinstance(found, Mapping):
+        check_keys(found, _FILE_KEYS, where)
+    if not isinstance(found, Mapping) or not found.get("file"):
+        raise InputError(
+            f"{where}: expected a checkpoint FILE, hf://ORG/NAME, or {{file: FILE, ...}}, found {found!r}."
+        )
+    for key, value in found.items():
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{where}.{key}: expected a text, found {value!r}; put it in quotes.")
+    file = _place(found["file"], f"{where}.file", folder)
+    return PoolFile(file, found.get("task"), found.get("licence"), found.get("sha256"))
+
+
+def _place(text: str, where: str, folder: Path) -> Path | HubReference:
+    try:
+        return place(text, folder)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _described(found: PoolFile) -> dict[str, str]:
+    file = found.file if isinstance(found.file, HubReference) else found.file.absolute()
+    facts = {"file": str(file), "task": found.task, "licence": found.licence, "sha256": found.sha256}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _globs(found: Any, where: str) -> tuple[str, ...] | None:
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(glob, str) for glob in found):
+        raise InputError(f"{where}: expected a list of globs, found {found!r}; write ['GLOB'].")
+    return tuple(found)

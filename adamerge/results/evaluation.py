@@ -1,0 +1,308 @@
+"""Score models on labelled images: accuracy, calibration, bootstrap intervals."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
+from adamerge.errors import InputError
+from adamerge.model.merged_model import MergedModel
+from adamerge.system import progress
+from adamerge.system.files import save_json
+
+FORMAT = 1
+_CHUNK = 100  # bootstrap resamples at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's result: accuracy and expected calibration error in [0, 1], and each image's hit, (N,)."""
+
+    accuracy: float
+    calibration_error: float
+    correct: Tensor
+
+
+@dataclass
+class Row:
+    """One line of a comparison: what was scored, and what it took.
+
+    Attributes:
+        scores: Task to score.
+        unseen: Scores of tasks without an expert and without a stream, which no measure counts.
+        uses_labels: Whether labels entered anywhere before scoring.
+        uses_data: Whether unlabeled (or labelled) data was used.
+        seconds: To make it, without scoring.
+        seed: Of the adaptation.
+    """
+
+    scores: Mapping[str, TaskScore]
+    unseen: Mapping[str, TaskScore] = field(default_factory=dict)
+    uses_labels: bool = False
+    uses_data: bool = False
+    seconds: float = 0.0
+    seed: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over the tasks."""
+        return sum(score.accuracy for score in self.scores.values()) / len(self.scores)
+
+
+@torch.no_grad()
+def score_task(
+    logits: Callable[[Tensor, str], Tensor],
+    data: UnlabeledTasks,
+    task: str,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
+) -> TaskScore:
+    """Score one task's evaluation images.
+
+    Args:
+        logits: ``(inputs, task) -> (B, C)``.
+        data: Holds the labelled images.
+        task: Its name.
+        device: Where the inputs go.
+        on_batch: Called with the number of images of each batch once it is done, for progress bars.
+
+    Raises:
+        InputError: If a label is outside the head's classes.
+    """
+    outputs, labels = [], []
+    for inputs, targets in data.evaluation_loader(task):
+        outputs.append(logits(inputs.to(device), task).float().cpu())
+        labels.append(targets)
+        if on_batch is not None:
+            on_batch(len(targets))
+    predictions, truth = torch.cat(outputs), torch.cat(labels)
+    classes = predictions.shape[-1]
+    outside = truth[(truth < 0) | (truth >= classes)]
+    if len(outside):
+        raise InputError(
+            f"data.tasks.{task}: found label {int(outside[0])}, but its head has {classes} classes. "
+            "Do the class names belong to this data set?"
+        )
+    return TaskScore(
+        accuracy=MulticlassAccuracy(classes, average="micro")(predictions, truth).item(),
+        calibration_error=MulticlassCalibrationError(classes, n_bins=15)(predictions.softmax(-1), truth).item(),
+        correct=predictions.argmax(-1) == truth,
+    )
+
+
+def score_tasks(
+    model: MergedModel,
+    params: Mapping[str, Tensor],
+    data: UnlabeledTasks,
+    description: str = "Scoring",
+    tasks: Sequence[str] | None = None,
+) -> dict[str, TaskScore]:
+    """Score given parameters on every task's evaluation images.
+
+    Args:
+        model: Its encoder and heads are used, on the device of its pool.
+        params: Parameter name to tensor (*S), such as a merge or an expert.
+        data: Holds the labelled images.
+        description: Of the progress bar.
+        tasks: Which tasks; default all that have evaluation images.
+    """
+    todo = list(tasks or data.evaluation)
+    count = sum(len(data.scored[task]) for task in todo)
+    with progress.phase(description, count, "images") as advance:
+        return {
+            task: score_task(lambda inputs, t: model.logits(inputs, t, params), data, task, model.pool.device, advance)
+            for task in todo
+        }
+
+
+def bootstrap(scores: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the mean accuracy, resampling images within each task.
+
+    It covers the choice of test images, not of training seeds.
+    """
+    low, high = _resampled({task: score.correct.float() for task, score in scores.items()}, samples, seed).quantile(
+        torch.tensor([0.025, 0.975])
+    )
+    return low.item(), high.item()
+
+
+def bootstrap_difference(
+    first: Mapping[str, TaskScore], second: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of ``mean(first) - mean(second)``, paired by image."""
+    difference = {task: first[task].correct.float() - second[task].correct.float() for task in first}
+    low, high = _resampled(difference, samples, seed).quantile(torch.tensor([0.025, 0.975]))
+    return low.item(), high.item()
+
+
+def _resampled(values: Mapping[str, Tensor], samples: int, seed: int) -> Tensor:
+    """Means over tasks of means over resampled images, (samples,)."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(samples)
+    for per_image in values.values():
+        for start in range(0, samples, _CHUNK):
+            count = min(_CHUNK, samples - start)
+            picks = torch.randint(len(per_image), (count, len(per_image)), generator=generator)
+            total[start : start + count] += per_image[picks].mean(1)
+    return total / len(values)
+
+
+def normalised(row: Row, experts: Row) -> float | None:
+    """Return the mean over tasks of accuracy relative to the task's own expert (the field's measure).
+
+    None where an expert has no hit at all.
+    """
+    if any(experts.scores[task].accuracy == 0 for task in row.scores):
+        return None
+    ratios = [row.scores[task].accuracy / experts.scores[task].accuracy for task in row.scores]
+    return sum(ratios) / len(ratios)
+
+
+def gap_closed(row: Row, start: Row, experts: Row) -> float | None:
+    """Return how much of the mean's gap from ``start`` to ``experts`` a row closes; 1 is all.
+
+    None where the experts are no better than ``start``.
+    """
+    gap = experts.mean - start.mean
+    return (row.mean - start.mean) / gap if gap > 0 else None
+
+
+def summary(
+    rows: Mapping[str, Row], protocol: str, unreadable: Mapping[str, list[str]] | None = None
+) -> dict[str, Any]:
+    """Return the content of ``summary.json`` (accuracies in [0, 1], seconds).
+
+    Args:
+        rows: What was scored, by name.
+        protocol: Of the data.
+        unreadable: Images that could not be read and are not scored, by task.
+    """
+    experts, start = rows.get("experts"), rows.get("task_arithmetic_0.3")
+    content: dict[str, Any] = {}
+    for name, row in rows.items():
+        low, high = bootstrap(row.scores)
+        content[name] = {
+            "per_task": {task: score.accuracy for task, score in row.scores.items()},
+            "calibration_error": {task: score.calibration_error for task, score in row.scores.items()},
+            "mean": row.mean,
+            "interval": [low, high],
+            "normalised": normalised(row, experts) if experts else None,
+            "gap_closed": gap_closed(row, start, experts) if experts and start else None,
+            "uses_labels": row.uses_labels,
+            "uses_data": row.uses_data,
+            "seconds": row.seconds,
+            "seed": row.seed,
+            **({"unseen": {task: score.accuracy for task, score in row.unseen.items()}} if row.unseen else {}),
+            **row.extra,
+        }
+    tasks = list(next(iter(rows.values())).scores)
+    left_out = {"unreadable": dict(unreadable)} if unreadable else {}
+    unseen = list(dict.fromkeys(task for row in rows.values() for task in row.unseen))
+    more = {"unseen": unseen} if unseen else {}
+    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **more, **left_out, "rows": content}
+
+
+def write_summary(
+    rows: Mapping[str, Row], protocol: str, path: Path, unreadable: Mapping[str, list[str]] | None = None
+) -> dict[str, Any]:
+    """Write ``summary.json``, atomically, and return its content."""
+    content = summary(rows, protocol, unreadable)
+    save_json(content, path)
+    return content
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read ``summary.json``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def table(content: Mapping[str, Any], title: str | None = None, width: int = 120) -> Table:
+    """Lay a summary out for the terminal: accuracies in percent, rows that use labels marked with *.
+
+    Args:
+        content: What ``summary.json`` holds.
+        title: Above the table.
+        width: Of the terminal in characters; the last columns are left out where they do not fit.
+    """
+    rows: Mapping[str, Mapping[str, Any]] = content["rows"]
+    every = list(rows.values())
+    columns = [
+        ("accuracy, %", [name + (" *" if row["uses_labels"] else "") for name, row in rows.items()]),
+        *((task, [f"{100 * row['per_task'][task]:.1f}" for row in every]) for task in content["tasks"]),
+        ("mean", [f"{100 * row['mean']:.1f}" for row in every]),
+        *((f"{task} †", [_unseen(row, task) for row in every]) for task in content.get("unseen", [])),
+    ]
+    for column in (
+        ("95 %", [f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}" for row in every]),
+        ("gap", ["" if row["gap_closed"] is None else str(round(100 * row["gap_closed"])) for row in every]),
+        ("norm.", ["" if row["normalised"] is None else f"{100 * row['normalised']:.1f}" for row in every]),
+        ("ECE", [f"{100 * _mean(row['calibration_error']):.1f}" for row in every]),
+        ("s", [f"{row['seconds']:.1f}" for row in every]),
+    ):
+        if sum(2 + max(map(len, (header, *cells))) for header, cells in (*columns, column)) - 2 <= width:
+            columns.append(column)
+    result = Table(
+        title=title, caption=_caption(content), title_justify="left", caption_justify="left", header_style="bold",
+        box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    for number, (header, _) in enumerate(columns):
+        style = "bold" if header == "mean" else None
+        result.add_column(header, justify="right" if number else "left", no_wrap=True, style=style)
+    for line in zip(*(cells for _, cells in columns), strict=True):
+        result.add_row(*line)
+    return result
+
+
+def _unseen(row: Mapping[str, Any], task: str) -> str:
+    """Return a row's accuracy on an unseen task, nothing for the experts'."""
+    value = row.get("unseen", {}).get(task)
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _caption(content: Mapping[str, Any]) -> str:
+    notes = {
+        "split": "Protocol: split, images that adapted are not scored.",
+        "transductive": "Protocol: transductive, adapted on the scored images without their labels.",
+    }
+    text = notes.get(content["protocol"], "")
+    if left_out := sum(map(len, content.get("unreadable", {}).values())):
+        text += f"\nNot scored: {left_out} images that cannot be read (summary.json names them)."
+    if content.get("unseen"):
+        text += "\n† unseen: no expert and no images to adapt on; all its labelled images are scored; not in the mean."
+    if any(row["uses_labels"] for row in content["rows"].values()):
+        text += "\n* uses labels."
+    if any(row["gap_closed"] is not None for row in content["rows"].values()):
+        text += "\ngap: share of the way from task arithmetic (0.3) to the experts, %."
+    if any(row["normalised"] is not None for row in content["rows"].values()):
+        text += "\nnorm.: accuracy relative to the task's expert, %."
+    return f"{text}\n95 %: bootstrap over the scored images; ECE: expected calibration error, %; s: seconds."
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self._start

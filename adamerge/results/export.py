@@ -1,0 +1,228 @@
+"""The result on disk: merged checkpoint, coefficients, heads and recipe, written so that it can be trusted.
+
+Every file is written to a temporary name, synced and renamed; the checkpoint is read back and compared
+before the export counts as done.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from adamerge import __version__
+from adamerge.checkpoints.checkpoint import MemoryCheckpoint, load_state_dict, save_state_dict
+from adamerge.errors import GuardError, InputError
+from adamerge.model.batch_norm import FILE, save_statistics, with_statistics
+from adamerge.model.coefficients import Coefficients, save_coefficients
+from adamerge.model.merge import merge
+from adamerge.pool.pool import ExpertPool
+from adamerge.system.files import atomic_path, combined_hash, ensure_writable, save_json
+
+FORMAT = 1
+
+
+def export(
+    pool: ExpertPool,
+    coefficients: Coefficients,
+    folder: Path,
+    *,
+    filename: str = "merged.safetensors",
+    statistics: Mapping[str, Tensor] | None = None,
+    heads: Mapping[str, nn.Module] | None = None,
+    head_info: Mapping[str, Any] | None = None,
+    sidecar: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> dict[str, Path]:
+    """Write a merge to a folder, and prove it by reading it back.
+
+    Args:
+        pool: Base and experts.
+        coefficients: What to merge with.
+        folder: Made if needed; files of an earlier export are replaced one by one.
+        filename: Of the merged checkpoint: the base's keys, dtypes and values under the coefficients.
+            Its bytes depend on pool, coefficients and statistics only, so that a replay gives the same file.
+        statistics: Of BatchNorm layers, by the encoder's names, where they are not the base's. They are kept beside the
+            coefficients, in ``batch_norm.safetensors``.
+        heads: Task to classifier, written to ``heads.safetensors``.
+        head_info: JSON-ready facts about the heads by task, such as class names.
+        sidecar: ``open_clip_config.json``'s content; with it, ``open_clip/`` loads in
+            ``open_clip.create_model("local-dir:...")``.
+        recipe: Further JSON-ready content of ``merge.json``.
+
+    Returns:
+        Short name to file, of what was written.
+
+    Raises:
+        InputError: If the folder is not writable.
+        GuardError: If a merged tensor is not finite.
+        OSError: If a file cannot be written; an earlier version of it is then still there.
+        RuntimeError: If what was read back differs from what was merged.
+    """
+    ensure_writable(folder)
+    state_dict = with_statistics(merge(pool, coefficients, detach=True), pool, statistics or {})
+    _check_finite(state_dict, "The coefficients diverged: lower the learning rate, or set constraint=box.")
+    files = {"merged": folder / filename, "coefficients": folder / "coefficients.json", "recipe": folder / "merge.json"}
+    # One key: with several, their order in the file, and so its bytes, would change from run to run.
+    facts = {"format": FORMAT, "coefficients": digest(coefficients), "pool": combined_hash(pool.hashes())}
+    if statistics:
+        facts["batch_norm"] = MemoryCheckpoint(FILE, statistics).sha256()
+        files["batch_norm"] = folder / FILE
+        save_statistics(statistics, files["batch_norm"], {"coefficients": facts["coefficients"]})
+    else:
+        (folder / FILE).unlink(missing_ok=True)  # of an earlier export
+    save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(facts)})
+    _prove(files["merged"], state_dict)
+    save_coefficients(coefficients, files["coefficients"], pool)
+    return files | _write_rest(pool, folder, files["merged"], files["recipe"], heads, head_info, sidecar, recipe)
+
+
+def export_merge(
+    pool: ExpertPool,
+    state_dict: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    facts: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    heads: Mapping[str, nn.Module] | None = None,
+    head_info: Mapping[str, Any] | None = None,
+    sidecar: Mapping[str, Any] | None = None,
+) -> dict[str, Path]:
+    """Write a merge that has no coefficients to a folder, and prove it by reading it back.
+
+    Args:
+        pool: Base and experts.
+        state_dict: The merge: every key of the base, in its dtypes.
+        folder: Made if needed; files of an earlier export are replaced one by one.
+        facts: What besides the pool decides the bytes, for the file's metadata.
+        recipe: Further JSON-ready content of ``merge.json``.
+        heads: As for :func:`export`.
+        head_info: As for :func:`export`.
+        sidecar: As for :func:`export`.
+
+    Returns:
+        Short name to file, of what was written.
+
+    Raises:
+        InputError: If the folder is not writable.
+        GuardError: If a merged tensor is not finite.
+        OSError: If a file cannot be written; an earlier version of it is then still there.
+        RuntimeError: If what was read back differs from what was merged.
+    """
+    ensure_writable(folder)
+    _check_finite(state_dict, "The rule does not suit these experts, or its scale is too large for this dtype.")
+    files = {"merged": folder / "merged.safetensors", "recipe": folder / "merge.json"}
+    content = {"format": FORMAT, **facts, "pool": combined_hash(pool.hashes())}
+    save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(content, sort_keys=True)})
+    _prove(files["merged"], state_dict)
+    return files | _write_rest(pool, folder, files["merged"], files["recipe"], heads, head_info, sidecar, recipe)
+
+
+def _write_rest(
+    pool: ExpertPool,
+    folder: Path,
+    merged: Path,
+    recipe_file: Path,
+    heads: Mapping[str, nn.Module] | None,
+    head_info: Mapping[str, Any] | None,
+    sidecar: Mapping[str, Any] | None,
+    recipe: Mapping[str, Any] | None,
+) -> dict[str, Path]:
+    """Write what belongs to a merged checkpoint."""
+    files = {}
+    if heads:
+        files["heads"] = folder / "heads.safetensors"
+        save_heads(heads, files["heads"], head_info or {})
+    if sidecar:
+        files["open_clip"] = folder / "open_clip"
+        _write_open_clip(files["open_clip"], merged, sidecar)
+    content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
+    save_json({**content, **(recipe or {})}, recipe_file)
+    return files
+
+
+def save_heads(heads: Mapping[str, nn.Module], path: Path, info: Mapping[str, Any]) -> None:
+    """Write the tensors of each task's head as ``<task>/<name>``; ``info`` goes to the metadata as JSON."""
+    tensors = {f"{task}/{name}": tensor for task, head in heads.items() for name, tensor in head.state_dict().items()}
+    save_state_dict(tensors, path, {"adamerge_tasks": json.dumps(dict(info), ensure_ascii=False)})
+
+
+def load_heads(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read what :func:`save_heads` wrote: tensors by task and name, and the facts about the tasks.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is not a heads file.
+    """
+    tensors = load_state_dict(path)
+    with safe_open(path, framework="pt") as file:
+        info = (file.metadata() or {}).get("adamerge_tasks")
+    if info is None or any("/" not in key for key in tensors):
+        raise InputError(f"{path}: not a heads file written by adamerge.")
+    heads: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        task, name = key.rsplit("/", 1)
+        heads.setdefault(task, {})[name] = tensor
+    return heads, json.loads(info)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a result: Python, adamerge, torch and the packages around it."""
+    packages = ("torch", "lightning", "open_clip_torch", "torchvision", "safetensors")
+    found = {"python": platform.python_version(), "adamerge": __version__}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def digest(coefficients: Coefficients) -> str:
+    """Hash the coefficients with the names of experts and groups they belong to."""
+    digest = hashlib.sha256(json.dumps([coefficients.expert_names, coefficients.index.labels]).encode())
+    digest.update(coefficients().detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_finite(state_dict: Mapping[str, Tensor], remedy: str) -> None:
+    """Refuse to write a merge that diverged, or overflows in the base's dtype."""
+    for key, tensor in state_dict.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise GuardError(
+                f"The merged tensor {key!r} ({str(tensor.dtype).removeprefix('torch.')}) is not finite, so nothing was "
+                f"exported. {remedy}"
+            )
+
+
+def _prove(path: Path, expected: Mapping[str, Tensor]) -> None:
+    written = load_state_dict(path)
+    wrong = [key for key, tensor in expected.items() if key not in written or not _same(written[key], tensor)]
+    if wrong or len(written) != len(expected):
+        raise RuntimeError(
+            f"{path}: the tensor {(wrong or ['?'])[0]!r} read back differs from the merge. Is the disk sound?"
+        )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def _write_open_clip(folder: Path, merged: Path, config: Mapping[str, Any]) -> None:
+    """Lay the checkpoint out as open_clip's ``local-dir:`` wants it; the weights are a hard link where possible."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(config, folder / "open_clip_config.json")
+    target = folder / "open_clip_model.safetensors"
+    with atomic_path(target) as temporary:
+        try:
+            os.link(merged, temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(merged, temporary)

@@ -1,0 +1,89 @@
+"""The command ``adamerge convert SOURCE --to open_clip|hf``: a CLIP's folder in the other library's format."""
+
+from pathlib import Path
+
+import torch
+
+from adamerge.backbones import OpenClip
+from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
+from adamerge.checkpoints.clip_configs import to_open_clip
+from adamerge.checkpoints.clip_names import HF_CLIP, as_own, as_theirs
+from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, Found, find_model, read_json
+from adamerge.errors import InputError
+from adamerge.results.formats import hugging_face, open_clip
+from adamerge.system.files import atomic_folder, save_json
+
+TARGETS = {"open_clip": "open_clip", "hf": "Hugging Face"}
+
+
+def convert_model(source: Path, target: str, out: Path) -> list[Path]:
+    """Write a CLIP in another library's format, and compare what both compute.
+
+    Args:
+        source: A folder of Hugging Face's or open_clip's; for a file of weights alone any checkpoint of theirs.
+        target: One of :data:`TARGETS`.
+        out: A new folder; or ``NAME.safetensors``, for the weights alone.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        InputError: If it is in the format already, or the other cannot hold it.
+        GuardError: If the two compute something else.
+    """
+    found = find_model(source)
+    is_theirs = found.table is not None
+    if is_theirs == (target == "hf"):
+        raise InputError(f"{source}: has the names of {TARGETS[target]} already; nothing to convert.")
+    seen: Checkpoint = as_own(found.checkpoint, HF_CLIP) if is_theirs else as_theirs(found.checkpoint, HF_CLIP)
+    if out.suffix == ".safetensors":
+        if out.exists():
+            raise InputError(f"--out {out}: expected a new file, found one. Choose another, or remove it.")
+        save_state_dict({key: seen.get(key) for key in seen.keys}, out, {"format": "pt"})
+        return [out]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out}: expected a new folder, or a file NAME.safetensors; found one with content.")
+    with atomic_folder(out.absolute()) as folder:
+        if is_theirs:
+            _to_open_clip(found, seen, source, folder)
+        else:
+            _to_hugging_face(found, source, folder)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _to_open_clip(found: Found, seen: Checkpoint, source: Path, folder: Path) -> None:
+    if found.config_file is None:
+        raise InputError(
+            f"{source}: no {HF_CONFIG} beside it, which says what model it is. Name its folder, or give --out "
+            "NAME.safetensors for the weights alone."
+        )
+    beside = found.config_file.parent / "preprocessor_config.json"
+    preprocessor = read_json(beside) if beside.is_file() else {}
+    config = to_open_clip(read_json(found.config_file), preprocessor, str(found.config_file))
+    save_json(config, folder / OPEN_CLIP_CONFIG)
+    save_state_dict({key: seen.get(key) for key in seen.keys}, folder / open_clip.WEIGHTS, {"format": "pt"})
+    _compare(folder, found.config_file.parent)
+
+
+def _to_hugging_face(found: Found, source: Path, folder: Path) -> None:
+    if found.config_file is None:
+        raise InputError(
+            f"{source}: no {OPEN_CLIP_CONFIG} beside it, which says what model it is. Name its folder, or give --out "
+            "NAME.safetensors for the weights alone."
+        )
+    sidecar = OpenClip(str(found.config_file.parent)).sidecar()
+    hugging_face.write_model(found.checkpoint, sidecar, str(source), folder)
+    hugging_face.write_tokenizer(sidecar, folder)
+    _compare(found.config_file.parent, folder)
+
+
+def _compare(own: Path, theirs: Path) -> None:
+    """Compare the folders of both libraries; open_clip's side always has to load."""
+    backbone = OpenClip(str(own))
+    checkpoint = find_model(own).checkpoint
+    tensors = {key: checkpoint.get(key) for key in checkpoint.keys}
+    size = backbone.sidecar()["preprocess_cfg"]["size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    hugging_face.prove_model(backbone, tensors, images, theirs)

@@ -1,0 +1,104 @@
+"""The command ``adamerge export RUN --to FORMAT``: write, load back, describe, and upload if asked to."""
+
+import importlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from adamerge.backbones import Backbone, OpenClip, Torchvision
+from adamerge.errors import InputError
+from adamerge.results.formats import card, upload
+from adamerge.results.formats.merged import Merged, open_merged
+from adamerge.system.files import atomic_folder, save_json, sha256
+
+log = logging.getLogger(__name__)
+
+FORMATS = {"open_clip": "open_clip", "hf": "hugging_face", "torchvision": "torchvision", "onnx": "onnx"}
+_KEPT = ("coefficients.json", "coefficients.safetensors", "heads.safetensors", "batch_norm.safetensors")
+
+
+def export_as(
+    folder: Path,
+    target: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    task: str | None = None,
+    repository: str | None = None,
+    public: bool = False,
+) -> tuple[list[Path], str | None]:
+    """Write a merge in another library's format, load it back there, and compare; nothing is left if that fails.
+
+    Args:
+        folder: Of a run, or of a merge.
+        target: One of :data:`FORMATS`.
+        out: A new folder, or an empty one.
+        model: The model that this is a merge of, where the folder does not say; open_clip's or torchvision's name.
+        task: Whose classifier a torchvision file gets; default the base's.
+        repository: Where to upload to, ``org/name``; None for nowhere.
+        public: Whether the upload may be public.
+
+    Returns:
+        The files; and the address of the upload.
+
+    Raises:
+        InputError: If the folder has no merge, the format cannot hold it, or ``out`` is in use.
+        GuardError: If what was loaded back computes something else.
+    """
+    if task is not None and target != "torchvision":
+        raise InputError(f"--task {task}: only --to torchvision has one classifier; leave it out for --to {target}.")
+    if repository is not None:
+        upload.check_name(repository)
+    folder, out = folder.absolute(), out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out}: expected a new folder, found one with files. Choose another, or remove it.")
+    merged = open_merged(folder, None if model is None else _named(model, target))
+    name = out.name if repository is None else repository.split("/")[1]
+    with atomic_folder(out) as temporary:
+        _write(merged, target, temporary, name, {} if task is None else {"task": task})
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return files, None if repository is None else upload.upload(out, repository, public=public)
+
+
+def _write(merged: Merged, target: str, folder: Path, name: str, options: dict[str, Any]) -> None:
+    module = importlib.import_module(f"adamerge.results.formats.{FORMATS[target]}")
+    usage = module.write(merged, folder, **options)
+    module.prove(merged, folder, **options)
+    log.info("Loaded back and compared: %s", ", ".join(usage.files))
+    for kept in _KEPT:
+        if (merged.folder / kept).is_file():
+            shutil.copyfile(merged.folder / kept, folder / kept)
+    save_json(_provenance(merged), folder / "adamerge.json")
+    card.write_card(folder, name, merged.recipe, usage, merged.folder)
+
+
+def _provenance(merged: Merged) -> dict[str, Any]:
+    """Return what is known of the merge for others: no paths of this machine."""
+    recipe = merged.recipe
+    kept = (
+        "format",
+        "versions",
+        "seed",
+        "steps",
+        "protocol",
+        "rule",
+        "uses_data",
+        "uses_labels",
+        "batch_norm",
+        "metrics",
+    )
+    return {
+        **{key: recipe[key] for key in kept if key in recipe},
+        "ingredients": card.ingredients(recipe),
+        "merged_sha256": sha256(merged.path),
+        "heads": {task: merged.info.get(task) for task in merged.heads},
+    }
+
+
+def _named(model: str, target: str) -> Backbone:
+    """Return the backbone that ``--model`` names: open_clip's, but for torchvision's format."""
+    if target != "torchvision":
+        return OpenClip(model)
+    name, _, head = model.partition(":")
+    return Torchvision(name, **({"head": head} if head else {}))

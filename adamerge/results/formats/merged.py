@@ -1,0 +1,183 @@
+"""A merged model as the folder of a run, or of ``adamerge merge``, holds it: weights, backbone, heads, recipe."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from adamerge.backbones import Backbone, OpenClip, ZeroShotHead
+from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
+from adamerge.commands.run import folder as run_folder
+from adamerge.commands.run.build import build
+from adamerge.commands.run.compose import compose
+from adamerge.commands.run.imports import announce, check_targets
+from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.results.export import load_heads
+
+WEIGHTS = "merged.safetensors"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model, with all that an export needs to know of it.
+
+    Attributes:
+        checkpoint: The merged weights, under the base's keys.
+        backbone: What they are weights of.
+        path: Of the weights' file.
+        recipe: The content of ``merge.json``.
+        heads: Task to its classifier's tensors; {} where none were written.
+        info: Task to class names and templates.
+    """
+
+    checkpoint: Checkpoint
+    backbone: Backbone
+    path: Path
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the merge lies."""
+        return self.path.parent
+
+    def encoder(self) -> nn.Module:
+        """Return the encoder with the merged weights, in float32 and eval mode.
+
+        Raises:
+            InputError: If the weights are another architecture's.
+        """
+        encoder, prefix = self.backbone.encoder(), self.backbone.prefix
+        own, present = encoder.state_dict(), set(self.checkpoint.keys)
+        missing = [name for name, _ in encoder.named_parameters() if prefix + name not in present]
+        if missing:
+            raise InputError(
+                f"{self.path}: lacks {shorten(prefix + name for name in missing)} of {describe(self.backbone)}. "
+                "Is it a merge of this model?"
+            )
+        found = {name: self.checkpoint.get(prefix + name) for name in own if prefix + name in present}
+        try:
+            encoder.load_state_dict(own | found)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.path}: not weights of {describe(self.backbone)}: {reason}") from error
+        encoder.float().eval().requires_grad_(False)
+        return encoder
+
+    def head(self, task: str) -> nn.Module:
+        """Return a task's classifier, features (B, F) to logits (B, C).
+
+        Raises:
+            InputError: If there is none, or it is one of neither kind that can be told by its tensors.
+        """
+        if task not in self.heads:
+            raise InputError(
+                f"--task {task}: expected one of the tasks whose heads lie beside the merge, "
+                f"{shorten(self.heads) or 'none'}, found {task!r}.{did_you_mean(task, self.heads)}"
+            )
+        tensors = {name: tensor.float() for name, tensor in self.heads[task].items()}
+        if set(tensors) == {"weight", "scale"}:
+            return ZeroShotHead(tensors["weight"], tensors["scale"]).eval()
+        if "weight" not in tensors or not set(tensors) <= {"weight", "bias"}:
+            raise InputError(
+                f"{self.folder / 'heads.safetensors'}: task {task!r}: expected the tensors of a zero-shot or a Linear "
+                f"head, found {shorten(tensors)}. Only those can be exported."
+            )
+        classes, features = tensors["weight"].shape
+        head: nn.Module = nn.utils.skip_init(nn.Linear, features, classes, bias="bias" in tensors)
+        head.load_state_dict(tensors)
+        return head.eval().requires_grad_(False)
+
+    def example(self, count: int, seed: int = 0) -> Tensor:
+        """Return random inputs (count, ...) of the shape that the backbone's preprocessing gives.
+
+        Raises:
+            InputError: If the backbone has no preprocessing.
+        """
+        from PIL import Image
+
+        transform = self.backbone.preprocess()
+        if transform is None:
+            raise InputError(
+                f"{describe(self.backbone)}: has no preprocessing, so that the shape of its inputs is not known. Give "
+                "the backbone a preprocess()."
+            )
+        shape = transform(Image.new("RGB", (320, 256))).shape
+        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def open_merged(folder: Path, backbone: Backbone | None = None) -> Merged:
+    """Open what ``adamerge adapt``, ``adamerge merge`` or ``adamerge export`` wrote.
+
+    Relative paths of a run's configuration start from the folder that it was launched in; this process moves there.
+
+    Args:
+        folder: A run's folder, or one of a merge.
+        backbone: What the weights are; default what the folder says.
+
+    Raises:
+        InputError: If the folder has no merged checkpoint, or does not say what model it is.
+    """
+    folder = folder.absolute()
+    path, recipe_file = folder / WEIGHTS, folder / "merge.json"
+    if not path.is_file():
+        hint = f" Write it first: adamerge export {folder}." if (folder / run_folder.CONFIG_FILE).is_file() else ""
+        raise InputError(f"{folder}: expected a merge, {WEIGHTS}, found none.{hint}")
+    recipe = read_json(recipe_file) if recipe_file.is_file() else {}
+    heads, info = load_heads(folder / "heads.safetensors") if (folder / "heads.safetensors").is_file() else ({}, {})
+    return Merged(open_checkpoint(path), backbone or _backbone(folder, recipe), path, recipe, heads, info)
+
+
+def describe(backbone: Backbone) -> str:
+    """Return what messages call a backbone."""
+    return f"{type(backbone).__name__} {getattr(backbone, 'model', '')}".rstrip()
+
+
+def _backbone(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
+    """Return the backbone that a merge's own files name: configuration, recipe, or open_clip's sidecar."""
+    if (folder / run_folder.CONFIG_FILE).is_file():
+        return _built(run_folder.load_config(folder), folder)
+    if isinstance(recipe.get("config"), Mapping):  # of an export on request
+        _go_to(recipe["config"].get("cwd"))
+        return _built(OmegaConf.create({"backbone": recipe["config"].get("backbone")}), folder)
+    if recipe.get("overrides"):  # of a merge that read data
+        _go_to(recipe.get("cwd"))
+        return _built(compose([str(override) for override in recipe["overrides"]]), folder)
+    if (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
+        return OpenClip(str(folder / "open_clip"))
+    raise _unknown(folder)
+
+
+def _built(config: DictConfig, folder: Path) -> Backbone:
+    """Build the backbone of a folder, which may be another's: what that imports is checked and logged first."""
+    node = config.get("backbone")
+    if node is None:
+        raise _unknown(folder)
+    try:
+        imports = {"backbone": OmegaConf.to_container(node, resolve=True)}
+    except OmegaConfBaseException as error:
+        raise InputError(f"backbone: {str(error).splitlines()[0]}") from error
+    check_targets(imports)
+    announce(imports)
+    backbone: Backbone = build(config, "backbone")
+    return backbone
+
+
+def _unknown(folder: Path) -> InputError:
+    return InputError(
+        f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
+        f"{OPEN_CLIP_CONFIG}."
+    )
+
+
+def _go_to(folder: Any) -> None:
+    if folder and Path(str(folder)).is_dir():
+        os.chdir(str(folder))

@@ -1,0 +1,150 @@
+"""One ONNX graph of the merged encoder and all heads, checked with onnxruntime."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adamerge import __version__
+from adamerge.errors import InputError
+from adamerge.results.formats.merged import Merged
+from adamerge.results.formats.torchvision import preprocessing_of
+from adamerge.results.formats.usage import Usage, check_equal
+from adamerge.system.files import save_json
+
+WEIGHTS = "model.onnx"
+EXTERNAL = f"{WEIGHTS}.data"  # what the exporter calls it
+INPUT = "images"
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_LIMIT = 1_900_000_000  # bytes; a protobuf file holds less than 2 GiB
+_TOLERANCE = 5e-4  # of the largest logit: kernels of another library, and folded constants
+
+_CODE = """import json
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+classes = json.load(open("FOLDER/classes.json"))
+(logits,) = session.run([{task!r}], {{"images": images}})  # images: float32 {shape}, preprocessed
+print([classes[{task!r}][i] for i in logits.argmax(-1)])
+"""
+
+
+class Classifiers(nn.Module):
+    """An encoder and heads as one function.
+
+    Args:
+        encoder: Inputs (B, ...) to features (B, F).
+        heads: Features to logits (B, C), one for each output.
+    """
+
+    def __init__(self, encoder: nn.Module, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return each head's logits."""
+        features = self.encoder(images)
+        return tuple(head(features) for head in self.heads)
+
+
+def write(merged: Merged, folder: Path) -> Usage:
+    """Write the graph: input ``images`` (batch, ...), one output (batch, classes) named after each task.
+
+    Raises:
+        InputError: If a package is not installed, or no heads lie beside the merge.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f'--to onnx: {", ".join(missing)} not installed: pip install "adamerge[onnx]".')
+    if not merged.heads:
+        raise InputError(
+            f"--to onnx: {merged.folder}: no heads.safetensors, so that there are no logits to put out. Expected the "
+            "folder of a run, or of a merge by a rule that reads data."
+        )
+    if INPUT in merged.heads:
+        raise InputError(f"--to onnx: a task is called {INPUT!r}, as the graph's input is; rename it.")
+    module, example = _module(merged), merged.example(2)
+    preprocessing = _preprocessing(merged)
+    classes = {task: (merged.info.get(task) or {}).get("classes") for task in merged.heads}
+    save_json(classes, folder / "classes.json")
+    save_json(preprocessing, folder / "preprocessing.json")
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
+    program = _exported(module, example, list(merged.heads))
+    program.model.metadata_props.update(
+        {
+            "adamerge": __version__,
+            "classes": json.dumps(classes, ensure_ascii=False),
+            "preprocessing": json.dumps(preprocessing, ensure_ascii=False),
+        }
+    )
+    program.save(str(folder / WEIGHTS), external_data=size > _LIMIT)
+    shape = f"(batch, {', '.join(map(str, example.shape[1:]))})"
+    files = {
+        WEIGHTS: f"the graph; input `{INPUT}` {shape}, an output of logits for each task",
+        "classes.json": "class names by task, in the order of the logits",
+        "preprocessing.json": "what images go through",
+    }
+    if (folder / EXTERNAL).is_file():
+        files[EXTERNAL] = f"its weights, which have to lie beside {WEIGHTS}"
+    code = _CODE.format(task=next(iter(merged.heads)), shape=shape)
+    return Usage("onnx", "image-classification", files, code, preprocessing=preprocessing)
+
+
+def prove(merged: Merged, folder: Path) -> None:
+    """Run the graph in onnxruntime on batches of two sizes, and compare the logits of every task.
+
+    Raises:
+        GuardError: If they differ.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / WEIGHTS), providers=["CPUExecutionProvider"])
+    module = _module(merged)
+    for count in (1, 3):
+        images = merged.example(count, seed=count)
+        found = session.run(list(merged.heads), {INPUT: images.numpy()})
+        with torch.no_grad():
+            expected = module(images)
+        for task, theirs, ours in zip(merged.heads, found, expected, strict=True):
+            check_equal(torch.from_numpy(theirs), ours, f"{WEIGHTS}, task {task!r}, in onnxruntime", _TOLERANCE)
+
+
+def _module(merged: Merged) -> Classifiers:
+    return Classifiers(merged.encoder(), [merged.head(task) for task in merged.heads]).eval()
+
+
+def _exported(module: nn.Module, example: Tensor, outputs: list[str]) -> Any:
+    batch = torch.export.Dim("batch")
+    with _quiet(), torch.no_grad():
+        return torch.onnx.export(
+            module, (example,), input_names=[INPUT], output_names=outputs, dynamic_shapes={INPUT: {0: batch}},
+            dynamo=True, verbose=False,
+        )  # fmt: skip
+
+
+def _preprocessing(merged: Merged) -> dict[str, Any]:
+    sidecar = merged.backbone.sidecar()
+    return dict(sidecar["preprocess_cfg"]) if sidecar else preprocessing_of(merged.backbone.preprocess())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress and its advice to other programs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,77 @@
+"""open_clip's folder: ``open_clip_config.json`` and the weights, for ``local-dir:`` and ``hf-hub:``."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adamerge.backbones import Backbone, OpenClip
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
+from adamerge.errors import InputError
+from adamerge.results.formats.merged import Merged, describe
+from adamerge.results.formats.usage import Usage, check_equal, head_code
+from adamerge.system.files import save_json
+
+WEIGHTS = "open_clip_model.safetensors"
+
+_CODE = """import open_clip
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")
+model.eval()
+features = model.encode_image(preprocess(image).unsqueeze(0))
+"""
+
+
+def sidecar_of(backbone: Backbone, target: str) -> dict[str, Any]:
+    """Return the configuration of an open_clip model.
+
+    Raises:
+        InputError: If the backbone is another library's.
+    """
+    sidecar = backbone.sidecar()
+    if sidecar is None:
+        raise InputError(
+            f"--to {target}: expected a merge of open_clip models, found {describe(backbone)}. Choose torchvision or "
+            "onnx."
+        )
+    return sidecar
+
+
+def write(merged: Merged, folder: Path) -> Usage:
+    """Write the weights, with the base's keys and dtypes, and the configuration.
+
+    Raises:
+        InputError: If the merge is none of open_clip models.
+    """
+    sidecar = sidecar_of(merged.backbone, "open_clip")
+    save_json(sidecar, folder / OPEN_CLIP_CONFIG)
+    shutil.copyfile(merged.path, folder / WEIGHTS)
+    files = {WEIGHTS: "the weights, both towers", OPEN_CLIP_CONFIG: "architecture and preprocessing"}
+    return Usage(
+        "open_clip", "zero-shot-image-classification", files, _CODE,
+        notes=tokenizer_notes(merged.backbone), preprocessing=sidecar["preprocess_cfg"], head=head_code(merged),
+    )  # fmt: skip
+
+
+def prove(merged: Merged, folder: Path) -> None:
+    """Load the folder in open_clip, and compare features of images.
+
+    Raises:
+        GuardError: If they differ.
+    """
+    import open_clip
+
+    model = open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
+    images = merged.example(2)
+    with torch.no_grad():
+        check_equal(model.encode_image(images), merged.encoder()(images), f"{folder.name} in open_clip")
+
+
+def tokenizer_notes(backbone: Backbone) -> tuple[str, ...]:
+    """Say so where texts go through a tokenizer that is neither library's."""
+    tokenizer = backbone.tokenizer if isinstance(backbone, OpenClip) else None
+    if tokenizer is None:
+        return ()
+    name = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    return (f"Texts were tokenized by `{name}`, which is not part of this folder.",)

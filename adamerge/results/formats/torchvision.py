@@ -1,0 +1,105 @@
+"""torchvision's state dict: a ``.pth`` file of tensors for ``torchvision.models.get_model``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adamerge.backbones import Torchvision
+from adamerge.errors import InputError
+from adamerge.results.formats.merged import Merged, describe
+from adamerge.results.formats.usage import Usage, check_equal
+from adamerge.system.files import save_json
+
+WEIGHTS = "model.pth"
+
+_CODE = """import torch
+from torchvision import models
+
+model = models.get_model("{model}", num_classes={classes}).eval()
+model.load_state_dict(torch.load("FOLDER/model.pth", weights_only=True))
+preprocess = models.get_model_weights("{model}").DEFAULT.transforms()
+logits = model(preprocess(image).unsqueeze(0))
+"""
+_NO_TASK = (
+    "The classifier is the base's: none of the tasks'. Those are in `heads.safetensors`, as `TASK/weight` and "
+    "`TASK/bias`; `adamerge export ... --task TASK` puts one in its place."
+)
+
+
+def write(merged: Merged, folder: Path, task: str | None = None) -> Usage:
+    """Write the whole model with the base's classifier, or with a task's.
+
+    Raises:
+        InputError: If the merge is none of torchvision models, or has no classifier to write.
+    """
+    backbone = _backbone_of(merged)
+    tensors = {key: merged.checkpoint.get(key).clone() for key in merged.checkpoint.keys}
+    names = [f"{backbone.head}.{part}" for part in ("weight", "bias")]
+    if task is not None:
+        head = merged.head(task)
+        if not isinstance(head, nn.Linear):
+            raise InputError(
+                f"--to torchvision: task {task!r}: expected a Linear head, which the model's {backbone.head!r} can be, "
+                f"found {type(head).__name__}. Choose --to onnx."
+            )
+        tensors |= {f"{backbone.head}.{part}": tensor for part, tensor in head.state_dict().items()}
+    elif not set(names) <= set(tensors):
+        raise InputError(
+            f"--to torchvision: the base has no classifier {backbone.head!r} that the model could have. Give --task "
+            f"NAME, whose head to use: one of {', '.join(merged.heads) or 'none'}."
+        )
+    torch.save(tensors, folder / WEIGHTS)
+    classes = len(tensors[names[0]])
+    preprocessing = preprocessing_of(backbone.preprocess())
+    save_json(preprocessing, folder / "preprocessing.json")
+    files = {WEIGHTS: "the state dict", "preprocessing.json": "what images go through"}
+    return Usage(
+        "torchvision", "image-classification", files, _CODE.format(model=backbone.model, classes=classes),
+        notes=(_NO_TASK,) if task is None else (f"The classifier is that of the task {task}.",),
+        preprocessing=preprocessing,
+    )  # fmt: skip
+
+
+def prove(merged: Merged, folder: Path, task: str | None = None) -> None:
+    """Load the file strictly in torchvision, and compare logits, or without a task what enters the classifier.
+
+    Raises:
+        GuardError: If they differ.
+    """
+    from torchvision import models
+
+    backbone = _backbone_of(merged)
+    tensors = torch.load(folder / WEIGHTS, weights_only=True)
+    model = models.get_model(backbone.model, weights=None, num_classes=len(tensors[f"{backbone.head}.weight"])).float()
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"{merged.path}: not a model of torchvision: {' '.join(str(error).split())}") from error
+    head = nn.Identity() if task is None else merged.head(task)
+    if task is None:
+        model.set_submodule(backbone.head, nn.Identity())
+    images = merged.example(2)
+    with torch.no_grad():
+        check_equal(model.eval()(images), head(merged.encoder()(images)), f"{folder.name} in torchvision")
+
+
+def preprocessing_of(transform: Any) -> dict[str, Any]:
+    """Return what is known of a transform, ready for JSON: a torchvision preset's settings, or how it is printed."""
+    if transform is None:
+        return {}
+    names = ("resize_size", "crop_size", "mean", "std", "interpolation", "antialias")
+    found = {name: getattr(transform, name) for name in names if hasattr(transform, name)}
+    if "mean" not in found:
+        return {"transform": repr(transform)}
+    return {name: getattr(value, "value", value) for name, value in found.items()}
+
+
+def _backbone_of(merged: Merged) -> Torchvision:
+    if not isinstance(merged.backbone, Torchvision):
+        raise InputError(
+            f"--to torchvision: expected a merge of torchvision models, found {describe(merged.backbone)}. Choose "
+            "open_clip, hf or onnx."
+        )
+    return merged.backbone

@@ -1,0 +1,248 @@
+"""Read what a run left in its folder, as far as it is there and sound.
+
+A report is most wanted where something went wrong: files that are missing or broken become notes, not errors.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from adamerge.errors import InputError
+from adamerge.results.report.record import FILE as RECORD
+
+Values = npt.NDArray[np.floating[Any]]
+_ANY_OF = ("config.yaml", "merge.json", "summary.json")
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Return what a file should hold as a mapping; empty where it does not."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+@dataclass
+class Series:
+    """A logged quantity: its values by step, in order."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass
+class Learned:
+    """Coefficients.
+
+    Attributes:
+        experts: Names, E.
+        granularity: Its name; the configuration has the rest.
+        constraint: As described in ``coefficients.json``.
+        values: Label, of a parameter or a group, to coefficients (E, groups).
+    """
+
+    experts: list[str]
+    granularity: str
+    constraint: str
+    values: dict[str, Values]
+
+    @property
+    def count(self) -> int:
+        """Number of coefficients."""
+        return sum(array.size for array in self.values.values())
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether several coefficients share a label: rows, columns or chunks of a tensor."""
+        return any(array.shape[1] > 1 for array in self.values.values())
+
+
+@dataclass
+class Run:
+    """What is known of a run; what is not is empty, and why is in ``notes``."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    learned: Learned | None = None
+    metrics: dict[str, Series] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, below that of the experiment."""
+        return self.folder.name
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has exported."""
+        return (self.folder / "merge.json").is_file() or not (self.folder / "config.yaml").is_file()
+
+    @property
+    def own_row(self) -> str | None:
+        """The row of the summary that the run made; None in comparisons."""
+        rows = list(self.summary.get("rows", {}))
+        if str(self.config.get("name")) in rows:
+            return str(self.config["name"])
+        return "recommended" if "recommended" in rows and self.recipe else None
+
+    @property
+    def pool(self) -> dict[str, Any]:
+        """Sizes and geometry of the pool; empty if not recorded."""
+        return mapping(self.record.get("pool"))
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts."""
+        if self.learned is not None:
+            return self.learned.experts
+        places = (self.pool.get("experts"), self.recipe.get("hashes"), mapping(self.config.get("pool")).get("experts"))
+        known = next((found for place in places if (found := mapping(place))), {})
+        return [name for name in known if name != "base"]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        known = self.summary.get("tasks") or mapping(mapping(self.config.get("data")).get("tasks")) or self.experts
+        return [str(task) for task in known]
+
+    def logged(self, prefix: str) -> dict[str, Series]:
+        """Return the logged quantities whose names begin so, by the rest of their names."""
+        return {name.removeprefix(prefix): s for name, s in self.metrics.items() if name.startswith(prefix)}
+
+
+def read_run(folder: Path) -> Run:
+    """Read a folder that ``adapt``, ``merge``, ``compare`` or ``demo`` made.
+
+    Raises:
+        InputError: If it is none.
+    """
+    if folder.is_file():
+        raise InputError(f"{folder}: expected a run's folder, found a file. Did you mean {folder.parent}?")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. Name a folder that `adamerge adapt` made.")
+    if not any((folder / name).is_file() for name in _ANY_OF):
+        raise InputError(
+            f"{folder}: not a run folder: expected {', '.join(_ANY_OF[:-1])} or {_ANY_OF[-1]} in it, found none. Name "
+            "a folder that `adamerge adapt`, merge, compare or demo made."
+        )
+    run = Run(folder.absolute())
+    run.config = _mapping(run, "config.yaml")
+    run.recipe = _mapping(run, "merge.json")
+    run.record = _mapping(run, RECORD)
+    run.summary = _summary(run)
+    run.learned = _learned(run)
+    for path in sorted(run.folder.glob("metrics/version_*/metrics.csv"), key=_version):
+        _add_metrics(run, path)
+    if not run.is_finished:
+        run.notes.insert(0, "The run has not finished: this is what it left so far.")
+    return run
+
+
+def _mapping(run: Run, name: str) -> dict[str, Any]:
+    """Read a JSON or yaml file that holds a mapping."""
+    path = run.folder / name
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        run.notes.append(f"{name} cannot be read ({' '.join(str(error).split())[:200]}).")
+        return {}
+    if not isinstance(content, dict):
+        run.notes.append(f"{name}: expected a mapping, found {type(content).__name__}.")
+        return {}
+    return {str(key): value for key, value in content.items()}
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    content = _mapping(run, "summary.json")
+    if not content:
+        return {}
+    try:
+        tasks = [str(task) for task in content["tasks"]]
+        for row in content["rows"].values():
+            numbers = [row["mean"], *row["interval"], *(row["per_task"][task] for task in tasks)]
+            if (
+                not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+                or len(row["interval"]) != 2
+            ):
+                raise TypeError("accuracies are no numbers")
+    except (KeyError, TypeError, AttributeError) as error:
+        run.notes.append(f"summary.json is not as adamerge writes it ({type(error).__name__}: {error}).")
+        return {}
+    return content
+
+
+def _learned(run: Run) -> Learned | None:
+    content = _mapping(run, "coefficients.json")
+    if not content:
+        return None
+    try:
+        experts = [str(name) for name in content["experts"]]
+        if "tensors" in content:
+            tensors = load_file(run.folder / Path(str(content["tensors"])).name)
+            values = {label: np.asarray(tensor, dtype=float) for label, tensor in tensors.items()}
+        else:
+            rows = [content["coefficients"][expert] for expert in experts]
+            values = {str(label): np.array([np.ravel(row[label]) for row in rows], dtype=float) for label in rows[0]}
+        if not values or any(array.shape[0] != len(experts) or array.ndim != 2 for array in values.values()):
+            raise ValueError("expected coefficients of every expert")
+        if not all(np.isfinite(array).all() for array in values.values()):
+            raise ValueError("NaN or infinite coefficients")
+        constraint, granularity = _described(content.get("constraint")), content.get("granularity")
+        granularity = str(granularity.get("name") if isinstance(granularity, Mapping) else granularity)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, SafetensorError) as error:
+        run.notes.append(f"coefficients.json cannot be used ({type(error).__name__}: {error}).")
+        return None
+    return Learned(experts, granularity, constraint, values)
+
+
+def _described(described: Any) -> str:
+    """Return what `describe` told as a few words."""
+    if not isinstance(described, Mapping):
+        return str(described)
+    options = ", ".join(f"{key}={value}" for key, value in described.items() if key != "name")
+    return f"{described.get('name')} ({options})" if options else str(described.get("name"))
+
+
+def _version(path: Path) -> int:
+    number = path.parent.name.removeprefix("version_")
+    return int(number) if number.isdigit() else -1
+
+
+def _add_metrics(run: Run, path: Path) -> None:
+    """Take a CSV file's numbers in; a resumed run repeats steps, of which the later values count."""
+    found: dict[str, dict[int, float]] = {
+        name: dict(zip(series.steps, series.values, strict=True)) for name, series in run.metrics.items()
+    }
+    lost = 0
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                step = int(line["step"])
+                for name, text in line.items():
+                    if name in ("step", "epoch") or not isinstance(text, str) or not text:
+                        continue
+                    if math.isfinite(value := float(text)):
+                        found.setdefault(name, {})[step] = value
+                    else:
+                        lost += 1
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        name = path.relative_to(run.folder)
+        run.notes.append(f"{name} is broken; what came before that is shown ({type(error).__name__}: {error}).")
+    if lost:
+        run.notes.append(f"{lost} logged values are NaN or infinite, and not shown.")
+    run.metrics = {
+        name: Series(sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()
+    }

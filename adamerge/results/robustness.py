@@ -1,0 +1,109 @@
+"""Accuracy under corruptions: a merged checkpoint and what it is compared with, corruption by corruption."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from adamerge.commands.run.run import Assembly
+from adamerge.data.corruptions import Corruption
+from adamerge.results.evaluation import FORMAT, Row, summary
+from adamerge.results.figures import save_heat_map
+from adamerge.results.scoring import Made, score_run
+from adamerge.system.files import save_json
+
+log = logging.getLogger(__name__)
+
+CLEAN = "clean"
+
+
+def score_corruptions(assembly: Assembly, made: Made, corruptions: Sequence[Corruption]) -> dict[str, Any]:
+    """Score a checkpoint, the pretrained model, task arithmetic and the experts, on clean and on corrupted images.
+
+    Args:
+        assembly: Of the run.
+        made: The checkpoint.
+        corruptions: Of the scored images; each image is corrupted in the same way for every row.
+
+    Returns:
+        ``format``, ``protocol``, ``tasks``, ``checkpoint`` (its row), ``adapted_on`` and ``corruptions``: name, with
+        severity, to the ``rows`` of a ``summary.json``.
+    """
+    content: dict[str, Any] = {}
+    for corruption in (None, *corruptions):
+        name = CLEAN if corruption is None else str(corruption)
+        log.info("Scoring: %s", name)
+        data = assembly.data if corruption is None else assembly.data.with_corrupted_evaluation(corruption)
+        rows: Mapping[str, Row] = score_run(assembly.model, data, made, assembly.batch_norm, references=True)
+        content[name] = summary(rows, data.protocol)
+    first = content[CLEAN]
+    stream = assembly.data.corruption
+    return {
+        "format": FORMAT,
+        "protocol": first["protocol"],
+        "tasks": first["tasks"],
+        "unseen": first.get("unseen", []),
+        "checkpoint": made.name,
+        "adapted_on": CLEAN if stream is None else str(stream),
+        "seed": assembly.data.seed,
+        "corruptions": {name: {"rows": found["rows"]} for name, found in content.items()},
+    }
+
+
+def save_robustness(content: Mapping[str, Any], folder: Path, stem: str = "robustness") -> None:
+    """Write ``robustness.json`` and its picture; where matplotlib is not installed a warning stands for that."""
+    save_json(content, folder / f"{stem}.json")
+    header, *lines = cells(content)
+    values = {line[0]: [float(cell) if cell else None for cell in line[1:]] for line in lines}
+    title = f"Accuracy of {content['checkpoint']}, %, adapted on {content['adapted_on']} images; right: means of others"
+    try:
+        save_heat_map(header[1:], values, folder / f"{stem}.png", title=title, gap=_own(content) - 1)
+    except ImportError:
+        log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
+
+
+def _own(content: Mapping[str, Any]) -> int:
+    """Return how many columns are the checkpoint's, with the one of names."""
+    return 2 + len(content["tasks"]) + len(content["unseen"])
+
+
+def cells(content: Mapping[str, Any]) -> list[list[str]]:
+    """Return the header and a line for each corruption: the checkpoint's accuracies, and the means of the others."""
+    name, tasks, unseen = content["checkpoint"], content["tasks"], content["unseen"]
+    first = next(iter(content["corruptions"].values()))["rows"]
+    others = [row for row in first if row != name]
+    lines = [["images", *tasks, "mean", *(f"{task} (unseen)" for task in unseen), *others]]
+    for corruption, found in content["corruptions"].items():
+        own = found["rows"][name]
+        values = [
+            *(own["per_task"][task] for task in tasks),
+            own["mean"],
+            *(own["unseen"][task] for task in unseen),
+            *(found["rows"][row]["mean"] for row in others),
+        ]
+        lines.append([corruption, *(f"{100 * value:.1f}" for value in values)])
+    return lines
+
+
+def table(content: Mapping[str, Any]) -> Table:
+    """Lay the accuracies out for the terminal."""
+    header, *lines = cells(content)
+    result = Table(
+        title=f"Accuracy of {content['checkpoint']}, %", title_justify="left", caption_justify="left",
+        header_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True,
+        caption=(
+            f"Adapted on {content['adapted_on']} images; protocol: {content['protocol']}. After mean: means of others, "
+            "on the same images. Severities: Hendrycks and Dietterich, arXiv:1903.12261."
+        ),
+    )  # fmt: skip
+    for number, name in enumerate(header):
+        style = "bold" if name == "mean" else None
+        result.add_column(name, justify="right" if number else "left", overflow="fold", style=style)
+    for line in lines:
+        result.add_row(*line)
+    return result

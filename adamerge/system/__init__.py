@@ -1,0 +1,1 @@
+"""The ground: files, memory, processes and progress."""

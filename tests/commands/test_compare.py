@@ -1,0 +1,261 @@
+"""The command ``adamerge compare``: rows, results that are kept, measures and tables."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import Future
+
+import pytest
+from rich.console import Console
+
+from adamerge import zoo
+from adamerge.commands import cli
+from adamerge.commands.compare import plan as comparison
+from adamerge.commands.compare import row as compare_row
+from adamerge.commands.compare.plan import plan_of
+from adamerge.commands.compare.row import make_row, read_row
+from adamerge.commands.compare.row_processes import RowProcesses
+from adamerge.commands.compare.table import compared, markdown
+from adamerge.commands.run import folder as run_folder
+from adamerge.commands.run.compose import rule_names
+from adamerge.errors import GuardError, InputError
+
+QUIET = Console(quiet=True)
+
+
+def result(mean, seed=0, **more):
+    return {
+        "per_task": {"a": mean, "b": mean / 2}, "calibration_error": {"a": 0.1, "b": 0.1}, "mean": 0.75 * mean,
+        "interval": [mean - 0.1, mean + 0.1], "uses_labels": False, "uses_data": False, "seconds": 1.0, "seed": seed,
+        "protocol": "split", "peak_memory_bytes": 1e6, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Rows that were made, instead of making them; of TIES, sums diverge, density 0.9 is interrupted, 0.8 has a bug."""
+    calls = []
+
+    class Instantly(RowProcesses):
+        def submit(self, spec, common, seed, folder):
+            calls.append((seed, spec.text))
+            future = Future()
+            if "density=0.8" in spec.text:
+                future.set_exception(KeyError("mnist"))
+            elif "density=0.9" in spec.text:
+                future.set_exception(KeyboardInterrupt())
+            elif "aggregate=sum" in spec.text:
+                future.set_exception(GuardError("it diverged"))
+            else:
+                future.set_result(result(0.8 if spec.text == "experts" else 0.4 + 0.1 * seed, seed))
+            return future
+
+        def result(self, future):
+            return future.result()
+
+    monkeypatch.setattr(comparison, "RowProcesses", Instantly)
+    monkeypatch.setattr(comparison, "save_comparison", lambda content, path: path.touch())
+    return calls
+
+
+def test_rows_are_references_merges_or_runs():
+    assert read_row("experts").rule is None
+    merge = read_row("ties density=0.1 transform=lines transform.beta=1")
+    assert merge.rule["density"] == 0.1
+    assert merge.overrides == ("transform=lines", "transform.beta=1")
+    assert not merge.adapts
+    assert read_row("task_arithmetic_0.3").rule["coefficient"] == 0.3
+    run = read_row("experiment=recommended start=wudi start.steps=10 'granularity.groups={a: x}'")
+    assert run.adapts
+    assert run.rule["steps"] == 10
+    assert run.overrides == ("experiment=recommended", "granularity.groups={a: x}")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("tie", "Did you mean 'ties'?"),
+        ("ties densty=1", "Did you mean 'density'?"),
+        ("ties density", "expected OPTION=VALUE"),
+        ("experts transform=ties", "experts takes no options, found 'transform=ties'"),
+        ("task_arithmetic_best coefficient=1", "takes a transform only"),
+        ("experiment=x start.a=1", "no start=RULE"),
+        ("objective=entropi", "entropi"),
+        ("ties 'open", "No closing quotation"),
+        ("", "expected a rule"),
+    ],
+)
+def test_wrong_row_is_refused_before_anything_runs(row, message, tmp_path, made):
+    with pytest.raises(InputError, match="row") as refused:
+        plan_of([row], None, [], [0], tmp_path)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert made == []
+
+
+def test_shipped_preset_has_every_merge_and_every_transform(tmp_path):
+    plan = plan_of([], "demo", [], [0], tmp_path)
+    texts = [spec.text for spec in plan.rows.values()]
+    assert set(rule_names("merge")) <= {text.split()[0] for text in texts}
+    assert all(any(f"transform={name}" in text for text in texts) for name in rule_names("transform") if name != "none")
+    for method in ("adamerging_layer", "imitation_row", "recommended"):
+        starts = {" ".join(text.split()[1:2]) for text in texts if text.startswith(f"experiment={method}")}
+        assert starts >= {"", "start=ties", "start=wudi", "start=tsvm"}
+    assert list(plan.rows)[-1] == "experts"
+    assert plan.rows["task_arithmetic_best"].reference == "task_arithmetic_best"
+    with pytest.raises(InputError, match="Did you mean 'demo'"):
+        plan_of([], "demmo", [], [0], tmp_path)
+    (tmp_path / "mine.yaml").write_text("row: {a: ties}")
+    with pytest.raises(InputError, match="expected rows"):
+        plan_of([], str(tmp_path / "mine.yaml"), [], [0], tmp_path)
+
+
+def test_run_goes_on_row_by_row_and_keeps_the_others_when_one_fails(tmp_path, made):
+    plan = plan_of(["ties", "ties aggregate=sum"], None, [], [0, 1], tmp_path)
+    failed = comparison.run(plan, QUIET)
+    assert failed == {f"ties aggregate=sum, seed {seed}": "it diverged" for seed in (0, 1)}
+    assert len(made) == 8
+    made.clear()
+    wider = plan_of(["ties", "ties aggregate=sum", "tsvm"], None, [], [0, 1], tmp_path)
+    comparison.run(wider, QUIET)
+    assert made == [(s, name) for s in (0, 1) for name in ("ties aggregate=sum", "tsvm")]
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert list(content["rows"]) == ["ties", "tsvm", "task_arithmetic_0.3", "experts"]
+    row = content["rows"]["ties"]
+    assert row["seeds"] == [0, 1]
+    assert row["per_task"]["a"] == pytest.approx(0.45)
+    assert row["normalised"] == pytest.approx(0.45 / 0.8)
+    assert (tmp_path / "comparison.png").exists()
+    assert "`tsvm`" in (tmp_path / "table.md").read_text()
+
+
+def test_error_of_a_rule_ends_its_own_row_only(tmp_path, made):
+    failed = comparison.run(plan_of(["ties density=0.8", "tsvm"], None, [], [0], tmp_path), QUIET)
+    assert failed == {"ties density=0.8, seed 0": "KeyError: 'mnist'"}
+    assert "tsvm" in json.loads((tmp_path / "summary.json").read_text())["rows"]
+
+
+def test_folder_of_another_comparison_is_refused(tmp_path, made):
+    script = "import sys\nfrom pathlib import Path\nfrom adamerge import run_folder\n"
+    script += "with run_folder.held(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"in use by another run .*choose another --out\."):
+            comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+        other.stdin.close()
+    assert made == []
+    comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+
+
+def test_interrupted_row_goes_on_with_its_own_options_only(tmp_path, monkeypatch):
+    def interrupted(config, folder, *, resume):
+        assert (folder / run_folder.LOCK).exists()
+        resumed.append(resume)
+        (folder / run_folder.LAST).parent.mkdir(exist_ok=True)
+        (folder / run_folder.LAST).touch()
+        raise SystemExit(130)
+
+    resumed = []
+    monkeypatch.setattr(compare_row.launch, "adapt", interrupted)
+    monkeypatch.setattr(compare_row, "_merge", lambda rule, of, path: compare_row._Made(path, 1.0, False, False))
+    monkeypatch.setattr(compare_row, "_assembled", lambda config: None)
+    monkeypatch.setattr(compare_row, "check", lambda config: [])
+    text = "experiment=adamerging_layer steps=2 start=wudi"
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            make_row(read_row(text), [], 0, tmp_path)
+    for other, option in ((text.replace("2", "3"), "steps"), (text.replace("wudi", "ties"), "start")):
+        with pytest.raises(
+            InputError, match=f"made with other options: {option}.*\\. Remove its folder.*another --out"
+        ):
+            make_row(read_row(other), [], 0, tmp_path)
+    (tmp_path / "started.json").unlink()
+    with pytest.raises(InputError, match=r"started\.json is missing"):
+        make_row(read_row(text), [], 0, tmp_path)
+    assert resumed == [False, True]
+
+
+def test_interrupted_comparison_writes_what_is_there(tmp_path, made):
+    plan = plan_of(["tsvm", "ties density=0.9", "iso_c"], None, [], [0], tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        comparison.run(plan, QUIET)
+    assert [text for _, text in made] == ["tsvm", "ties density=0.9"]
+    assert list(json.loads((tmp_path / "summary.json").read_text())["rows"]) == ["tsvm"]
+
+
+def test_several_rows_at_a_time_give_the_same_results(tmp_path, made):
+    rows = ["tsvm", "ties", "iso_c", "ties aggregate=sum"]
+    failed = comparison.run(plan_of(rows, None, [], [0, 1], tmp_path / "three", jobs=3), QUIET)
+    assert comparison.run(plan_of(rows, None, [], [0, 1], tmp_path / "one"), QUIET) == failed
+    tables = [(tmp_path / folder / "summary.json").read_text() for folder in ("one", "three")]
+    assert tables[0] == tables[1]
+
+
+def test_results_of_other_options_are_refused(tmp_path, made):
+    comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+    with pytest.raises(InputError, match=r"made with another overrides.*Choose another --out"):
+        comparison.run(plan_of(["ties"], None, ["data.batch_size=8"], [0], tmp_path), QUIET)
+    path = next(tmp_path.glob("seed_0/ties/row.json"))
+    path.write_text("{}")
+    with pytest.raises(InputError, match="no result of"):
+        comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
+
+
+def test_measures_refer_to_the_same_seed():
+    found = {
+        "task_arithmetic_0.3": [result(0.4, 0), result(0.2, 1)],
+        "mine": [result(0.6, 0), result(0.2, 1)],
+        "experts": [result(0.8, 0), result(0.4, 1)],
+        "none yet": [],
+    }
+    rows = compared(found)["rows"]
+    assert rows["mine"]["gap_closed"] == pytest.approx((0.5 + 0.0) / 2)
+    assert rows["mine"]["normalised_per_task"]["a"] == pytest.approx((0.75 + 0.5) / 2)
+    assert rows["mine"]["spread"] == pytest.approx(0.75 * 0.4 / 2**0.5)
+    assert rows["experts"]["normalised"] == pytest.approx(1)
+    assert "none yet" not in rows
+    lines = markdown(compared(found)).splitlines()
+    assert lines[0].startswith("| row | a | b | norm. |")
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
+    assert compared({"mine": found["mine"]})["rows"]["mine"]["normalised"] is None
+
+
+def test_command_takes_lists_and_reports_failures(tmp_path, made, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--rows", "tsvm", "ties aggregate=sum", "--seeds", "0", "1", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert {name for _, name in made} == {"tsvm", "ties aggregate=sum", "task_arithmetic_0.3", "experts"}
+    assert {seed for seed, _ in made} == {0, 1}
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    made.clear()
+    arguments = ["--rows", "tsvm", "--out", str(tmp_path / "b"), "--", "data.batch_size=8"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", *arguments])
+    assert not stopped.value.code
+    assert json.loads(next((tmp_path / "b").rglob("row.json")).read_text())["overrides"] == ["data.batch_size=8"]
+
+
+@pytest.mark.slow
+def test_compare_on_the_zoo_makes_rows_in_processes(tmp_path):
+    scores = [f"scores.{task}=1" for task in zoo.TASKS]
+    rows = [
+        "ties", "task_arithmetic transform=ties", " ".join(["metrics_weighted", *scores]),
+        "experiment=adamerging_layer start=tsvm steps=2",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "--rows", *rows, "--jobs", "2", "--out", str(tmp_path)])
+    assert not stopped.value.code
+    content = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert content["ties"]["mean"] > 0.5
+    assert content[rows[3]]["uses_data"]
+    assert not content["ties"]["uses_data"]
+    assert content[rows[2]]["uses_labels"]
+    assert not content["ties"]["uses_labels"]
+    assert content["ties"]["peak_memory_bytes"] > 1e8
+    # A row in a process that has made others is the row that a process of its own makes.
+    again = make_row(read_row(rows[1]), [], 0, tmp_path / "again")
+    assert again["per_task"] == content[rows[1]]["per_task"]
+    merged = next(tmp_path.glob("seed_0/*transform=ties/merged.safetensors"))
+    assert merged.read_bytes() == (tmp_path / "again" / "merged.safetensors").read_bytes()

@@ -1,0 +1,83 @@
+"""The demo end to end, in a real process."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import torch
+
+from adamerge import load_state_dict
+from adamerge.commands import demo_run as demo
+from adamerge.commands.run.build import build
+from adamerge.commands.run.compose import compose
+from adamerge.model.granularity import by_name
+from adamerge.results.evaluation import Row, TaskScore
+from adamerge.results.export import load_heads
+
+
+def row(*hits):
+    return Row({"task": TaskScore(sum(hits) / len(hits), 0.0, torch.tensor(hits, dtype=torch.bool))})
+
+
+def test_verdict_says_what_holds_and_what_does_not():
+    best, middle, worst = row(*[1] * 200), row(*[1, 0] * 100), row(*[0] * 200)
+    rows = dict(zip(demo.ORDER, (worst, middle, middle, worst, worst, best), strict=True))
+    lines = demo.verdict(rows)
+    assert [line.split(":")[1].split(",")[0].strip() for line in lines] == [
+        "holds",
+        "does not hold",
+        "does not hold",
+        "does not hold",
+        "holds",
+    ]
+    assert "+50.0 points" in lines[0]
+
+
+def test_recommended_row_is_the_recommended_experiment():
+    recipe, config = demo.recommended(), compose(["experiment=recommended"])
+    assert recipe.objective == build(config, "objective")
+    assert by_name(recipe.granularity) == build(config, "granularity")
+    assert recipe.constraint == build(config, "constraint")
+    assert recipe.views == build(config, "data.views")
+    assert (recipe.lr, recipe.steps) == (config.optimizer.lr, config.steps)
+    assert recipe.batch_size == config.data.batch_size
+    assert recipe.decay
+    assert config.method.scheduler == {
+        "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "_partial_": True, "T_max": config.steps
+    }  # fmt: skip
+    assert config.optimizer._target_ == "torch.optim.Adam"
+    assert config.init == 0.3
+
+
+@pytest.mark.slow
+def test_demo_gives_the_expected_order_and_files(tmp_path):
+    code = "from adamerge.commands.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--output", "out", "--seed", "1"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ),
+    )  # fmt: skip
+    assert result.stdout.splitlines()[-1] == "out"
+    content = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(content["rows"]) == list(demo.ROWS)
+    for lower, higher in itertools.pairwise(demo.ORDER):
+        assert content["rows"][lower]["mean"] < content["rows"][higher]["mean"]
+    start, best = content["rows"]["task_arithmetic_0.3"], content["rows"]["recommended"]
+    assert best["gap_closed"] > 0.65
+    assert all(best["per_task"][task] >= start["per_task"][task] for task in content["tasks"])
+    assert [name for name, r in content["rows"].items() if r["uses_labels"]] == ["task_arithmetic_best", "oracle_layer"]
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'out' / 'open_clip'}")
+    merged = load_state_dict(tmp_path / "out" / "merged.safetensors")
+    assert all(torch.equal(tensor, merged[name].float()) for name, tensor in model.state_dict().items())
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for said in ("adamerge demo --output out --seed 1", "Cosines of the task vectors", "norm of its task vector",
+                 "Imitation"):  # fmt: skip
+        assert said in page, said
+    assert "report.html" in result.stdout
+    for chatter in ("Tip:", "GPU available", "TPU available"):
+        assert chatter not in result.stderr
+    heads, info = load_heads(tmp_path / "out" / "heads.safetensors")
+    assert set(heads) == set(content["tasks"]) == set(info)

@@ -1,0 +1,251 @@
+"""Scores against numbers made by hand, bootstrap, summary and table."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.data import TensorDataset
+
+from adamerge import InputError
+from adamerge.data import Task, UnlabeledTasks
+from adamerge.results.evaluation import (
+    Row,
+    TaskScore,
+    bootstrap,
+    bootstrap_difference,
+    gap_closed,
+    normalised,
+    read_summary,
+    score_task,
+    score_tasks,
+    summary,
+    table,
+    write_summary,
+)
+from tests.support.toy import CLASSES, EXPERTS
+
+
+def labelled(outputs, labels, **options) -> UnlabeledTasks:
+    """A task "a" whose images are the logits themselves."""
+    images = TensorDataset(torch.tensor(outputs), torch.tensor(labels))
+    return UnlabeledTasks({"a": Task(adapt=images, evaluate=images)}, **options)
+
+
+def as_they_are(inputs, task):
+    assert task == "a"
+    return inputs
+
+
+def score(*hits: bool) -> TaskScore:
+    correct = torch.tensor(hits)
+    return TaskScore(correct.float().mean().item(), 0.1, correct)
+
+
+def made_rows():
+    hits = {"pretrained": (2, 5), "task_arithmetic_0.3": (4, 6), "mine": (6, 7), "oracle": (7, 7), "experts": (8, 8)}
+    rows = {}
+    for name, (a, b) in hits.items():
+        scores = {"a": score(*[i < a for i in range(10)]), "b": score(*[i < b for i in range(10)])}
+        rows[name] = Row(
+            scores, uses_labels=name == "oracle", uses_data=name in ("mine", "oracle"), seconds=1.5, seed=3
+        )
+    return rows
+
+
+# One task
+
+
+def test_score_task_accuracy_and_hits_by_hand():
+    outputs = [[2.0, 1.0, 0.0], [0.0, 5.0, 1.0], [0.0, 1.0, 3.0], [4.0, 1.0, 2.0]]
+    result = score_task(as_they_are, labelled(outputs, [0, 1, 1, 2], evaluation_batch_size=3), "a")
+    assert result.accuracy == 0.5
+    assert result.correct.tolist() == [True, True, False, False]
+
+
+def test_score_task_micro_accuracy_counts_images_not_classes():
+    outputs = [[5.0, 0.0]] * 10
+    assert score_task(as_they_are, labelled(outputs, [0] * 9 + [1]), "a").accuracy == pytest.approx(0.9)
+
+
+def test_score_task_calibration_error_by_hand():
+    """Two confidences, 0.9 (half right) and 0.6 (all right), in two of the 15 bins."""
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]]).log().tolist()
+    result = score_task(as_they_are, labelled(logits, [0, 1, 0, 0]), "a")
+    assert result.calibration_error == pytest.approx(0.5 * abs(0.9 - 0.5) + 0.5 * abs(0.6 - 1.0), abs=1e-6)
+
+
+def test_score_task_logits_between_0_and_1_are_logits_not_probabilities():
+    result = score_task(as_they_are, labelled([[0.0, 1.0]] * 4, [1, 1, 1, 1]), "a")
+    confidence = 1 / (1 + torch.tensor(-1.0).exp().item())
+    assert result.calibration_error == pytest.approx(1 - confidence, abs=1e-6)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_score_task_label_outside_the_head_is_named(label):
+    data = labelled([[0.0, 1.0, 2.0]] * 2, [0, label])
+    with pytest.raises(InputError, match=rf"data\.tasks\.a: found label {label}, but its head has 3 classes"):
+        score_task(as_they_are, data, "a")
+
+
+def test_score_tasks_uses_the_given_parameters_and_each_tasks_head(toy, toy_model):
+    generator = torch.Generator().manual_seed(5)
+    tasks, images, labels = {}, {}, {}
+    for task in EXPERTS:
+        images[task] = torch.randn(12, 1, 4, 4, generator=generator)
+        labels[task] = torch.randint(CLASSES[task], (12,), generator=generator)
+        tasks[task] = Task(adapt=[torch.zeros(1)], evaluate=TensorDataset(images[task], labels[task]))
+    data = UnlabeledTasks(tasks, evaluation_batch_size=5)
+    scores = score_tasks(toy_model, toy_model.pool.base, data)
+    assert list(scores) == list(EXPERTS)
+    for task in EXPERTS:
+        with torch.no_grad():
+            expected = (
+                toy.heads[task](toy.encoder(images[task])).argmax(-1) == data.evaluation[task]._dataset.tensors[1]
+            )
+        assert torch.equal(scores[task].correct, expected)
+    assert list(score_tasks(toy_model, toy_model.merge(), data, tasks=["blue"])) == ["blue"]
+
+
+# Bootstrap
+
+
+def test_bootstrap_interval_contains_the_mean_and_is_as_wide_as_theory():
+    scores = {"a": score(*[i < 140 for i in range(200)]), "b": score(*[i < 80 for i in range(200)])}
+    low, high = bootstrap(scores)
+    mean = (0.7 + 0.4) / 2
+    assert low < mean < high
+    expected = 2 * 1.96 * ((0.7 * 0.3 / 200 + 0.4 * 0.6 / 200) ** 0.5 / 2)
+    assert high - low == pytest.approx(expected, rel=0.15)
+
+
+def test_bootstrap_is_seeded():
+    scores = {"a": score(*[i % 3 == 0 for i in range(50)])}
+    assert bootstrap(scores, seed=1) == bootstrap(scores, seed=1)
+    assert bootstrap(scores, samples=40, seed=1) != bootstrap(scores, samples=40, seed=2)
+
+
+def test_bootstrap_all_right_has_no_width():
+    assert bootstrap({"a": score(True, True)}, samples=30) == (1.0, 1.0)
+
+
+def test_bootstrap_difference_of_identical_rows_is_zero():
+    scores = {"a": score(True, False, True), "b": score(False, False, True)}
+    assert bootstrap_difference(scores, scores, samples=150) == (0.0, 0.0)
+
+
+def test_bootstrap_difference_is_paired_by_image():
+    """The first is right wherever the second is: paired, the difference is certainly positive."""
+    second = {"a": score(*[i % 2 == 0 for i in range(60)])}
+    first = {"a": score(*[i % 2 == 0 or i % 10 == 1 for i in range(60)])}
+    low, high = bootstrap_difference(first, second)
+    assert 0 < low < 0.1 < high
+    assert bootstrap(first)[0] < bootstrap(second)[1]  # unpaired, the intervals overlap
+    assert bootstrap_difference(second, first)[1] < 0
+
+
+# Rows
+
+
+def test_row_mean_is_over_tasks():
+    assert Row({"a": score(True, False), "b": score(True, True, True, True)}).mean == 0.75
+
+
+def test_normalised_is_the_mean_of_ratios_to_the_tasks_own_expert():
+    row = Row({"a": score(True, False), "b": score(True, True, True, False)})
+    experts = Row({"a": score(True, True), "b": score(True, True, True, False)})
+    assert normalised(row, experts) == pytest.approx((0.5 + 1.0) / 2)
+    assert normalised(experts, experts) == 1.0
+
+
+def test_gap_closed_is_zero_at_the_start_one_at_the_experts_and_linear_between():
+    start, middle, experts = (Row({"a": score(*[i < n for i in range(10)])}) for n in (4, 5, 8))
+    assert gap_closed(start, start, experts) == 0
+    assert gap_closed(middle, start, experts) == pytest.approx(0.25)
+    assert gap_closed(experts, start, experts) == 1
+
+
+# Summary
+
+
+def test_summary_has_the_documented_schema():
+    content = summary(made_rows(), "split")
+    assert content["format"] == 1
+    assert content["protocol"] == "split"
+    assert content["tasks"] == ["a", "b"]
+    assert list(content["rows"]) == ["pretrained", "task_arithmetic_0.3", "mine", "oracle", "experts"]
+    row = content["rows"]["mine"]
+    assert row["per_task"] == {"a": pytest.approx(0.6), "b": pytest.approx(0.7)}
+    assert row["mean"] == pytest.approx(0.65)
+    assert row["normalised"] == pytest.approx((0.6 / 0.8 + 0.7 / 0.8) / 2)
+    assert row["gap_closed"] == pytest.approx((0.65 - 0.5) / (0.8 - 0.5))
+    assert row["interval"][0] < 0.65 < row["interval"][1]
+    assert (row["uses_labels"], row["uses_data"], row["seconds"], row["seed"]) == (False, True, 1.5, 3)
+    assert content["rows"]["oracle"]["uses_labels"] is True
+    assert row["calibration_error"] == {"a": 0.1, "b": 0.1}
+
+
+def test_summary_extra_facts_of_a_row_are_kept():
+    rows = {"best": Row({"a": score(True)}, extra={"coefficient": 0.4})}
+    row = summary(rows, "split")["rows"]["best"]
+    assert row["coefficient"] == 0.4
+    assert row["normalised"] is None
+    assert row["gap_closed"] is None
+
+
+def test_summary_without_a_gap_is_still_json(tmp_path):
+    same = Row({"a": score(True, False)})
+    rows = {"task_arithmetic_0.3": same, "experts": same}
+    write_summary(rows, "split", tmp_path / "summary.json")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    content = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert content["rows"]["experts"]["gap_closed"] is None
+
+
+def test_write_summary_then_read_gives_it_back(tmp_path):
+    path = tmp_path / "deep" / "summary.json"
+    content = write_summary(made_rows(), "transductive", path)
+    assert read_summary(path) == content == summary(made_rows(), "transductive")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
+        read_summary(tmp_path / "nowhere.json")
+
+
+# Table
+
+
+def rendered(content, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(content, "The title", width))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_shows_every_row_within_the_width(width):
+    text = rendered(summary(made_rows(), "split"), width)
+    assert max(map(len, text.splitlines())) <= width
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert lines["mine"][1:4] == ["60.0", "70.0", "65.0"]
+    assert lines["oracle"][1] == "*"
+    assert "The title" in text
+    assert "images that adapted are not scored" in text
+    assert "* uses labels" in text
+    assert text.splitlines()[1].split() == ["accuracy,", "%", "a", "b", "mean", "95", "%", "gap", "norm.", "ECE", "s"]
+    assert "…" not in text
+
+
+@pytest.mark.parametrize(("hits", "interval_shown"), [(1, True), (2, False)])
+def test_table_of_six_tasks_fits_into_80_columns(hits, interval_shown):
+    names = ("mnist", "digits", "latin", "greek", "cyrillic", "math")
+    rows = {"task_arithmetic_best": Row({name: score(True, hits == 2) for name in names}, uses_labels=True)}
+    content = summary(rows, "transductive")
+    content["rows"]["task_arithmetic_best"]["interval"] = [0.5, 0.54]
+    text = rendered(content, 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(name in text for name in names)
+    assert ("±2.0" in text) == interval_shown
+    assert "adapted on the scored images" in text

@@ -1,0 +1,148 @@
+"""The page in a real browser: no errors, no network, accessible, readable on a phone, with a hover and two themes."""
+
+import shutil
+
+import pytest
+
+from adamerge.results.report import write_report
+from tests.support.report_runs import write_run
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # playwright's own
+]
+PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1200, "height": 900}
+SECONDS = 300  # a limit against hanging on busy machines, not a measure
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=1000 * SECONDS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports")
+    names = ("cars", "a_task_with_quite_a_long_name_of_its_own", "<b onmouseover=alert(1)>svhn</b>")
+    runs = [write_run(folder / "rows", name="rows", rows=20, experts=names)]
+    runs.append(write_run(folder / "frank_wolfe", name="<img src=x>", frank_wolfe=True, experts=names, shift=0.1))
+    few = [write_run(folder / name, name=name, experts=names[1:]) for name in ("first", "a_run_with_a_longer_name")]
+    one = [write_run(folder / "one", name="one", experts=names, steps=1)]
+    files = {"rows": runs[:1], "frank_wolfe": runs[1:], "both": runs, "few": few, "one": one}
+    for name, folders in files.items():
+        write_report(folders, folder / f"{name}.html")
+    return {name: folder / f"{name}.html" for name in files}
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a page, and fail where it logs anything, or asks the network for anything."""
+    contexts, noise = [], []
+
+    def opened(path, viewport=DESKTOP, scheme="light", **options):
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
+        context.set_default_timeout(1000 * SECONDS)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: noise.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on("dialog", lambda dialog: (noise.append("a dialog opened"), dialog.dismiss()))
+        page.on(
+            "request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or noise.append(request.url)
+        )
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-drawn]")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert noise == []
+
+
+def theme(page):
+    return page.evaluate("[document.documentElement.dataset.drawn, getComputedStyle(document.body).backgroundColor]")
+
+
+@pytest.mark.parametrize("name", ["rows", "frank_wolfe", "both"])
+@pytest.mark.parametrize(("viewport", "scheme"), [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light")])
+def test_page_is_drawn_accessible_and_no_wider_than_the_window(visit, pages, name, viewport, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    page = visit(pages[name], viewport, scheme)
+    assert theme(page)[0] == scheme
+    plots = page.locator(".plot")
+    assert plots.count() > 2
+    assert page.locator(".plot .main-svg").count() >= plots.count()
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    results = axe.Axe().run(page)
+    found = [v for v in results.response["violations"] if v["impact"] in ("serious", "critical")]
+    assert [(v["id"], [node["html"][:200] for node in v["nodes"][:3]]) for v in found] == []
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_legend_has_room_above_the_plot_and_captions_wrap(visit, pages, width):
+    page = visit(pages["few"], {"width": width, "height": 800})
+
+    def box(selector):
+        return page.locator(f"#plot-accuracies {selector}").first.bounding_box()
+
+    for size in (width, 390):  # narrowed, it is drawn anew
+        page.set_viewport_size({"width": size, "height": 800})
+        page.wait_for_timeout(1500)
+        legend, plot = box(".legend"), box(".nsewdrag")
+        assert plot["height"] > 50
+        assert legend["y"] + legend["height"] <= plot["y"] + 1
+        assert page.locator("#plot-accuracies .legend .traces").count() == 5
+        assert page.locator("#plot-accuracies .legend .scrollbar").evaluate("bar => bar.getBBox().height") == 0
+        for span in page.locator("#result table:not(figure table) caption span").all():
+            assert span.bounding_box()["width"] < size
+
+
+def test_hover_shows_a_coefficients_value_and_names(visit, pages):
+    page = visit(pages["rows"])
+    plot = page.locator("#plot-coefficients")
+    plot.scroll_into_view_if_needed()
+    box = plot.locator(".nsewdrag[data-subplot=xy]").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.move(box["x"] + box["width"] / 2 + 3, box["y"] + box["height"] / 2 + 2)
+    page.wait_for_selector("#plot-coefficients .hoverlayer text")
+    text = plot.locator(".hoverlayer").text_content()
+    for said in ("attn.in_proj_weight", "mean coefficient 0.", "lowest", "number 20"):
+        assert said in text, text
+
+
+def test_theme_button_switches_colours_of_page_and_figures(visit, pages):
+    page = visit(pages["frank_wolfe"])
+    ink = "document.querySelector('#plot-losses .xtick text').style.fill"
+    light, text = theme(page), page.evaluate(ink)
+    button = page.get_by_role("button", name="Switch to the dark theme")
+    button.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("html[data-drawn=dark]")
+    assert theme(page)[1] != light[1]
+    assert page.evaluate(ink) != text
+    page.get_by_role("button", name="Switch to the light theme").click()
+    page.wait_for_selector("html[data-drawn=light]")
+    assert theme(page) == light
+
+
+def test_page_without_javascript_still_has_all_tables(browser, pages):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(pages["rows"].as_uri())
+    assert page.locator("table").count() > 10
+    assert "Mean accuracy" in page.locator("main").text_content()
+    context.close()
+
+
+def test_page_of_a_run_of_one_step_has_its_figures(visit, pages):
+    page = visit(pages["one"])
+    assert page.locator(".plot .main-svg").count() >= page.locator(".plot").count() > 2
