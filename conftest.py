@@ -1,11 +1,17 @@
 """Names that the examples in docstrings may use."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import adamerge
+
+# On the import path on purpose, and not only because pytest begins it with this folder: configurations of tests name
+# classes of tests, and what would come from the working directory by accident is refused.
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

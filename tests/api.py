@@ -89,8 +89,9 @@ def commands(command: click.Command, path: str) -> Iterator[str]:
     ]
     yield " ".join([path, *words])
     if isinstance(command, click.Group):
-        for name, inner in sorted(command.commands.items()):
-            yield from commands(inner, f"{path} {name}")
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from commands(command.get_command(context, name), f"{path} {name}")
 
 
 def configuration() -> Iterator[str]:

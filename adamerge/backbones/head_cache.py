@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, save_state_dict
+from adamerge.checkpoints.hashes import digest
 from adamerge.errors import InputError
-from adamerge.model.teacher_files import digest
 from adamerge.system.files import ensure_writable
 
 log = logging.getLogger(__name__)

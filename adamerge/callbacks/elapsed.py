@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
-from adamerge.results.evaluation import Stopwatch
+from adamerge.system.progress import Stopwatch
 
 _KEY = "adamerge.elapsed"
 

@@ -15,9 +15,9 @@ from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.merged_model import MergedModel
-from adamerge.results.evaluation import Stopwatch
 from adamerge.results.export import export
 from adamerge.system.files import ensure_writable
+from adamerge.system.progress import Stopwatch
 
 
 class ExportMergedWeights(Callback):

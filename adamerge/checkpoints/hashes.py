@@ -1,13 +1,17 @@
 """SHA-256 of large files, kept from run to run for as long as a file's size and times stay the same."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable
-from hashlib import sha256 as digest
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.system.files import save_json, sha256
@@ -69,7 +73,7 @@ def _entry(real: Path) -> Path | None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # no HOME, and no entry in the list of users, as in some containers
         return None
-    return Path(home) / "adamerge" / "hashes" / f"{digest(os.fsencode(real)).hexdigest()}.json"
+    return Path(home) / "adamerge" / "hashes" / f"{hashlib.sha256(os.fsencode(real)).hexdigest()}.json"
 
 
 def _state(path: Path) -> dict[str, int]:
@@ -92,3 +96,21 @@ def _read(entry: Path | None, state: dict[str, int]) -> str | None:
         return known if all(content[key] == value for key, value in state.items()) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def digest(content: Any) -> str:
+    """Hash nested mappings and lists of texts, numbers and tensors; tensors by dtype, shape and bytes."""
+    tensors: list[Tensor] = []
+
+    def described(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            tensors.append(item)
+            return ["tensor", str(item.dtype), list(item.shape)]
+        if isinstance(item, Mapping):
+            return {str(key): described(item[key]) for key in sorted(item)}
+        return [described(part) for part in item] if isinstance(item, (list, tuple)) else item
+
+    result = hashlib.sha256(json.dumps(described(content)).encode())
+    for tensor in tensors:
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()

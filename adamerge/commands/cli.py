@@ -4,27 +4,58 @@
 Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 preempted and saved, 130 interrupted and saved.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 import click
 
 from adamerge import __version__
-from adamerge.commands.adapt import adapt, check
-from adamerge.commands.coefficients import coefficients
-from adamerge.commands.data import data
-from adamerge.commands.demo import demo, zoo
-from adamerge.commands.export import evaluate, export
-from adamerge.commands.inspect import convert, inspect
-from adamerge.commands.merge import compare, merge, transform
-from adamerge.commands.pool import pool
-from adamerge.commands.report import report
-from adamerge.commands.reproduce import reproduce
 from adamerge.commands.terminal import EXIT_INPUT, JobFailed, configure_logging, err, fail
 from adamerge.errors import EXIT_INTERRUPTED, GuardError, InputError
 
+COMMANDS = {  # name to module and what the list of commands says
+    "adapt": ("adapt", "Learn coefficients on unlabeled data and export the merged checkpoint."),
+    "check": ("adapt", "Find what is wrong with a run, in seconds, without starting it."),
+    "coefficients": ("coefficients", "Bring published coefficients into a file with names."),
+    "compare": ("merge", "Make many merges of one pool, and score them side by side."),
+    "convert": ("inspect", "Write a pickled checkpoint's tensors as safetensors, or a CLIP in another format."),
+    "data": ("data", "Which of the field's data sets are there, and how to get the others."),
+    "demo": ("demo", "Run the whole job on the embedded offline zoo: adapt, export, score, compare."),
+    "evaluate": ("export", "Score the merged checkpoint of a run beside experts and baselines."),
+    "export": ("export", "Write the merged checkpoint of a run, replay coefficients, or change the format."),
+    "inspect": ("inspect", "Show what is in a pool: experts, tensors, sizes, norms and cosines, problems found."),
+    "merge": ("merge", "Merge a pool by a rule, without training."),
+    "pool": ("pool", "Keep pool files: a base, its experts, their tasks, licences and hashes."),
+    "report": ("report", "Write one page, which needs no network, of what runs did."),
+    "reproduce": ("reproduce", "Make the rows of a published table and print them beside the published figures."),
+    "transform": ("merge", "Write a pool's transformed task vectors into one file, which is streamed from then on."),
+    "zoo": ("demo", "Zoos: small CLIPs and their experts, trained offline from real images."),
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+class LazyGroup(click.Group):
+    """Imports a command's module when that command is called, so that help and usage errors import no other."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, sorted."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None where there is none of the name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"adamerge.commands.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 @click.option("--quiet", is_flag=True, help="Show results, warnings and errors only.")
@@ -34,27 +65,6 @@ def app(debug: bool, quiet: bool) -> None:
     --debug and --quiet may stand anywhere on the line.
     """
     configure_logging(debug, quiet)
-
-
-for command in (
-    demo,
-    adapt,
-    check,
-    evaluate,
-    export,
-    report,
-    merge,
-    transform,
-    compare,
-    reproduce,
-    inspect,
-    convert,
-    data,
-    pool,
-    coefficients,
-    zoo,
-):
-    app.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,20 +31,14 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool.pool import ExpertPool
 from adamerge.results import baselines
-from adamerge.results.evaluation import (
-    Row,
-    Stopwatch,
-    bootstrap_difference,
-    score_tasks,
-    table,
-    write_summary,
-)
+from adamerge.results.evaluation import Row, bootstrap_difference, score_tasks, table, write_summary
 from adamerge.results.figures import save_comparison
 from adamerge.results.report import report_run
 from adamerge.results.report.record import costs_of
 from adamerge.results.scoring import checkpoint_parameters, score_experts
 from adamerge.system import progress
 from adamerge.system.files import ensure_writable
+from adamerge.system.progress import Stopwatch
 
 EXPORTED = "recommended"
 ROWS = (

@@ -1,10 +1,20 @@
 """``evaluate`` and ``export``: what is done with the folder of a run."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from adamerge.backbones import Backbone, OpenClip, Torchvision
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
+from adamerge.commands.run import folder as run_folder
+from adamerge.commands.run.build import build
+from adamerge.commands.run.compose import compose
+from adamerge.commands.run.imports import announce, check_targets
 from adamerge.commands.terminal import json_option, out, print_files, print_json
 from adamerge.errors import InputError
 
@@ -73,7 +83,7 @@ def _evaluate_corrupted(
     """Score under corruptions; files go beside the run's, named after a foreign checkpoint."""
     from adamerge.results.robustness import save_robustness, score_corruptions, table
 
-    content = score_corruptions(assembly, made, corruptions)
+    content = score_corruptions(assembly.model, assembly.data, assembly.batch_norm, made, corruptions)
     own = made.file == run_dir / "merged.safetensors"
     stem = "robustness" if own else "robustness_" + made.name.replace("/", "_")
     save_robustness(content, run_dir, stem)
@@ -153,15 +163,72 @@ def export(
     print_files(files, as_json)
 
 
-def _export_as(run_dir: Path, target: str, output: Path, as_json: bool, **options: Any) -> None:
+def _export_as(run_dir: Path, target: str, output: Path, as_json: bool, *, model: str | None, **options: Any) -> None:
     """Write another library's format, and list what there is."""
     from adamerge.results.formats import export_as
 
     output = output.absolute()  # a run's configuration may move this process
-    files, address = export_as(run_dir, target, output, **options)
+    known = backbone_of if model is None else lambda folder, recipe: _named(model, target)
+    files, address = export_as(run_dir, target, output, known, **options)
     if as_json:
         print_json({"files": [str(path) for path in files], "address": address})
         return
     for path in files:
         out.print(str(path), highlight=False)
     click.echo(address or str(output))
+
+
+def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
+    """Return the backbone that a merge's own files name: configuration, recipe, or open_clip's sidecar.
+
+    Relative paths of a run's configuration start from the folder that it was launched in; this process moves there.
+
+    Raises:
+        InputError: If the folder does not say what model it is.
+    """
+    if (folder / run_folder.CONFIG_FILE).is_file():
+        return _built(run_folder.load_config(folder), folder)
+    if isinstance(recipe.get("config"), Mapping):  # of an export on request
+        _go_to(recipe["config"].get("cwd"))
+        return _built(OmegaConf.create({"backbone": recipe["config"].get("backbone")}), folder)
+    if recipe.get("overrides"):  # of a merge that read data
+        _go_to(recipe.get("cwd"))
+        return _built(compose([str(override) for override in recipe["overrides"]]), folder)
+    if (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
+        return OpenClip(str(folder / "open_clip"))
+    raise _unknown(folder)
+
+
+def _built(config: DictConfig, folder: Path) -> Backbone:
+    """Build the backbone of a folder, which may be another's: what that imports is checked and logged first."""
+    node = config.get("backbone")
+    if node is None:
+        raise _unknown(folder)
+    try:
+        imports = {"backbone": OmegaConf.to_container(node, resolve=True)}
+    except OmegaConfBaseException as error:
+        raise InputError(f"backbone: {str(error).splitlines()[0]}") from error
+    check_targets(imports)
+    announce(imports)
+    backbone: Backbone = build(config, "backbone")
+    return backbone
+
+
+def _unknown(folder: Path) -> InputError:
+    return InputError(
+        f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
+        f"{OPEN_CLIP_CONFIG}."
+    )
+
+
+def _go_to(folder: Any) -> None:
+    if folder and Path(str(folder)).is_dir():
+        os.chdir(str(folder))
+
+
+def _named(model: str, target: str) -> Backbone:
+    """Return the backbone that ``--model`` names: open_clip's, but for torchvision's format."""
+    if target != "torchvision":
+        return OpenClip(model)
+    name, _, head = model.partition(":")
+    return Torchvision(name, **({"head": head} if head else {}))

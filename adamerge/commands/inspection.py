@@ -6,9 +6,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from adamerge.commands.run.checks import read_headers
-from adamerge.pool.pool import ExpertPool, PoolReport
+from adamerge.pool.headers import read_headers
+from adamerge.pool.pool import ExpertPool
 from adamerge.pool.pool_file import PoolFiles
+from adamerge.pool.report import PoolReport
 from adamerge.results.report.charts import decimal
 
 _ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning

@@ -20,11 +20,11 @@ from adamerge.merges import merged_state_dict
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.pool.pool_file import PoolFiles, pool_files
 from adamerge.results import recipes
-from adamerge.results.evaluation import Stopwatch
 from adamerge.results.export import export_merge
 from adamerge.results.report import PAGE
 from adamerge.system import progress
 from adamerge.system.files import ensure_writable
+from adamerge.system.progress import Stopwatch
 
 RULES = "merge"  # folder of the rules' yaml files
 

@@ -14,10 +14,9 @@ from adamerge.checkpoints.convert import convert
 from adamerge.checkpoints.hashes import check_hash, forget
 from adamerge.checkpoints.hub import HubReference, located, located_all, reference_of
 from adamerge.checkpoints.model_folder import open_model
-from adamerge.commands.run.checks import Headers, read_headers
 from adamerge.commands.run.named_pools import named_pool, own_pools, shipped_pools
 from adamerge.errors import InputError, did_you_mean
-from adamerge.pool.headers import check_names
+from adamerge.pool.headers import Headers, check_names, read_headers
 from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
 from adamerge.system.files import atomic_path, locked
 

@@ -17,10 +17,10 @@ from adamerge.pool.pack import write_packed
 from adamerge.pool.pool_file import PoolFiles, pool_files
 from adamerge.pool.task_vectors import dtype_of
 from adamerge.results import recipes
-from adamerge.results.evaluation import Stopwatch
 from adamerge.results.export import versions
 from adamerge.system import progress
 from adamerge.system.files import atomic_path, ensure_writable, save_json
+from adamerge.system.progress import Stopwatch
 
 FORMAT = 1
 _PACKED, _POOL, _RECIPE = "task_vectors.safetensors", "pool.yaml", "transform.json"

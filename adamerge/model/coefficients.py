@@ -19,9 +19,10 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model import constraints
 from adamerge.model import granularity as granularities
 from adamerge.model import starts as initial
+from adamerge.model.coefficients_file import FORMAT, check_content, granularity_of
 from adamerge.model.constraints import Constraint
-from adamerge.model.descriptions import FORMAT, check_content, describe, describe_task_vectors, granularity_of
 from adamerge.model.granularity import Granularity
+from adamerge.pool.describe import describe, describe_task_vectors
 from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import save_json, sha256
 

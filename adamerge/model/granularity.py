@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from adamerge.errors import InputError, did_you_mean
+from adamerge.transforms.depth import BLOCK_PATTERN
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -126,7 +127,7 @@ class Block:
             The default takes everything up to the first number: ``transformer.resblocks.3``.
     """
 
-    pattern: str = r"^.*?\.\d+(?=\.)"
+    pattern: str = BLOCK_PATTERN
 
     def __call__(self, shapes: Shapes) -> GroupIndex:
         """Return one group per block."""

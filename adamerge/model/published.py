@@ -18,7 +18,7 @@ from adamerge.checkpoints.checkpoint import load_state_dict
 from adamerge.checkpoints.pickles import find_tensors, open_pickled
 from adamerge.checkpoints.pickles.records import TensorView
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.model.descriptions import FORMAT
+from adamerge.model.coefficients_file import FORMAT
 from adamerge.system.files import sha256
 
 Rows = tuple[tuple[float, ...], ...]

@@ -11,20 +11,18 @@ run must not depend on what other runs have left in the folder. Samples come in 
 (:meth:`~adamerge.data.UnlabeledTasks.teacher_loader`), so the next run on the same data asks for the same batches.
 """
 
-import hashlib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, save_state_dict
+from adamerge.checkpoints.hashes import digest
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.teachers import Outputs
@@ -158,24 +156,6 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
             "computed": dict(computed),
         }
     )
-
-
-def digest(content: Any) -> str:
-    """Hash nested mappings and lists of texts, numbers and tensors; tensors by dtype, shape and bytes."""
-    tensors: list[Tensor] = []
-
-    def described(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            tensors.append(item)
-            return ["tensor", str(item.dtype), list(item.shape)]
-        if isinstance(item, Mapping):
-            return {str(key): described(item[key]) for key in sorted(item)}
-        return [described(part) for part in item] if isinstance(item, (list, tuple)) else item
-
-    result = hashlib.sha256(json.dumps(described(content)).encode())
-    for tensor in tensors:
-        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return result.hexdigest()
 
 
 def _described(module: nn.Module) -> list[str]:

@@ -6,14 +6,20 @@ No tensor is read here, so that a pool of large models is checked in millisecond
 import fnmatch
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Size, Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.checkpoints.hub import HubReference, located_all
+from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.pool.lora import CONFIG as ADAPTER
+from adamerge.pool.lora import open_expert
 
+_BASE = ""  # of the base among the experts' names, here where an expert may have any
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -211,3 +217,69 @@ def _option_problems(
         for pattern in include or ()
         if not fnmatch.filter(by_name, pattern)
     ]
+
+
+@dataclass(frozen=True)
+class Headers:
+    """As much of a pool as the headers of its files tell.
+
+    Attributes:
+        source: The base, where its file could be opened.
+        experts: The experts whose files could be opened.
+        shapes: Name to shape, of the parameters that merge; empty where the base could not be opened.
+        problems: All that is wrong.
+        compute_dtype: As the pool's.
+    """
+
+    experts: Mapping[str, Checkpoint] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    compute_dtype: torch.dtype = torch.float32
+    source: Checkpoint | None = None
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The experts, in order."""
+        return tuple(self.experts)
+
+
+def read_headers(
+    base: str | Path | HubReference | None,
+    experts: Mapping[str, str | Path | HubReference],
+    prefix: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> Headers:
+    """Open a pool's files and compare their headers; what is wrong is collected, not raised.
+
+    A base of None is one that is yet to be downloaded.
+    """
+    problems: list[str] = []
+    try:
+        check_names(experts)
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        places = located_all({**experts, **({} if base is None else {_BASE: base})})
+    except InputError as error:
+        return Headers(problems=(*problems, str(error)))
+    base, experts = places.pop(_BASE, None), places
+    opened: dict[str, Checkpoint] = {}
+    source: Checkpoint | None = None
+    try:
+        source = None if base is None else open_model(base)
+    except (InputError, OSError) as error:
+        problems.append(str(error))
+    for name, path in experts.items():
+        if source is None and (Path(path) / ADAPTER).is_file():
+            continue  # it cannot be held against a base that is not there
+        try:
+            opened[name] = open_model(path) if source is None else open_expert(path, source, prefix)
+        except (InputError, OSError) as error:
+            problems.append(str(error))
+    if source is None:
+        return Headers(opened, problems=tuple(problems))
+    keys = KeyMap(source.keys, prefix or None)
+    layout = check_layout(source, opened, keys, include, exclude, {})
+    shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
+    return Headers(opened, shapes, (*problems, *layout.problems), source=source)

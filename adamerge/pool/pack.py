@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.model.descriptions import describe, describe_transform
+from adamerge.pool.describe import describe, describe_transform
 from adamerge.pool.low_rank import matrix_shape
 from adamerge.pool.packed import FORMAT, METADATA, SCALES
 from adamerge.pool.pool import ExpertPool

@@ -9,10 +9,9 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.lora import change_of, open_expert
 from adamerge.pool.low_rank import Factors
 from adamerge.pool.packed import PackedFile
+from adamerge.pool.report import PoolReport
 from adamerge.pool.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage
 from adamerge.system.memory import return_freed_memory
 from adamerge.transforms import Prepared, Transform
@@ -35,38 +35,6 @@ log = logging.getLogger(__name__)
 
 _BASE = "base"  # the name of the base among the experts', which none of them may have
 _TILE = 1 << 18  # entries, of all experts together, of the tiles that checks, reports and statistics read
-
-
-@dataclass(frozen=True)
-class PoolReport:
-    """What is in a pool.
-
-    Attributes:
-        experts: Expert name to ``source``, ``sha256``, ``norm`` (of the whole task vector) and
-            ``relative_norm`` (to the norm of the base's merged parameters).
-        parameters: Number of merged parameter tensors, and of their entries.
-        entries: Number of entries of the merged parameters.
-        skipped: Tensor name (as in the base file) to why it is not merged.
-        cosines: Cosines between task vectors, (E, E).
-        norms: Norm of each expert's task vector by parameter, name to (E,).
-        base_norms: Norm of each of the base's merged parameters.
-        storage: Where the task vectors are: ``device``, ``ram``, ``stream`` or ``packed``.
-        bytes: Memory that they hold; mapped files count as none.
-        dtype: That they are kept in.
-        transform: What was done to them: the transform, a packed file's description of it, or None.
-    """
-
-    experts: Mapping[str, Mapping[str, str | float]]
-    parameters: int
-    entries: int
-    skipped: Mapping[str, str]
-    cosines: Tensor
-    norms: Mapping[str, Tensor]
-    base_norms: Mapping[str, float]
-    storage: str
-    bytes: int
-    dtype: str
-    transform: Any
 
 
 class ExpertPool:

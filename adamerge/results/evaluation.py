@@ -1,7 +1,6 @@
 """Score models on labelled images: accuracy, calibration, bootstrap intervals."""
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -295,14 +294,3 @@ def _caption(content: Mapping[str, Any]) -> str:
 
 def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Return the seconds so far."""
-        return time.perf_counter() - self._start

@@ -10,8 +10,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from adamerge.commands.run.run import Assembly
 from adamerge.data.corruptions import Corruption
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
+from adamerge.model.batch_norm import BatchNormPolicy
+from adamerge.model.merged_model import MergedModel
 from adamerge.results.evaluation import FORMAT, Row, summary
 from adamerge.results.figures import save_heat_map
 from adamerge.results.scoring import Made, score_run
@@ -22,11 +24,19 @@ log = logging.getLogger(__name__)
 CLEAN = "clean"
 
 
-def score_corruptions(assembly: Assembly, made: Made, corruptions: Sequence[Corruption]) -> dict[str, Any]:
+def score_corruptions(
+    model: MergedModel,
+    data: UnlabeledTasks,
+    batch_norm: BatchNormPolicy,
+    made: Made,
+    corruptions: Sequence[Corruption],
+) -> dict[str, Any]:
     """Score a checkpoint, the pretrained model, task arithmetic and the experts, on clean and on corrupted images.
 
     Args:
-        assembly: Of the run.
+        model: Of the run, as it adapted.
+        data: Of the run.
+        batch_norm: Which statistics each row has.
         made: The checkpoint.
         corruptions: Of the scored images; each image is corrupted in the same way for every row.
 
@@ -38,11 +48,11 @@ def score_corruptions(assembly: Assembly, made: Made, corruptions: Sequence[Corr
     for corruption in (None, *corruptions):
         name = CLEAN if corruption is None else str(corruption)
         log.info("Scoring: %s", name)
-        data = assembly.data if corruption is None else assembly.data.with_corrupted_evaluation(corruption)
-        rows: Mapping[str, Row] = score_run(assembly.model, data, made, assembly.batch_norm, references=True)
-        content[name] = summary(rows, data.protocol)
+        scored = data if corruption is None else data.with_corrupted_evaluation(corruption)
+        rows: Mapping[str, Row] = score_run(model, scored, made, batch_norm, references=True)
+        content[name] = summary(rows, scored.protocol)
     first = content[CLEAN]
-    stream = assembly.data.corruption
+    stream = data.corruption
     return {
         "format": FORMAT,
         "protocol": first["protocol"],
@@ -50,7 +60,7 @@ def score_corruptions(assembly: Assembly, made: Made, corruptions: Sequence[Corr
         "unseen": first.get("unseen", []),
         "checkpoint": made.name,
         "adapted_on": CLEAN if stream is None else str(stream),
-        "seed": assembly.data.seed,
+        "seed": data.seed,
         "corruptions": {name: {"rows": found["rows"]} for name, found in content.items()},
     }
 

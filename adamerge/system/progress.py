@@ -120,3 +120,14 @@ class _Facts(ProgressColumn):
         total = None if task.total is None else int(task.total)
         text = line(int(task.completed), total, task.speed, self._unit, str(task.fields["detail"]))
         return Text(text if total is not None else str(timedelta(seconds=round(task.elapsed or 0))), no_wrap=True)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self._start

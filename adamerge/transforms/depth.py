@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adamerge.errors import InputError
-from adamerge.model.granularity import Block
 from adamerge.transforms.protocol import Rule, Source, check_number, total
+
+BLOCK_PATTERN = r"^.*?\.\d+(?=\.)"  # of a parameter's name: everything up to the first number, transformer.resblocks.3
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Lines:
 
     alpha: float | None = None
     beta: float = 0.5
-    pattern: str = Block.pattern
+    pattern: str = BLOCK_PATTERN
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class Lines:
         return lambda name, task_vectors: task_vectors * (alpha + self.beta * depths[name])
 
 
-def relative_depths(names: Iterable[str], pattern: str = Block.pattern) -> dict[str, float]:
+def relative_depths(names: Iterable[str], pattern: str = BLOCK_PATTERN) -> dict[str, float]:
     """Return each parameter's block as a share of the depth of its tower, 0 (first block, or no block) to 1 (last).
 
     Blocks whose names differ only in numbers form a tower, ordered by these numbers, whatever the order of names.

@@ -32,9 +32,10 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.objectives.infomax import InfoMax
 from adamerge.results.baselines import LabelledCrossEntropy, constant, stream_labels
-from adamerge.results.evaluation import Row, Stopwatch, gap_closed, normalised, score_tasks
+from adamerge.results.evaluation import Row, gap_closed, normalised, score_tasks
 from adamerge.results.scoring import score_experts
 from adamerge.system.files import save_json
+from adamerge.system.progress import Stopwatch
 
 BLOCKS = ("transformer.resblocks.[0-9]",)
 OBJECTIVES = {

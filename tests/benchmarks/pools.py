@@ -38,9 +38,10 @@ from adamerge.methods.method import MergingMethod
 from adamerge.objectives import Objective
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
-from adamerge.results.evaluation import Row, Stopwatch, score_tasks
+from adamerge.results.evaluation import Row, score_tasks
 from adamerge.results.figures import save_lines
 from adamerge.system.files import atomic_path, save_json
+from adamerge.system.progress import Stopwatch
 from adamerge.zoo.design import DEMO
 from adamerge.zoo.training import train_expert
 

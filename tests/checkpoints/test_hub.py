@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from adamerge import ExpertPool, InputError
 from adamerge.checkpoints.hub import HubReference, located, reference_of
-from adamerge.commands.run.checks import read_headers
+from adamerge.pool.headers import read_headers
 from tests.support.hub_cache import add_model, commit_of
 from tests.support.toy import make_toy, save_files
 

@@ -13,7 +13,7 @@ from adamerge import Coefficients, ExpertPool, InputError, merge
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.checkpoints.clip_names import HF_CLIP, as_own
 from adamerge.checkpoints.model_folder import open_model
-from adamerge.commands.run.checks import read_headers
+from adamerge.pool.headers import read_headers
 from adamerge.pool.lora import open_expert
 from adamerge.pool.pool_file import PoolFile, PoolFiles
 from tests.support.adapters import random_adapter

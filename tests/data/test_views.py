@@ -159,7 +159,7 @@ def test_views_must_keep_the_shape_and_be_views():
     stream = numbered(views=Views(v2.CenterCrop(2))).streams["a"]
     with pytest.raises(InputError, match=r"expected a tensor of the input's shape \(3, 4, 4\), found \(3, 2, 2\)"):
         stream[0]
-    with pytest.raises(InputError, match=r"data\.views: expected adamerge\.views\.Views"):
+    with pytest.raises(InputError, match=r"data\.views: expected adamerge\.data\.views\.Views"):
         numbered(views=Noise())
 
 

@@ -185,8 +185,8 @@ def setup(models, tmp_path):
     """A folder of configurations, and the options that choose them."""
     paths = save(models, tmp_path)
     for group, node in {
-        "backbone": {"_target_": "small_resnet.SmallBackbone"},
-        "data": {"_target_": "small_resnet.data", "seed": "${seed}", "batch_size": 32},
+        "backbone": {"_target_": "tests.support.small_resnet.SmallBackbone"},
+        "data": {"_target_": "tests.support.small_resnet.data", "seed": "${seed}", "batch_size": 32},
         "pool": {"base": str(paths.pop("base")), "experts": {name: str(path) for name, path in paths.items()}},
     }.items():
         (tmp_path / "configs" / group).mkdir(parents=True)

@@ -217,7 +217,7 @@ def test_from_dict_own_granularity_needs_its_object():
     content = coefficients.to_dict()
     assert content["granularity"] == {"name": "tests.model.test_coefficients.Halves", "letter": "n"}
     with pytest.raises(
-        InputError, match=r"granularity 'test_coefficients\.Halves' is not built in .* Pass the granularity"
+        InputError, match=r"granularity 'tests\.model\.test_coefficients\.Halves' is not built in .* Pass the granularity"
     ):
         Coefficients.from_dict(POOL, content)
     assert torch.equal(Coefficients.from_dict(POOL, content, granularity=Halves())(), coefficients())

@@ -8,7 +8,8 @@ from torch import nn
 
 from adamerge import InputError
 from adamerge.callbacks import KeepBest
-from adamerge.model.teacher_files import TeacherFiles, ask_expert, digest
+from adamerge.checkpoints.hashes import digest
+from adamerge.model.teacher_files import TeacherFiles, ask_expert
 from adamerge.objectives.alignment import Alignment
 from adamerge.objectives.imitation import Imitation
 from tests.support.fits import QUIET, every_step, fit, make_data, make_method, values

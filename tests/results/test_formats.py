@@ -21,9 +21,11 @@ from adamerge import GuardError, InputError
 from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import load_state_dict
 from adamerge.commands.cli import main
+from adamerge.commands.export import _named, backbone_of
 from adamerge.data import Task, UnlabeledTasks
+from adamerge.results import formats
 from adamerge.results.export import load_heads
-from adamerge.results.formats import card, export_as, hugging_face, merged, open_merged, torchvision, upload
+from adamerge.results.formats import card, hugging_face, merged, torchvision, upload
 from adamerge.results.formats import onnx as onnx_format
 from adamerge.results.formats.card import coefficient_table, ingredients, licence_of
 from adamerge.system.files import atomic_folder, save_json
@@ -52,6 +54,15 @@ def ends(code, *arguments):
     with pytest.raises(SystemExit) as done:
         main([str(argument) for argument in arguments])
     assert done.value.code == code
+
+
+def open_merged(folder):
+    return formats.open_merged(folder, backbone_of)
+
+
+def export_as(folder, target, out, model=None, **options):
+    known = backbone_of if model is None else lambda *_: _named(model, target)
+    return formats.export_as(folder, target, out, known, **options)
 
 
 def adapted(folder, base, backbone, *overrides, shape=(3, 16, 16), licences=(None, None, None)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adamerge import ExpertPool, InputError
-from adamerge.model.descriptions import describe
+from adamerge.pool.describe import describe
 from adamerge.transforms import (
     Awd,
     Breadcrumbs,

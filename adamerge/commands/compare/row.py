@@ -27,10 +27,11 @@ from adamerge.merges import merged_state_dict
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.baselines import search_task_arithmetic
-from adamerge.results.evaluation import Row, Stopwatch, summary
+from adamerge.results.evaluation import Row, summary
 from adamerge.results.scoring import checkpoint_parameters, score_experts, scores_of
 from adamerge.system.files import save_json
 from adamerge.system.memory import peak_memory, restart_peak
+from adamerge.system.progress import Stopwatch
 
 SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)

@@ -18,7 +18,6 @@ from adamerge import zoo
 from adamerge.backbones import Backbone, Torchvision, own_base
 from adamerge.commands.run.checks import (
     SETTINGS,
-    Headers,
     check_accelerator,
     check_devices,
     check_folder,
@@ -34,7 +33,6 @@ from adamerge.commands.run.checks import (
     forecast_problems,
     hash_problems,
     packed_problems,
-    read_headers,
     sharding_problems,
 )
 from adamerge.commands.run.imports import check_targets
@@ -43,6 +41,7 @@ from adamerge.errors import InputError, did_you_mean
 from adamerge.methods import ShardedStrategy
 from adamerge.model.refinement import Refinement
 from adamerge.objectives import check_objective
+from adamerge.pool.headers import Headers, read_headers
 from adamerge.pool.task_vectors import check_storage, dtype_of
 from adamerge.transforms import check_transform
 

@@ -6,15 +6,11 @@ import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from adamerge.checkpoints.checkpoint import Checkpoint
-from adamerge.checkpoints.hub import HubReference, located_all
-from adamerge.checkpoints.model_folder import open_model
 from adamerge.data.unlabeled_tasks import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model import starts as initial
@@ -22,9 +18,7 @@ from adamerge.model.coefficients import Coefficients
 from adamerge.model.constraints import Constraint
 from adamerge.model.encoder import EncoderOptions, select
 from adamerge.model.granularity import Granularity, GroupIndex
-from adamerge.pool.headers import KeyMap, check_layout, check_names
-from adamerge.pool.lora import CONFIG as ADAPTER
-from adamerge.pool.lora import open_expert
+from adamerge.pool.headers import Headers
 from adamerge.pool.packed import PackedFile
 from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import ensure_writable
@@ -33,75 +27,8 @@ from adamerge.system.memory import free_memory
 RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
 _LIMITS = {"steps": (1, None, 150), "checkpoint_every": (1, None, 25), "seed": (0, 2**32 - 1, 0)}
 _SWITCHES = ("evaluate", "references")
-_BASE = ""  # of the base among the experts' names, here where an expert may have any
 _LOGGERS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # to their packages
 SETTINGS = (*_LIMITS, *_SWITCHES, "name")
-
-
-@dataclass(frozen=True)
-class Headers:
-    """As much of a pool as the headers of its files tell.
-
-    Attributes:
-        source: The base, where its file could be opened.
-        experts: The experts whose files could be opened.
-        shapes: Name to shape, of the parameters that merge; empty where the base could not be opened.
-        problems: All that is wrong.
-        compute_dtype: As the pool's.
-    """
-
-    experts: Mapping[str, Checkpoint] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    compute_dtype: torch.dtype = torch.float32
-    source: Checkpoint | None = None
-
-    @property
-    def expert_names(self) -> tuple[str, ...]:
-        """The experts, in order."""
-        return tuple(self.experts)
-
-
-def read_headers(
-    base: str | Path | HubReference | None,
-    experts: Mapping[str, str | Path | HubReference],
-    prefix: str,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-) -> Headers:
-    """Open a pool's files and compare their headers; what is wrong is collected, not raised.
-
-    A base of None is one that is yet to be downloaded.
-    """
-    problems: list[str] = []
-    try:
-        check_names(experts)
-    except InputError as error:
-        problems.append(str(error))
-    try:
-        places = located_all({**experts, **({} if base is None else {_BASE: base})})
-    except InputError as error:
-        return Headers(problems=(*problems, str(error)))
-    base, experts = places.pop(_BASE, None), places
-    opened: dict[str, Checkpoint] = {}
-    source: Checkpoint | None = None
-    try:
-        source = None if base is None else open_model(base)
-    except (InputError, OSError) as error:
-        problems.append(str(error))
-    for name, path in experts.items():
-        if source is None and (Path(path) / ADAPTER).is_file():
-            continue  # it cannot be held against a base that is not there
-        try:
-            opened[name] = open_model(path) if source is None else open_expert(path, source, prefix)
-        except (InputError, OSError) as error:
-            problems.append(str(error))
-    if source is None:
-        return Headers(opened, problems=tuple(problems))
-    keys = KeyMap(source.keys, prefix or None)
-    layout = check_layout(source, opened, keys, include, exclude, {})
-    shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
-    return Headers(opened, shapes, (*problems, *layout.problems), source=source)
 
 
 def packed_problems(path: Any, headers: Headers) -> list[str]:

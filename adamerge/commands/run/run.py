@@ -39,20 +39,21 @@ from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
 from adamerge.methods.method import MergingMethod
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import Coefficients, load_coefficients, save_coefficients
-from adamerge.model.descriptions import describe
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.refinement import Refinement, transfer
 from adamerge.model.sharded_model import ShardedModel
 from adamerge.model.teacher_files import TeacherFiles
+from adamerge.pool.describe import describe
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
-from adamerge.results.evaluation import Stopwatch, write_summary
+from adamerge.results.evaluation import write_summary
 from adamerge.results.report import report_run
 from adamerge.results.report.record import costs_of
 from adamerge.results.scoring import Made, score_run
 from adamerge.system import progress, ranks
 from adamerge.system.files import ensure_writable, save_json, sha256
 from adamerge.system.memory import peak_memory
+from adamerge.system.progress import Stopwatch
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from adamerge.backbones import Backbone, OpenClip, Torchvision
 from adamerge.errors import InputError
 from adamerge.results.formats import card, upload
-from adamerge.results.formats.merged import Merged, open_merged
+from adamerge.results.formats.merged import BackboneOf, Merged, open_merged
 from adamerge.system.files import atomic_folder, save_json, sha256
 
 log = logging.getLogger(__name__)
@@ -22,8 +21,8 @@ def export_as(
     folder: Path,
     target: str,
     out: Path,
+    backbone_of: BackboneOf,
     *,
-    model: str | None = None,
     task: str | None = None,
     repository: str | None = None,
     public: bool = False,
@@ -34,7 +33,7 @@ def export_as(
         folder: Of a run, or of a merge.
         target: One of :data:`FORMATS`.
         out: A new folder, or an empty one.
-        model: The model that this is a merge of, where the folder does not say; open_clip's or torchvision's name.
+        backbone_of: See :func:`~adamerge.results.formats.merged.open_merged`.
         task: Whose classifier a torchvision file gets; default the base's.
         repository: Where to upload to, ``org/name``; None for nowhere.
         public: Whether the upload may be public.
@@ -53,7 +52,7 @@ def export_as(
     folder, out = folder.absolute(), out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: expected a new folder, found one with files. Choose another, or remove it.")
-    merged = open_merged(folder, None if model is None else _named(model, target))
+    merged = open_merged(folder, backbone_of)
     name = out.name if repository is None else repository.split("/")[1]
     with atomic_folder(out) as temporary:
         _write(merged, target, temporary, name, {} if task is None else {"task": task})
@@ -94,11 +93,3 @@ def _provenance(merged: Merged) -> dict[str, Any]:
         "merged_sha256": sha256(merged.path),
         "heads": {task: merged.info.get(task) for task in merged.heads},
     }
-
-
-def _named(model: str, target: str) -> Backbone:
-    """Return the backbone that ``--model`` names: open_clip's, but for torchvision's format."""
-    if target != "torchvision":
-        return OpenClip(model)
-    name, _, head = model.partition(":")
-    return Torchvision(name, **({"head": head} if head else {}))

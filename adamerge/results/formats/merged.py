@@ -1,27 +1,22 @@
 """A merged model as the folder of a run, or of ``adamerge merge``, holds it: weights, backbone, heads, recipe."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from adamerge.backbones import Backbone, OpenClip, ZeroShotHead
+from adamerge.backbones import Backbone, ZeroShotHead
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
-from adamerge.commands.run import folder as run_folder
-from adamerge.commands.run.build import build
-from adamerge.commands.run.compose import compose
-from adamerge.commands.run.imports import announce, check_targets
+from adamerge.checkpoints.model_folder import read_json
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.results.export import load_heads
 
 WEIGHTS = "merged.safetensors"
+
+BackboneOf = Callable[[Path, Mapping[str, Any]], Backbone]  # of a folder and its recipe
 
 
 @dataclass(frozen=True)
@@ -114,70 +109,26 @@ class Merged:
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def open_merged(folder: Path, backbone: Backbone | None = None) -> Merged:
+def open_merged(folder: Path, backbone_of: BackboneOf) -> Merged:
     """Open what ``adamerge adapt``, ``adamerge merge`` or ``adamerge export`` wrote.
-
-    Relative paths of a run's configuration start from the folder that it was launched in; this process moves there.
 
     Args:
         folder: A run's folder, or one of a merge.
-        backbone: What the weights are; default what the folder says.
+        backbone_of: Says what the weights are, from the folder and the content of its ``merge.json``.
 
     Raises:
-        InputError: If the folder has no merged checkpoint, or does not say what model it is.
+        InputError: If the folder has no merged checkpoint.
     """
     folder = folder.absolute()
     path, recipe_file = folder / WEIGHTS, folder / "merge.json"
     if not path.is_file():
-        hint = f" Write it first: adamerge export {folder}." if (folder / run_folder.CONFIG_FILE).is_file() else ""
+        hint = f" Write it first: adamerge export {folder}." if (folder / "config.yaml").is_file() else ""
         raise InputError(f"{folder}: expected a merge, {WEIGHTS}, found none.{hint}")
     recipe = read_json(recipe_file) if recipe_file.is_file() else {}
     heads, info = load_heads(folder / "heads.safetensors") if (folder / "heads.safetensors").is_file() else ({}, {})
-    return Merged(open_checkpoint(path), backbone or _backbone(folder, recipe), path, recipe, heads, info)
+    return Merged(open_checkpoint(path), backbone_of(folder, recipe), path, recipe, heads, info)
 
 
 def describe(backbone: Backbone) -> str:
     """Return what messages call a backbone."""
     return f"{type(backbone).__name__} {getattr(backbone, 'model', '')}".rstrip()
-
-
-def _backbone(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
-    """Return the backbone that a merge's own files name: configuration, recipe, or open_clip's sidecar."""
-    if (folder / run_folder.CONFIG_FILE).is_file():
-        return _built(run_folder.load_config(folder), folder)
-    if isinstance(recipe.get("config"), Mapping):  # of an export on request
-        _go_to(recipe["config"].get("cwd"))
-        return _built(OmegaConf.create({"backbone": recipe["config"].get("backbone")}), folder)
-    if recipe.get("overrides"):  # of a merge that read data
-        _go_to(recipe.get("cwd"))
-        return _built(compose([str(override) for override in recipe["overrides"]]), folder)
-    if (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
-        return OpenClip(str(folder / "open_clip"))
-    raise _unknown(folder)
-
-
-def _built(config: DictConfig, folder: Path) -> Backbone:
-    """Build the backbone of a folder, which may be another's: what that imports is checked and logged first."""
-    node = config.get("backbone")
-    if node is None:
-        raise _unknown(folder)
-    try:
-        imports = {"backbone": OmegaConf.to_container(node, resolve=True)}
-    except OmegaConfBaseException as error:
-        raise InputError(f"backbone: {str(error).splitlines()[0]}") from error
-    check_targets(imports)
-    announce(imports)
-    backbone: Backbone = build(config, "backbone")
-    return backbone
-
-
-def _unknown(folder: Path) -> InputError:
-    return InputError(
-        f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
-        f"{OPEN_CLIP_CONFIG}."
-    )
-
-
-def _go_to(folder: Any) -> None:
-    if folder and Path(str(folder)).is_dir():
-        os.chdir(str(folder))

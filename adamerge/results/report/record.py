@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from adamerge.model.descriptions import describe
+from adamerge.pool.describe import describe
 from adamerge.pool.pool import ExpertPool
-from adamerge.results.evaluation import Stopwatch
 from adamerge.system.files import save_json
 from adamerge.system.memory import peak_memory
+from adamerge.system.progress import Stopwatch
 
 FILE = "report.json"
 FORMAT = 1

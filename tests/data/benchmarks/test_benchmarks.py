@@ -47,7 +47,7 @@ def test_definition_is_complete(name):
     for layout in known.layouts:
         assert set(layout.needs) <= {"all", *layout.options}
         assert set(layout.options) <= set(known.splits)
-        assert re.match(r"(torchvision\.datasets|adamerge\.tasks\.readers)\.\w+$", layout.reader)
+        assert re.match(r"(torchvision\.datasets|adamerge\.data\.benchmarks\.readers)\.\w+$", layout.reader)
 
 
 def test_benchmarks_are_those_of_the_configurations():
