@@ -10,12 +10,12 @@ from adamerge.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from adamerge.checkpoints.checkpoint import load_state_dict as load_state_dict
+    from adamerge.data.batch import Outputs as Outputs
     from adamerge.errors import GuardError as GuardError
     from adamerge.errors import InputError as InputError
     from adamerge.model.coefficients import Coefficients as Coefficients
     from adamerge.model.merge import merge as merge
     from adamerge.model.merged_model import MergedModel as MergedModel
-    from adamerge.model.merged_model import Outputs as Outputs
     from adamerge.model.merged_model import TaskStep as TaskStep
     from adamerge.pool.pool import ExpertPool as ExpertPool
 
@@ -41,7 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "GuardError": "adamerge.errors",
         "InputError": "adamerge.errors",
         "MergedModel": "adamerge.model.merged_model",
-        "Outputs": "adamerge.model.merged_model",
+        "Outputs": "adamerge.data.batch",
         "TaskStep": "adamerge.model.merged_model",
         "load_state_dict": "adamerge.checkpoints.checkpoint",
         "merge": "adamerge.model.merge",

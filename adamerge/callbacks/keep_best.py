@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adamerge.data.streams import TaskBatch
+from adamerge.data.batch import TaskBatch
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from adamerge.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from adamerge.data.streams import TaskBatch as TaskBatch
+    from adamerge.data.batch import TaskBatch as TaskBatch
     from adamerge.data.task import Protocol as Protocol
     from adamerge.data.task import Task as Task
     from adamerge.data.unlabeled_tasks import UnlabeledTasks as UnlabeledTasks
@@ -17,7 +17,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "Protocol": "adamerge.data.task",
         "Task": "adamerge.data.task",
-        "TaskBatch": "adamerge.data.streams",
+        "TaskBatch": "adamerge.data.batch",
         "UnlabeledTasks": "adamerge.data.unlabeled_tasks",
     },
 )

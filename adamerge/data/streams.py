@@ -9,23 +9,17 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from adamerge.data.batch import TaskBatch
 from adamerge.data.unreadable import Readable
 from adamerge.data.views import Views
 from adamerge.errors import InputError
-
-
-class TaskBatch(NamedTuple):
-    """One task's unlabeled batch: inputs (B, ...) and positions in the task's stream (B,)."""
-
-    inputs: Tensor
-    indices: Tensor
 
 
 class Store(Protocol):

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from adamerge.data.batch import TaskBatch
 from adamerge.data.cache import CACHES, Cache, keep_inputs, nature_of
 from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
 from adamerge.data.streams import (
@@ -23,7 +24,6 @@ from adamerge.data.streams import (
     collate,
     collate_labelled,
 )
-from adamerge.data.streams import TaskBatch as TaskBatch
 from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
 from adamerge.data.task import Protocol as Protocol
 from adamerge.data.task import Task as Task

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adamerge.data.streams import TaskBatch
+from adamerge.data.batch import TaskBatch
 from adamerge.errors import InputError, did_you_mean
 from adamerge.methods.frank_wolfe_steps import FrankWolfe, SoftFrankWolfe, StepRule, Vertices
 from adamerge.methods.method import MergingMethod, OnNonfinite

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-from adamerge.data.streams import TaskBatch, generator_states, set_generator_states
+from adamerge.data.batch import Outputs, TaskBatch
+from adamerge.data.streams import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, NonfiniteError, did_you_mean, shorten
-from adamerge.model.merged_model import MergedModel, Outputs, StepResult, TaskStep
+from adamerge.model.merged_model import MergedModel, StepResult, TaskStep
 from adamerge.model.teacher_files import TeacherFiles, ask_expert
 from adamerge.objectives import Objective, check_objective
 from adamerge.system import progress, ranks

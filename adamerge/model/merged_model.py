@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adamerge.data.batch import Outputs
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model.calls import MicroBatch, call_with, check_names, fused
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import EncoderOptions, Runner
 from adamerge.model.merge import PullBack, merge, merge_into
-from adamerge.model.teachers import Outputs as Outputs
 from adamerge.model.teachers import TeacherCache
 from adamerge.pool.pool import ExpertPool
 

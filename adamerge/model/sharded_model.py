@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adamerge.data.batch import Outputs
 from adamerge.errors import InputError
 from adamerge.model.calls import MicroBatch, call_with, fused
 from adamerge.model.merge import PullBack, merge_into
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.sharding import PartialPullBack, ShardedEncoder
-from adamerge.model.teachers import Outputs
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.part import PoolPart
 from adamerge.system import ranks

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, save_state_dict
 from adamerge.checkpoints.hashes import digest
+from adamerge.data.batch import Outputs
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
-from adamerge.model.teachers import Outputs
 from adamerge.pool.low_rank import matmul_precision
 from adamerge.system.files import ensure_writable
 

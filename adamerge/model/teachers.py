@@ -1,23 +1,9 @@
-"""What models say about a batch, and a cache of what the experts say, so that they need not stay in memory."""
-
-from dataclasses import dataclass, field
+"""A cache of what the experts say, so that they need not stay in memory."""
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Outputs:
-    """What a model says about a batch: logits (B, C), features (B, F), hidden name to (B, ...)."""
-
-    logits: Tensor
-    features: Tensor
-    hidden: dict[str, Tensor] = field(default_factory=dict)
-
-    def to(self, device: torch.device) -> "Outputs":
-        """Return the same on another device."""
-        hidden = {name: value.to(device) for name, value in self.hidden.items()}
-        return Outputs(self.logits.to(device), self.features.to(device), hidden)
+from adamerge.data.batch import Outputs
 
 
 class TeacherCache:
@@ -42,8 +28,7 @@ class TeacherCache:
         if row_of is None or int(positions.max()) >= len(row_of) or bool((row_of[positions] < 0).any()):
             return None
         rows = self._rows[task]
-        at = row_of[positions].to(rows.logits.device)
-        return Outputs(rows.logits[at], rows.features[at], {name: value[at] for name, value in rows.hidden.items()})
+        return rows[row_of[positions].to(rows.logits.device)]
 
     def put(self, task: str, indices: Tensor, outputs: Outputs) -> None:
         """Store outputs (B, ...) at ``indices`` (B,)."""

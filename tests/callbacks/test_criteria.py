@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch import Callback
 
 from adamerge.callbacks import UnlabeledCriteria
-from adamerge.model.merged_model import Outputs, TaskStep
+from adamerge.data.batch import Outputs
+from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.imitation import Imitation
 from tests.support.fits import QUIET, batches, every_step, fit, make_data, make_method, values
 

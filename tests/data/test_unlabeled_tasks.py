@@ -11,7 +11,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.data.streams import StreamLoader, TaskBatch, Unlabeled
+from adamerge.data.batch import TaskBatch
+from adamerge.data.streams import StreamLoader, Unlabeled
 from tests.support.fits import with_trainer
 
 

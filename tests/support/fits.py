@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adamerge import Coefficients, MergedModel
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.data.streams import TaskBatch
+from adamerge.data.batch import TaskBatch
 from adamerge.methods import GradientMerging
 from adamerge.objectives.entropy import Entropy
 from tests.support.toy import CLASSES, EXPERTS, Toy
