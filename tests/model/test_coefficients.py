@@ -216,9 +216,8 @@ def test_from_dict_own_granularity_needs_its_object():
     coefficients = Coefficients(POOL, Halves(), torch.rand(3, 2))
     content = coefficients.to_dict()
     assert content["granularity"] == {"name": "tests.model.test_coefficients.Halves", "letter": "n"}
-    with pytest.raises(
-        InputError, match=r"granularity 'tests\.model\.test_coefficients\.Halves' is not built in .* Pass the granularity"
-    ):
+    message = r"granularity 'tests\.model\.test_coefficients\.Halves' is not built in .* Pass the granularity"
+    with pytest.raises(InputError, match=message):
         Coefficients.from_dict(POOL, content)
     assert torch.equal(Coefficients.from_dict(POOL, content, granularity=Halves())(), coefficients())
 
