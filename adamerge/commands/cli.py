@@ -18,7 +18,7 @@ COMMANDS = {  # name to module and what the list of commands says
     "adapt": ("adapt", "Learn coefficients on unlabeled data and export the merged checkpoint."),
     "check": ("adapt", "Find what is wrong with a run, in seconds, without starting it."),
     "coefficients": ("coefficients", "Bring published coefficients into a file with names."),
-    "compare": ("merge", "Make many merges of one pool, and score them side by side."),
+    "compare": ("compare.command", "Make many merges of one pool, and score them side by side."),
     "convert": ("inspect", "Write a pickled checkpoint's tensors as safetensors, or a CLIP in another format."),
     "data": ("data", "Which of the field's data sets are there, and how to get the others."),
     "demo": ("demo", "Run the whole job on the embedded offline zoo: adapt, export, score, compare."),

@@ -1,15 +1,12 @@
-"""``merge``, ``transform`` and ``compare``: merges without training, and many merges side by side."""
+"""``merge`` and ``transform``: merges without training."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from adamerge.commands.terminal import configure_logging, json_option, out, print_files, print_json, report
+from adamerge.commands.terminal import json_option, print_files
 from adamerge.errors import InputError
-from adamerge.system import progress
 
 
 @click.command()
@@ -94,62 +91,3 @@ def transform(
         files = chosen_pool("transform", base, experts, pool, key_prefix)
         job = transform_command.Job(rule_node("transform", rule, settings), files, dtype)
     print_files(transform_command.run(job, output), as_json)
-
-
-class _Lists(click.Command):
-    """Options that take all words up to the next option; what follows ``--`` are overrides."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        at = args.index("--") if "--" in args else len(args)
-        words: list[str] = []
-        option = None
-        for word in args[:at]:
-            if word.startswith("--"):
-                option = word if word in ("--rows", "--seeds") else None
-            elif option and words[-1] != option:
-                words.append(option)
-            words.append(word)
-        return super().parse_args(ctx, [*words, *args[at:]])
-
-
-@click.command(cls=_Lists, options_metavar="[OPTIONS] [-- OVERRIDES...]")
-@click.option("--rows", multiple=True, metavar="ROW...", help="What to compare, see below.")
-@click.option("--preset", help="Rows from a file, or a shipped one: demo (every merge, every transform, and more).")
-@click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, metavar="SEED...")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Rows at a time.")
-@click.option("--out", "folder", type=click.Path(path_type=Path), required=True, help="Folder; go on in it.")
-@json_option
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def compare(
-    rows: tuple[str, ...],
-    preset: str | None,
-    seeds: tuple[int, ...],
-    jobs: int,
-    folder: Path,
-    as_json: bool,
-    overrides: Any,
-) -> None:
-    """Make many merges of one pool, score them side by side, and write tables; run it again to go on.
-
-    \b
-    adamerge compare --rows weight_average ties tsvm experiment=recommended --seeds 0 1 2 --out runs/compare
-    adamerge compare --rows "ties density=0.1" "task_arithmetic transform=pcb" --out runs/compare
-    adamerge compare --rows "transform=ties experiment=adamerging_layer" --out runs/compare
-    adamerge compare --rows "experiment=imitation_row start=wudi" --out runs/compare
-    adamerge compare --preset demo --out runs/compare -- data=mine backbone=open_clip backbone.model=ViT-B-32
-
-    A row is pretrained, experts, a rule of `adamerge merge` with its options, or what `adamerge adapt` takes;
-    start=RULE adapts from that rule's merge. OVERRIDES name pool, data and backbone as for `adamerge adapt`; the
-    default is the demo zoo.
-    """  # noqa: D301
-    from adamerge.commands.compare import plan as comparison
-
-    plan = comparison.plan_of(rows, preset, overrides, seeds, folder, jobs)
-    # Rows that are made at the same time would draw their bars over each other.
-    start = functools.partial(configure_logging, debug=False, quiet=progress.is_quiet() or jobs > 1)
-    failed = comparison.run(plan, Console(quiet=True) if as_json or progress.is_quiet() else out, start)
-    if as_json:
-        print_json({"folder": str(folder), "summary": comparison.read(folder), "failed": failed})
-    report([f"{row}: {message}" for row, message in failed.items()])
-    if not as_json:
-        click.echo(str(folder))
