@@ -31,7 +31,7 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool.pool import ExpertPool
 from adamerge.results import baselines
-from adamerge.results.evaluation import Row, bootstrap_difference, score_tasks, table, write_summary
+from adamerge.results.evaluation import TableRow, bootstrap_difference, score_tasks, table, write_summary
 from adamerge.results.figures import save_comparison
 from adamerge.results.report import report_run
 from adamerge.results.report.record import costs_of
@@ -133,7 +133,7 @@ def run(
     return content
 
 
-def verdict(rows: Mapping[str, Row]) -> list[str]:
+def verdict(rows: Mapping[str, TableRow]) -> list[str]:
     """Say whether the expected order came out, with paired bootstrap intervals of the steps between its rows."""
     lines = []
     for lower, higher in itertools.pairwise(ORDER):
@@ -170,18 +170,18 @@ def _recipes(data: UnlabeledTasks, share: float) -> dict[str, Recipe]:
     }
 
 
-def _constant_rows(model: MergedModel, data: UnlabeledTasks, seed: int) -> dict[str, Row]:
+def _constant_rows(model: MergedModel, data: UnlabeledTasks, seed: int) -> dict[str, TableRow]:
     """Rows with one shared coefficient: nothing is learned but, on labels, the grid's best."""
     rows = {}
     fixed = {"pretrained": 0.0, "weight_average": 1 / len(model.pool.expert_names), "task_arithmetic_0.3": 0.3}
     for name, value in fixed.items():
         baselines.constant(model.coefficients, value)
-        rows[name] = Row(score_tasks(model, model.merge(), data, f"Scoring {name}"), seed=seed)
+        rows[name] = TableRow(score_tasks(model, model.merge(), data, f"Scoring {name}"), seed=seed)
     watch = Stopwatch()
     best = baselines.search_task_arithmetic(model, data)
     seconds = watch.seconds()
     scores = score_tasks(model, model.merge(), data, "Scoring task_arithmetic_best")
-    rows["task_arithmetic_best"] = Row(
+    rows["task_arithmetic_best"] = TableRow(
         scores, uses_labels=True, uses_data=True, seconds=seconds, seed=seed, extra={"coefficient": best}
     )
     return rows
@@ -194,7 +194,7 @@ def _adapted_row(
     data: UnlabeledTasks,
     seed: int,
     export: ExportMergedWeights | None,
-) -> Row:
+) -> TableRow:
     optimizer = functools.partial(torch.optim.Adam, lr=recipe.lr)
     cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=recipe.steps)
     method = GradientMerging(model, recipe.objective, optimizer, cosine if recipe.decay else None)
@@ -212,7 +212,7 @@ def _adapted_row(
     # The exported row is scored as exported: read back from the file, in the base's dtype.
     params = checkpoint_parameters(export.files["merged"], model) if export else model.merge()
     scores = score_tasks(model, params, data, f"Scoring {name}")
-    return Row(scores, uses_labels=recipe.uses_labels, uses_data=True, seconds=seconds, seed=seed)
+    return TableRow(scores, uses_labels=recipe.uses_labels, uses_data=True, seconds=seconds, seed=seed)
 
 
 def _streams(recipe: Recipe, data: UnlabeledTasks) -> UnlabeledTasks:

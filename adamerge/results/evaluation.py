@@ -32,7 +32,7 @@ class TaskScore:
 
 
 @dataclass
-class Row:
+class TableRow:
     """One line of a comparison: what was scored, and what it took.
 
     Attributes:
@@ -156,7 +156,7 @@ def _resampled(values: Mapping[str, Tensor], samples: int, seed: int) -> Tensor:
     return total / len(values)
 
 
-def normalised(row: Row, experts: Row) -> float | None:
+def normalised(row: TableRow, experts: TableRow) -> float | None:
     """Return the mean over tasks of accuracy relative to the task's own expert (the field's measure).
 
     None where an expert has no hit at all.
@@ -167,7 +167,7 @@ def normalised(row: Row, experts: Row) -> float | None:
     return sum(ratios) / len(ratios)
 
 
-def gap_closed(row: Row, start: Row, experts: Row) -> float | None:
+def gap_closed(row: TableRow, start: TableRow, experts: TableRow) -> float | None:
     """Return how much of the mean's gap from ``start`` to ``experts`` a row closes; 1 is all.
 
     None where the experts are no better than ``start``.
@@ -177,7 +177,7 @@ def gap_closed(row: Row, start: Row, experts: Row) -> float | None:
 
 
 def summary(
-    rows: Mapping[str, Row], protocol: str, unreadable: Mapping[str, list[str]] | None = None
+    rows: Mapping[str, TableRow], protocol: str, unreadable: Mapping[str, list[str]] | None = None
 ) -> dict[str, Any]:
     """Return the content of ``summary.json`` (accuracies in [0, 1], seconds).
 
@@ -212,7 +212,7 @@ def summary(
 
 
 def write_summary(
-    rows: Mapping[str, Row], protocol: str, path: Path, unreadable: Mapping[str, list[str]] | None = None
+    rows: Mapping[str, TableRow], protocol: str, path: Path, unreadable: Mapping[str, list[str]] | None = None
 ) -> dict[str, Any]:
     """Write ``summary.json``, atomically, and return its content."""
     content = summary(rows, protocol, unreadable)

@@ -14,7 +14,7 @@ from adamerge.data.corruptions import Corruption
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.merged_model import MergedModel
-from adamerge.results.evaluation import FORMAT, Row, summary
+from adamerge.results.evaluation import FORMAT, TableRow, summary
 from adamerge.results.figures import save_heat_map
 from adamerge.results.scoring import Made, score_run
 from adamerge.system.files import save_json
@@ -49,7 +49,7 @@ def score_corruptions(
         name = CLEAN if corruption is None else str(corruption)
         log.info("Scoring: %s", name)
         scored = data if corruption is None else data.with_corrupted_evaluation(corruption)
-        rows: Mapping[str, Row] = score_run(model, scored, made, batch_norm, references=True)
+        rows: Mapping[str, TableRow] = score_run(model, scored, made, batch_norm, references=True)
         content[name] = summary(rows, scored.protocol)
     first = content[CLEAN]
     stream = data.corruption

@@ -16,7 +16,7 @@ from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.lazy import LazyTensors
-from adamerge.results.evaluation import Row, TaskScore, score_tasks
+from adamerge.results.evaluation import TableRow, TaskScore, score_tasks
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def score_run(
     batch_norm: BatchNormPolicy | None = None,
     *,
     references: bool,
-) -> dict[str, Row]:
+) -> dict[str, TableRow]:
     """Score an exported checkpoint as it was written.
 
     Args:
@@ -60,9 +60,9 @@ def score_run(
         raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
     pool = model.pool
     merged = checkpoint_parameters(made.file, model)
-    rows: dict[str, Row] = {}
+    rows: dict[str, TableRow] = {}
     if references:
-        rows["pretrained"] = Row(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
+        rows["pretrained"] = TableRow(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
         usual = len(pool.expert_names) <= _USUAL
         coefficients = Coefficients(pool, "task", 0.3 if usual else "mean", "none")
         start = type(model)(model.encoder, pool, coefficients, model.heads)
@@ -70,9 +70,9 @@ def score_run(
         with torch.no_grad():
             params = start.merge()
         params = params | ({} if batch_norm is None else batch_norm.final(model, params, data))
-        rows[name] = Row(*scores_of(model, params, data, "Scoring task arithmetic"))
+        rows[name] = TableRow(*scores_of(model, params, data, "Scoring task arithmetic"))
     scores, unseen = scores_of(model, merged, data, "Scoring the merged checkpoint")
-    rows[made.name] = Row(
+    rows[made.name] = TableRow(
         scores,
         unseen,
         uses_labels=made.uses_labels,
@@ -98,13 +98,13 @@ def scores_of(
     )
 
 
-def score_experts(model: MergedModel, data: UnlabeledTasks) -> Row:
+def score_experts(model: MergedModel, data: UnlabeledTasks) -> TableRow:
     """Score each task with its own expert, one expert in memory at a time."""
     scores: dict[str, TaskScore] = {}
     for task in data.evaluation:
         params = model.expert_parameters(model.teacher_of(task))
         scores |= score_tasks(model, params, data, f"Scoring the expert of {task}", tasks=[task])
-    return Row(scores)
+    return TableRow(scores)
 
 
 def checkpoint_parameters(path: Path, model: MergedModel) -> Mapping[str, Tensor]:

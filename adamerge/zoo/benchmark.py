@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from adamerge.data.benchmarks import definition, open_split
 from adamerge.errors import InputError
-from adamerge.zoo.design import SOURCES, Curriculum, Design, Recipe, training_images
+from adamerge.zoo.design import SOURCES, Curriculum, Design, TrainingPlan, training_images
 from adamerge.zoo.glyphs import STYLES, random_affine
 from adamerge.zoo.images import (
     CLASSES,
@@ -118,8 +118,8 @@ def benchmark_design(root: str | Path) -> Design:
         tokenizer=_tokenizer,
         images=functools.partial(_images, Path(root)),
         pretraining=functools.partial(_pretraining, Path(root)),
-        base=Recipe(steps=900, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, warmup=50),
-        expert=Recipe(steps=150, batch_size=64, learning_rate=4e-4, weight_decay=0.1),
+        base=TrainingPlan(steps=900, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, warmup=50),
+        expert=TrainingPlan(steps=150, batch_size=64, learning_rate=4e-4, weight_decay=0.1),
         curriculum=Curriculum(num_images=36_000, clean_steps=150),
         sources={"fashion": "Fashion-MNIST (H. Xiao, K. Rasul, R. Vollgraf; Zalando SE): MIT", **SOURCES},
     )

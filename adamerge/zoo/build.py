@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from adamerge.system.files import atomic_path, remove_temporaries, save_json, sha256
+from adamerge.system.progress import Stopwatch
 from adamerge.system.progress import bar as progress_bar
 from adamerge.zoo.design import DEMO, Design
 from adamerge.zoo.model import CONFIG_FILE, model_from_config
@@ -36,7 +37,7 @@ Bar = Callable[[str, int], Callable[[], None]]
 
 
 def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: Design | None = None) -> dict[str, Any]:
-    """Train the base and the experts, and write the zoo; what an earlier, interrupted build has done is kept.
+    """Train the base and the experts, and write the zoo; models that an interrupted build has finished are kept.
 
     The same seed, thread count and package versions give the same weights, interrupted or not.
 
@@ -53,7 +54,7 @@ def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: D
         InputError: If a package or data set that holds the images is missing, or the folder holds another zoo.
     """
     output, design = Path(output), design or DEMO
-    recipe = {key: asdict(getattr(design, key)) for key in ("base", "expert", "curriculum")}
+    recipe = {part: asdict(getattr(design, part)) for part in ("base", "expert", "curriculum")}
     key = {"name": design.name, "seed": seed, "recipe": recipe}
     made = Progress(output, key)
     if made.finished is not None:
@@ -76,7 +77,7 @@ def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: D
         **key,
         "held_out_accuracy": accuracy,
         "criterion": {"rule": _CRITERION, "value": _criterion(accuracy)},
-        "seconds": {part: known["seconds"] for part, known in parts.items()},
+        "seconds": {part: record["seconds"] for part, record in parts.items()},
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "sha256": _write_pool(output, design, made),
@@ -90,10 +91,10 @@ def _make_base(output: Path, model: CLIP, design: Design, seed: int, made: Progr
     """Train and write the base, or read it where it is done; ``model`` becomes it."""
     path = output / f"{_BASE}.safetensors"
     if made.done(_BASE, path) is None:
-        state = made.state(_BASE)
-        train_base(model, design, seed, state, bar(_BASE, design.base.steps))
+        watch = Stopwatch()
+        train_base(model, design, seed, bar(_BASE, design.base.steps))
         _save(path, model)
-        made.record(_BASE, path, state, {}, first=True)
+        made.record(_BASE, path, {"seconds": round(watch.seconds(), 1)}, first=True)
     model.load_state_dict(load_file(path))
 
 
@@ -104,9 +105,9 @@ def _make_expert(
     from open_clip import build_zero_shot_classifier
 
     path = output / "experts" / f"{task}.safetensors"
-    if (known := made.done(task, path)) is not None:
-        return known
-    data, state = design.images(task, seed), made.state(task)
+    if (recorded := made.done(task, path)) is not None:
+        return recorded
+    data, watch = design.images(task, seed), Stopwatch()
     head: Tensor = build_zero_shot_classifier(
         model, design.tokenizer(), list(design.classes[task]), list(design.templates)
     )
@@ -114,10 +115,10 @@ def _make_expert(
     held_out = data.images[cut:], data.labels[cut:]
     accuracy = {"base": _accuracy(model, head, *held_out)}
     train = data.images[:cut], data.labels[:cut]
-    train_expert(model, head, train, design.expert, seed, bar(task, design.expert.steps), state)
+    train_expert(model, head, train, design.expert, seed, bar(task, design.expert.steps))
     _save(path, model, prefix="visual.")
     accuracy["expert"] = _accuracy(model, head, *held_out)
-    return made.record(task, path, state, {"accuracy": accuracy})
+    return made.record(task, path, {"accuracy": accuracy, "seconds": round(watch.seconds(), 1)})
 
 
 @torch.no_grad()

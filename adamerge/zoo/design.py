@@ -21,7 +21,7 @@ class Images(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingPlan:
     """How one model is trained: AdamW, linear warm-up, cosine decay to zero.
 
     Args:
@@ -79,8 +79,8 @@ class Design:
     tokenizer: Callable[[], Callable[[list[str]], Tensor]]
     images: Callable[[str, int], Images]
     pretraining: Callable[[str, int, int], tuple[Tensor, Tensor]]
-    base: Recipe
-    expert: Recipe
+    base: TrainingPlan
+    expert: TrainingPlan
     curriculum: Curriculum
     sources: Mapping[str, str]
 
@@ -108,8 +108,8 @@ DEMO = Design(
     tokenizer=Tokenizer,
     images=training_images,
     pretraining=pretraining_images,
-    base=Recipe(steps=800, batch_size=128, learning_rate=2e-3, weight_decay=0.05, warmup=50),
-    expert=Recipe(steps=120, batch_size=64, learning_rate=6e-4, weight_decay=0.1),
+    base=TrainingPlan(steps=800, batch_size=128, learning_rate=2e-3, weight_decay=0.05, warmup=50),
+    expert=TrainingPlan(steps=120, batch_size=64, learning_rate=6e-4, weight_decay=0.1),
     curriculum=Curriculum(),
     sources=SOURCES,
 )

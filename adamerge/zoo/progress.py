@@ -1,72 +1,14 @@
-"""How far a zoo has been made, on disk, so that an interrupted build goes on to the same weights."""
+"""Which models of a zoo are made, on disk, so that an interrupted build trains the others only."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adamerge.errors import InputError
-from adamerge.system.files import atomic_path, save_json, sha256
-
-_EVERY = 50  # steps between two states of a model in training
-
-
-class TrainingState:
-    """One model in training: its parameters, optimizer, learning rate schedule and generator after some step.
-
-    Args:
-        path: File of the state; None keeps none.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._before = 0.0
-        self._started = time.perf_counter()
-
-    def restore(self, parts: Mapping[str, Any], generator: torch.Generator) -> int:
-        """Load the state into ``parts`` and the generator, and return how many steps have been done; 0 for none.
-
-        Raises:
-            InputError: If the file is damaged.
-        """
-        if self._path is None or not self._path.is_file():
-            return 0
-        try:
-            content = torch.load(self._path, weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(content[name])
-            generator.set_state(content["generator"])
-            self._before, step = float(content["seconds"]), int(content["step"])
-        except Exception as error:  # whatever a damaged archive makes torch raise
-            raise InputError(
-                f"{self._path}: not the state of this model's training ({' '.join(str(error).split())[:200]}). "
-                "Remove the file: its training starts anew."
-            ) from error
-        return step
-
-    def keep(self, step: int, parts: Mapping[str, Any], generator: torch.Generator) -> None:
-        """Write the state after every so many steps."""
-        if self._path is None or step % _EVERY:
-            return
-        states = {name: part.state_dict() for name, part in parts.items()}
-        content = {**states, "generator": generator.get_state(), "step": step, "seconds": self.seconds}
-        with atomic_path(self._path) as temporary:
-            torch.save(content, temporary)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, those before an interruption included."""
-        return self._before + time.perf_counter() - self._started
-
-    def remove(self) -> None:
-        """Remove the file."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+from adamerge.system.files import save_json, sha256
 
 
 class Progress:
@@ -100,25 +42,18 @@ class Progress:
                 self._hashes |= content["sha256"]
                 self.finished = content if path.name == "zoo.json" and self._whole(content["sha256"]) else self.finished
 
-    def state(self, part: str) -> TrainingState:
-        """Return where the training of a part stands; nothing is kept beside the weights once it is done."""
-        return TrainingState(self.folder / f"{part}.training.pt")
-
     def done(self, part: str, file: Path) -> dict[str, Any] | None:
         """Return what is known about a part whose file is there as it was written; else None."""
         facts: dict[str, Any] | None = self._done.get(part)
         return facts if facts is not None and file.is_file() and sha256(file) == facts["sha256"] else None
 
-    def record(
-        self, part: str, file: Path, state: TrainingState, facts: Mapping[str, Any], *, first: bool = False
-    ) -> dict[str, Any]:
+    def record(self, part: str, file: Path, facts: Mapping[str, Any], *, first: bool = False) -> dict[str, Any]:
         """Note that a part is done; where the ``first`` has come out otherwise, what was trained from it is not."""
         digest = sha256(file)
         if first and self._done.get(part, {}).get("sha256") != digest:
             self._done = {}
-        self._done[part] = {"sha256": digest, "seconds": round(state.seconds, 1), **facts}
+        self._done[part] = {"sha256": digest, **facts}
         save_json({**self._key, "done": self._done}, self._file)
-        state.remove()
         return dict(self._done[part])
 
     def is_edited(self, name: str) -> bool:

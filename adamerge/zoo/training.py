@@ -13,22 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adamerge.zoo.design import Design, Recipe
-from adamerge.zoo.progress import TrainingState
+from adamerge.zoo.design import Design, TrainingPlan
 
 if TYPE_CHECKING:
     from open_clip import CLIP
 
 
-def train_base(model: CLIP, design: Design, seed: int, saved: TrainingState, advance: Callable[[], None]) -> None:
+def train_base(model: CLIP, design: Design, seed: int, advance: Callable[[], None]) -> None:
     """Train both towers in place so that images of a class meet its captions.
 
     Args:
         model: Changed in place.
         design: What it sees when, and how it is trained.
         seed: Seed of images, batches and captions.
-        saved: Where the training stands; it goes on from there.
-        advance: Called after every step, also for those done before.
+        advance: Called after every step.
     """
     recipe, curriculum, templates = design.base, design.curriculum, design.templates
     num_clean = curriculum.num_images // 3
@@ -50,17 +48,16 @@ def train_base(model: CLIP, design: Design, seed: int, saved: TrainingState, adv
         image = model.encode_image(images[index], normalize=True)  # (B, F)
         return _contrast(model.logit_scale.exp() * image @ text.T, target)
 
-    _fit(model, loss, draw, recipe, generator, saved, advance)
+    _fit(model, loss, draw, recipe, advance)
 
 
 def train_expert(
     model: CLIP,
     head: Tensor,
     data: tuple[Tensor, Tensor],
-    recipe: Recipe,
+    recipe: TrainingPlan,
     seed: int,
     advance: Callable[[], None],
-    saved: TrainingState | None = None,
 ) -> None:
     """Fine-tune the visual tower in place on one task; the text tower and the head stay as they are.
 
@@ -70,8 +67,7 @@ def train_expert(
         data: Images ``(N, 3, S, S)`` and labels ``(N,)``.
         recipe: How it is trained.
         seed: Seed of the batches.
-        advance: Called after every step, also for those done before.
-        saved: Where the training stands; it goes on from there.
+        advance: Called after every step.
     """
     images, labels = data
     generator = torch.Generator().manual_seed(seed)
@@ -84,16 +80,14 @@ def train_expert(
         features = model.encode_image(images[index], normalize=True)
         return functional.cross_entropy(scale * features @ head, labels[index])
 
-    _fit(model.visual, loss, draw, recipe, generator, saved or TrainingState(None), advance)
+    _fit(model.visual, loss, draw, recipe, advance)
 
 
 def _fit(
     model: nn.Module,
     loss: Callable[[Tensor], Tensor],
     draw: Callable[[int], Tensor],
-    recipe: Recipe,
-    generator: torch.Generator,
-    saved: TrainingState,
+    recipe: TrainingPlan,
     advance: Callable[[], None],
 ) -> None:
     """Minimize ``loss`` of the image indices that ``draw`` gives for each step; changes the parameters."""
@@ -104,21 +98,16 @@ def _fit(
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, recipe))
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    done = saved.restore(parts, generator)
-    for _ in range(done):
-        advance()
-    for step in range(done, recipe.steps):
+    for step in range(recipe.steps):
         optimizer.zero_grad()
         loss(draw(step)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        saved.keep(step + 1, parts, generator)
         advance()
 
 
-def _learning_rate_factor(step: int, recipe: Recipe) -> float:
+def _learning_rate_factor(step: int, recipe: TrainingPlan) -> float:
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)

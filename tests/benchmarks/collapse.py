@@ -27,7 +27,7 @@ from adamerge.callbacks import CollapseGuard
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.methods import GradientMerging
 from adamerge.objectives.entropy import Entropy
-from adamerge.results.evaluation import Row, score_tasks
+from adamerge.results.evaluation import TableRow, score_tasks
 from adamerge.results.figures import save_lines
 from adamerge.system.files import save_json
 
@@ -70,7 +70,7 @@ class Scores(Callback):
     def score(self, model: MergedModel, step: int) -> None:
         """Score the model as it is."""
         if step not in self.accuracy:
-            self.accuracy[step] = Row(score_tasks(model, model.merge(), self._data)).mean
+            self.accuracy[step] = TableRow(score_tasks(model, model.merge(), self._data)).mean
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the start."""

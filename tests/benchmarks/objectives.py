@@ -32,7 +32,7 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.objectives.infomax import InfoMax
 from adamerge.results.baselines import LabelledCrossEntropy, constant, stream_labels
-from adamerge.results.evaluation import Row, gap_closed, normalised, score_tasks
+from adamerge.results.evaluation import TableRow, gap_closed, normalised, score_tasks
 from adamerge.results.scoring import score_experts
 from adamerge.system.files import save_json
 from adamerge.system.progress import Stopwatch
@@ -87,7 +87,7 @@ class Bench:
         self.heads = self.backbone.heads(self.pool.source, {}, tasks)
         model = self.model("task", "none")
         constant(model.coefficients, 0.3)
-        self.start = Row(score_tasks(model, model.merge(), self.data))
+        self.start = TableRow(score_tasks(model, model.merge(), self.data))
         self.experts = score_experts(model, self.data)
         self.labels = {task: stream_labels(stream) for task, stream in self.data.streams.items()}
 
@@ -113,9 +113,9 @@ class Bench:
         watch = Stopwatch()
         trainer.fit(merging, datamodule=self.data)
         seconds = watch.seconds()
-        return self.described(Row(score_tasks(model, model.merge(), self.data)), seconds, trainer.global_step)
+        return self.described(TableRow(score_tasks(model, model.merge(), self.data)), seconds, trainer.global_step)
 
-    def described(self, row: Row, seconds: float = 0.0, steps: int = 0) -> dict[str, Any]:
+    def described(self, row: TableRow, seconds: float = 0.0, steps: int = 0) -> dict[str, Any]:
         return {
             "per_task": {task: score.accuracy for task, score in row.scores.items()},
             "mean": row.mean,

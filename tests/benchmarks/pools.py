@@ -38,7 +38,7 @@ from adamerge.methods.method import MergingMethod
 from adamerge.objectives import Objective
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
-from adamerge.results.evaluation import Row, score_tasks
+from adamerge.results.evaluation import TableRow, score_tasks
 from adamerge.results.figures import save_lines
 from adamerge.system.files import atomic_path, save_json
 from adamerge.system.progress import Stopwatch
@@ -155,7 +155,7 @@ class Bench:
         if method.objective is not None:
             self._fit(model, method.objective, method, steps)
         seconds = watch.seconds()
-        row = Row(score_tasks(model, model.merge(), self.data))
+        row = TableRow(score_tasks(model, model.merge(), self.data))
         values = coefficients().detach()
         return {
             "per_task": {task: score.accuracy for task, score in row.scores.items()},

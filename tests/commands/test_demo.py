@@ -15,12 +15,12 @@ from adamerge.commands import demo_run as demo
 from adamerge.commands.run.build import build
 from adamerge.commands.run.compose import compose
 from adamerge.model.granularity import by_name
-from adamerge.results.evaluation import Row, TaskScore
+from adamerge.results.evaluation import TableRow, TaskScore
 from adamerge.results.export import load_heads
 
 
 def row(*hits):
-    return Row({"task": TaskScore(sum(hits) / len(hits), 0.0, torch.tensor(hits, dtype=torch.bool))})
+    return TableRow({"task": TaskScore(sum(hits) / len(hits), 0.0, torch.tensor(hits, dtype=torch.bool))})
 
 
 def test_verdict_says_what_holds_and_what_does_not():

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.results.evaluation import (
-    Row,
+    TableRow,
     TaskScore,
     bootstrap,
     bootstrap_difference,
@@ -48,7 +48,7 @@ def made_rows():
     rows = {}
     for name, (a, b) in hits.items():
         scores = {"a": score(*[i < a for i in range(10)]), "b": score(*[i < b for i in range(10)])}
-        rows[name] = Row(
+        rows[name] = TableRow(
             scores, uses_labels=name == "oracle", uses_data=name in ("mine", "oracle"), seconds=1.5, seed=3
         )
     return rows
@@ -149,18 +149,18 @@ def test_bootstrap_difference_is_paired_by_image():
 
 
 def test_row_mean_is_over_tasks():
-    assert Row({"a": score(True, False), "b": score(True, True, True, True)}).mean == 0.75
+    assert TableRow({"a": score(True, False), "b": score(True, True, True, True)}).mean == 0.75
 
 
 def test_normalised_is_the_mean_of_ratios_to_the_tasks_own_expert():
-    row = Row({"a": score(True, False), "b": score(True, True, True, False)})
-    experts = Row({"a": score(True, True), "b": score(True, True, True, False)})
+    row = TableRow({"a": score(True, False), "b": score(True, True, True, False)})
+    experts = TableRow({"a": score(True, True), "b": score(True, True, True, False)})
     assert normalised(row, experts) == pytest.approx((0.5 + 1.0) / 2)
     assert normalised(experts, experts) == 1.0
 
 
 def test_gap_closed_is_zero_at_the_start_one_at_the_experts_and_linear_between():
-    start, middle, experts = (Row({"a": score(*[i < n for i in range(10)])}) for n in (4, 5, 8))
+    start, middle, experts = (TableRow({"a": score(*[i < n for i in range(10)])}) for n in (4, 5, 8))
     assert gap_closed(start, start, experts) == 0
     assert gap_closed(middle, start, experts) == pytest.approx(0.25)
     assert gap_closed(experts, start, experts) == 1
@@ -187,7 +187,7 @@ def test_summary_has_the_documented_schema():
 
 
 def test_summary_extra_facts_of_a_row_are_kept():
-    rows = {"best": Row({"a": score(True)}, extra={"coefficient": 0.4})}
+    rows = {"best": TableRow({"a": score(True)}, extra={"coefficient": 0.4})}
     row = summary(rows, "split")["rows"]["best"]
     assert row["coefficient"] == 0.4
     assert row["normalised"] is None
@@ -195,7 +195,7 @@ def test_summary_extra_facts_of_a_row_are_kept():
 
 
 def test_summary_without_a_gap_is_still_json(tmp_path):
-    same = Row({"a": score(True, False)})
+    same = TableRow({"a": score(True, False)})
     rows = {"task_arithmetic_0.3": same, "experts": same}
     write_summary(rows, "split", tmp_path / "summary.json")
 
@@ -240,7 +240,7 @@ def test_table_shows_every_row_within_the_width(width):
 @pytest.mark.parametrize(("hits", "interval_shown"), [(1, True), (2, False)])
 def test_table_of_six_tasks_fits_into_80_columns(hits, interval_shown):
     names = ("mnist", "digits", "latin", "greek", "cyrillic", "math")
-    rows = {"task_arithmetic_best": Row({name: score(True, hits == 2) for name in names}, uses_labels=True)}
+    rows = {"task_arithmetic_best": TableRow({name: score(True, hits == 2) for name in names}, uses_labels=True)}
     content = summary(rows, "transductive")
     content["rows"]["task_arithmetic_best"]["interval"] = [0.5, 0.54]
     text = rendered(content, 80)

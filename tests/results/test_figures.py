@@ -5,14 +5,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from adamerge.results.evaluation import Row, TaskScore, summary
+from adamerge.results.evaluation import TableRow, TaskScore, summary
 from adamerge.results.figures import save_comparison, save_lines
 
 
 def content(tasks=("a", "b")):
     def row(hits, **options):
         correct = torch.arange(10) < hits
-        return Row({task: TaskScore(hits / 10, 0.1, correct) for task in tasks}, **options)
+        return TableRow({task: TaskScore(hits / 10, 0.1, correct) for task in tasks}, **options)
 
     return summary({"pretrained": row(4), "mine": row(6, uses_data=True), "oracle": row(7, uses_labels=True)}, "split")
 
@@ -71,7 +71,7 @@ def test_save_comparison_interval_without_width_works(tmp_path):
     scores = {
         task: TaskScore(float(right), 0.1, torch.tensor([right])) for task, right in zip("abc", (1, 0, 1), strict=True)
     }
-    save_comparison(summary({"x": Row(scores)}, "split"), tmp_path / "x.png")
+    save_comparison(summary({"x": TableRow(scores)}, "split"), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 

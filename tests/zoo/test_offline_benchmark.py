@@ -18,7 +18,7 @@ from adamerge.data.benchmarks.readers import IdxImages
 from adamerge.errors import InputError
 from adamerge.zoo import benchmark
 from adamerge.zoo.benchmark import BENCHMARK_CLASSES, FashionImages, benchmark_design, benchmark_tasks
-from adamerge.zoo.design import Curriculum, Recipe
+from adamerge.zoo.design import Curriculum, TrainingPlan
 from tests.support.data_files import fashion_mnist, idx, put
 
 for _package in ("mlxtend", "sklearn", "matplotlib"):
@@ -133,8 +133,8 @@ def test_build_and_runs_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "DEBIAN", debian(tmp_path / "usr", train=25_010 + 600))
     tiny = replace(
         benchmark_design(root),
-        base=Recipe(steps=2, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
-        expert=Recipe(steps=1, batch_size=16, learning_rate=1e-4, weight_decay=0.1),
+        base=TrainingPlan(steps=2, batch_size=16, learning_rate=1e-3, weight_decay=0.05),
+        expert=TrainingPlan(steps=1, batch_size=16, learning_rate=1e-4, weight_decay=0.1),
         curriculum=Curriculum(num_images=120, clean_steps=1),
     )
     command = importlib.import_module("adamerge.zoo.benchmark")

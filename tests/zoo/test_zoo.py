@@ -1,6 +1,5 @@
 """The demo zoo: images, tokenizer, shipped files, and a tiny build."""
 
-import copy
 import hashlib
 import importlib
 import json
@@ -15,11 +14,10 @@ from safetensors.torch import load_file
 from adamerge import InputError, zoo
 from adamerge.pool.pool_file import load_pool_file
 from adamerge.zoo import CLASSES, TASKS, TEMPLATES, Tokenizer, ZooImages
-from adamerge.zoo.design import DEMO, Curriculum, Recipe
+from adamerge.zoo.design import DEMO, Curriculum, TrainingPlan
 from adamerge.zoo.glyphs import FONTS, draw_glyph, require
 from adamerge.zoo.images import PRETRAINING_CLASSES, pretraining_images
-from adamerge.zoo.progress import Progress, TrainingState
-from adamerge.zoo.training import train_expert
+from adamerge.zoo.progress import Progress
 
 open_clip = pytest.importorskip("open_clip")
 for _package in ("mlxtend", "sklearn", "matplotlib"):
@@ -183,47 +181,6 @@ def test_import_stays_light():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-class _Stopped(Exception):
-    """Stands in for an interruption."""
-
-
-def _stopping(after):
-    """Return what stops a build at its so-manyth step."""
-    steps = iter(range(after))
-
-    def advance():
-        if next(steps, None) is None:
-            raise _Stopped
-
-    return advance
-
-
-def test_training_that_was_interrupted_goes_on_to_the_same_weights(tmp_path):
-    images, labels = torch.randn(40, 3, 28, 28), torch.arange(40) % 10
-    recipe = Recipe(steps=60, batch_size=4, learning_rate=1e-3, weight_decay=0.1, warmup=5)
-    head = torch.nn.functional.normalize(torch.randn(64, 10), dim=0)
-    torch.manual_seed(0)
-    first = zoo.create_model()
-    second = copy.deepcopy(first)
-    train_expert(first, head, (images, labels), recipe, 3, lambda: None)
-    state = TrainingState(tmp_path / "mnist.training.pt")
-    with pytest.raises(_Stopped):
-        train_expert(copy.deepcopy(second), head, (images, labels), recipe, 3, _stopping(55), state)
-    advanced = []
-    again = TrainingState(tmp_path / "mnist.training.pt")
-    train_expert(second, head, (images, labels), recipe, 3, lambda: advanced.append(1), again)
-    assert len(advanced) == 60
-    assert again.seconds >= 0
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name]), name
-
-
-def test_damaged_state_of_a_training_is_refused(tmp_path):
-    (tmp_path / "base.training.pt").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"base\.training\.pt.*Remove the file"):
-        TrainingState(tmp_path / "base.training.pt").restore({}, torch.Generator())
-
-
 def test_damaged_file_of_a_finished_zoo_is_made_anew_alone(tmp_path):
     (tmp_path / "experts").mkdir()
     names = ["open_clip_config.json", "base.safetensors", *(f"experts/{task}.safetensors" for task in TASKS)]
@@ -246,17 +203,17 @@ def test_damaged_file_of_a_finished_zoo_is_made_anew_alone(tmp_path):
     assert build_module._write_pool(tmp_path, DEMO, made)["pool.yaml"] == hashes["pool.yaml"]
     assert pool.read_text().startswith("# mine")
     base = tmp_path / "base.safetensors"
-    made.record("base", base, made.state("base"), {}, first=True)
+    made.record("base", base, {"seconds": 1.0}, first=True)
     assert made.done("digits", expert.with_name("digits.safetensors"))
     base.write_text("another")  # as other versions of packages make it
-    made.record("base", base, made.state("base"), {}, first=True)
+    made.record("base", base, {"seconds": 1.0}, first=True)
     assert made.done("digits", expert.with_name("digits.safetensors")) is None
 
 
 TINY = replace(
     DEMO,
-    base=Recipe(steps=4, batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup=2),
-    expert=Recipe(steps=2, batch_size=16, learning_rate=1e-4, weight_decay=0.1),
+    base=TrainingPlan(steps=4, batch_size=16, learning_rate=1e-3, weight_decay=0.05, warmup=2),
+    expert=TrainingPlan(steps=2, batch_size=16, learning_rate=1e-4, weight_decay=0.1),
     curriculum=Curriculum(num_images=300, clean_steps=2),
 )
 

@@ -27,7 +27,7 @@ from adamerge.merges import merged_state_dict
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.baselines import search_task_arithmetic
-from adamerge.results.evaluation import Row, summary
+from adamerge.results.evaluation import TableRow, summary
 from adamerge.results.scoring import checkpoint_parameters, score_experts, scores_of
 from adamerge.system.files import save_json
 from adamerge.system.memory import peak_memory, restart_peak
@@ -177,22 +177,22 @@ def _transformed(config: DictConfig, of: launch.Assembly) -> launch.Assembly:
     return replace(of, pool=pool, model=model)
 
 
-def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> Row:
+def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
     model, data = assembly.model, assembly.data
     if not data.evaluation:
         raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
     if spec.reference == "experts":
         return score_experts(model, data)
     if spec.reference == "pretrained":
-        return Row(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
+        return TableRow(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
     if spec.rule is None:
         return _searched(assembly)
     made = _merge(spec.rule, assembly, folder / _MERGED)
     scores, unseen = scores_of(model, checkpoint_parameters(made.path, model), data, "Scoring the merge")
-    return Row(scores, unseen, uses_data=made.uses_data, uses_labels=made.uses_labels, seconds=made.seconds)
+    return TableRow(scores, unseen, uses_data=made.uses_data, uses_labels=made.uses_labels, seconds=made.seconds)
 
 
-def _searched(assembly: launch.Assembly) -> Row:
+def _searched(assembly: launch.Assembly) -> TableRow:
     """Score task arithmetic with the coefficient that is best on the labels of the adaptation images."""
     pool, of, data = assembly.pool, assembly.model, assembly.data
     model = MergedModel(of.encoder, pool, Coefficients(pool, "task", "mean", "none"), of.heads, of.teachers)
@@ -203,7 +203,7 @@ def _searched(assembly: launch.Assembly) -> Row:
     params |= assembly.batch_norm.final(model, params, data)
     seconds = watch.seconds()
     scores, unseen = scores_of(model, params, data, "Scoring task arithmetic")
-    return Row(scores, unseen, uses_labels=True, uses_data=True, seconds=seconds, extra={"coefficient": best})
+    return TableRow(scores, unseen, uses_labels=True, uses_data=True, seconds=seconds, extra={"coefficient": best})
 
 
 def _merge(rule: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> _Made:
