@@ -30,7 +30,7 @@ COMMANDS = {  # name to module and what the list of commands says
     "report": ("report", "Write one page, which needs no network, of what runs did."),
     "reproduce": ("reproduce", "Make the rows of a published table and print them beside the published figures."),
     "transform": ("merge", "Write a pool's transformed task vectors into one file, which is streamed from then on."),
-    "zoo": ("demo", "Zoos: small CLIPs and their experts, trained offline from real images."),
+    "zoo": ("zoo", "Zoos: small CLIPs and their experts, trained offline from real images."),
 }
 
 

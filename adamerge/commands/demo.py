@@ -1,13 +1,36 @@
-"""``demo`` and ``zoo``: what runs offline."""
+"""``demo``: the whole job on the embedded zoo, as rows of a comparison: adapt in several ways, export, score, compare.
 
-import json
+The protocol is a split: one half of each task's test images adapts, the other half is scored.
+"""
+
+import itertools
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.console import Console
 
-from adamerge.commands.data import root_option
-from adamerge.commands.terminal import json_option, list_files, out, print_json
+from adamerge.commands.compare import plan as comparison
+from adamerge.commands.compare.row import read_row, score_again, shared_assembly
+from adamerge.commands.run.compose import compose
+from adamerge.commands.run.run import record_metrics
+from adamerge.commands.terminal import json_option, list_files, out, print_json, report
+from adamerge.results.evaluation import TaskScore, bootstrap_difference, table
+from adamerge.results.report import report_run
+from adamerge.results.report.record import costs_of
 from adamerge.system import progress
+from adamerge.system.files import atomic_path, ensure_writable
+
+EXPORTED = "recommended"
+ORDER = ("pretrained", "task_arithmetic_0.3", "imitation_layer", "imitation_row", EXPORTED, "experts")
+
+_PRESET = "zoo"
+_FAST = 0.1  # share of the steps
+_OF_RUN = ("config.yaml", "metrics", "merge*", "coefficients*", "heads.safetensors", "open_clip")
+_OF_ALL = ("summary.json", "comparison.png")
 
 
 @click.command()
@@ -18,54 +41,82 @@ from adamerge.system import progress
 @json_option
 def demo(output: Path, seed: int, fast: bool, transductive: bool, as_json: bool) -> None:
     """Run the whole job on the embedded offline zoo: adapt, export, score, compare."""
-    from adamerge.commands.demo_run import run
-
-    console = None if as_json or progress.is_quiet() else out
-    content = run(output, seed=seed, fast=fast, protocol="transductive" if transductive else "split", console=console)
+    ensure_writable(output)
+    plan = plan_of(output, seed, fast=fast, transductive=transductive)
+    failed = comparison.run(plan, Console(quiet=True))
+    report([f"{row}: {message}" for row, message in failed.items()])
+    content = gather(plan, output)
     if as_json:
         print_json({"folder": str(output), "summary": content})
-    else:
-        list_files(output)
-
-
-@click.group()
-def zoo() -> None:
-    """Zoos: small CLIPs and their experts, trained offline from real images."""
-
-
-@zoo.command("build")
-@click.argument("name", type=click.Choice(("demo", "offline_benchmark")), default="demo")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Folder.  [zoo; offline_benchmark below the folder of the data sets]",
-)
-@click.option("--seed", default=0, show_default=True, help="Of data and training.")
-@root_option
-@json_option
-def zoo_build(name: str, output: Path | None, seed: int, root: Path, as_json: bool) -> None:
-    """Train a zoo anew: the demo's (a few minutes), or that of the offline benchmark (half an hour on one core).
-
-    \b
-    adamerge zoo build --output my_zoo --seed 1
-    adamerge zoo build offline_benchmark        for experiment=offline_benchmark
-
-    After an interruption the same command goes on. The benchmark needs Fashion-MNIST: Debian's package
-    dataset-fashion-mnist, or `adamerge data get fashion_mnist`.
-    """  # noqa: D301
-    from adamerge import zoo as package
-    from adamerge.system.files import ensure_writable
-    from adamerge.zoo.benchmark import benchmark_design
-    from adamerge.zoo.design import DEMO
-
-    root = root.expanduser().absolute()
-    if output is None:
-        output = Path("zoo") if name == "demo" else package.benchmark_folder(root)
-    ensure_writable(output)
-    facts = package.build(output, seed, design=DEMO if name == "demo" else benchmark_design(root))
-    if as_json:
-        print_json(facts)
         return
     if not progress.is_quiet():
-        out.print_json(json.dumps(facts))
-    list_files(output)
+        out.print(table(content, "Demo zoo: one base, six experts, one merged model", out.width))
+        for line in verdict(scores_of(plan)):
+            out.print(line)
+    list_files(output, "*.*")
+
+
+def plan_of(output: Path, seed: int, *, fast: bool, transductive: bool) -> comparison.Plan:
+    """Return the comparison: the preset's rows, in a folder for each choice of options.
+
+    Args:
+        output: The demo's folder.
+        seed: Of the split and the order of the images.
+        fast: A tenth of the steps, to try the machinery; the accuracies mean little then.
+        transductive: Whether the scored images adapt.
+    """
+    folder = output / "-".join(["rows", *(["fast"] if fast else []), *(["transductive"] if transductive else [])])
+    overrides = ["data.protocol=transductive"] if transductive else []
+    plan = comparison.plan_of((), _PRESET, overrides, (seed,), folder)
+    if not fast:
+        return plan
+    rows = dict(plan.rows)
+    for name, spec in plan.rows.items():
+        if spec.adapts:
+            steps = compose([*plan.overrides, *spec.overrides]).steps
+            rows[name] = read_row(f"{spec.text} steps={max(1, round(_FAST * steps))}")
+    return replace(plan, rows=rows)
+
+
+def gather(plan: comparison.Plan, output: Path) -> dict[str, Any]:
+    """Copy the tables and the exported row's files to the demo's folder, and write the report; return the summary."""
+    (seed,) = plan.seeds
+    run = comparison.folder_of(plan, seed, EXPORTED) / "run"
+    for source, patterns in ((run, _OF_RUN), (plan.folder, _OF_ALL)):
+        for path in itertools.chain.from_iterable(map(source.glob, patterns)):
+            for file in path.rglob("*") if path.is_dir() else [path]:
+                if file.is_file():
+                    target = output / file.relative_to(source)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_path(target) as temporary:
+                        shutil.copyfile(file, temporary)
+    content = comparison.read(plan.folder) or {}
+    seconds = content["rows"][EXPORTED]["seconds"]
+    record_metrics(output / "merge.json", content, seconds)
+    pool = shared_assembly(plan.overrides, seed).pool
+    steps = compose([*plan.overrides, *plan.rows[EXPORTED].overrides]).steps
+    report_run(output, pool, costs_of({"adapt": seconds}, steps, pool.device, resumed=False))
+    return content
+
+
+def scores_of(plan: comparison.Plan) -> dict[str, Mapping[str, TaskScore]]:
+    """Score the rows of :data:`ORDER` again, image by image."""
+    (seed,) = plan.seeds
+    assembly = shared_assembly(plan.overrides, seed)
+    return {
+        name: score_again(plan.rows[name], assembly, comparison.folder_of(plan, seed, name)).scores for name in ORDER
+    }
+
+
+def verdict(scores: Mapping[str, Mapping[str, TaskScore]]) -> list[str]:
+    """Say whether the expected order came out, with paired bootstrap intervals of the steps between its rows."""
+    lines = []
+    for lower, higher in itertools.pairwise(ORDER):
+        low, high = bootstrap_difference(scores[higher], scores[lower])
+        means = [sum(score.accuracy for score in scores[row].values()) / len(scores[row]) for row in (lower, higher)]
+        difference = means[1] - means[0]
+        holds = "holds" if low > 0 else "within noise" if difference > 0 else "does not hold"
+        lines.append(
+            f"{lower} < {higher}: {holds}, {100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        )
+    return lines

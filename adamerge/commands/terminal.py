@@ -64,9 +64,9 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, indent=2))
 
 
-def list_files(folder: Path) -> None:
+def list_files(folder: Path, pattern: str = "**/*") -> None:
     """List what a command made, unless it is to be quiet, and its folder as the last line."""
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not progress.is_quiet()):
+    for path in sorted(p for p in folder.glob(pattern) if p.is_file() and not progress.is_quiet()):
         out.print(f"  {path.relative_to(folder)}  [dim]{size(path.stat().st_size)}[/]", highlight=False)
     click.echo(str(folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from adamerge.zoo.images import CLASSES, TASKS, TEMPLATES, ZooImages
@@ -19,6 +20,10 @@ def tasks(split: str = "test", seed: int = 0) -> dict[str, Task]:
     """
     from adamerge.data.unlabeled_tasks import Task  # imports Lightning
 
-    return {
-        name: Task(dataset=ZooImages(name, split, seed), classes=CLASSES[name], templates=TEMPLATES) for name in TASKS
-    }
+    images = _images(split, seed)
+    return {name: Task(dataset=images[name], classes=CLASSES[name], templates=TEMPLATES) for name in TASKS}
+
+
+@functools.lru_cache(maxsize=1)  # runs in one process draw them once
+def _images(split: str, seed: int) -> dict[str, ZooImages]:
+    return {name: ZooImages(name, split, seed) for name in TASKS}

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from concurrent.futures import Future
 
 import pytest
 from rich.console import Console
@@ -14,7 +13,6 @@ from adamerge.commands.compare import plan as comparison
 from adamerge.commands.compare import row as compare_row
 from adamerge.commands.compare.plan import plan_of
 from adamerge.commands.compare.row import make_row, read_row
-from adamerge.commands.compare.row_processes import RowProcesses
 from adamerge.commands.compare.table import compared, markdown
 from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run.compose import rule_names
@@ -36,24 +34,17 @@ def made(monkeypatch):
     """Rows that were made, instead of making them; of TIES, sums diverge, density 0.9 is interrupted, 0.8 has a bug."""
     calls = []
 
-    class Instantly(RowProcesses):
-        def submit(self, spec, common, seed, folder):
-            calls.append((seed, spec.text))
-            future = Future()
-            if "density=0.8" in spec.text:
-                future.set_exception(KeyError("mnist"))
-            elif "density=0.9" in spec.text:
-                future.set_exception(KeyboardInterrupt())
-            elif "aggregate=sum" in spec.text:
-                future.set_exception(GuardError("it diverged"))
-            else:
-                future.set_result(result(0.8 if spec.text == "experts" else 0.4 + 0.1 * seed, seed))
-            return future
+    def instantly(spec, common, seed, folder):
+        calls.append((seed, spec.text))
+        if "density=0.8" in spec.text:
+            raise KeyError("mnist")
+        if "density=0.9" in spec.text:
+            raise KeyboardInterrupt
+        if "aggregate=sum" in spec.text:
+            raise GuardError("it diverged")
+        return result(0.8 if spec.text == "experts" else 0.4 + 0.1 * seed, seed)
 
-        def result(self, future):
-            return future.result()
-
-    monkeypatch.setattr(comparison, "RowProcesses", Instantly)
+    monkeypatch.setattr(comparison, "make_row", instantly)
     monkeypatch.setattr(comparison, "save_comparison", lambda content, path: path.touch())
     return calls
 
@@ -158,7 +149,7 @@ def test_interrupted_row_goes_on_with_its_own_options_only(tmp_path, monkeypatch
 
     resumed = []
     monkeypatch.setattr(compare_row.launch, "adapt", interrupted)
-    monkeypatch.setattr(compare_row, "_merge", lambda rule, of, path: compare_row._Made(path, 1.0, False, False))
+    monkeypatch.setattr(compare_row, "_merge", lambda rule, assembly, path: (None, 1.0))
     monkeypatch.setattr(compare_row, "_assembled", lambda config: None)
     monkeypatch.setattr(compare_row, "check", lambda config: [])
     text = "experiment=adamerging_layer steps=2 start=wudi"
@@ -184,12 +175,11 @@ def test_interrupted_comparison_writes_what_is_there(tmp_path, made):
     assert list(json.loads((tmp_path / "summary.json").read_text())["rows"]) == ["tsvm"]
 
 
-def test_several_rows_at_a_time_give_the_same_results(tmp_path, made):
-    rows = ["tsvm", "ties", "iso_c", "ties aggregate=sum"]
-    failed = comparison.run(plan_of(rows, None, [], [0, 1], tmp_path / "three", jobs=3), QUIET)
-    assert comparison.run(plan_of(rows, None, [], [0, 1], tmp_path / "one"), QUIET) == failed
-    tables = [(tmp_path / folder / "summary.json").read_text() for folder in ("one", "three")]
-    assert tables[0] == tables[1]
+def test_rows_that_adapt_come_last_and_stand_in_the_table_as_given(tmp_path, made):
+    comparison.run(plan_of(["experiment=recommended", "ties"], None, [], [0, 1], tmp_path), QUIET)
+    assert [text for _, text in made[:4]] == ["ties", "task_arithmetic_0.3", "experts", "experiment=recommended"]
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert list(rows) == ["experiment=recommended", "ties", "task_arithmetic_0.3", "experts"]
 
 
 def test_results_of_other_options_are_refused(tmp_path, made):
@@ -238,14 +228,14 @@ def test_command_takes_lists_and_reports_failures(tmp_path, made, capsys):
 
 
 @pytest.mark.slow
-def test_compare_on_the_zoo_makes_rows_in_processes(tmp_path):
+def test_compare_on_the_zoo_makes_rows(tmp_path):
     scores = [f"scores.{task}=1" for task in zoo.TASKS]
     rows = [
         "ties", "task_arithmetic transform=ties", " ".join(["metrics_weighted", *scores]),
         "experiment=adamerging_layer start=tsvm steps=2",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["compare", "--rows", *rows, "--jobs", "2", "--out", str(tmp_path)])
+        cli.main(["compare", "--rows", *rows, "--out", str(tmp_path)])
     assert not stopped.value.code
     content = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert content["ties"]["mean"] > 0.5
@@ -254,7 +244,7 @@ def test_compare_on_the_zoo_makes_rows_in_processes(tmp_path):
     assert content[rows[2]]["uses_labels"]
     assert not content["ties"]["uses_labels"]
     assert content["ties"]["peak_memory_bytes"] > 1e8
-    # A row in a process that has made others is the row that a process of its own makes.
+    # A row is the same whatever was made in the process before.
     again = make_row(read_row(rows[1]), [], 0, tmp_path / "again")
     assert again["per_task"] == content[rows[1]]["per_task"]
     merged = next(tmp_path.glob("seed_0/*transform=ties/merged.safetensors"))

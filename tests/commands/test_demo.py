@@ -5,26 +5,29 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 
 from adamerge import load_state_dict
-from adamerge.commands import demo_run as demo
-from adamerge.commands.run.build import build
-from adamerge.commands.run.compose import compose
-from adamerge.model.granularity import by_name
-from adamerge.results.evaluation import TableRow, TaskScore
+from adamerge.commands import demo
+from adamerge.results.evaluation import TaskScore
 from adamerge.results.export import load_heads
 
+ROWS = [
+    *("pretrained", "weight_average", "task_arithmetic_0.3", "task_arithmetic_best", "adamerging_task"),
+    *("adamerging_layer", "imitation_layer", "imitation_row", "recommended", "oracle_layer", "experts"),
+]
 
-def row(*hits):
-    return TableRow({"task": TaskScore(sum(hits) / len(hits), 0.0, torch.tensor(hits, dtype=torch.bool))})
+
+def scores(*hits):
+    return {"task": TaskScore(sum(hits) / len(hits), 0.0, torch.tensor(hits, dtype=torch.bool))}
 
 
 def test_verdict_says_what_holds_and_what_does_not():
-    best, middle, worst = row(*[1] * 200), row(*[1, 0] * 100), row(*[0] * 200)
+    best, middle, worst = scores(*[1] * 200), scores(*[1, 0] * 100), scores(*[0] * 200)
     rows = dict(zip(demo.ORDER, (worst, middle, middle, worst, worst, best), strict=True))
     lines = demo.verdict(rows)
     assert [line.split(":")[1].split(",")[0].strip() for line in lines] == [
@@ -37,32 +40,24 @@ def test_verdict_says_what_holds_and_what_does_not():
     assert "+50.0 points" in lines[0]
 
 
-def test_recommended_row_is_the_recommended_experiment():
-    recipe, config = demo.recommended(), compose(["experiment=recommended"])
-    assert recipe.objective == build(config, "objective")
-    assert by_name(recipe.granularity) == build(config, "granularity")
-    assert recipe.constraint == build(config, "constraint")
-    assert recipe.views == build(config, "data.views")
-    assert (recipe.lr, recipe.steps) == (config.optimizer.lr, config.steps)
-    assert recipe.batch_size == config.data.batch_size
-    assert recipe.decay
-    assert config.method.scheduler == {
-        "_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "_partial_": True, "T_max": config.steps
-    }  # fmt: skip
-    assert config.optimizer._target_ == "torch.optim.Adam"
-    assert config.init == 0.3
+def test_fast_demo_takes_a_tenth_of_the_steps(tmp_path):
+    plan = demo.plan_of(tmp_path, 0, fast=True, transductive=False)
+    assert list(plan.rows) == ROWS
+    assert plan.rows["recommended"].overrides == ("experiment=recommended", "steps=30")
+    assert plan.rows["oracle_layer"].overrides[-1] == "steps=15"
+    assert demo.plan_of(tmp_path, 0, fast=False, transductive=True).folder != plan.folder
 
 
 @pytest.mark.slow
 def test_demo_gives_the_expected_order_and_files(tmp_path):
-    code = "from adamerge.commands.cli import main; main()"
+    program = Path(sys.executable).with_name("adamerge")
     result = subprocess.run(
-        [sys.executable, "-c", code, "demo", "--output", "out", "--seed", "1"],
+        [program, "demo", "--output", "out", "--seed", "1"],
         cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ),
     )  # fmt: skip
     assert result.stdout.splitlines()[-1] == "out"
     content = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert list(content["rows"]) == list(demo.ROWS)
+    assert list(content["rows"]) == ROWS
     for lower, higher in itertools.pairwise(demo.ORDER):
         assert content["rows"][lower]["mean"] < content["rows"][higher]["mean"]
     start, best = content["rows"]["task_arithmetic_0.3"], content["rows"]["recommended"]

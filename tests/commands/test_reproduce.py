@@ -8,7 +8,7 @@ import yaml
 from adamerge import InputError
 from adamerge.commands.cli import main
 from adamerge.commands.compare.plan import plan_of
-from adamerge.commands.reproduction import markdown, problems_of, read_published, reproduced, settings_of
+from adamerge.commands.reproduce import markdown, problems_of, read_published, reproduced, settings_of
 from adamerge.commands.run.compose import compose, rule_names
 from adamerge.data.benchmarks import opening
 from adamerge.results.baselines import LabelledCrossEntropy
@@ -122,11 +122,12 @@ def test_shipped_tables_compose_and_their_figures_have_sources(name, tmp_path, m
     plan = plan_of((), name, (), (0,), tmp_path / "out")
     tasks = set(compose(plan.overrides).data.tasks)
     for figures in published.rows.values():
-        assert figures.source
-        assert figures.protocol
-        assert set(figures.tasks) <= tasks
-        if figures.tasks:
-            assert figures.mean == pytest.approx(sum(figures.tasks.values()) / len(figures.tasks), abs=0.25)
+        assert figures["source"]
+        assert figures["protocol"]
+        assert set(figures["tasks"]) <= tasks
+        if figures["tasks"]:
+            mean = sum(figures["tasks"].values()) / len(figures["tasks"])
+            assert figures["mean"] == pytest.approx(mean, abs=0.25)
     assert all("steps of" in text for row, text in settings_of(plan).items() if plan.rows[row].adapts)
     problems = problems_of(plan, published)
     assert problems  # nothing is here

@@ -1,14 +1,12 @@
 """``compare``: many merges of one pool side by side."""
 
-import functools
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 
 from adamerge.commands.compare import plan as comparison
-from adamerge.commands.terminal import configure_logging, json_option, out, print_json, report
+from adamerge.commands.terminal import json_option, out, print_json, report
 from adamerge.system import progress
 
 
@@ -32,7 +30,6 @@ class _Lists(click.Command):
 @click.option("--rows", multiple=True, metavar="ROW...", help="What to compare, see below.")
 @click.option("--preset", help="Rows from a file, or a shipped one: demo (every merge, every transform, and more).")
 @click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, metavar="SEED...")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Rows at a time.")
 @click.option("--out", "folder", type=click.Path(path_type=Path), required=True, help="Folder; go on in it.")
 @json_option
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
@@ -40,10 +37,9 @@ def compare(
     rows: tuple[str, ...],
     preset: str | None,
     seeds: tuple[int, ...],
-    jobs: int,
     folder: Path,
     as_json: bool,
-    overrides: Any,
+    overrides: tuple[str, ...],
 ) -> None:
     """Make many merges of one pool, score them side by side, and write tables; run it again to go on.
 
@@ -58,10 +54,8 @@ def compare(
     start=RULE adapts from that rule's merge. OVERRIDES name pool, data and backbone as for `adamerge adapt`; the
     default is the demo zoo.
     """  # noqa: D301
-    plan = comparison.plan_of(rows, preset, overrides, seeds, folder, jobs)
-    # Rows that are made at the same time would draw their bars over each other.
-    start = functools.partial(configure_logging, debug=False, quiet=progress.is_quiet() or jobs > 1)
-    failed = comparison.run(plan, Console(quiet=True) if as_json or progress.is_quiet() else out, start)
+    plan = comparison.plan_of(rows, preset, overrides, seeds, folder)
+    failed = comparison.run(plan, Console(quiet=True) if as_json or progress.is_quiet() else out)
     if as_json:
         print_json({"folder": str(folder), "summary": comparison.read(folder), "failed": failed})
     report([f"{row}: {message}" for row, message in failed.items()])

@@ -1,15 +1,12 @@
-"""The command ``adamerge compare``: many ways to merge one pool, with seeds, scored side by side.
+"""A comparison: ways to merge one pool, with seeds, made one after another and scored side by side.
 
-Rows are made in other processes, see :mod:`adamerge.commands.compare.row_processes`. A row's result is a file; what is
-there is not run again.
+A row's result is a file; what is there is not made again. A row that fails is named, and ends no other.
 """
 
 import json
 import logging
 import re
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from adamerge import __version__
-from adamerge.commands.compare import row as compare_row
-from adamerge.commands.compare.row_processes import RowProcesses
+from adamerge.commands.compare.row import Spec, make_row, read_row
 from adamerge.commands.compare.table import GOAL, START, compared, markdown, terminal
 from adamerge.commands.run.compose import compose, preset_content
 from adamerge.commands.run.folder import held
@@ -41,23 +37,16 @@ class Plan:
         overrides: Of the configuration of ``adapt``, for all rows: pool, data, backbone.
         seeds: Every row is made with each.
         folder: Of results and tables.
-        jobs: Rows that are made at a time.
     """
 
-    rows: Mapping[str, compare_row.Spec]
+    rows: Mapping[str, Spec]
     overrides: tuple[str, ...]
     seeds: tuple[int, ...]
     folder: Path
-    jobs: int = 1
 
 
 def plan_of(
-    rows: Sequence[str],
-    preset: str | None,
-    overrides: Sequence[str],
-    seeds: Sequence[int],
-    folder: Path,
-    jobs: int = 1,
+    rows: Sequence[str], preset: str | None, overrides: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> Plan:
     """Read the command's options; task arithmetic and the experts, to which measures refer, are always among the rows.
 
@@ -75,7 +64,7 @@ def plan_of(
     named[GOAL] = named.pop(GOAL)  # last in the tables
     specs = {}
     for name, text in named.items():
-        specs[name] = compare_row.read_row(text)
+        specs[name] = read_row(text)
         try:
             compose([*common, *overrides, *specs[name].overrides])
         except InputError as error:
@@ -84,16 +73,17 @@ def plan_of(
     for name, slug in zip(specs, folders, strict=True):
         if folders.count(slug) > 1:
             raise InputError(f"row {name!r}: another row has the same folder {slug!r}; rename one in a preset.")
-    return Plan(specs, (*common, *overrides), tuple(seeds), folder, jobs)
+    return Plan(specs, (*common, *overrides), tuple(seeds), folder.absolute())
 
 
-def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None) -> dict[str, str]:
-    """Make the rows that have no result yet, and write tables of all.
+def run(plan: Plan, console: Console) -> dict[str, str]:
+    """Make the rows that have no result yet, one after another, and write tables of all.
+
+    Rows that do not adapt come first: they share images, heads and pool.
 
     Args:
         plan: What to compare.
         console: Where the table goes; progress is logged.
-        on_start: Called first in each row's process, such as to set up logging; importable.
 
     Returns:
         What went wrong, by row and seed; run again to try those again.
@@ -101,44 +91,37 @@ def run(plan: Plan, console: Console, on_start: Callable[[], None] | None = None
     Raises:
         InputError: If the folder holds results of other options under a row's name, another process holds it, or
             nothing could be scored.
-        Interrupted: If it was stopped; what is done is kept.
+        SystemExit: If a signal stopped it; what is done is kept.
     """
-    with held(plan.folder, option="--out"):
-        return _run(plan, console, on_start)
-
-
-def _run(plan: Plan, console: Console, on_start: Callable[[], None] | None) -> dict[str, str]:
-    """Make the rows in a folder that no other process writes to."""
-    jobs = [(seed, name) for seed in plan.seeds for name in plan.rows]
-    done = {job: result for job in jobs if (result := _stored(plan, *job)) is not None}
-    waiting = deque((number, *job) for number, job in enumerate(jobs, 1) if job not in done)
-    running: dict[Future[dict[str, Any]], tuple[int, int, str]] = {}
     failed: dict[str, str] = {}
-    try:
-        with RowProcesses(plan.jobs, on_start) as processes:
-            while waiting or running:
-                while waiting and len(running) < plan.jobs:
-                    number, seed, name = waiting.popleft()
-                    future = processes.submit(plan.rows[name], plan.overrides, seed, _folder(plan, seed, name))
-                    running[future] = number, seed, name
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    number, seed, name = running.pop(future)
-                    label = f"[{number}/{len(jobs)}] seed {seed}  {name}"
-                    try:
-                        result = processes.result(future)
-                    except Exception as error:  # of a user's rule too; a signal's SystemExit ends them all
-                        reason = failed[f"{name}, seed {seed}"] = _reason(error)
-                        log.debug("Where it failed:", exc_info=error)
-                        log.info("%s: failed: %s", label, reason)
-                        continue
-                    done[seed, name] = result
-                    save_json({**_key(plan, seed, name), "result": result}, _folder(plan, seed, name) / _RESULT)
-                    facts = f"{100 * result['mean']:.1f} %, {result['seconds']:.1f} s"
-                    log.info("%s: %s", label, facts)
-    finally:
-        if done:
-            _write(plan, done, console)
+    with held(plan.folder, option="--out"):
+        jobs = [(seed, name) for seed in plan.seeds for name in sorted(plan.rows, key=lambda n: plan.rows[n].adapts)]
+        results = {job: stored for job in jobs if (stored := _stored(plan, *job)) is not None}
+        try:
+            for number, (seed, name) in enumerate(jobs, 1):
+                if (seed, name) in results:
+                    continue
+                label = f"[{number}/{len(jobs)}] seed {seed}  {name}"
+                try:
+                    result = results[seed, name] = _made(plan, seed, name)
+                except Exception as error:  # of a user's rule too; a signal's SystemExit ends them all
+                    reason = failed[f"{name}, seed {seed}"] = _reason(error)
+                    log.debug("Where it failed:", exc_info=error)
+                    log.info("%s: failed: %s", label, reason)
+                else:
+                    log.info("%s: %.1f %%, %.1f s", label, 100 * result["mean"], result["seconds"])
+        finally:
+            if results:
+                _write(plan, results, console)
     return failed
+
+
+def _made(plan: Plan, seed: int, name: str) -> dict[str, Any]:
+    """Make a row, and write its result."""
+    folder = folder_of(plan, seed, name)
+    result = make_row(plan.rows[name], plan.overrides, seed, folder)
+    save_json({**_key(plan, seed, name), "result": result}, folder / _RESULT)
+    return result
 
 
 def _reason(error: Exception) -> str:
@@ -148,10 +131,11 @@ def _reason(error: Exception) -> str:
     return text if text and isinstance(error, (InputError, GuardError, OSError, RuntimeError)) else f"{kind}: {text}"
 
 
-def _write(plan: Plan, done: Mapping[tuple[int, str], Any], console: Console) -> None:
+def _write(plan: Plan, results: Mapping[tuple[int, str], Any], console: Console) -> None:
     """Write summary, tables and picture of what is there."""
-    results = {name: [done[seed, name] for seed in plan.seeds if (seed, name) in done] for name in plan.rows}
-    content = compared(results)
+    content = compared(
+        {name: [results[seed, name] for seed in plan.seeds if (seed, name) in results] for name in plan.rows}
+    )
     save_json(content, plan.folder / "summary.json")
     with atomic_path(plan.folder / "table.md") as temporary:
         temporary.write_text(markdown(content), encoding="utf-8")
@@ -180,7 +164,7 @@ def _stored(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
     Raises:
         InputError: If it is the result of other options.
     """
-    path = _folder(plan, seed, name) / _RESULT
+    path = folder_of(plan, seed, name) / _RESULT
     if not path.is_file():
         return None
     try:
@@ -198,8 +182,9 @@ def _stored(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
     return result
 
 
-def _folder(plan: Plan, seed: int, name: str) -> Path:
-    return plan.folder.absolute() / f"seed_{seed}" / _slug(name)
+def folder_of(plan: Plan, seed: int, name: str) -> Path:
+    """Return the folder of a row's files."""
+    return plan.folder / f"seed_{seed}" / _slug(name)
 
 
 def _slug(name: str) -> str:

@@ -6,6 +6,8 @@ experiment=recommended steps=100                  what `adamerge adapt` takes
 experiment=imitation_row start=wudi               the same, from a rule's merge: it is the base, coefficients are 0
 """
 
+import contextlib
+import gc
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -35,8 +37,9 @@ from adamerge.system.progress import Stopwatch
 
 SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)
-_MERGED = "merged.safetensors"
+_RUN, _MERGED = "run", "merged.safetensors"
 _STARTED = "started.json"  # what an adapting row was begun with
+_FACTS = {"uses_data": "needs_data", "uses_labels": "uses_labels"}  # of a row, by the rule's attributes
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,6 @@ class Spec:
     def as_json(self) -> dict[str, Any]:
         """Return what decides the row's result."""
         return {**asdict(self), "overrides": list(self.overrides)}
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A merge's file, and what it took."""
-
-    path: Path
-    seconds: float
-    uses_data: bool
-    uses_labels: bool
 
 
 def read_row(text: str) -> Spec:
@@ -101,23 +94,21 @@ def _merge_spec(text: str, words: Sequence[str]) -> Spec:
             raise InputError(f"{name} takes {takes}, found {wrong[0]!r}.")
         return Spec(text, name, overrides=overrides)
     rule = "task_arithmetic" if name == "task_arithmetic_0.3" else name
-    return Spec(text, rule=_checked(rule_node("merge", rule, settings)), overrides=overrides)
+    node = rule_node("merge", rule, settings)
+    _built(node)
+    return Spec(text, rule=node, overrides=overrides)
 
 
 def _adapted_spec(text: str, words: Sequence[str]) -> Spec:
     start = [word.removeprefix("start=") for word in words if word.startswith("start=")]
     settings = [word.removeprefix("start.") for word in words if word.startswith("start.")]
-    rest = tuple(word for word in words if not word.startswith(("start=", "start.")))
+    overrides = tuple(word for word in words if not word.startswith(("start=", "start.")))
     if settings and not start:
         raise InputError(f"start.{settings[0]}: no start=RULE that takes it.")
-    rule = _checked(rule_node("merge", start[-1], settings)) if start else None
-    return Spec(text, rule=rule, overrides=rest, adapts=True)
-
-
-def _checked(node: dict[str, Any]) -> dict[str, Any]:
-    """Refuse options that a rule does not take, before anything runs."""
-    build(OmegaConf.create({"merge": node}), "merge")
-    return node
+    node = rule_node("merge", start[-1], settings) if start else None
+    if node is not None:
+        _built(node)
+    return Spec(text, rule=node, overrides=overrides, adapts=True)
 
 
 def make_row(spec: Spec, common: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:
@@ -136,13 +127,17 @@ def make_row(spec: Spec, common: Sequence[str], seed: int, folder: Path) -> dict
         InputError: If the configuration, the rule or a file is wrong.
         GuardError: If a run was stopped by a guard.
     """
+    if spec.adapts:
+        shared_assembly.cache_clear()  # for its memory
+    gc.collect()  # what an earlier row holds in circles
     restart_peak()
     config = compose([*common, *spec.overrides])
     config.seed, config.cwd = seed, str(Path.cwd())
     if spec.adapts:
-        content = _adapted(spec, config, folder)
+        with contextlib.chdir(config.cwd):  # a run that goes on moves to where it was begun
+            content = _adapted(spec, config, folder)
     else:
-        assembly = _transformed(config, _shared(tuple(common), seed))
+        assembly = _transformed(config, shared_assembly(tuple(common), seed))
         seed_everything(seed, workers=True, verbose=False)  # as if it were the first row of its process
         content = summary({"row": _reference_or_merge(spec, assembly, folder)}, "")["rows"]["row"]
     protocol = str(config.data.get("protocol") or "split")
@@ -150,7 +145,7 @@ def make_row(spec: Spec, common: Sequence[str], seed: int, folder: Path) -> dict
 
 
 @lru_cache(maxsize=1)
-def _shared(common: tuple[str, ...], seed: int) -> launch.Assembly:
+def shared_assembly(common: tuple[str, ...], seed: int) -> launch.Assembly:
     """Build what all rows of a seed that do not adapt have in common, once in a process."""
     config = compose(common)
     config.seed, config.cwd = seed, str(Path.cwd())
@@ -178,18 +173,26 @@ def _transformed(config: DictConfig, of: launch.Assembly) -> launch.Assembly:
 
 
 def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
-    model, data = assembly.model, assembly.data
-    if not data.evaluation:
+    if not assembly.data.evaluation:
         raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
+    if spec.reference == SEARCHED:
+        return _searched(assembly)
+    if spec.rule is None:
+        return score_again(spec, assembly, folder)
+    rule, seconds = _merge(spec.rule, assembly, folder / _MERGED)
+    facts = {fact: bool(getattr(rule, attribute, False)) for fact, attribute in _FACTS.items()}
+    return replace(score_again(spec, assembly, folder), seconds=seconds, **facts)
+
+
+def score_again(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
+    """Score a row, but for :data:`SEARCHED`, as its file in ``folder`` is."""
+    model, data = assembly.model, assembly.data
     if spec.reference == "experts":
         return score_experts(model, data)
     if spec.reference == "pretrained":
         return TableRow(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
-    if spec.rule is None:
-        return _searched(assembly)
-    made = _merge(spec.rule, assembly, folder / _MERGED)
-    scores, unseen = scores_of(model, checkpoint_parameters(made.path, model), data, "Scoring the merge")
-    return TableRow(scores, unseen, uses_data=made.uses_data, uses_labels=made.uses_labels, seconds=made.seconds)
+    path = folder / _RUN / _MERGED if spec.adapts else folder / _MERGED
+    return TableRow(*scores_of(model, checkpoint_parameters(path, model), data, "Scoring the merge"))
 
 
 def _searched(assembly: launch.Assembly) -> TableRow:
@@ -206,22 +209,27 @@ def _searched(assembly: launch.Assembly) -> TableRow:
     return TableRow(scores, unseen, uses_labels=True, uses_data=True, seconds=seconds, extra={"coefficient": best})
 
 
-def _merge(rule: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> _Made:
-    """Merge into a file."""
-    built = build(OmegaConf.create({"merge": dict(rule)}), "merge")
+def _built(rule: Mapping[str, Any]) -> Any:
+    """Build a rule from its node; options that it does not take are refused."""
+    return build(OmegaConf.create({"merge": dict(rule)}), "merge")
+
+
+def _merge(node: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> tuple[Any, float]:
+    """Merge into a file; return the rule, and the seconds that it took."""
+    rule = _built(node)
     watch = Stopwatch()
-    state_dict = merged_state_dict(assembly.pool, built, model=assembly.model, data=assembly.data)
+    state_dict = merged_state_dict(assembly.pool, rule, model=assembly.model, data=assembly.data)
     state_dict = assembly.batch_norm.complete(state_dict, assembly.model, assembly.pool, assembly.data)
     seconds = watch.seconds()
     save_state_dict(state_dict, path)
-    return _Made(path, seconds, *(bool(getattr(built, fact, False)) for fact in ("needs_data", "uses_labels")))
+    return rule, seconds
 
 
 def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Run ``adapt``, from where it was interrupted, and return its row."""
-    config.run_dir = str(folder / "run")
+    config.run_dir = str(folder / _RUN)
     config.references, config.report = False, False
-    with held(folder / "run", option="--out"):
+    with held(folder / _RUN, option="--out"):
         _check_same(spec, config, folder)
         return _run(spec, config, folder)
 
@@ -230,7 +238,7 @@ def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
     """Note what a row is begun with, and refuse to go on with one that was begun with something else."""
     path = folder / _STARTED
     own = json.loads(json.dumps({"row": spec.as_json(), "config": plain(config)}))
-    if not is_started(folder / "run"):
+    if not is_started(folder / _RUN):
         save_json(own, path)
         return
     try:
@@ -247,11 +255,11 @@ def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
 
 
 def _run(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
-    run, start, spent = folder / "run", folder / "start" / _MERGED, folder / "merging.json"
+    run, start, spent = folder / _RUN, folder / "start" / _MERGED, folder / "merging.json"
     before = _read_seconds(spent)
     if spec.rule is not None:
         if not is_started(run):
-            before = _merge(spec.rule, _assembled(config), start).seconds
+            before = _merge(spec.rule, _assembled(config), start)[1]
             save_json({"seconds": before}, spent)
         config.pool.base = str(start)
         config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
@@ -263,7 +271,9 @@ def _run(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     if content is None:
         raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
     row = dict(next(iter(content["rows"].values())))
-    uses_labels = row["uses_labels"] or (spec.rule is not None and _uses_labels(spec.rule))
+    uses_labels = row["uses_labels"] or (
+        spec.rule is not None and bool(getattr(_built(spec.rule), "uses_labels", False))
+    )
     return {**row, "seconds": row["seconds"] + before, "uses_labels": uses_labels}
 
 
@@ -273,7 +283,3 @@ def _read_seconds(path: Path) -> float:
         return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
     except FileNotFoundError:
         return 0.0
-
-
-def _uses_labels(rule: Mapping[str, Any]) -> bool:
-    return bool(getattr(build(OmegaConf.create({"merge": dict(rule)}), "merge"), "uses_labels", False))

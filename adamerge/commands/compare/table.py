@@ -58,6 +58,9 @@ def _averaged(found: Mapping[int, Result], every: Mapping[str, Mapping[int, Resu
         "seed": results[0]["seed"],
         "seeds": list(found),
         "spread": statistics.stdev(means) if len(means) > 1 else None,
+        **(
+            {"coefficient": _mean([result["coefficient"] for result in results])} if "coefficient" in results[0] else {}
+        ),
     }
 
 
