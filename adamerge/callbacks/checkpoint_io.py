@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from adamerge.errors import InputError
+from adamerge.system.archives import ZIP_MAGIC, stored_members
 from adamerge.system.files import atomic_path
 
 
@@ -36,9 +37,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            InputError: If it is damaged.
+            InputError: If it is damaged, or a zip archive that torch does not write.
         """
         try:
+            with Path(path).open("rb") as file:
+                if file.read(2) == ZIP_MAGIC:
+                    stored_members(file)
             return super().load_checkpoint(path, map_location, weights_only)
         except OSError:
             raise

@@ -1,15 +1,13 @@
 """Files to tensors and back: lazy and safe reading, atomic writing.
 
-Nothing here unpickles Python objects: files are safetensors, or torch files read with
-``weights_only=True``.
+Nothing here unpickles Python objects: files are safetensors, or torch files read by
+:mod:`adamerge.checkpoints.pickles`.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,15 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.checkpoints.hashes import file_hash
-from adamerge.checkpoints.pickles import find_tensors, open_pickled
+from adamerge.checkpoints.pickles import read_pickle
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.system.files import atomic_path
 
-_NESTS = ("state_dict", "model_state_dict", "model")
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
 _HEADER_LIMIT = 16_000_000  # bytes, over 100,000 tensors; reading a header as JSON takes many times its size
-# What torch's reader says of a file that names classes or functions other than those of tensors.
-_FOREIGN_OBJECT = re.compile(r"GLOBAL|create new object|Can only build|unrecognized function|must be imported")
+# Classes that a state dict may hold values of, beside its tensors, as torch's own safe reader allows.
+_HARMLESS = {"builtins.bytearray", "builtins.complex", "collections.Counter", "torch.device"}
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -106,10 +103,22 @@ class MemoryCheckpoint:
 
 
 class FileCheckpoint(MemoryCheckpoint):
-    """A torch file (zip or legacy format) read with ``weights_only=True``."""
+    """A state dict in a torch file, zip or legacy format; tensors of a zip archive stay mapped.
+
+    Raises:
+        InputError: If the file is damaged, or holds Python objects or anything else besides tensors.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path), _read_torch_file(path))
+        pickled = read_pickle(path)
+        if pickled.is_module or set(pickled.inert) - _HARMLESS:
+            raise _refusal(path)
+        if pickled.left_out:
+            raise InputError(
+                f"{path}: expected only tensors, found other values under {shorten(pickled.left_out)}. "
+                "Save the state dict alone."
+            )
+        super().__init__(str(path), _strip_module(pickled.tensors))
         self.path = path
 
     def sha256(self) -> str:
@@ -161,7 +170,7 @@ def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:
     """Open a checkpoint by its content, not by its suffix.
 
     Args:
-        path: A safetensors file, or a torch file that ``torch.load(weights_only=True)`` accepts.
+        path: A safetensors file, or a torch file of a state dict.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -185,7 +194,7 @@ def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:
 
 
 def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Load all tensors of a safetensors or ``weights_only`` torch file; never a pickle.
+    """Load all tensors of a safetensors file, or of a torch file that holds nothing else.
 
     Args:
         path: The checkpoint file.
@@ -262,32 +271,6 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _read_torch_file(path: Path) -> dict[str, Tensor]:
-    find_tensors(
-        open_pickled(path)
-    )  # torch's reader trusts sizes, unpacks what is compressed, and does not name what it refuses
-    try:
-        # An open file, so that torch goes by the content and not by the suffix.
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything in torch's reader
-        message = str(error)
-        unpickling = isinstance(error, pickle.UnpicklingError)
-        if unpickling and _FOREIGN_OBJECT.search(message):
-            raise _refusal(path) from error
-        reason = "its list of tensors is unreadable" if unpickling else message.strip().split("\n", 1)[0]
-        raise InputError(
-            f"{path}: truncated or damaged torch file ({reason or type(error).__name__}). Copy or export it again."
-        ) from error
-    for nest in _NESTS:
-        if isinstance(content, dict) and isinstance(content.get(nest), dict):
-            content = content[nest]
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: expected a state dict (name to tensor), found {type(content).__name__}.")
-    return _strip_module({str(key): value for key, value in content.items()})
-
-
 def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if all(key.startswith("module.") for key in tensors):
         return {key.removeprefix("module."): value for key, value in tensors.items()}
@@ -297,10 +280,5 @@ def _strip_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _refusal(path: Path) -> InputError:
     return InputError(
         f"{path}: holds pickled Python objects besides tensors, and unpickling can run code, so it is refused. "
-        f"Write its tensors as safetensors, which runs nothing: {convert_command(path)}."
+        f"Write its tensors as safetensors, which runs nothing: adamerge convert {path} --out NAME.safetensors."
     )
-
-
-def convert_command(path: Path | str) -> str:
-    """Return the command that writes a pickle's tensors as safetensors."""
-    return f"adamerge convert {path} --out NAME.safetensors"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adamerge.checkpoints.checkpoint import save_state_dict
-from adamerge.checkpoints.pickles import find_tensors, open_pickled
+from adamerge.checkpoints.pickles import read_pickle
 from adamerge.errors import InputError, did_you_mean, shorten
 
 _WRAPPERS = ("module.", "model.")  # DataParallel's name, and that of task_vectors' ImageEncoder
@@ -36,7 +36,7 @@ def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
     """Write a pickled checkpoint's tensors as safetensors, atomically; dtypes stay.
 
     Args:
-        source: What :func:`adamerge.checkpoints.pickles.open_pickled` reads.
+        source: What :func:`adamerge.checkpoints.pickles.read_pickle` reads.
         out: The file to write; weights that share memory are written in full, each under its name.
         key_prefix: Taken off the names; tensors without it are left out.
 
@@ -56,19 +56,18 @@ def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
     with source.open("rb") as file:
         if file.read(9)[8:] == b"{":
             raise InputError(f"{source}: is a safetensors file already; nothing to convert.")
-    pickled = open_pickled(source)
-    found = find_tensors(pickled)
-    tensors = {name.removeprefix(key_prefix): t for name, t in found.tensors().items() if name.startswith(key_prefix)}
-    dropped = [name for name in found.views if not name.startswith(key_prefix)]
+    pickled = read_pickle(source)
+    tensors = {name.removeprefix(key_prefix): t for name, t in pickled.tensors.items() if name.startswith(key_prefix)}
+    dropped = [name for name in pickled.tensors if not name.startswith(key_prefix)]
     if not tensors or "" in tensors:
-        raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(found.views)}.")
+        raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(pickled.tensors)}.")
     save_state_dict(tensors, out, {"format": "pt"})
     return Conversion(
-        of=f"{found.of}, {pickled.format}",
+        of=f"{pickled.holder}, {pickled.format}",
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
-        inert=tuple(sorted(pickled.inert)),
-        left_out=(*found.left_out, *dropped),
+        inert=pickled.inert,
+        left_out=(*pickled.left_out, *dropped),
         prefix=_common_wrapper(list(tensors)),
     )
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import zipfile
 
 import lightning
 import pytest
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Timer
 
 from adamerge import GuardError, InputError, load_state_dict, merge
 from adamerge.callbacks import ExportMergedWeights, GracefulStop
+from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.callbacks.elapsed import Elapsed
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.errors import Interrupted
@@ -256,3 +258,15 @@ def test_elapsed_goes_on_from_a_checkpoint_and_leaves_the_trainer_its_max_time()
     assert second.seconds == first.seconds
     trainer = lightning.Trainer(max_time="00:00:00:01", callbacks=[second], logger=False, enable_checkpointing=False)
     assert [callback._duration for callback in trainer.callbacks if isinstance(callback, Timer)] == [1.0]
+
+
+def test_checkpoint_that_is_compressed_or_lies_about_its_members_is_refused(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"x": torch.ones(3)}}, path)
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(path, weights_only=True)["state_dict"]["x"], torch.ones(3))
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    (tmp_path / "packed").replace(path)
+    with pytest.raises(InputError, match=r"last\.ckpt: damaged checkpoint \(its zip member .* is compressed"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=True)

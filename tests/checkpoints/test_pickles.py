@@ -11,7 +11,7 @@ import torch
 
 from adamerge import InputError, load_state_dict
 from adamerge.checkpoints.convert import convert
-from adamerge.checkpoints.pickles import find_tensors, open_pickled
+from adamerge.checkpoints.pickles import read_pickle
 from tests.support import hostile
 from tests.support.hostile import (
     CALLS,
@@ -32,7 +32,7 @@ BODY = bytes(16)  # four float32
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    return dict(find_tensors(open_pickled(path)).tensors())
+    return dict(read_pickle(path).tensors)
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -42,7 +42,7 @@ def write(path: Path, content: bytes) -> Path:
 
 def refused(path: Path, canary: Path, match: str) -> None:
     """Both readers refuse the file in one line that names it, and nothing runs."""
-    for reader in (open_pickled, lambda p: convert(p, p.with_name("out.safetensors"))):
+    for reader in (read_pickle, lambda p: convert(p, p.with_name("out.safetensors"))):
         with pytest.raises(InputError, match=match) as caught:
             reader(path)
         assert str(path) in str(caught.value)
@@ -58,7 +58,7 @@ def refused(path: Path, canary: Path, match: str) -> None:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("protocol", range(1, 6))  # torch itself writes no storages in protocol 0
 @pytest.mark.parametrize("what", ["module", "state dict", "nested", "parameters"])
-def test_open_pickled_torch_files_give_the_state_dict(tmp_path, zipped, protocol, what):
+def test_read_pickle_torch_files_give_the_state_dict(tmp_path, zipped, protocol, what):
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 2), torch.nn.BatchNorm2d(4), torch.nn.MultiheadAttention(4, 2))
     content = {
         "module": module,
@@ -74,7 +74,7 @@ def test_open_pickled_torch_files_give_the_state_dict(tmp_path, zipped, protocol
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_open_pickled_plain_pickle_of_a_module_gives_the_state_dict(tmp_path, protocol):
+def test_read_pickle_plain_pickle_of_a_module_gives_the_state_dict(tmp_path, protocol):
     module = torch.nn.Linear(3, 2)
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(module, protocol=protocol))
     found = read(tmp_path / "x.pkl")
@@ -86,7 +86,7 @@ def test_open_pickled_plain_pickle_of_a_module_gives_the_state_dict(tmp_path, pr
     "dtype", [*(torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32), torch.int16, torch.int8,
               torch.uint8, torch.bool],
 )  # fmt: skip
-def test_open_pickled_dtypes_views_and_empty_tensors_are_kept(tmp_path, zipped, dtype):
+def test_read_pickle_dtypes_views_and_empty_tensors_are_kept(tmp_path, zipped, dtype):
     whole = torch.arange(24).view(4, 6).to(dtype)
     content = {"whole": whole, "part": whole[1:3, ::2], "turned": whole.t(), "scalar": whole[0, 1], "none": whole[:0]}
     (tmp_path / "x.pt").write_bytes(saved(content, zipped=zipped))
@@ -94,7 +94,7 @@ def test_open_pickled_dtypes_views_and_empty_tensors_are_kept(tmp_path, zipped, 
     assert all(torch.equal(found[k], v) and found[k].dtype == dtype for k, v in content.items())
 
 
-def test_open_pickled_module_gives_what_its_state_dict_would(tmp_path):
+def test_read_pickle_module_gives_what_its_state_dict_would(tmp_path):
     class Tied(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -120,12 +120,12 @@ def test_open_pickled_module_gives_what_its_state_dict_would(tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in module.state_dict().items())
 
 
-def test_open_pickled_function_that_is_only_named_stays_inert(tmp_path):
+def test_read_pickle_function_that_is_only_named_stays_inert(tmp_path):
     content = {"x": torch.ones(2), "activation": torch.nn.functional.gelu, "kind": torch.nn.Linear}
     torch.save(content, tmp_path / "x.pt")
-    pickled = open_pickled(tmp_path / "x.pt")
+    pickled = read_pickle(tmp_path / "x.pt")
     assert set(pickled.inert) == {"torch._C._nn.gelu", "torch.nn.modules.linear.Linear"}
-    assert find_tensors(pickled).left_out == ("activation", "kind")
+    assert pickled.left_out == ("activation", "kind")
 
 
 # Hostile: what would run
@@ -133,7 +133,7 @@ def test_open_pickled_function_that_is_only_named_stays_inert(tmp_path):
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "plain"])
 @pytest.mark.parametrize("name", CALLS)
-def test_open_pickled_call_is_refused_by_name_and_not_run(tmp_path, kind, name):
+def test_read_pickle_call_is_refused_by_name_and_not_run(tmp_path, kind, name):
     canary = tmp_path / "canary"
     make, named = CALLS[name]
     content = make(canary)
@@ -146,7 +146,7 @@ def test_open_pickled_call_is_refused_by_name_and_not_run(tmp_path, kind, name):
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("opcode", OPCODES)
-def test_open_pickled_every_way_to_call_is_refused(tmp_path, opcode, protocol):
+def test_read_pickle_every_way_to_call_is_refused(tmp_path, opcode, protocol):
     canary = tmp_path / "canary"
     for number, (module, name) in enumerate([("posix", "system"), ("torch.hub", "load")]):
         content = call(module, name, touch(canary), opcode=opcode, protocol=protocol)
@@ -166,7 +166,7 @@ class Attack:
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("where", ["value", "key", "list", "state", "hook", "item"])
-def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
+def test_read_pickle_reduce_anywhere_is_refused(tmp_path, protocol, where):
     import os
 
     canary = tmp_path / "canary"
@@ -189,12 +189,12 @@ def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x80\x02\x82\x01.", "the opcode EXT1"),
-        (b"\x80\x02\x83\x01\x00.", "the opcode EXT2"),
-        (b"\x80\x02\x84\x01\x00\x00\x00.", "the opcode EXT4"),
-        (b"\x80\x05\x97.", "the opcode NEXT_BUFFER"),
+        (b"\x80\x02\x82\x01.", "uses an extension code, or a buffer"),
+        (b"\x80\x02\x83\x01\x00.", "uses an extension code, or a buffer"),
+        (b"\x80\x02\x84\x01\x00\x00\x00.", "uses an extension code, or a buffer"),
+        (b"\x80\x05\x97.", "uses an extension code, or a buffer"),
         (b"\x80\x02cos\nsystem\n.", r"asks for os\.system"),
-        (b"\x80\x02cfoo bar\nBaz\n.", "asks for 'foo.bar Baz', which is no name"),
+        (b"\x80\x02cfoo bar\nBaz\n.", "asks for 'foo bar.Baz', which is no name"),
         (b"\x80\x04" + hostile.text("\u043es") + hostile.text("system") + b"\x93.", "no name of a class"),
         (b"\x80\x02c\nX\n.", "no name of a class"),
         (b"\x80\x02c\\Pfoo\nBar\n.", "no name of a class"),
@@ -207,7 +207,7 @@ def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
         (b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ctorch.hub\nload\nN)NtR.", r"calls torch\.hub\.load"),
         (
             b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nN)NtR.",
-            "calls some",
+            r"calls torch\._tensor\._rebuild_from_type_v2 to make a tensor",
         ),
         (b"\x80\x02ccopyreg\n_reconstructor\n(ctorch.hub\nload\nNNtR.", r"an object of torch\.hub\.load"),
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}b.", r"changes torch\._utils\._rebuild_tensor_v2"),
@@ -226,8 +226,8 @@ def test_open_pickled_reduce_anywhere_is_refused(tmp_path, protocol, where):
         ),
     ],
 )
-def test_open_pickled_trick_is_refused(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr("adamerge.checkpoints.pickles.archive.MAX_STEPS", 20_000)
+def test_read_pickle_trick_is_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr("adamerge.checkpoints.pickles.MAX_STEPS", 20_000)
     refused(write(tmp_path / "x.pt", content), tmp_path / "canary", message)
     refused(archive(tmp_path / "y.pt", content), tmp_path / "canary", message)
 
@@ -269,7 +269,7 @@ def test_open_pickled_trick_is_refused(tmp_path, monkeypatch, content, message):
     ids=lambda changed: ",".join(f"{k}={'huge' if v == 10**5000 else str(v)[:20]}" for k, v in changed.items()),
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_open_pickled_lying_tensor_is_refused(tmp_path, kind, changed):
+def test_read_pickle_lying_tensor_is_refused(tmp_path, kind, changed):
     content = tensor(**changed)
     if kind == "zip":
         path = archive(tmp_path / "x.pt", content, {"0": BODY})
@@ -278,7 +278,7 @@ def test_open_pickled_lying_tensor_is_refused(tmp_path, kind, changed):
     refused(path, tmp_path / "canary", r"x\.pt: (truncated or damaged torch file \(|refused)")
 
 
-def test_open_pickled_tensor_made_by_hand_is_read(tmp_path):
+def test_read_pickle_tensor_made_by_hand_is_read(tmp_path):
     data = struct.pack("<4f", 1, 2, 3, 4)
     wanted = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert torch.equal(read(archive(tmp_path / "x.pt", tensor(), {"0": data}))["x"], wanted)
@@ -346,7 +346,7 @@ def lying(path: Path) -> None:
     ],
     ids=lambda item: item.__name__ if callable(item) and item.__name__ != "<lambda>" else None,
 )
-def test_open_pickled_hostile_archive_is_refused(tmp_path, make, message):
+def test_read_pickle_hostile_archive_is_refused(tmp_path, make, message):
     make(tmp_path / "x.pt")
     refused(tmp_path / "x.pt", tmp_path / "canary", rf"x\.pt: .*{message}")
 
@@ -373,7 +373,7 @@ def test_open_pickled_hostile_archive_is_refused(tmp_path, make, message):
         (b"", "empty file"),
     ],
 )
-def test_open_pickled_broken_stream_is_refused(tmp_path, content, message):
+def test_read_pickle_broken_stream_is_refused(tmp_path, content, message):
     refused(write(tmp_path / "x.pt", content), tmp_path / "canary", rf"x\.pt: .*({message})")
 
 
@@ -411,18 +411,18 @@ def bomb(name: str, path: Path) -> None:
         path.write_bytes(BOMBS[name] or b"")
 
 
-def test_open_pickled_bombs_are_refused_in_little_memory_and_time(tmp_path):
+def test_read_pickle_bombs_are_refused_in_little_memory_and_time(tmp_path):
     for name in BOMBS:
         bomb(name, tmp_path / f"{name}.pt")
     code = """
         import resource, sys, time
         from pathlib import Path
         from adamerge import InputError, load_state_dict
-        from adamerge.checkpoints.pickles import find_tensors, open_pickled
+        from adamerge.checkpoints.pickles import read_pickle
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for path in sorted(Path(sys.argv[1]).glob("*.pt")):
             start = time.process_time()
-            for reader in (lambda p: find_tensors(open_pickled(p)), load_state_dict):
+            for reader in (read_pickle, load_state_dict):
                 try:
                     reader(path)
                     sys.exit(f"{path} was read")

@@ -1,0 +1,265 @@
+"""Pickled checkpoints read without unpickling them: torch's zip archive, its format before 1.6, and plain pickles."""
+
+import mmap
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from adamerge.checkpoints.inert import Budget, Record, Storage
+from adamerge.checkpoints.unpickler import InertUnpickler, Stream
+from adamerge.errors import InputError, shorten
+from adamerge.system.archives import ZIP_MAGIC, Damaged, Refused, stored_members
+
+MAX_STEPS = 2_000_000  # a model of 5,000 tensors takes about 500,000
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_VERSION = 1001
+_NESTS = ("state_dict", "model_state_dict", "model")
+_MAX_DEPTH = 100  # modules inside of modules
+_MAX_NAMES = 100_000
+_MAX_GROWTH = 4  # bytes written over bytes read: weights that share memory are written in full
+_MAX_NAME = 1000  # characters
+_SMALL = 1 << 24  # bytes that may be written whatever the file's size
+
+
+@dataclass(frozen=True)
+class PickledTensors:
+    """The tensors of a pickled checkpoint.
+
+    Attributes:
+        tensors: Name to tensor; those of a zip archive stay in the mapped file.
+        holder: What held them, in words.
+        is_module: Whether that is a module, not a dictionary.
+        left_out: Names beside them that hold something else.
+        inert: Classes and functions that the pickle names and that were not imported.
+        format: In words.
+    """
+
+    tensors: Mapping[str, Tensor]
+    holder: str
+    is_module: bool
+    left_out: tuple[str, ...]
+    inert: tuple[str, ...]
+    format: str
+
+
+def read_pickle(path: Path) -> PickledTensors:
+    """Read a pickled checkpoint's state dict: a dictionary or a module, or either under ``state_dict`` or ``model``.
+
+    Nothing that the file names is imported or called, see :mod:`adamerge.checkpoints.inert`.
+
+    Args:
+        path: A file of ``torch.save``, in either of its formats, or a plain pickle of tensors or modules.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is damaged, contradicts itself, asks for what no checkpoint needs, holds no tensors, or would
+            be many times larger once written.
+    """
+    with path.open("rb") as file:
+        if not (head := file.read(2)):
+            raise InputError(f"{path}: empty file, expected a checkpoint.")
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        budget = Budget(MAX_STEPS, 2 * len(mapped))
+        try:
+            if head == ZIP_MAGIC:
+                root, inert, form = _read_zip(file, mapped, budget)
+            else:
+                root, inert, form = _read_stream(mapped, budget)
+            holder, entries, is_module = _state_dict(root)
+        except Refused as error:
+            raise InputError(
+                f"{path}: refused, nothing was run: {error}. Trust no such file; ask its author for safetensors."
+            ) from error
+        except Damaged as error:
+            raise InputError(f"{path}: truncated or damaged torch file ({error}). Copy or export it again.") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    _check(path, tensors, holder, len(mapped))
+    left_out = tuple(str(name)[:80] for name in entries if name not in tensors)
+    return PickledTensors(tensors, holder, is_module, left_out, tuple(sorted(inert)), form)
+
+
+def _read_zip(file: IO[bytes], mapped: memoryview, budget: Budget) -> tuple[Any, set[str], str]:
+    members = stored_members(file)
+    roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise Damaged("a zip archive without one data.pkl")
+    folder = roots[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in members:
+        raise InputError(
+            "a TorchScript archive, expected a state dict. Save its tensors where it was made: "
+            "safetensors.torch.save_file(torch.jit.load(path).state_dict(), 'expert.safetensors')"
+        )
+    order = members.get(f"{folder}byteorder")
+    _check_byte_order(order is None or bytes(mapped[order]) == b"little")
+    storages: dict[tuple[str, torch.dtype, int], Storage] = {}
+
+    def storage(dtype: torch.dtype, key: str, count: int) -> Storage:
+        if (place := members.get(f"{folder}data/{key}")) is None:
+            raise Damaged(f"the storage {key[:80]!a} is not in the archive")
+        if not 0 <= count * dtype.itemsize <= place.stop - place.start:
+            size = place.stop - place.start
+            raise Damaged(f"the storage {key[:80]!a} has {size} bytes, but its pickle claims more")
+        if (key, dtype, count) not in storages:
+            content = mapped[place][: count * dtype.itemsize]
+            data = torch.frombuffer(content, dtype=torch.uint8) if count else torch.empty(0, dtype=torch.uint8)
+            storages[key, dtype, count] = Storage(dtype, data, budget)
+        return storages[key, dtype, count]
+
+    reader = InertUnpickler(
+        Stream(mapped[members[roots[0]]], budget), storage, lambda content: _read_nested(content, budget)
+    )
+    return reader.next(), reader.inert, "torch zip archive"
+
+
+def _read_stream(mapped: memoryview, budget: Budget) -> tuple[Any, set[str], str]:
+    """Read torch's legacy format, or a plain pickle."""
+    pickles = _Pickles(mapped, budget, lambda content: _read_nested(content, budget))
+    root, is_legacy = pickles.read()
+    return root, pickles.reader.inert, "torch file, legacy format" if is_legacy else "plain pickle"
+
+
+def _read_nested(content: Any, budget: Budget) -> Storage:
+    """Read a storage that a plain pickle holds as the bytes of a legacy file."""
+
+    def refuse(_: Any) -> Storage:
+        raise Refused("its pickle holds a file inside of a file inside of a file")
+
+    if not isinstance(content, bytes):
+        raise Damaged("a storage made of something else than bytes")
+    root, _ = _Pickles(memoryview(content), budget, refuse).read()
+    if not isinstance(root, Storage):
+        raise Damaged("the bytes of a storage hold something else")
+    return root
+
+
+class _Pickles:
+    """Pickles one after the other, then the bytes of the storages that they name."""
+
+    def __init__(self, data: memoryview, budget: Budget, nested: Any) -> None:
+        self.stream, self.budget = Stream(data, budget), budget
+        self.storages: dict[str, Storage] = {}
+        self.reader = InertUnpickler(self.stream, self._storage, nested)
+
+    def read(self) -> tuple[Any, bool]:
+        """Return the object, and whether the format is torch's."""
+        first = self.reader.next()
+        if type(first) is not int or first != _LEGACY_MAGIC:
+            if self.storages:
+                raise Damaged("a plain pickle that names storages outside of it")
+            return first, False
+        version = self.reader.next()
+        if type(version) is not int or version != _LEGACY_VERSION:
+            raise Damaged("an unknown version of torch's legacy format")
+        system = self.reader.next()
+        _check_byte_order(isinstance(system, dict) and system.get("little_endian") is True)
+        root, keys = self.reader.next(), self.reader.next()
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise Damaged("its list of storages is none")
+        if sorted(keys) != sorted(self.storages):
+            raise Damaged("its list of storages is not that of its tensors")
+        for key in keys:
+            self._fill(self.storages[key])
+        return root, True
+
+    def _storage(self, dtype: torch.dtype, key: str, count: int) -> Storage:
+        """Return a storage whose bytes follow at the end of the file."""
+        nbytes = count * dtype.itemsize
+        if key not in self.storages:
+            if not 0 <= nbytes <= len(self.stream.data):
+                raise Damaged(f"the storage {key[:80]!a} claims more bytes than the file has")
+            self.budget.spend(0, nbytes)
+            self.storages[key] = Storage(dtype, torch.empty(nbytes, dtype=torch.uint8), self.budget)
+        storage = self.storages[key]
+        if (storage.dtype, storage.nbytes) != (dtype, nbytes):
+            raise Damaged(f"the storage {key[:80]!a} has two sizes")
+        return storage
+
+    def _fill(self, storage: Storage) -> None:
+        count = int.from_bytes(self.stream.read(8), "little")
+        start, end = self.stream.position, self.stream.position + storage.nbytes
+        if count * storage.dtype.itemsize != storage.nbytes or end > len(self.stream.data):
+            raise Damaged("a storage is cut off or has another size than its tensor says")
+        if storage.nbytes:
+            storage.data.numpy().data[:] = self.stream.data[start:end]
+        storage.mend_bools()
+        self.stream.position = end
+
+
+def _check_byte_order(is_little: bool) -> None:
+    if not is_little or sys.byteorder != "little":
+        raise Damaged(
+            "its bytes, or this machine's, are not little-endian; load and save it with torch where it was made"
+        )
+
+
+def _state_dict(root: Any) -> tuple[str, Mapping[Any, Any], bool]:
+    """Return what holds the tensors in words, name to tensor among other entries, and whether it is a module."""
+    for nest in _NESTS:
+        if isinstance(root, dict) and (isinstance(root.get(nest), dict) or _is_module(root.get(nest))):
+            root = root[nest]
+    if _is_module(root):
+        return f"module {root.kind}", dict(_of_module(root)), True
+    entries = _entries(root)
+    if isinstance(entries, dict) and any(isinstance(value, Tensor) for value in entries.values()):
+        return "state dict", entries, False
+    return str(root.kind) if isinstance(root, Record) else type(root).__name__, {}, False
+
+
+def _check(path: Path, tensors: Mapping[Any, Tensor], holder: str, size: int) -> None:
+    """Refuse names that are none, and tensors that repeat the same memory too often."""
+    if not tensors:
+        raise InputError(f"{path}: expected a state dict (name to tensor) or a module, found {holder} without tensors.")
+    bad = [ascii(name)[:80] for name in tensors if not isinstance(name, str) or not name or not name.isprintable()]
+    if bad:
+        raise InputError(f"{path}: expected tensors with printable names, found {shorten(bad)}.")
+    total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
+    if total > _MAX_GROWTH * size + _SMALL:
+        raise InputError(
+            f"{path}: refused: its tensors take {total:.3g} bytes, more than {_MAX_GROWTH} times the file's {size}, "
+            "as they repeat the same memory. Save clones of them."
+        )
+
+
+def _is_module(value: Any) -> bool:
+    """Return whether a record is that of an ``nn.Module``: it has its three dictionaries."""
+    return isinstance(value, Record) and all(
+        isinstance(_entries(value.get(name)), dict) for name in ("_parameters", "_buffers", "_modules")
+    )
+
+
+def _entries(value: Any) -> Any:
+    return value.entries if isinstance(value, Record) else value
+
+
+def _of_module(root: Record) -> Iterator[tuple[str, Tensor]]:
+    """Yield what ``root.state_dict()`` would hold, in its order."""
+    pending: list[tuple[str, Record]] = [("", root)]
+    steps = 0
+    while pending:
+        prefix, module = pending.pop()
+        steps += 1
+        if prefix.count(".") > _MAX_DEPTH or steps > _MAX_NAMES:
+            raise Refused(f"its modules are nested more than {_MAX_DEPTH} deep, or are more than {_MAX_NAMES}")
+        volatile = module.get("_non_persistent_buffers_set")
+        skipped = volatile if isinstance(volatile, (set, frozenset)) else ()
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _entries(module.get(kind)).items():
+                steps += 1
+                if isinstance(value, Tensor) and not (kind == "_buffers" and name in skipped):
+                    yield _joined(prefix, name), value
+        children = _entries(module.get("_modules")).items()
+        steps += len(children)
+        pending += [(f"{_joined(prefix, name)}.", child) for name, child in reversed(children) if _is_module(child)]
+
+
+def _joined(prefix: str, name: Any) -> str:
+    if not isinstance(name, str) or len(prefix) + len(name) > _MAX_NAME:
+        raise Refused(f"its modules have names that are no texts, or of more than {_MAX_NAME} characters")
+    return prefix + name
