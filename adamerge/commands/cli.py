@@ -19,7 +19,7 @@ COMMANDS = {  # name to module and what the list of commands says
     "check": ("adapt", "Find what is wrong with a run, in seconds, without starting it."),
     "coefficients": ("coefficients", "Bring published coefficients into a file with names."),
     "compare": ("compare.command", "Make many merges of one pool, and score them side by side."),
-    "convert": ("inspect", "Write a pickled checkpoint's tensors as safetensors, or a CLIP in another format."),
+    "convert": ("convert", "Write a pickled checkpoint's tensors as safetensors, or a CLIP in another format."),
     "data": ("data", "Which of the field's data sets are there, and how to get the others."),
     "demo": ("demo", "Run the whole job on the embedded offline zoo: adapt, export, score, compare."),
     "evaluate": ("export", "Score the merged checkpoint of a run beside experts and baselines."),

@@ -1,11 +1,18 @@
-"""``inspect`` and ``convert``: what is in checkpoint files."""
+"""``inspect``: what is in a pool: sizes, norms and cosines of the task vectors, and what is wrong."""
 
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
+import torch
 
-from adamerge.commands.terminal import json_option, out, print_json, report, size
+from adamerge.commands.run.named_pools import chosen_pool
+from adamerge.commands.terminal import json_option, out, print_json, print_table, report
+from adamerge.pool.pool import ExpertPool
+from adamerge.pool.report import PoolReport
+from adamerge.results.report.charts import decimal
+
+_ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning
 
 
 @click.command()
@@ -26,60 +33,70 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
-    from adamerge.commands import inspection
-    from adamerge.commands.run.named_pools import chosen_pool
-
     files = chosen_pool("inspect", base, experts, pool, prefix).narrowed(include, exclude)
-    report(inspection.header_problems(files))
-    opened = inspection.open_pool(files)
+    report(files.headers().problems)
+    opened = files.open(storage="stream", dtype=None, duplicates="allow")  # duplicates are shown as a finding
     if as_json:
-        print_json(inspection.as_json(opened))
+        print_json(_as_json(opened))
     else:
-        inspection.show(opened, out)
+        _show(opened)
 
 
-@click.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME.safetensors, or with --to a folder.")
-@click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
-@click.option("--to", "target", type=click.Choice(["open_clip", "hf"]), help="A CLIP in the other library's format.")
-@json_option
-def convert(source: Path, out: Path, key_prefix: str, target: str | None, as_json: bool) -> None:
-    """Write a pickled checkpoint's tensors as safetensors, nothing in it is run; or a CLIP in another format.
+def _as_json(pool: ExpertPool) -> dict[str, Any]:
+    """Return the pool's report as JSON-ready content."""
+    facts = pool.report()
+    return {
+        "base": {"source": pool.source.name, "sha256": pool.hashes()["base"]},
+        "experts": {name: dict(expert) for name, expert in facts.experts.items()},
+        "parameters": facts.parameters,
+        "entries": facts.entries,
+        "skipped": dict(facts.skipped),
+        "cosines": facts.cosines.tolist(),
+        "norms": {name: norms.tolist() for name, norms in facts.norms.items()},
+        "findings": _findings(pool, facts),
+    }
 
-    \b
-    adamerge convert MNIST.pt --out mnist.safetensors
-    adamerge convert clip-vit-base-patch32 --to open_clip --out vit_b32        a folder of Hugging Face's
-    adamerge convert vit_b32 --to hf --out clip                                a folder of open_clip's
-    """  # noqa: D301
-    from adamerge.checkpoints import convert as conversion
-    from adamerge.errors import InputError, shorten
 
-    if target is not None:
-        from adamerge.results.formats.convert import convert_model
+def _findings(pool: ExpertPool, facts: PoolReport) -> list[str]:
+    """Return what deserves a second look, though it can be merged."""
+    notes = []
+    names = pool.expert_names
+    for i, j in (facts.cosines.triu(1) > _ALIKE).nonzero().tolist():
+        notes.append(
+            f"{names[i]} and {names[j]} have a cosine of {facts.cosines[i, j]:.2f}: nearly the same fine-tuning."
+        )
+    norms = torch.tensor([float(expert["norm"]) for expert in facts.experts.values()])
+    for name, norm in zip(names, norms.tolist(), strict=True):
+        if norm > 5 * norms.median().item():
+            notes.append(f"{name}'s task vector is {norm / norms.median().item():.0f} times the median's norm.")
+        if float(facts.experts[name]["relative_norm"]) > 1:
+            notes.append(f"{name} is further from the base than the base is from zero: fine-tuned from another one?")
+    return notes
 
-        if key_prefix:
-            raise InputError("--key-prefix: only without --to.")
-        files = convert_model(source, target, out)
-        if as_json:
-            print_json({"files": [str(path) for path in files]})
-            return
-        for path in files:
-            click.echo(str(path))
-        return
 
-    done = conversion.convert(source, out, key_prefix)
-    if as_json:
-        print_json({"file": str(out), **asdict(done)})
-        return
-    counts = ", ".join(f"{count} {dtype}" for dtype, count in done.dtypes.items())
-    lines = [f"{source}: {done.of}", f"  {sum(done.dtypes.values())} tensors, {size(done.nbytes)}: {counts}"]
-    if done.inert:
-        lines.append(f"  named in it, not imported: {shorten(done.inert)}")
-    if done.left_out:
-        lines.append(f"  left out: {shorten(done.left_out)}")
-    if done.prefix:
-        lines.append(f"  All names begin with {done.prefix!r}: --key-prefix {key_prefix}{done.prefix} takes it off.")
-    for line in (*lines, str(out)):
-        out_line = line.encode("ascii", "backslashreplace").decode()
-        click.echo(out_line)
+def _show(pool: ExpertPool) -> None:
+    """Print a pool's report as tables."""
+    facts = pool.report()
+    out.print(f"base  {pool.source.name}")
+    out.print(
+        f"      {facts.parameters} parameters are merged, {facts.entries:,} values; {len(facts.skipped)} are not; "
+        f"task vectors take {4e-6 * facts.entries * len(pool.expert_names):.0f} MB as float32"
+    )
+    lines = []
+    for name, expert in facts.experts.items():
+        norms = f"{expert['norm']:.3g}", f"{expert['relative_norm']:.3f}"
+        lines.append((name, str(expert["source"]), *norms, str(expert["sha256"])[:12]))
+    print_table("task vectors", ("expert", "file", "|tau|", "|tau| / |base|", "sha256"), lines)
+    rows = zip(pool.expert_names, facts.cosines.tolist(), strict=True)
+    cosines = [(name, *(decimal(value, 2) for value in row)) for name, row in rows]
+    print_table("cosines of task vectors", ("", *pool.expert_names), cosines)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in facts.skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, tensors in reasons.items():
+        out.print(f"not merged, {reason}: {len(tensors)}, such as {tensors[0]}")
+    notes = _findings(pool, facts)
+    for note in notes:
+        out.print(f"[yellow]note:[/] {note}")
+    if not notes:
+        out.print("No problems found.")

@@ -1,15 +1,27 @@
 """``pool``: files that name a base and its experts, and what is known about them."""
 
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
+from omegaconf import OmegaConf
 
+from adamerge.checkpoints.hashes import check_hash, forget
+from adamerge.checkpoints.hub import HubReference, located, located_all, reference_of
+from adamerge.checkpoints.model_folder import open_model
+from adamerge.commands.run.named_pools import named_pool, own_pools, pool_path, shipped_pools
 from adamerge.commands.terminal import json_option, out, print_json, print_table, report
-from adamerge.errors import InputError
+from adamerge.errors import InputError, did_you_mean
+from adamerge.pool.headers import check_names
+from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
+from adamerge.system.files import atomic_path
 
-if TYPE_CHECKING:
-    from adamerge.pool.pool_file import PoolFiles
+_VISUAL = "visual."
+_OPTIONS = ("key_prefix", "storage", "dtype", "include", "exclude", "duplicates")
+_DEFAULTS = {"storage": "auto", "duplicates": "refuse"}
 
 
 @click.group(short_help="Keep pool files: a base, its experts, their tasks, licences and hashes.")
@@ -27,8 +39,6 @@ def pool() -> None:
 @click.option("--task", "tasks", multiple=True, metavar="NAME=TASK", help="What an expert was fine-tuned on; repeat.")
 @click.option("--licence", "licences", multiple=True, metavar="NAME=LICENCE", help="Of an expert, or base=...; repeat.")
 @click.option("--key-prefix", default=None, help="Of the encoder's keys. Default: visual. for a whole CLIP.")
-@click.option("--convert", "pickled", is_flag=True, help="Convert pickles into a folder beside the pool file.")
-@click.option("--replace", "again", is_flag=True, help="Replace what the pool has under the same name.")
 def add(
     name: str,
     base: str | None,
@@ -36,30 +46,29 @@ def add(
     tasks: tuple[str, ...],
     licences: tuple[str, ...],
     key_prefix: str | None,
-    pickled: bool,
-    again: bool,
 ) -> None:
     """Make the pool NAME, or add to it; a NAME with .yaml or / is a file's.
 
     \b
     adamerge pool add ours --base vit_b32.safetensors --expert cars=cars.safetensors --expert dtd=dtd.safetensors
     adamerge pool add ours --expert svhn=hf://org/name@main --task svhn=svhn --licence svhn=MIT
-    adamerge pool add published --base hf://openai/clip-vit-base-patch32 --expert cars=Cars/finetuned.pt --convert
 
     Files are opened and compared with the base; their SHA-256, and the commits of models from the Hub, are recorded.
+    Pickled ones are converted first, by adamerge convert.
     """  # noqa: D301
-    from adamerge.commands import pool_command
-    from adamerge.commands.run.named_pools import pool_path
-
     if not (base or experts or tasks or licences or key_prefix):
         raise InputError("pool add: nothing to add; give --base, --expert, --task or --licence.")
     path = pool_path(name)
-    addition = pool_command.Addition(base, experts, tasks, licences, key_prefix, pickled=pickled, again=again)
-    try:
-        files = pool_command.add(path, addition)
-    except pool_command.PoolError as error:
-        report(error.problems)
-        raise
+    files = _with_facts(_with_files(path, base, named_files(experts)), tasks, licences)
+    if key_prefix is None and files.key_prefix is None:
+        key_prefix = _usual_prefix(files)
+    files = files if key_prefix is None else replace(files, key_prefix=key_prefix)
+    report(files.headers().problems)
+    files.verify()
+    recorded = {expert: _recorded(files, entry) for expert, entry in files.experts.items()}
+    files = replace(files, base=_recorded(files, files.base), experts=recorded)
+    _refuse_duplicates(files)
+    save_pool_file(files, path)
     _show(files, str(path))
     click.echo(str(path))
 
@@ -69,25 +78,21 @@ def add(
 @json_option
 def list_pools(name: str | None, as_json: bool) -> None:
     """List all pools that have a name, or the files of one."""
-    from adamerge.commands import pool_command
-    from adamerge.commands.run.named_pools import named_pool
-
     if name is not None:
         files = named_pool(name)
         if as_json:
-            print_json(_as_json(files))
+            print_json({**files.described(), "there": {entry: path is not None for entry, path in _places(files)}})
         else:
             _show(files, name)
         return
-    found = pool_command.every_pool()
-    lines = []
-    for pool_name, (where, said) in found.items():
-        if isinstance(said, InputError):
-            lines.append((pool_name, "", "", str(said), where))
+    lines = [_line(pool_name, "shipped", named_pool(pool_name)) for pool_name in shipped_pools()]
+    for pool_name, path in own_pools().items():
+        if pool_name in shipped_pools():
             continue
-        count = pool_command.summary(said)
-        state = f"{count['there']} of {count['files']} files are here"
-        lines.append((pool_name, str(len(said.experts)), str(said.base.file), state, where))
+        try:
+            lines.append(_line(pool_name, str(path), load_pool_file(path)))
+        except (InputError, OSError) as error:
+            lines.append((pool_name, "", "", str(error), str(path)))
     if as_json:
         keys = ("name", "experts", "base", "state", "where")
         print_json([dict(zip(keys, line, strict=True)) for line in lines])
@@ -97,28 +102,17 @@ def list_pools(name: str | None, as_json: bool) -> None:
 
 @pool.command()
 @click.argument("name")
-@click.option(
-    "--record", type=click.Path(path_type=Path), help="Write a pool file with all hashes, and commits of the Hub."
-)
-def verify(name: str, record: Path | None) -> None:
+def verify(name: str) -> None:
     """Read every byte of a pool's files: all are there, have their hashes, and fit the base. Exit code 2 if not.
 
     \b
     adamerge pool verify ours
-    adamerge pool verify clip_vit_b32_8 --record pools/my_b32.yaml   # pins what is in the cache
     """  # noqa: D301
-    from adamerge.commands import pool_command
-    from adamerge.commands.run.named_pools import named_pool
-
     files = named_pool(name)
-    report(pool_command.problems_of(files))
-    if record is not None:
-        files = pool_command.record(name, record)
+    report(_problems(files))
     _show(files, name)
-    unknown = [entry for entry, state in files.entries.items() if state.sha256 is None]
+    unknown = [entry for entry in files.entries.values() if entry.sha256 is None]
     out.print(f"No problems found. {len(unknown)} files have no hash to compare with." if unknown else "All verified.")
-    if record is not None:
-        click.echo(str(record))
 
 
 @pool.command()
@@ -132,26 +126,151 @@ def fetch(targets: tuple[str, ...]) -> None:
 
     They go to the Hugging Face cache (HF_HOME); what is there is not fetched again.
     """  # noqa: D301
-    from adamerge.commands import pool_command
-
-    for reference in pool_command.references(targets):
+    references: dict[HubReference, None] = {}  # each once
+    for target in targets:
+        reference = reference_of(target)
+        candidates = [reference] if reference else [entry.file for entry in named_pool(target).entries.values()]
+        of_hub = [file for file in candidates if isinstance(file, HubReference)]
+        if not of_hub:
+            raise InputError(f"pool fetch {target}: its files are on this machine's disks; none is of the Hub.")
+        references |= dict.fromkeys(of_hub)
+    for reference in references:
         out.print(f"{reference}: {reference.fetch()}", highlight=False)
 
 
-def _show(files: "PoolFiles", title: str) -> None:
-    from adamerge.commands import pool_command
+def _with_files(path: Path, base: str | None, experts: Mapping[str, PoolFile]) -> PoolFiles:
+    """Return a new pool, or the one in a file with further experts."""
+    if not path.is_file():
+        if base is None:
+            raise InputError(f"pool add: {path}: no such pool yet; give its base: --base FILE or hf://ORG/NAME.")
+        files = PoolFiles(PoolFile(place(base)), experts)
+    else:
+        files = load_pool_file(path)
+        if base is not None:
+            raise InputError(
+                f"pool add --base: {path} has a base already, {files.base.file}; edit the file to change it."
+            )
+        for name in experts:
+            if name in files.experts:
+                raise InputError(
+                    f"pool add --expert {name}: {path} has an expert of that name; take it out of the file first."
+                )
+        files = replace(files, experts={**files.experts, **experts})
+    check_names({name: entry.file for name, entry in files.experts.items()})
+    return files
 
+
+def _with_facts(files: PoolFiles, tasks: Sequence[str], licences: Sequence[str]) -> PoolFiles:
+    """Put tasks and licences to the experts that they are given for."""
+    experts, base = dict(files.experts), files.base
+    for option, key, pairs in (("--task", "task", tasks), ("--licence", "licence", licences)):
+        for name, value in named_values(option, pairs).items():
+            fact: dict[str, Any] = {key: value}
+            if name == "base" and key == "licence":
+                base = replace(base, **fact)
+            elif name in experts:
+                experts[name] = replace(experts[name], **fact)
+            else:
+                raise InputError(f"{option} {name}={value}: no expert of that name.{did_you_mean(name, experts)}")
+    return replace(files, base=base, experts=experts)
+
+
+def _usual_prefix(files: PoolFiles) -> str | None:
+    """Return the prefix of the visual tower where the base is a whole CLIP; None also where it cannot be read."""
+    try:
+        keys = open_model(located(files.base.file)).keys
+    except (InputError, OSError):
+        return None  # the headers' problems say why
+    return _VISUAL if any(key.startswith(_VISUAL) for key in keys) else None
+
+
+def _recorded(files: PoolFiles, entry: PoolFile) -> PoolFile:
+    """Return an entry with its hash, and for a model of the Hub its commit and the licence that its card states."""
+    file, licence = entry.file, entry.licence
+    if isinstance(file, HubReference):
+        licence = licence or file.licence()
+        file = file.pinned()
+    return replace(entry, file=file, licence=licence, sha256=files.hash_of(located(file)))
+
+
+def _refuse_duplicates(files: PoolFiles) -> None:
+    by_hash: dict[str, str] = {}
+    for name, entry in {"base": files.base, **files.experts}.items():
+        twin = by_hash.setdefault(str(entry.sha256), name)
+        if twin != name and files.duplicates != "allow":
+            raise InputError(
+                f"pool add: {twin} and {name} are the same file, or copies: {entry.file}. Leave one out; a pool file "
+                "with duplicates: allow may have both."
+            )
+
+
+def save_pool_file(files: PoolFiles, path: Path) -> None:
+    """Write a pool file, atomically.
+
+    Paths are written relative to its folder where they lie below that, or both below the working directory.
+    """
+    content: dict[str, Any] = {"base": _written(files.base, path)}
+    for option in _OPTIONS:
+        value = getattr(files, option)
+        if value is not None and value != _DEFAULTS.get(option):
+            content[option] = list(value) if isinstance(value, tuple) else value
+    content["experts"] = {name: _written(entry, path) for name, entry in files.experts.items()}
+    if files.task_vectors is not None:
+        content["task_vectors"] = _written(files.task_vectors, path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
+
+
+def _written(entry: PoolFile, pool_file: Path) -> dict[str, str]:
+    file, folder = entry.file, pool_file.parent.absolute()
+    if isinstance(file, Path):
+        whole = Path(os.path.abspath(file))  # without the '..' that a pool file's own paths may have
+        together = all(path.is_relative_to(Path.cwd()) for path in (whole, folder))
+        relative = Path(os.path.relpath(whole, folder))
+        leads_there = (folder / relative).resolve() == whole.resolve()  # not where '..' leaves a linked folder
+        file = relative if leads_there and (together or whole.is_relative_to(folder)) else whole
+    return replace(entry, file=file).facts()
+
+
+def _places(files: PoolFiles) -> list[tuple[str, Path | None]]:
+    """Return which of a pool's checkpoints are on this machine, and where; no file is opened."""
+    places = []
+    for name, entry in files.entries.items():
+        path = entry.file.cached() if isinstance(entry.file, HubReference) else entry.file
+        places.append((name, path if path is not None and path.exists() else None))
+    return places
+
+
+def _problems(files: PoolFiles) -> Sequence[str]:
+    """Read every byte of a pool's files; return all that is missing, changed, or does not fit the base."""
+    problems: list[str] = []
+    try:
+        located_all({name: entry.file for name, entry in files.entries.items() if isinstance(entry.file, HubReference)})
+    except InputError as error:
+        problems.append(str(error))
+    for name, path in _places(files):
+        entry = files.entries[name]
+        try:
+            if path is not None:
+                forget(path)
+                check_hash(entry.file, name, entry.sha256, lambda path=path: files.hash_of(path))  # type: ignore[misc]
+            elif isinstance(entry.file, Path):
+                raise FileNotFoundError(files.no_such_file(name, entry.file))
+        except (InputError, OSError) as error:
+            problems.append(str(error))
+    return problems or files.headers().problems
+
+
+def _line(name: str, where: str, files: PoolFiles) -> tuple[str, ...]:
+    places = [path for _, path in _places(files)]
+    state = f"{sum(path is not None for path in places)} of {len(places)} files are here"
+    return name, str(len(files.experts)), str(files.base.file), state, where
+
+
+def _show(files: PoolFiles, title: str) -> None:
     lines = []
-    for name, state in pool_command.states(files).items():
-        entry = state.entry
-        known = (entry.sha256 or "-")[:12]
-        where = "here" if state.there else "missing"
-        lines.append((name, where, entry.task or "", entry.licence or "", known, str(entry.file)))
+    for name, path in _places(files):
+        entry, state = files.entries[name], "missing" if path is None else "here"
+        hash_shown = (entry.sha256 or "-")[:12]
+        lines.append((name, state, entry.task or "", entry.licence or "", hash_shown, str(entry.file)))
     print_table(title, ("", "state", "task", "licence", "sha256", "file"), lines)
-
-
-def _as_json(files: "PoolFiles") -> dict[str, object]:
-    from adamerge.commands import pool_command
-
-    there = {name: state.there for name, state in pool_command.states(files).items()}
-    return {**files.described(), "there": there}

@@ -1,11 +1,12 @@
 """Coefficients as the field publishes them, lists without names, to a ``coefficients.json`` with names.
 
-AdaMerging's are rows of a Python file: one row per parameter tensor in the order in which open_clip registers them,
-the text tower's leftovers included, one column per expert after the base's. Nothing in such a file is run.
+AdaMerging's have one row per parameter tensor in the order in which open_clip registers them, the text tower's
+leftovers included, and one column per expert after the base's.
 """
 
-import ast
+import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,9 +15,6 @@ from typing import Any
 
 import yaml
 
-from adamerge.checkpoints.checkpoint import load_state_dict
-from adamerge.checkpoints.pickles import find_tensors, open_pickled
-from adamerge.checkpoints.pickles.records import TensorView
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model.coefficients_file import FORMAT
 from adamerge.system.files import sha256
@@ -74,49 +72,30 @@ def shipped_lists() -> dict[str, PublishedList]:
     return {name: PublishedList(name, _of_lines(rows, name), source) for name, rows in lists.items()}
 
 
-def read_lists(path: Path) -> dict[str, PublishedList]:
-    """Read a file of lists: AdaMerging's Python file, a text or JSON of rows, or a file of one tensor.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        InputError: If it holds no list of rows of numbers.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, and no list of that name ships.")
-    source = {"file": path.name, "sha256": sha256(path)}
-    if path.suffix == ".py":
-        found = {name: PublishedList(name, rows, source) for name, rows in _of_python(path).items()}
-        if not found:
-            raise InputError(f"{path}: expected lists of rows, such as merging_cofficient.py has, found none.")
-        return found
-    is_tensor = path.suffix in (".pt", ".pth", ".bin", ".safetensors")
-    rows = _of_tensor(path) if is_tensor else _of_text(path)
-    return {path.stem: PublishedList(path.stem, rows, source)}
-
-
-def chosen_list(target: str, name: str | None) -> PublishedList:
-    """Return a shipped list by name, or one of a file's.
+def chosen_list(target: str) -> PublishedList:
+    """Return a shipped list by name, or that of a file: rows of numbers as text, or as a list in JSON.
 
     Raises:
         FileNotFoundError: If ``target`` is neither.
-        InputError: If the file has several, or none of that name.
+        InputError: If the file holds anything else.
     """
     shipped = shipped_lists()
     if target in shipped:
         return shipped[target]
-    if not Path(target).is_file() and not Path(target).suffix:
+    path = Path(target)
+    if not path.is_file():
+        if path.suffix:
+            raise FileNotFoundError(f"{path}: no such file, and no list of that name ships.")
         raise InputError(
             f"coefficients import {target}: no such file, and no list of that name ships; shipped: "
             f"{', '.join(shipped)}.{did_you_mean(target, shipped)}"
         )
-    lists = read_lists(Path(target))
-    if name is None and len(lists) == 1:
-        return next(iter(lists.values()))
-    if name not in lists:
-        raise InputError(
-            f"{target}: --list: expected one of {', '.join(lists)}, found {name}.{did_you_mean(str(name), lists)}"
-        )
-    return lists[name]
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+        rows = _checked(json.loads(text), target) if text.startswith("[") else _of_lines(text, target)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _no_list(target, str(error)) from error
+    return PublishedList(path.stem, rows, {"file": path.name, "sha256": sha256(path)})
 
 
 def named_coefficients(
@@ -219,84 +198,29 @@ def _visual(name: str, rows: Rows, count: int) -> Rows:
     return rows[_BEFORE:-_AFTER]
 
 
-def _of_python(path: Path) -> dict[str, Rows]:
-    """Return the lists of rows in a Python file, named by the texts that the conditions around them compare with."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise InputError(f"{path}: expected Python, found: {error}.") from error
-    found: dict[str, Rows] = {}
-
-    def visit(node: ast.AST, labels: tuple[str, ...]) -> None:
-        if isinstance(node, ast.If):
-            texts = (n.value for n in ast.walk(node.test) if isinstance(n, ast.Constant) and isinstance(n.value, str))
-            own = (*labels, *texts)
-            for child, of in ((node.body, own), (node.orelse, labels)):
-                for statement in child:
-                    visit(statement, of)
-            return
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
-            try:
-                rows = _rows(ast.literal_eval(node.value), str(path))
-            except (ValueError, InputError):  # a list of something else, or of variables
-                return
-            found["/".join(labels) or str(getattr(node.targets[0], "id", "list"))] = rows
-            return
-        for part in ast.iter_child_nodes(node):
-            visit(part, labels)
-
-    visit(tree, ())
-    return found
-
-
-def _of_text(path: Path) -> Rows:
-    """Read JSON or a printed list, else lines of numbers."""
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected a text of numbers ({error}).") from error
-    if text.startswith("["):
-        try:
-            return _rows(ast.literal_eval(text), str(path))
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise InputError(f"{path}: expected a list of rows of numbers, found: {error}.") from error
-    return _of_lines(text, str(path))
-
-
 def _of_lines(text: str, where: str) -> Rows:
     """Read lines of numbers, divided by blanks or commas."""
     lines = [re.split(r"[,;\s]+", line.strip(" \t,;")) for line in text.splitlines() if line.strip()]
     try:
         rows = [[float(word) for word in line] for line in lines]
     except ValueError as error:
-        raise InputError(f"{where}: expected lines of numbers ({error}).") from error
-    return _rows(rows, where)
+        raise _no_list(where, str(error)) from error
+    return _checked(rows, where)
 
 
-def _of_tensor(path: Path) -> Rows:
-    """Read the one tensor of a file, (rows, experts)."""
-    if path.suffix == ".safetensors":
-        tensors = load_state_dict(path)
-    else:
-        pickled = open_pickled(path)
-        is_bare = isinstance(pickled.root, TensorView)
-        tensors = {path.stem: pickled.root.tensor()} if is_bare else find_tensors(pickled).tensors()
-    if len(tensors) != 1 or next(iter(tensors.values())).ndim != 2:
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        raise InputError(
-            f"{path}: expected one tensor of shape (rows, experts), found {shorten(map(str, shapes.items()))}."
-        )
-    return _rows(next(iter(tensors.values())).double().tolist(), str(path))
-
-
-def _rows(found: Any, where: str) -> Rows:
-    """Check that something is a list of equally long rows of numbers."""
-    is_rows = (
-        isinstance(found, (list, tuple)) and found and all(isinstance(row, (list, tuple)) and row for row in found)
-    )
-    numbers = [value for row in found for value in row] if is_rows else []
-    if not is_rows or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
-        raise InputError(f"{where}: expected a list of rows of numbers, [[0.3, ...], ...].")
-    if len({len(row) for row in found}) != 1 or not all(abs(value) < float("inf") for value in numbers):
+def _checked(rows: Any, where: str) -> Rows:
+    """Check that something is a list of equally long rows of finite numbers."""
+    are_rows = isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)
+    numbers = [value for row in rows for value in row] if are_rows else []
+    if not are_rows or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
+        raise _no_list(where, "no rows of numbers")
+    if len({len(row) for row in rows}) != 1 or not all(abs(value) <= sys.float_info.max for value in numbers):
         raise InputError(f"{where}: expected rows of one length, of finite numbers.")
-    return tuple(tuple(float(value) for value in row) for row in found)
+    return tuple(tuple(float(value) for value in row) for row in rows)
+
+
+def _no_list(where: str, reason: str) -> InputError:
+    return InputError(
+        f"{where}: expected a text of numbers, found something else ({reason}). Write one line per row, one number per "
+        "expert with a blank between them, or a JSON list, [[0.3, ...], ...]."
+    )

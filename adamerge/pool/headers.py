@@ -43,15 +43,51 @@ class KeyMap:
         """Return the key of a parameter in the files."""
         return self._to_file[name]
 
+    def buffers(self, checkpoint: Checkpoint, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a checkpoint's values of an encoder's buffers.
+
+        Args:
+            checkpoint: The file.
+            like: Buffer name to the encoder's own: its dtype and device are kept, and it stands in where
+                the file has no such tensor.
+
+        Raises:
+            InputError: If a buffer has another shape in the file.
+        """
+        present, values = set(checkpoint.keys), dict(like)
+        for name, buffer in like.items():
+            key = self._to_file.get(name)
+            if key is None or key not in present:
+                continue
+            shape = checkpoint.spec(key)[0]
+            if shape != tuple(buffer.shape):
+                raise InputError(
+                    f"{checkpoint.name}: buffer {key!r}: expected the encoder's shape {tuple(buffer.shape)}, "
+                    f"found {shape}. Were both made from the same architecture?"
+                )
+            values[name] = checkpoint.get(key).to(buffer, copy=True)
+        return values
+
 
 @dataclass(frozen=True)
-class Layout:
+class PoolLayout:
     """What the headers say: which parameters merge, which do not and why, and all that is wrong."""
 
     merged: tuple[str, ...]
     fixed: tuple[str, ...]
     skipped: Mapping[str, str]
     problems: tuple[str, ...]
+
+    def refuse(self) -> None:
+        """Raise the first problem, if there is any.
+
+        Raises:
+            InputError: With the number of the others.
+        """
+        if self.problems:
+            others = len(self.problems) - 1
+            more = f" (and {others} more problems; `adamerge check` lists all)" if others else ""
+            raise InputError(self.problems[0] + more)
 
 
 def check_layout(
@@ -61,7 +97,7 @@ def check_layout(
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     tied: Mapping[str, str],
-) -> Layout:
+) -> PoolLayout:
     """Compare names, shapes and dtypes without reading a tensor; collect everything that is wrong."""
     merged, fixed, skipped = [], [], {}
     is_excluded = _matcher(exclude)
@@ -93,7 +129,7 @@ def check_layout(
         )
     for expert, checkpoint in experts.items():
         problems += _compare(base, expert, checkpoint, keys, merged, is_ignored)
-    return Layout(tuple(merged), tuple(fixed), skipped, tuple(problems))
+    return PoolLayout(tuple(merged), tuple(fixed), skipped, tuple(problems))
 
 
 def check_names(experts: Mapping[str, object]) -> None:

@@ -45,7 +45,7 @@ class PoolPart:
             dtype = pool.packed.dtype
         experts = len(pool.expert_names)
         size = sum(map(len, self.ranges.values())) * experts * dtype.itemsize
-        self._task_vectors = TaskVectors(experts, pool.wanted_storage, "ram", size, dtype, pool.compute_dtype)
+        self._task_vectors = TaskVectors(experts, pool.options.storage, "ram", size, dtype, pool.compute_dtype)
         for name in pool.names:
             entries = self.ranges[name]
             self.base[name] = pool.base[name].view(-1)[entries.start : entries.stop].clone()

@@ -9,9 +9,9 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,13 +21,15 @@ from adamerge.checkpoints.hashes import check_hash
 from adamerge.checkpoints.hub import HubReference, located_all
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError
-from adamerge.pool.headers import KeyMap, Layout, check_layout, check_names, shared_names
+from adamerge.pool.content import check_differ, check_finite, check_norms, norms_of
+from adamerge.pool.headers import KeyMap, check_layout, check_names, shared_names
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.lora import change_of, open_expert
 from adamerge.pool.low_rank import Factors
+from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
-from adamerge.pool.report import PoolReport
-from adamerge.pool.task_vectors import DTYPES, Storage, TaskVectors, check_storage, choose_storage
+from adamerge.pool.report import PoolReport, pool_report
+from adamerge.pool.task_vectors import TaskVectors, choose_storage
 from adamerge.system.memory import return_freed_memory
 from adamerge.transforms import Prepared, Transform
 
@@ -63,72 +65,55 @@ class ExpertPool:
         transform: Applied to the task vectors, or None.
         packed: The file that the task vectors come from, or None.
         mapped: Whether nothing is in memory, neither base nor task vectors.
-        wanted_storage: As given, for the parts of a mapped pool.
+        options: As given.
     """
 
     UNCHANGED = "no expert changed it"
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        experts: Mapping[str, Checkpoint],
-        *,
-        storage: Storage = "device",
-        dtype: torch.dtype | None = None,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        key_map: str | Mapping[str, str] | None = None,
-        tied: Mapping[str, str] | None = None,
-        transform: Transform | None = None,
-        task_vectors: Path | str | None = None,
-        duplicates: Literal["refuse", "allow"] = "refuse",
-        mapped: bool = False,
-    ) -> None:
-        if duplicates not in ("refuse", "allow"):
-            raise InputError(f"pool.duplicates: expected refuse or allow, found {duplicates!r}.")
-        keys = KeyMap(base.keys, key_map)
-        layout = check_layout(base, experts, keys, include, exclude, tied or {})
-        if layout.problems:
-            _refuse(layout.problems)
-        self.source = base
-        self.expert_names = tuple(experts)
-        self.tied = dict(tied or {})
-        self.keys = keys
-        self.skipped = dict(layout.skipped)
-        self._experts = dict(experts)
-        dtypes = {base.spec(keys.file_key(name))[1] for name in layout.merged}
-        self.compute_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self.device = torch.device("cpu")
-        self.mapped, self.wanted_storage = mapped, storage
-        self.fixed = self._tensors()
+    def __init__(self, base: Checkpoint, experts: Mapping[str, Checkpoint], options: PoolOptions) -> None:
+        self.options, self.device = options, torch.device("cpu")
+        self.source, self._experts, self.expert_names = base, dict(experts), tuple(experts)
+        self.transform, self.mapped, self.tied = options.transform, options.mapped, dict(options.tied or {})
+        self.keys = KeyMap(base.keys, options.key_map)
+        layout = check_layout(base, experts, self.keys, options.include, options.exclude, self.tied)
+        layout.refuse()
+        self.skipped, self._every_name = dict(layout.skipped), sorted((*layout.merged, *layout.fixed))
+        specs = {name: base.spec(self.keys.file_key(name)) for name in layout.merged}
+        shapes = {name: shape for name, (shape, _) in specs.items()}
+        self.compute_dtype = torch.float64 if torch.float64 in {dtype for _, dtype in specs.values()} else torch.float32
+        self.packed = None if options.task_vectors is None else PackedFile(options.task_vectors)
+        self._dtype = stored_dtype(options, self.packed, self.compute_dtype)
+        if self.packed is not None:
+            for problem in self.packed.problems(self.expert_names, shapes):
+                raise InputError(problem)
+            self.packed.check_source(self.hashes(), self.keys_digest)
+        self.base, self.fixed = self._tensors(), self._tensors()
         for name in layout.fixed:
-            self.fixed[name] = self._read(base, name) if mapped else self._read(base, name).clone()
-        self._every_name = sorted((*layout.merged, *layout.fixed))
-        self.transform = transform
-        self._prepared: Prepared | None = None
-        self.packed = None if task_vectors is None else PackedFile(task_vectors)
-        self._dtype = self._check_options(storage, dtype, layout)
-        if mapped:
-            storage = "stream"
-        if transform is not None:
-            # Statistics come from the raw experts as they are in their files, before any rounding to ``dtype``.
-            raw = partial(
-                ExpertPool, include=include, exclude=exclude, key_map=key_map, tied=tied, duplicates=duplicates
-            )
-            self._prepared = Prepared(transform, raw(base, experts, storage="stream"))
-        self.base = self._tensors()
-        entries = sum(math.prod(base.spec(keys.file_key(name))[0]) for name in layout.merged)
-        size = entries * len(experts) * self._dtype.itemsize if self.packed is None else self.packed.nbytes
-        start = choose_storage(storage, size) if transform is None else "ram"
-        self._task_vectors = TaskVectors(len(experts), storage, start, size, self._dtype, self.compute_dtype)
+            self.fixed[name] = self._read(base, name) if self.mapped else self._read(base, name).clone()
+        self._prepared = None if options.transform is None else Prepared(options.transform, self._untransformed())
+        size = sum(map(math.prod, shapes.values())) * len(experts) * self._dtype.itemsize
+        self._task_vectors = self._empty_task_vectors(size if self.packed is None else self.packed.nbytes)
         self._norms: dict[str, Tensor] = {}
         self._load(layout.merged)
         return_freed_memory()  # the more experts, the more of it
         self.names = tuple(self.base)
-        self.shapes = {name: base.spec(keys.file_key(name))[0] for name in self.names}
-        self._check_content(duplicates == "allow")
-        if storage == "auto":
+        self.shapes = {name: shapes[name] for name in self.names}
+        check_differ(
+            self._norms, self._experts, base.name, options,
+            lambda one, two: all(torch.equal(tile[one], tile[two]) for _, tile in self.tiles()),
+        )  # fmt: skip
+        if options.storage == "auto" and not self.mapped:
             self._log_storage()
+
+    def _untransformed(self) -> "ExpertPool":
+        """Return the pool that statistics come from: experts as in their files, before any rounding to ``dtype``."""
+        raw = replace(self.options, transform=None, storage="stream", dtype=None)
+        return ExpertPool(self.source, self._experts, raw)
+
+    def _empty_task_vectors(self, size: int) -> TaskVectors:
+        storage = "stream" if self.mapped else self.options.storage
+        start = choose_storage(storage, size) if self.transform is None else "ram"
+        return TaskVectors(len(self._experts), storage, start, size, self._dtype, self.compute_dtype)
 
     @property
     def storage(self) -> str:
@@ -141,17 +126,8 @@ class ExpertPool:
         base: Path | str | HubReference,
         experts: Mapping[str, Path | str | HubReference],
         *,
-        storage: Storage = "auto",
-        dtype: torch.dtype | None = None,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        key_map: str | Mapping[str, str] | None = None,
-        tied: Mapping[str, str] | None = None,
-        transform: Transform | None = None,
-        task_vectors: Path | str | None = None,
-        duplicates: Literal["refuse", "allow"] = "refuse",
-        mapped: bool = False,
         hashes: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> "ExpertPool":
         """Open a base and its experts from checkpoint files.
 
@@ -160,37 +136,22 @@ class ExpertPool:
                 Face's CLIPs are known by their keys, and seen under open_clip's names; so are the experts.
             experts: Expert name to its checkpoint, a model's folder, or the folder of a LoRA adapter in peft's format;
                 the order becomes axis 0.
-            storage: Where task vectors live: ``device``, ``ram`` (of the host), ``stream`` (formed tile by tile from
-                the mapped files), or ``auto``: the first of these where they fit into half of the free memory.
-            dtype: Of task vectors in memory: bfloat16 halves it, int8 quarters it. Default: as computed. Streamed
-                ones are never rounded, and products of LoRA stay as computed.
-            include: Globs of parameter names to merge (default all).
-            exclude: Globs of parameter names to leave at the base's values.
-            key_map: Prefix to strip from the files' keys (``"visual."``: other keys are not merged), or
-                a mapping from the files' keys to the encoder's names.
-            tied: Alias to canonical parameter name, for weights that the encoder shares.
-            transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; not with ``stream``.
-            task_vectors: A file of packed task vectors, see :mod:`adamerge.pool.pack`; ``experts`` stay the teachers.
-            duplicates: Whether two files with the same weights are an error; one file twice always is.
-            mapped: Keep nothing in memory, and read from the mapped files whatever is asked for: for pools of which
-                each process holds a part (:class:`~adamerge.pool.part.PoolPart`); ``storage`` is that of the part.
             hashes: SHA-256 that the files of ``base`` and of experts by name must have, as far as known.
+            **options: See :class:`~adamerge.pool.options.PoolOptions`: ``storage``, ``exclude``, ``transform``, ...
 
         Raises:
             FileNotFoundError: If a file does not exist.
             InputError: If anything does not fit; the message names file and tensor.
         """
+        checked = PoolOptions(**options)
         check_names(experts)
         places = located_all({_BASE: base, **experts})
-        source, prefix = open_model(places.pop(_BASE)), key_map if isinstance(key_map, str) else ""
+        source, prefix = open_model(places.pop(_BASE)), checked.key_map if isinstance(checked.key_map, str) else ""
         check_names(places)
         opened = {name: open_expert(path, source, prefix) for name, path in places.items()}
         for name, checkpoint in {_BASE: source, **opened}.items():
             check_hash(checkpoint.name, name, (hashes or {}).get(name), checkpoint.sha256)
-        return cls(
-            source, opened, storage=storage, dtype=dtype, include=include, exclude=exclude, key_map=key_map,
-            tied=tied, transform=transform, task_vectors=task_vectors, duplicates=duplicates, mapped=mapped,
-        )  # fmt: skip
+        return cls(source, opened, checked)
 
     @classmethod
     def from_state_dicts(
@@ -217,15 +178,12 @@ class ExpertPool:
             InputError: If anything does not fit.
         """
         check_names(experts)
-        return cls(
-            MemoryCheckpoint("base", base),
-            {name: MemoryCheckpoint(name, tensors) for name, tensors in experts.items()},
-            include=include,
-            exclude=exclude,
-            tied=shared_names(base),
-            transform=transform,
+        options = PoolOptions(
+            storage="device", include=include, exclude=exclude, tied=shared_names(base), transform=transform,
             duplicates=duplicates,
-        )
+        )  # fmt: skip
+        opened = {name: MemoryCheckpoint(name, tensors) for name, tensors in experts.items()}
+        return cls(MemoryCheckpoint("base", base), opened, options)
 
     def task_vectors(self, name: str) -> Tensor:
         """Return the task vectors of one parameter, (E, *S) in ``compute_dtype``."""
@@ -234,11 +192,7 @@ class ExpertPool:
     def tile(self, name: str, start: int, stop: int, *, reuse: bool = False) -> Tensor:
         """Return entries ``start:stop`` of a flattened parameter's task vectors, (E, stop - start).
 
-        Args:
-            name: The parameter.
-            start: First entry.
-            stop: End, exclusive.
-            reuse: Whether the result may be overwritten by the next call (no memory is allocated then).
+        With ``reuse`` no memory is allocated, and the next call may overwrite the result.
         """
         return self._task_vectors.tile(name, start, stop, self.base[name].view(-1), reuse)
 
@@ -257,10 +211,7 @@ class ExpertPool:
         return self._task_vectors.factors(name)
 
     def pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Yield a parameter's task vectors in tiles that stay small whatever its size: where, and (E, entries).
-
-        A tile is valid until the next.
-        """
+        """Yield a parameter's task vectors in small tiles, each valid until the next: where, and (E, entries)."""
         size, step = self.base[name].numel(), max(1024, _TILE // len(self.expert_names) // 1024 * 1024)
         for start in range(0, size, step):
             stop = min(start + step, size)
@@ -297,29 +248,10 @@ class ExpertPool:
     def buffers(self, like: Mapping[str, Tensor], expert: str | None = None) -> dict[str, Tensor]:
         """Return the base's, or an expert's, values of an encoder's buffers, such as BatchNorm statistics.
 
-        Args:
-            like: Buffer name to the encoder's own: its dtype and device are kept, and it stands in where
-                the file has no such tensor.
-            expert: Whose; default the base's.
-
         Raises:
-            InputError: If a buffer has another shape in the file.
+            InputError: See :meth:`~adamerge.pool.headers.KeyMap.buffers`.
         """
-        checkpoint = self.source if expert is None else self._experts[expert]
-        present, values = set(checkpoint.keys), {}
-        for name, own in like.items():
-            key = self.keys.file_key(name) if name in self.keys else None
-            if key not in present:
-                values[name] = own
-                continue
-            shape = checkpoint.spec(key)[0]
-            if shape != tuple(own.shape):
-                raise InputError(
-                    f"{checkpoint.name}: buffer {key!r}: expected the encoder's shape {tuple(own.shape)}, "
-                    f"found {shape}. Were both made from the same architecture?"
-                )
-            values[name] = checkpoint.get(key).to(own, copy=True)
-        return values
+        return self.keys.buffers(self.source if expert is None else self._experts[expert], like)
 
     def to(self, device: torch.device | str) -> "ExpertPool":
         """Move to a device, in place; which task vectors come along is a matter of the storage."""
@@ -361,35 +293,11 @@ class ExpertPool:
 
     def report(self) -> PoolReport:
         """Return sizes, hashes, norms, cosines and what is skipped; one pass over the task vectors."""
-        gram = torch.zeros(len(self.expert_names), len(self.expert_names), dtype=torch.float64)
-        for name in self.names:
-            for _, tile in self.pieces(name):
-                gram += (tile @ tile.T).cpu().double()
-        norms = gram.diagonal().sqrt()
-        base = {name: torch.linalg.vector_norm(w, dtype=torch.float64).item() for name, w in self.base.items()}
-        scale = math.hypot(*base.values())
-        hashes = self.hashes()
-        return PoolReport(
-            experts={
-                name: {
-                    "source": self._experts[name].name,
-                    "sha256": hashes[name],
-                    "norm": norm,
-                    "relative_norm": norm / scale,
-                }
-                for name, norm in zip(self.expert_names, norms.tolist(), strict=True)
-            },
-            parameters=len(self.names),
-            entries=sum(tensor.numel() for tensor in self.base.values()),
-            skipped=self.skipped,
-            cosines=gram / torch.outer(norms, norms),
-            norms=self._norms,
-            base_norms=base,
-            storage=self.storage,
-            bytes=self.nbytes,
-            dtype=self.dtype_name,
+        return pool_report(
+            self._experts, self.base, self.tiles(), self.hashes(),
+            skipped=self.skipped, norms=self._norms, storage=self.storage, bytes=self.nbytes, dtype=self.dtype_name,
             transform=self.transform if self.packed is None else self.packed.transform,
-        )
+        )  # fmt: skip
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
         tensor = checkpoint.get(self.keys.file_key(name)).to(self.device)
@@ -405,23 +313,13 @@ class ExpertPool:
             base = self._read(self.source, name)
             if isinstance(self.source, MemoryCheckpoint):
                 base = base.clone()  # the caller may go on changing its own tensors
-            _check_finite(base, self.source.name, self.keys.file_key(name))
+            check_finite(base, self.source.name, self.keys.file_key(name))
             self.base[name] = base
-            if not self._add(name, base):
-                self._set_aside(name)
-                continue
-            # Without a float64 copy of each tile: between small tensors that stay, such copies fragment the heap.
-            tiles = (tile for _, tile in self.pieces(name))
-            squares = sum(torch.linalg.vector_norm(tile, dim=1, dtype=torch.float64).square() for tile in tiles)
-            norms = torch.as_tensor(squares).sqrt().to(self.compute_dtype)
-            if not torch.isfinite(norms).all():
-                expert = self.expert_names[int((~torch.isfinite(norms)).nonzero()[0])]
-                key, checkpoint = self.keys.file_key(name), self._experts[expert]
-                _check_finite(checkpoint.get(key), checkpoint.name, key)
-                raise InputError(
-                    f"pool.dtype: {self.dtype_name} overflows in the task vector of expert {expert!r}, tensor {key!r}. "
-                    "Use bfloat16 or float32, and check the file if that fails too."
-                )
+            if self._add(name, base):
+                norms = norms_of((tile for _, tile in self.pieces(name)), self.compute_dtype)
+                check_norms(norms, self.keys.file_key(name), self._experts, self.dtype_name)
+            else:
+                norms = torch.zeros(len(self._experts))
             if not norms.any():
                 self._set_aside(name)
                 continue
@@ -445,92 +343,8 @@ class ExpertPool:
         """Keep a parameter at the base's values, as no expert changed it."""
         self.fixed[name] = self.base.pop(name)
         self._task_vectors.drop(name)
-        self.skipped[self.keys.file_key(name)] = self.UNCHANGED + self._after()
-
-    def _check_options(self, storage: str, dtype: torch.dtype | None, layout: Layout) -> torch.dtype:
-        """Hold the options about task vectors against each other, and return the dtype of stored ones."""
-        check_storage(storage)
-        if dtype is not None and dtype not in DTYPES.values():
-            raise InputError(f"pool.dtype: expected float32, bfloat16, float16 or int8, found {dtype}.")
-        if self.transform is not None and storage == "stream":
-            raise InputError(
-                "pool.storage: transformed task vectors are kept in memory; use ram, no transform, or pack them and "
-                "name the file as pool.task_vectors."
-            )
-        if self.mapped:
-            self._check_mapped(storage, dtype)
-        if self.packed is None:
-            return dtype or self.compute_dtype
-        where = f"pool.task_vectors: {self.packed.name}"
-        if self.transform is not None:
-            raise InputError(
-                f"{where}: holds {self.packed.transform or 'plain'} task vectors; expected no transform, found "
-                f"{type(self.transform).__name__}. Leave the transform out, or pack the pool with it."
-            )
-        if dtype not in (None, self.packed.dtype):
-            raise InputError(f"pool.dtype: {self.packed.name} holds {self.packed.dtype}, found {dtype}; leave it out.")
-        shapes = {name: self.source.spec(self.keys.file_key(name))[0] for name in layout.merged}
-        for problem in self.packed.problems(self.expert_names, shapes):
-            raise InputError(problem)
-        self.packed.check_source(self.hashes(), self.keys_digest)
-        return self.packed.dtype
-
-    def _check_mapped(self, storage: str, dtype: torch.dtype | None) -> None:
-        """Refuse what needs task vectors in memory."""
-        found = "pool.storage: 'stream'" if storage == "stream" else ""
-        if self.packed is None and dtype not in (None, self.compute_dtype):
-            found = f"pool.dtype: {str(dtype).removeprefix('torch.')}"
-        if self.transform is not None:
-            found = f"transform: {type(self.transform).__name__}"
-        if found:
-            raise InputError(
-                f"{found}: not with a pool of which each device keeps its part in memory, as computed (trainer=fsdp). "
-                "Leave it out; or write task vectors so with adamerge transform, and name the file as "
-                "pool.task_vectors."
-            )
+        self.skipped[self.keys.file_key(name)] = self.UNCHANGED + self.options.after
 
     def _log_storage(self) -> None:
         held, level = self.nbytes / 1e6, logging.INFO if self.storage == "stream" else logging.DEBUG
         log.log(level, "Task vectors of %d experts: %s, %.0f MB.", len(self.expert_names), self.storage, held)
-
-    def _check_content(self, allows_duplicates: bool) -> None:
-        """Refuse experts that are the base, or (a coefficient would count twice) each other."""
-        if not self.names:
-            raise InputError(
-                f"Every expert is identical to the base {self.source.name}{self._after()}: all task vectors are zero. "
-                "Are the experts the fine-tuned files?"
-            )
-        norms = torch.stack(list(self._norms.values()))
-        for row, expert in enumerate(self.expert_names):
-            if not norms[:, row].any():
-                raise InputError(
-                    f"Expert {expert!r} ({self._experts[expert].name}) is identical to the base {self.source.name}"
-                    f"{self._after()}: its task vector is zero. Remove it or name its fine-tuned file."
-                )
-            for other in range(0 if allows_duplicates else row):
-                if torch.equal(norms[:, row], norms[:, other]) and self._equal(row, other):
-                    raise InputError(
-                        f"Experts {self.expert_names[other]!r} and {expert!r} have identical weights{self._after()} "
-                        f"({self._experts[expert].name}). Remove one or name its own file; "
-                        "if both are wanted, set pool.duplicates=allow."
-                    )
-
-    def _after(self) -> str:
-        return f" after the transform {type(self.transform).__name__}" if self.transform is not None else ""
-
-    def _equal(self, first: int, second: int) -> bool:
-        return all(torch.equal(tile[first], tile[second]) for _, tile in self.tiles())
-
-
-def _check_finite(tensor: Tensor, where: str, key: str) -> None:
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise InputError(
-            f"{where}: tensor {key!r} holds {bad} NaN or infinite values of {tensor.numel()}. "
-            "The checkpoint is damaged or diverged in training; use another one."
-        )
-
-
-def _refuse(problems: Sequence[str]) -> NoReturn:
-    more = f" (and {len(problems) - 1} more problems; `adamerge check` lists all)" if len(problems) > 1 else ""
-    raise InputError(problems[0] + more)

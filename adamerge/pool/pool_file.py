@@ -24,6 +24,7 @@ from adamerge.checkpoints.hashes import check_hash, file_hash
 from adamerge.checkpoints.hub import HubReference, located, located_all, reference_of
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, check_keys, did_you_mean
+from adamerge.pool.headers import Headers, read_headers
 from adamerge.pool.lora import open_expert
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
@@ -51,6 +52,11 @@ class PoolFile:
     task: str | None = None
     licence: str | None = None
     sha256: str | None = None
+
+    def facts(self) -> dict[str, str]:
+        """Return the entry as a pool file has it, without what is not known."""
+        facts = {"file": str(self.file), "task": self.task, "licence": self.licence, "sha256": self.sha256}
+        return {key: value for key, value in facts.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,21 @@ class PoolFiles:
         for name, entry in self.entries.items():
             path = places[name]
             if not path.exists():  # a folder is a model's, or a LoRA adapter's
-                siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-                raise FileNotFoundError(
-                    f"{path}: no such file, named for {name}; paths in a pool file start from its own folder, not "
-                    f"from yours (those of a yaml file below --config-dir start from yours)."
-                    f"{did_you_mean(path.name, siblings)}"
-                )
+                raise FileNotFoundError(self.no_such_file(name, path))
             check_hash(entry.file, name, entry.sha256, partial(self.hash_of, path))
+
+    def no_such_file(self, name: str, path: Path) -> str:
+        """Return what is to be said of an entry whose file is not there."""
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        return (
+            f"{path}: no such file, named for {name}; paths in a pool file start from its own folder, not from yours "
+            f"(those of a yaml file below --config-dir start from yours).{did_you_mean(path.name, siblings)}"
+        )
+
+    def headers(self) -> Headers:
+        """Return what the headers of the files say: names and shapes of what merges, and all that is wrong."""
+        experts = {name: entry.file for name, entry in self.experts.items()}
+        return read_headers(self.base.file, experts, self.key_prefix or "", self.include, self.exclude or ())
 
     def hash_of(self, path: Path) -> str:
         """Return the SHA-256 of a checkpoint of the pool: of its file, or for a folder of all that is read there."""
@@ -283,10 +297,9 @@ def _place(text: str, where: str, folder: Path) -> Path | HubReference:
         raise InputError(f"{where}: {error}") from error
 
 
-def _described(found: PoolFile) -> dict[str, str]:
-    file = found.file if isinstance(found.file, HubReference) else found.file.absolute()
-    facts = {"file": str(file), "task": found.task, "licence": found.licence, "sha256": found.sha256}
-    return {key: value for key, value in facts.items() if value is not None}
+def _described(entry: PoolFile) -> dict[str, str]:
+    file = entry.file if isinstance(entry.file, HubReference) else entry.file.absolute()
+    return replace(entry, file=file).facts()
 
 
 def _globs(found: Any, where: str) -> tuple[str, ...] | None:

@@ -1,11 +1,8 @@
 """Writing that leaves no half files, and hashes of what was written."""
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -16,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.errors import InputError
-
-log = logging.getLogger(__name__)
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
@@ -77,51 +72,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file that is read, changed and written again; other processes that hold it so wait for their turn.
-
-    A record lock on a hidden file beside it, as a run's folder has; folders that are made for it and stay empty are
-    removed. Not for use twice in one process.
-
-    Raises:
-        InputError: If the folder cannot be written to.
-    """
-    made = [folder for folder in path.absolute().parents if not folder.exists()]
-    lock = path.with_name(f".{path.name}.lock")
-    file = _lock(lock, path)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)  # before the lock is released with the file
-        os.close(file)
-        with contextlib.suppress(OSError):  # not empty
-            for folder in made:
-                folder.rmdir()
-
-
-def _lock(lock: Path, path: Path) -> int:
-    """Open and lock the file that stands for ``path``; return its descriptor."""
-    while True:
-        ensure_writable(lock.parent)
-        try:
-            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # its holder has just ended and removed the folder
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                log.warning("%s cannot be locked (%s): change it from one process at a time.", path, error.strerror)
-                return file
-            log.warning("%s is being changed by another process; waiting for it.", path)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file).st_ino == lock.stat().st_ino:
-                return file
-        os.close(file)  # its holder has just ended and removed it
 
 
 def _usual_mode(path: Path) -> int:

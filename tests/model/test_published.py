@@ -14,7 +14,6 @@ from adamerge.model.published import (
     PublishedList,
     chosen_list,
     named_coefficients,
-    read_lists,
     registration_order,
     shipped_lists,
 )
@@ -24,20 +23,6 @@ MODEL = {
     "vision_cfg": {"image_size": 16, "patch_size": 8, "layers": 2, "width": 16, "head_width": 8},
     "text_cfg": {"context_length": 8, "vocab_size": 10, "width": 8, "heads": 1, "layers": 1},
 }
-PYTHON = """
-raise SystemExit("this file must not be run")
-def get(method, model):
-    weight = 1 / 8
-    if method == 'average':
-        ralpha = [[1.0, weight]]
-    elif method == 'lw' and model == 'ViT-B-32':
-        ralpha = [[1.0000, 0.1, 0.2], [1., 0., 3e-1]]
-    elif method == 'tw' and model == 'ViT-B-32':
-        ralpha = [[1.0, .4, .5]]
-    else:
-        ralpha = [['a']]
-    return ralpha
-"""
 
 
 @pytest.fixture(scope="module")
@@ -172,38 +157,36 @@ def test_list_names_the_shipped_lists_with_their_sizes(capsys):
     assert found[0]["granularity"] == "task"
 
 
-def test_read_lists_python_file_is_read_and_not_run(tmp_path):
-    (tmp_path / "lists.py").write_text(PYTHON)
-    found = read_lists(tmp_path / "lists.py")
-    assert {name: item.rows for name, item in found.items()} == {
-        "lw/ViT-B-32": ((1.0, 0.1, 0.2), (1.0, 0.0, 0.3)),
-        "tw/ViT-B-32": ((1.0, 0.4, 0.5),),
-    }
-    assert chosen_list(str(tmp_path / "lists.py"), "tw/ViT-B-32").rows == ((1.0, 0.4, 0.5),)
-    with pytest.raises(
-        InputError, match=r"--list: expected one of lw/ViT-B-32, tw/ViT-B-32, found tw/ViT-B-3\. Did you"
-    ):
-        chosen_list(str(tmp_path / "lists.py"), "tw/ViT-B-3")
-
-
-def test_read_lists_of_texts_and_tensors(tmp_path):
+def test_chosen_list_of_texts(tmp_path):
     rows = ((0.25, 0.5), (1.0, 0.0))
     (tmp_path / "a.txt").write_text("0.25 0.5\n1, 0\n\n")
     (tmp_path / "a.json").write_text("[[0.25, 0.5], [1, 0]]")
-    torch.save(torch.tensor(rows), tmp_path / "a.pt")
-    save_file({"weights": torch.tensor(rows)}, tmp_path / "a.safetensors")
-    for suffix in ("txt", "json", "pt", "safetensors"):
-        assert read_lists(tmp_path / f"a.{suffix}")["a"].rows == rows, suffix
-    for text, words in (("[[1, 2], [3]]", "one length"), ("a b", "lines of numbers"), ("[[1, 'x']]", "rows of numbers"),
-                        ("[open()]", "list of rows"), ("nan 1", "finite"), ("", "rows of numbers")):  # fmt: skip
+    for suffix in ("txt", "json"):
+        assert chosen_list(str(tmp_path / f"a.{suffix}")).rows == rows, suffix
+    for text, words in (("[[1, 2], [3]]", "one length"), ("[[1, NaN]]", "finite"), ("[[1, 1e400]]", "finite"),
+                        ("[[" + "9" * 400 + "]]", "finite"), ("nan 1", "finite")):  # fmt: skip
         (tmp_path / "b.txt").write_text(text)
         with pytest.raises(InputError, match=words):
-            read_lists(tmp_path / "b.txt")
-    save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "b.safetensors")
-    with pytest.raises(InputError, match="expected one tensor"):
-        read_lists(tmp_path / "b.safetensors")
+            chosen_list(str(tmp_path / "b.txt"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a b", b"[[1, 'x']]", b'[[1, "x"]]', b"[open()]", b"", b"[" * 100_000, b"\x80\x02", b"PK\x03\x04\xff",
+     b"def get():\n    return [[1.0, 0.1]]\n", b'{"format": 1}'],
+)  # fmt: skip
+def test_chosen_list_of_anything_else_is_refused_and_says_how_to_write_it(tmp_path, content):
+    (tmp_path / "b.py").write_bytes(content)
+    with pytest.raises(InputError, match=r"b\.py: expected a text of numbers.*one line per row.*JSON list") as caught:
+        chosen_list(str(tmp_path / "b.py"))
+    assert "\n" not in str(caught.value)
+
+
+def test_chosen_list_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"no such file, and no list of that name ships.*Did you mean 'tw_adamerging/"):
-        chosen_list("tw_adamerging/ViT-B-3", None)
+        chosen_list("tw_adamerging/ViT-B-3")
+    with pytest.raises(FileNotFoundError, match=r"a\.txt: no such file"):
+        chosen_list(str(tmp_path / "a.txt"))
 
 
 def test_import_and_export_make_the_merge_that_the_list_says(clip, tmp_path, monkeypatch, capsys):
@@ -218,13 +201,11 @@ def test_import_and_export_make_the_merge_that_the_list_says(clip, tmp_path, mon
     options = [word for name in reversed(EIGHT) for word in ("--expert", f"{name}={name}.safetensors")]
     assert call(capsys, "pool", "add", "mine", "--base", "base.safetensors", *options)[0] == 0
     rows = rows_of(clip)
-    (tmp_path / "lists.py").write_text(
-        f"def get(method):\n    if method == 'lw':\n        alpha = {rows!r}\n".replace("((", "[(").replace("))", ")]")
-    )
-    code, out = call(capsys, "coefficients", "import", "lists.py", "--pool", "mine", "--out", "lw.json")
+    (tmp_path / "rows.txt").write_text("\n".join(" ".join(map(str, row)) for row in rows))
+    code, out = call(capsys, "coefficients", "import", "rows.txt", "--pool", "mine", "--out", "lw.json")
     assert code == 0
     assert "layer-wise" in out
-    assert json.loads((tmp_path / "lw.json").read_text())["source"]["file"] == "lists.py"
+    assert json.loads((tmp_path / "lw.json").read_text())["source"]["file"] == "rows.txt"
     assert call(capsys, "export", "--pool", "mine", "--coefficients", "lw.json", "--output", "merged")[0] == 0
     merged = load_state_dict(tmp_path / "merged" / "merged.safetensors")
     for row, (name, _) in zip(rows, clip.named_parameters(), strict=True):

@@ -6,6 +6,7 @@ import torch
 from adamerge import Coefficients, ExpertPool, InputError, merge
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.model.coefficients import load_coefficients, save_coefficients
+from adamerge.pool.options import PoolOptions
 from adamerge.transforms import Dare, Lines, Tall, Ties, Trim
 from tests.support.toy import Toy, save_files
 
@@ -82,6 +83,6 @@ def test_coefficients_of_other_parameters_are_refused(toy: Toy, tmp_path):
 def test_duplicates_are_allowed_with_a_transform_too(toy: Toy):
     name = next(iter(toy.experts))
     experts = {key: MemoryCheckpoint(key, toy.experts[name]) for key in ("a", "copy")}
-    pool = ExpertPool(MemoryCheckpoint("base", toy.base), experts, transform=Ties(), duplicates="allow")
+    pool = ExpertPool(MemoryCheckpoint("base", toy.base), experts, PoolOptions(transform=Ties(), duplicates="allow"))
     first, second = pool.task_vectors(pool.names[0])
     assert torch.equal(first, second)

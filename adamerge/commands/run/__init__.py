@@ -1,1 +1,3 @@
 """From a configuration to a run: compose, check, start, run."""
+
+CONFIG_MODULE = "adamerge.configs"

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adamerge import zoo
 from adamerge.backbones import Backbone, Torchvision, own_base
+from adamerge.commands.run import CONFIG_MODULE
 from adamerge.commands.run.checks import (
     SETTINGS,
     check_accelerator,
@@ -47,7 +48,6 @@ from adamerge.transforms import check_transform
 
 log = logging.getLogger(__name__)
 
-CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
 _ZOO = "backbone=zoo (the demo zoo's model, meant where no backbone is named)"  # whose folder nobody has named
 _POOL_KEYS = (

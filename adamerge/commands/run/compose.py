@@ -18,7 +18,8 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
-from adamerge.commands.run.build import CONFIG_MODULE, CONFIG_NAME
+from adamerge.commands.run import CONFIG_MODULE
+from adamerge.commands.run.build import CONFIG_NAME
 from adamerge.commands.run.named_pools import register_resolvers, with_pool_files
 from adamerge.data.benchmarks import task
 from adamerge.data.unlabeled_tasks import Task

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from adamerge.commands.run.build import CONFIG_MODULE
+from adamerge.commands.run import CONFIG_MODULE
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, place, pool_files
 from adamerge.zoo import benchmark_folder, files

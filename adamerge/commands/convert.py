@@ -1,0 +1,52 @@
+"""``convert``: a pickle's tensors as safetensors, or a CLIP in another library's format."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from adamerge.checkpoints import convert as conversion
+from adamerge.commands.terminal import json_option, print_json, size
+from adamerge.errors import InputError, shorten
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME.safetensors, or with --to a folder.")
+@click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
+@click.option("--to", "target", type=click.Choice(["open_clip", "hf"]), help="A CLIP in the other library's format.")
+@json_option
+def convert(source: Path, out: Path, key_prefix: str, target: str | None, as_json: bool) -> None:
+    """Write a pickled checkpoint's tensors as safetensors, nothing in it is run; or a CLIP in another format.
+
+    \b
+    adamerge convert MNIST.pt --out mnist.safetensors
+    adamerge convert clip-vit-base-patch32 --to open_clip --out vit_b32        a folder of Hugging Face's
+    adamerge convert vit_b32 --to hf --out clip                                a folder of open_clip's
+    """  # noqa: D301
+    if target is not None:
+        from adamerge.results.formats.convert import convert_model  # imports the other libraries
+
+        if key_prefix:
+            raise InputError("--key-prefix: only without --to.")
+        files = convert_model(source, target, out)
+        if as_json:
+            print_json({"files": [str(path) for path in files]})
+            return
+        for path in files:
+            click.echo(str(path))
+        return
+    done = conversion.convert(source, out, key_prefix)
+    if as_json:
+        print_json({"file": str(out), **asdict(done)})
+        return
+    counts = ", ".join(f"{count} {dtype}" for dtype, count in done.dtypes.items())
+    lines = [f"{source}: {done.of}", f"  {sum(done.dtypes.values())} tensors, {size(done.nbytes)}: {counts}"]
+    if done.inert:
+        lines.append(f"  named in it, not imported: {shorten(done.inert)}")
+    if done.left_out:
+        lines.append(f"  left out: {shorten(done.left_out)}")
+    if done.prefix:
+        lines.append(f"  All names begin with {done.prefix!r}: --key-prefix {key_prefix}{done.prefix} takes it off.")
+    for line in (*lines, str(out)):
+        click.echo(line.encode("ascii", "backslashreplace").decode())
