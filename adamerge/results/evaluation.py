@@ -53,9 +53,14 @@ class TableRow:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def accuracies(self) -> dict[str, float]:
+        """Accuracy by task."""
+        return {task: score.accuracy for task, score in self.scores.items()}
+
+    @property
     def mean(self) -> float:
         """Mean accuracy over the tasks."""
-        return sum(score.accuracy for score in self.scores.values()) / len(self.scores)
+        return _mean(self.accuracies)
 
 
 @torch.no_grad()
@@ -156,24 +161,25 @@ def _resampled(values: Mapping[str, Tensor], samples: int, seed: int) -> Tensor:
     return total / len(values)
 
 
-def normalised(row: TableRow, experts: TableRow) -> float | None:
-    """Return the mean over tasks of accuracy relative to the task's own expert (the field's measure).
-
-    None where an expert has no hit at all.
-    """
-    if any(experts.scores[task].accuracy == 0 for task in row.scores):
+def ratios(accuracies: Mapping[str, float], experts: Mapping[str, float]) -> dict[str, float] | None:
+    """Return each task's accuracy relative to that of the task's own expert; None where an expert has no hit at all."""
+    if any(not experts.get(task) for task in accuracies):
         return None
-    ratios = [row.scores[task].accuracy / experts.scores[task].accuracy for task in row.scores]
-    return sum(ratios) / len(ratios)
+    return {task: accuracy / experts[task] for task, accuracy in accuracies.items()}
 
 
-def gap_closed(row: TableRow, start: TableRow, experts: TableRow) -> float | None:
-    """Return how much of the mean's gap from ``start`` to ``experts`` a row closes; 1 is all.
+def normalised(accuracies: Mapping[str, float], experts: Mapping[str, float]) -> float | None:
+    """Return the mean of :func:`ratios`, the field's measure."""
+    relative = ratios(accuracies, experts)
+    return None if relative is None else _mean(relative)
+
+
+def gap_closed(mean: float, start: float, experts: float) -> float | None:
+    """Return how much of the gap between two mean accuracies a third closes; 1 is all.
 
     None where the experts are no better than ``start``.
     """
-    gap = experts.mean - start.mean
-    return (row.mean - start.mean) / gap if gap > 0 else None
+    return (mean - start) / (experts - start) if experts > start else None
 
 
 def summary(
@@ -191,12 +197,12 @@ def summary(
     for name, row in rows.items():
         low, high = bootstrap(row.scores)
         content[name] = {
-            "per_task": {task: score.accuracy for task, score in row.scores.items()},
+            "per_task": row.accuracies,
             "calibration_error": {task: score.calibration_error for task, score in row.scores.items()},
             "mean": row.mean,
             "interval": [low, high],
-            "normalised": normalised(row, experts) if experts else None,
-            "gap_closed": gap_closed(row, start, experts) if experts and start else None,
+            "normalised": normalised(row.accuracies, experts.accuracies) if experts else None,
+            "gap_closed": gap_closed(row.mean, start.mean, experts.mean) if experts and start else None,
             "uses_labels": row.uses_labels,
             "uses_data": row.uses_data,
             "seconds": row.seconds,

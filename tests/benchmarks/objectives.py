@@ -119,8 +119,8 @@ class Bench:
         return {
             "per_task": {task: score.accuracy for task, score in row.scores.items()},
             "mean": row.mean,
-            "normalised": normalised(row, self.experts),
-            "gap_closed": gap_closed(row, self.start, self.experts),
+            "normalised": normalised(row.accuracies, self.experts.accuracies),
+            "gap_closed": gap_closed(row.mean, self.start.mean, self.experts.mean),
             "seconds": seconds,
             "steps": steps,
             "seed": self.seed,

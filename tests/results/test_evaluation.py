@@ -153,17 +153,17 @@ def test_row_mean_is_over_tasks():
 
 
 def test_normalised_is_the_mean_of_ratios_to_the_tasks_own_expert():
-    row = TableRow({"a": score(True, False), "b": score(True, True, True, False)})
-    experts = TableRow({"a": score(True, True), "b": score(True, True, True, False)})
+    row, experts = {"a": 0.5, "b": 0.75}, {"a": 1.0, "b": 0.75}
     assert normalised(row, experts) == pytest.approx((0.5 + 1.0) / 2)
     assert normalised(experts, experts) == 1.0
+    assert normalised(row, {"a": 0.0, "b": 0.75}) is None
 
 
 def test_gap_closed_is_zero_at_the_start_one_at_the_experts_and_linear_between():
-    start, middle, experts = (TableRow({"a": score(*[i < n for i in range(10)])}) for n in (4, 5, 8))
-    assert gap_closed(start, start, experts) == 0
-    assert gap_closed(middle, start, experts) == pytest.approx(0.25)
-    assert gap_closed(experts, start, experts) == 1
+    assert gap_closed(0.4, 0.4, 0.8) == 0
+    assert gap_closed(0.5, 0.4, 0.8) == pytest.approx(0.25)
+    assert gap_closed(0.8, 0.4, 0.8) == 1
+    assert gap_closed(0.5, 0.4, 0.4) is None
 
 
 # Summary

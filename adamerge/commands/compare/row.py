@@ -227,24 +227,44 @@ def _merge(node: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> tu
 
 def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Run ``adapt``, from where it was interrupted, and return its row."""
-    config.run_dir = str(folder / _RUN)
+    run, start = folder / _RUN, folder / "start" / _MERGED
+    config.run_dir = str(run)
     config.references, config.report = False, False
-    with held(folder / _RUN, option="--out"):
-        _check_same(spec, config, folder)
-        return _run(spec, config, folder)
+    with held(run, option="--out"):
+        resumed = is_started(run)
+        begun = _check_same(spec, config, folder) if resumed else _begin(spec, config, folder, start)
+        if spec.rule is not None:
+            config.pool.base = str(start)
+            config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
+            config.init = 0.0 if not any(word.startswith("init=") for word in spec.overrides) else config.init
+        problems = check(config)
+        if problems:
+            raise InputError(problems[0])
+        content = launch.adapt(config, run, resume=resumed)
+    if content is None:
+        raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
+    (row,) = content["rows"].values()
+    facts = {"seconds": row["seconds"] + begun["seconds"], "uses_labels": row["uses_labels"] or begun["uses_labels"]}
+    return {**row, **facts}
 
 
-def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
-    """Note what a row is begun with, and refuse to go on with one that was begun with something else."""
+def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[str, Any]:
+    """Merge what a row starts from, if anything; write down, and return, what it is begun with and what that took."""
+    begun = {"row": spec.as_json(), "config": plain(config), "seconds": 0.0, "uses_labels": False}
+    if spec.rule is not None:
+        rule, begun["seconds"] = _merge(spec.rule, _assembled(config), start)
+        begun["uses_labels"] = bool(getattr(rule, "uses_labels", False))
+    save_json(begun, folder / _STARTED)
+    return begun
+
+
+def _check_same(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Return what an interrupted row was begun with; refuse to go on if that was something else."""
     path = folder / _STARTED
-    own = json.loads(json.dumps({"row": spec.as_json(), "config": plain(config)}))
-    if not is_started(folder / _RUN):
-        save_json(own, path)
-        return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        changed = differing(own["config"], stored["config"])
-        changed += ["start"] if own["row"]["rule"] != stored["row"]["rule"] else []
+        begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        changed = differing(json.loads(json.dumps(plain(config))), begun["config"])
+        changed += ["start"] if json.loads(json.dumps(spec.rule)) != begun["row"]["rule"] else []
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         changed = [f"unknown, as {path.name} is missing or damaged"]
     if changed:
@@ -252,34 +272,4 @@ def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
             f"{folder}: an interrupted row that was made with other options: {', '.join(changed)}. "
             "Remove its folder to make it anew, or choose another --out."
         )
-
-
-def _run(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
-    run, start, spent = folder / _RUN, folder / "start" / _MERGED, folder / "merging.json"
-    before = _read_seconds(spent)
-    if spec.rule is not None:
-        if not is_started(run):
-            before = _merge(spec.rule, _assembled(config), start)[1]
-            save_json({"seconds": before}, spent)
-        config.pool.base = str(start)
-        config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
-        config.init = 0.0 if not any(word.startswith("init=") for word in spec.overrides) else config.init
-    problems = check(config)
-    if problems:
-        raise InputError(problems[0])
-    content = launch.adapt(config, run, resume=is_started(run))
-    if content is None:
-        raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
-    row = dict(next(iter(content["rows"].values())))
-    uses_labels = row["uses_labels"] or (
-        spec.rule is not None and bool(getattr(_built(spec.rule), "uses_labels", False))
-    )
-    return {**row, "seconds": row["seconds"] + before, "uses_labels": uses_labels}
-
-
-def _read_seconds(path: Path) -> float:
-    """Return what a row's merge took before it adapts; 0 where there is none."""
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-    except FileNotFoundError:
-        return 0.0
+    return begun

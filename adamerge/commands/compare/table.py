@@ -7,7 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from adamerge.results.evaluation import FORMAT
+from adamerge.results.evaluation import FORMAT, gap_closed, ratios
 
 START, GOAL = "task_arithmetic_0.3", "experts"  # what the measures refer to
 
@@ -24,23 +24,28 @@ def compared(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
         The rows with ``normalised_per_task``, ``seeds`` and ``spread`` (standard deviation of the mean accuracy over
         the seeds; None for one) besides. Measures compare results of the same seed.
     """
-    by_seed = {name: {result["seed"]: result for result in found} for name, found in results.items() if found}
-    rows = {name: _averaged(found, by_seed) for name, found in by_seed.items()}
+    by_seed = {name: {result["seed"]: result for result in every} for name, every in results.items() if every}
+    rows = {name: _averaged(seeds, by_seed) for name, seeds in by_seed.items()}
     first = next(iter(next(iter(by_seed.values())).values()))
     unseen = list(dict.fromkeys(task for row in rows.values() for task in row.get("unseen", ())))
     tasks = {"tasks": list(first["per_task"]), **({"unseen": unseen} if unseen else {})}
     return {"format": FORMAT, "protocol": first["protocol"], **tasks, "rows": rows}
 
 
-def _averaged(found: Mapping[int, Result], every: Mapping[str, Mapping[int, Result]]) -> dict[str, Any]:
-    results = list(found.values())
+def _averaged(by_seed: Mapping[int, Result], every: Mapping[str, Mapping[int, Result]]) -> dict[str, Any]:
+    results = list(by_seed.values())
     tasks = list(results[0]["per_task"])
     start, goal = every.get(START, {}), every.get(GOAL, {})
-    ratios = [ratio for seed, result in found.items() if (ratio := _ratios(result, goal.get(seed)))]
-    gaps = [_gap(result, start.get(seed), goal.get(seed)) for seed, result in found.items()]
+    with_goal = [(result, goal[seed]) for seed, result in by_seed.items() if seed in goal]
+    relative = [r for result, experts in with_goal if (r := ratios(result["per_task"], experts["per_task"]))]
+    gaps = [
+        gap_closed(result["mean"], start[result["seed"]]["mean"], experts["mean"])
+        for result, experts in with_goal
+        if result["seed"] in start
+    ]
+    closed = [gap for gap in gaps if gap is not None]
     means = [result["mean"] for result in results]
-    known = [gap for gap in gaps if gap is not None]
-    per_task = {task: _mean([ratio[task] for ratio in ratios]) for task in tasks} if ratios else None
+    per_task = {task: _mean([ratio[task] for ratio in relative]) for task in tasks} if relative else None
     unseen = {task: _mean([result["unseen"][task] for result in results]) for task in results[0].get("unseen", ())}
     return {
         **({"unseen": unseen} if unseen else {}),
@@ -50,32 +55,16 @@ def _averaged(found: Mapping[int, Result], every: Mapping[str, Mapping[int, Resu
         "interval": [_mean([result["interval"][side] for result in results]) for side in (0, 1)],
         "normalised": _mean(list(per_task.values())) if per_task else None,
         "normalised_per_task": per_task,
-        "gap_closed": _mean(known) if known else None,
+        "gap_closed": _mean(closed) if closed else None,
         "uses_labels": any(result["uses_labels"] for result in results),
         "uses_data": any(result["uses_data"] for result in results),
         "seconds": _mean([result["seconds"] for result in results]),
         "peak_memory_bytes": max(result["peak_memory_bytes"] for result in results),
         "seed": results[0]["seed"],
-        "seeds": list(found),
+        "seeds": list(by_seed),
         "spread": statistics.stdev(means) if len(means) > 1 else None,
-        **(
-            {"coefficient": _mean([result["coefficient"] for result in results])} if "coefficient" in results[0] else {}
-        ),
+        **{key: _mean([result[key] for result in results]) for key in ("coefficient",) if key in results[0]},
     }
-
-
-def _ratios(result: Result, experts: Result | None) -> dict[str, float] | None:
-    """Return a result's accuracies relative to each task's own expert."""
-    if experts is None or any(not experts["per_task"].get(task) for task in result["per_task"]):
-        return None
-    return {task: accuracy / experts["per_task"][task] for task, accuracy in result["per_task"].items()}
-
-
-def _gap(result: Result, start: Result | None, goal: Result | None) -> float | None:
-    """Return the share of the way from task arithmetic to the experts."""
-    if start is None or goal is None or goal["mean"] <= start["mean"]:
-        return None
-    return float((result["mean"] - start["mean"]) / (goal["mean"] - start["mean"]))
 
 
 def terminal(content: Mapping[str, Any]) -> Table:
