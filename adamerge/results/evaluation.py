@@ -213,8 +213,8 @@ def summary(
     tasks = list(next(iter(rows.values())).scores)
     left_out = {"unreadable": dict(unreadable)} if unreadable else {}
     unseen = list(dict.fromkeys(task for row in rows.values() for task in row.unseen))
-    more = {"unseen": unseen} if unseen else {}
-    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **more, **left_out, "rows": content}
+    marked = {"unseen": unseen} if unseen else {}
+    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **marked, **left_out, "rows": content}
 
 
 def write_summary(

@@ -177,13 +177,13 @@ def load_heads(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
 def versions() -> dict[str, str]:
     """Return the versions that decide a result: Python, adamerge, torch and the packages around it."""
     packages = ("torch", "lightning", "open_clip_torch", "torchvision", "safetensors")
-    found = {"python": platform.python_version(), "adamerge": __version__}
+    numbers = {"python": platform.python_version(), "adamerge": __version__}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            numbers[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def digest(coefficients: Coefficients) -> str:

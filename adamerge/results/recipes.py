@@ -46,8 +46,8 @@ def read_recipe(path: Path, command: str, keys: Sequence[str]) -> dict[str, Any]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: no recipe of `adamerge {command}` ({error}). {_mend(command)}") from error
     if not isinstance(content, dict) or missing:
-        found = f"lacks {', '.join(missing)}" if missing else "no mapping"
-        raise InputError(f"{path}: no recipe of `adamerge {command}` ({found}). {_mend(command)}")
+        problem = f"lacks {', '.join(missing)}" if missing else "no mapping"
+        raise InputError(f"{path}: no recipe of `adamerge {command}` ({problem}). {_mend(command)}")
     return content
 
 
@@ -61,8 +61,8 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     >>> flat({"steps": 3, "optimizer": {"lr": 0.1}})
     {'steps': 3, 'optimizer.lr': 0.1}
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for key, value in content.items():
         nested = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
+        options |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return options

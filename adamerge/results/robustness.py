@@ -61,7 +61,7 @@ def score_corruptions(
         "checkpoint": made.name,
         "adapted_on": CLEAN if stream is None else str(stream),
         "seed": data.seed,
-        "corruptions": {name: {"rows": found["rows"]} for name, found in content.items()},
+        "corruptions": {name: {"rows": scored["rows"]} for name, scored in content.items()},
     }
 
 
@@ -88,13 +88,13 @@ def cells(content: Mapping[str, Any]) -> list[list[str]]:
     first = next(iter(content["corruptions"].values()))["rows"]
     others = [row for row in first if row != name]
     lines = [["images", *tasks, "mean", *(f"{task} (unseen)" for task in unseen), *others]]
-    for corruption, found in content["corruptions"].items():
-        own = found["rows"][name]
+    for corruption, scored in content["corruptions"].items():
+        row = scored["rows"][name]
         values = [
-            *(own["per_task"][task] for task in tasks),
-            own["mean"],
-            *(own["unseen"][task] for task in unseen),
-            *(found["rows"][row]["mean"] for row in others),
+            *(row["per_task"][task] for task in tasks),
+            row["mean"],
+            *(row["unseen"][task] for task in unseen),
+            *(scored["rows"][other]["mean"] for other in others),
         ]
         lines.append([corruption, *(f"{100 * value:.1f}" for value in values)])
     return lines

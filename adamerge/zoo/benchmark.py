@@ -139,8 +139,8 @@ def _pretraining(root: Path, style: str, count: int, seed: int) -> tuple[Tensor,
     rng = seeded("fashion", f"pretraining/{style}", seed)
     chosen = torch.from_numpy(rng.permutation(np.arange(garments) % len(pixels)))
     masks = random_affine(pixels[chosen, None].float() / 255, rng, 30.0)
-    more = normalise(STYLES[style](masks, rng))
-    return torch.cat([images, more]), torch.cat([labels, classes[chosen] + len(PRETRAINING_CLASSES)])
+    photographed = normalise(STYLES[style](masks, rng))
+    return torch.cat([images, photographed]), torch.cat([labels, classes[chosen] + len(PRETRAINING_CLASSES)])
 
 
 def _config() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from adamerge.system.progress import Stopwatch
 from adamerge.system.progress import bar as progress_bar
 from adamerge.zoo.design import DEMO, Design
 from adamerge.zoo.model import CONFIG_FILE, model_from_config
-from adamerge.zoo.progress import Progress
+from adamerge.zoo.progress import BuildRecord
 from adamerge.zoo.training import train_base, train_expert
 
 if TYPE_CHECKING:
@@ -56,57 +56,57 @@ def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: D
     output, design = Path(output), design or DEMO
     recipe = {part: asdict(getattr(design, part)) for part in ("base", "expert", "curriculum")}
     key = {"name": design.name, "seed": seed, "recipe": recipe}
-    made = Progress(output, key)
-    if made.finished is not None:
-        return made.finished
+    record = BuildRecord(output, key)
+    if record.finished is not None:
+        return record.finished
     (output / "experts").mkdir(parents=True, exist_ok=True)
     remove_temporaries(output)
     save_json(design.config(), output / CONFIG_FILE)
     with _bars(progress) as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_from_config(design.config()).train()
-        _make_base(output, model, design, seed, made, bar)
+        _make_base(output, model, design, seed, record, bar)
         start = {name: value.clone() for name, value in model.visual.state_dict().items()}
         experts = {}
         for task in design.classes:
             model.visual.load_state_dict(start)
-            experts[task] = _make_expert(output, model, design, task, seed, made, bar)
+            experts[task] = _make_expert(output, model, design, task, seed, record, bar)
     accuracy = {task: facts["accuracy"] for task, facts in experts.items()}
-    parts = {_BASE: made.done(_BASE, output / f"{_BASE}.safetensors") or {}, **experts}
+    parts = {_BASE: record.done(_BASE, output / f"{_BASE}.safetensors") or {}, **experts}
     facts = {
         **key,
         "held_out_accuracy": accuracy,
         "criterion": {"rule": _CRITERION, "value": _criterion(accuracy)},
-        "seconds": {part: record["seconds"] for part, record in parts.items()},
+        "seconds": {part: entry["seconds"] for part, entry in parts.items()},
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "sha256": _write_pool(output, design, made),
+        "sha256": _write_pool(output, design, record),
         "sources": dict(design.sources),
     }
-    made.finish(facts)
+    record.finish(facts)
     return facts
 
 
-def _make_base(output: Path, model: CLIP, design: Design, seed: int, made: Progress, bar: Bar) -> None:
+def _make_base(output: Path, model: CLIP, design: Design, seed: int, record: BuildRecord, bar: Bar) -> None:
     """Train and write the base, or read it where it is done; ``model`` becomes it."""
     path = output / f"{_BASE}.safetensors"
-    if made.done(_BASE, path) is None:
+    if record.done(_BASE, path) is None:
         watch = Stopwatch()
         train_base(model, design, seed, bar(_BASE, design.base.steps))
         _save(path, model)
-        made.record(_BASE, path, {"seconds": round(watch.seconds(), 1)}, first=True)
+        record.add(_BASE, path, {"seconds": round(watch.seconds(), 1)}, first=True)
     model.load_state_dict(load_file(path))
 
 
 def _make_expert(
-    output: Path, model: CLIP, design: Design, task: str, seed: int, made: Progress, bar: Bar
+    output: Path, model: CLIP, design: Design, task: str, seed: int, record: BuildRecord, bar: Bar
 ) -> dict[str, Any]:
     """Train and write one expert from the base in ``model``, unless it is done; accuracy before and after, seconds."""
     from open_clip import build_zero_shot_classifier
 
     path = output / "experts" / f"{task}.safetensors"
-    if (recorded := made.done(task, path)) is not None:
-        return recorded
+    if (facts := record.done(task, path)) is not None:
+        return facts
     data, watch = design.images(task, seed), Stopwatch()
     head: Tensor = build_zero_shot_classifier(
         model, design.tokenizer(), list(design.classes[task]), list(design.templates)
@@ -118,7 +118,7 @@ def _make_expert(
     train_expert(model, head, train, design.expert, seed, bar(task, design.expert.steps))
     _save(path, model, prefix="visual.")
     accuracy["expert"] = _accuracy(model, head, *held_out)
-    return made.record(task, path, {"accuracy": accuracy, "seconds": round(watch.seconds(), 1)})
+    return record.add(task, path, {"accuracy": accuracy, "seconds": round(watch.seconds(), 1)})
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def _bars(show: bool) -> Iterator[Bar]:
         yield bar
 
 
-def _write_pool(output: Path, design: Design, made: Progress) -> dict[str, str]:
+def _write_pool(output: Path, design: Design, record: BuildRecord) -> dict[str, str]:
     """Write the pool file, unless the user has edited it; return the hashes of all files, as a build writes them."""
     names = [CONFIG_FILE, f"{_BASE}.safetensors", *(f"experts/{task}.safetensors" for task in design.classes)]
     hashes = {name: sha256(output / name) for name in names}
@@ -156,7 +156,7 @@ def _write_pool(output: Path, design: Design, made: Progress) -> dict[str, str]:
         "base": {"file": names[1], "sha256": hashes[names[1]]}, "key_prefix": "visual.", "experts": entries,
     }  # fmt: skip
     text = yaml.safe_dump(content, sort_keys=False).encode()
-    if not made.is_edited(POOL_FILE):
+    if not record.is_edited(POOL_FILE):
         with atomic_path(output / POOL_FILE) as temporary:
             temporary.write_bytes(text)
     return {**hashes, POOL_FILE: hashlib.sha256(text).hexdigest()}

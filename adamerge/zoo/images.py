@@ -142,10 +142,10 @@ def pretraining_images(style: str, count: int, seed: int = 0) -> tuple[Tensor, T
     return normalise(STYLES[style](masks, rng)), labels
 
 
-def _check_choice(what: str, value: str, allowed: Sequence[str]) -> None:
+def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise InputError(
-            f"Unknown {what} {value!r} of the demo zoo: expected one of {', '.join(allowed)}."
+            f"Unknown {option} {value!r} of the demo zoo: expected one of {', '.join(allowed)}."
             + did_you_mean(str(value), allowed)
         )
 

@@ -11,7 +11,7 @@ from adamerge.errors import InputError
 from adamerge.system.files import save_json, sha256
 
 
-class Progress:
+class BuildRecord:
     """What of a zoo is done: its files, and what is known about each.
 
     Args:
@@ -47,7 +47,7 @@ class Progress:
         facts: dict[str, Any] | None = self._done.get(part)
         return facts if facts is not None and file.is_file() and sha256(file) == facts["sha256"] else None
 
-    def record(self, part: str, file: Path, facts: Mapping[str, Any], *, first: bool = False) -> dict[str, Any]:
+    def add(self, part: str, file: Path, facts: Mapping[str, Any], *, first: bool = False) -> dict[str, Any]:
         """Note that a part is done; where the ``first`` has come out otherwise, what was trained from it is not."""
         digest = sha256(file)
         if first and self._done.get(part, {}).get("sha256") != digest:
@@ -75,7 +75,7 @@ class Progress:
 
 
 def _parts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a finished zoo's ``zoo.json`` says about each part, as :meth:`Progress.record` has it."""
+    """Return what a finished zoo's ``zoo.json`` says about each part, as :meth:`BuildRecord.add` has it."""
     hashes = {Path(name).stem: digest for name, digest in content["sha256"].items() if name.endswith(".safetensors")}
     accuracy, seconds = content.get("held_out_accuracy", {}), content.get("seconds", {})
     return {

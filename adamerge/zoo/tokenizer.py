@@ -60,8 +60,8 @@ class Tokenizer:
 
     def _check(self, text: str) -> None:
         tokens = self._tokenizer.encode(text)
-        known = set(self._ids.tolist())
-        unknown = [self._tokenizer.decode([token]).strip() for token in tokens if token not in known]
+        ids = set(self._ids.tolist())
+        unknown = [self._tokenizer.decode([token]).strip() for token in tokens if token not in ids]
         if unknown:
             raise InputError(
                 f"Text {text!r} does not fit the demo zoo's vocabulary: unknown {', '.join(map(repr, unknown))}. "

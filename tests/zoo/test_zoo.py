@@ -17,7 +17,7 @@ from adamerge.zoo import CLASSES, TASKS, TEMPLATES, Tokenizer, ZooImages
 from adamerge.zoo.design import DEMO, Curriculum, TrainingPlan
 from adamerge.zoo.glyphs import FONTS, draw_glyph, require
 from adamerge.zoo.images import PRETRAINING_CLASSES, pretraining_images
-from adamerge.zoo.progress import Progress
+from adamerge.zoo.progress import BuildRecord
 
 open_clip = pytest.importorskip("open_clip")
 for _package in ("mlxtend", "sklearn", "matplotlib"):
@@ -187,15 +187,15 @@ def test_damaged_file_of_a_finished_zoo_is_made_anew_alone(tmp_path):
     for name in names:
         (tmp_path / name).write_text(name)
     key = {"seed": 3}
-    hashes = build_module._write_pool(tmp_path, DEMO, Progress(tmp_path, key))
+    hashes = build_module._write_pool(tmp_path, DEMO, BuildRecord(tmp_path, key))
     accuracy = {task: {"base": 0.5, "expert": 0.9} for task in TASKS}
     seconds = dict.fromkeys(("base", *TASKS), 1.0)
-    Progress(tmp_path, key).finish({**key, "sha256": hashes, "held_out_accuracy": accuracy, "seconds": seconds})
+    BuildRecord(tmp_path, key).finish({**key, "sha256": hashes, "held_out_accuracy": accuracy, "seconds": seconds})
     pool, expert = tmp_path / "pool.yaml", tmp_path / "experts" / "mnist.safetensors"
     pool.write_text("# mine\n" + pool.read_text())
-    assert Progress(tmp_path, key).finished["seed"] == 3
+    assert BuildRecord(tmp_path, key).finished["seed"] == 3
     expert.write_text("damaged")
-    made = Progress(tmp_path, key)
+    made = BuildRecord(tmp_path, key)
     assert made.finished is None
     assert made.done("mnist", expert) is None
     assert made.done("digits", expert.with_name("digits.safetensors"))["accuracy"] == accuracy["digits"]
@@ -203,10 +203,10 @@ def test_damaged_file_of_a_finished_zoo_is_made_anew_alone(tmp_path):
     assert build_module._write_pool(tmp_path, DEMO, made)["pool.yaml"] == hashes["pool.yaml"]
     assert pool.read_text().startswith("# mine")
     base = tmp_path / "base.safetensors"
-    made.record("base", base, {"seconds": 1.0}, first=True)
+    made.add("base", base, {"seconds": 1.0}, first=True)
     assert made.done("digits", expert.with_name("digits.safetensors"))
     base.write_text("another")  # as other versions of packages make it
-    made.record("base", base, {"seconds": 1.0}, first=True)
+    made.add("base", base, {"seconds": 1.0}, first=True)
     assert made.done("digits", expert.with_name("digits.safetensors")) is None
 
 

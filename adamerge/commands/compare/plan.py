@@ -172,11 +172,11 @@ def _stored(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
         result: dict[str, Any] = content.pop("result")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: no result of `adamerge compare`; remove the file to make the row again.") from error
-    own = json.loads(json.dumps(_key(plan, seed, name)))
-    changed = [key for key, value in own.items() if content.get(key) != value]
+    key = json.loads(json.dumps(_key(plan, seed, name)))
+    changed = [option for option, value in key.items() if content.get(option) != value]
     if changed:
         raise InputError(
-            f"{path}: made with another {changed[0]}: expected {own[changed[0]]}, found "
+            f"{path}: made with another {changed[0]}: expected {key[changed[0]]}, found "
             f"{content.get(changed[0])}. Choose another --out, or remove its folder to make the row again."
         )
     return result
