@@ -178,19 +178,29 @@ def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:
             objects other than tensors (it is never unpickled).
     """
     path = Path(path)
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
-    if path.is_dir():
-        raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it.")
-    with path.open("rb") as file:
-        head = file.read(16)
+    head = checkpoint_head(path)
     # Byte 8 first: a safetensors file opens with its header's length, whose bytes may look like the others.
     if head[8:9] != b"{" and (head.startswith((b"PK", _TORCH_LEGACY))):
         return FileCheckpoint(path)
     if head[8:9] != b"{" and head.startswith(b"\x80"):
         raise _refusal(path)
     return SafetensorsCheckpoint(path)
+
+
+def checkpoint_head(path: Path) -> bytes:
+    """Return the first 16 bytes of a checkpoint file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is a folder.
+    """
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
+    if path.is_dir():
+        raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it.")
+    with path.open("rb") as file:
+        return file.read(16)
 
 
 def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from adamerge.errors import InputError, shorten
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """One tensor in both formats.
 
     Attributes:
@@ -47,7 +47,7 @@ class KeyTable:
     """
 
     name: str
-    rules: tuple[Rule, ...]
+    rules: tuple[NameRule, ...]
     signature: tuple[str, ...]
     own_signature: tuple[str, ...]
     ignored: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class KeyTable:
     optional: tuple[str, ...] = ()
 
 
-def _blocks(own: str, theirs: str) -> tuple[Rule, ...]:
+def _blocks(own: str, theirs: str) -> tuple[NameRule, ...]:
     """Return the rules of a transformer's blocks; both towers of CLIP have the same."""
     attention = tuple(f"{theirs}.self_attn.{part}_proj.{{p}}" for part in "qkv")
     pairs = {
@@ -65,27 +65,27 @@ def _blocks(own: str, theirs: str) -> tuple[Rule, ...]:
         "mlp.c_fc": "mlp.fc1",
         "mlp.c_proj": "mlp.fc2",
     }
-    rest = (Rule(f"{own}.{mine}.{{p}}", (f"{theirs}.{other}.{{p}}",)) for mine, other in pairs.items())
-    return (Rule(f"{own}.attn.in_proj_{{p}}", attention), *rest)
+    rest = (NameRule(f"{own}.{mine}.{{p}}", (f"{theirs}.{other}.{{p}}",)) for mine, other in pairs.items())
+    return (NameRule(f"{own}.attn.in_proj_{{p}}", attention), *rest)
 
 
 # transformers' CLIPModel and its towers (CLIPVisionModel, CLIPTextModel, ...WithProjection, ...ForImageClassification).
 HF_CLIP = KeyTable(
     name="Hugging Face CLIP",
     rules=(
-        Rule("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
-        Rule("text_projection", ("text_projection.weight",), transposed=True),
-        Rule("logit_scale", ("logit_scale",)),
-        Rule("visual.class_embedding", ("vision_model.embeddings.class_embedding",)),
-        Rule("visual.positional_embedding", ("vision_model.embeddings.position_embedding.weight",)),
-        Rule("visual.proj", ("visual_projection.weight",), transposed=True),
-        Rule("visual.conv1.weight", ("vision_model.embeddings.patch_embedding.weight",)),
-        Rule("visual.ln_pre.{p}", ("vision_model.pre_layrnorm.{p}",)),
+        NameRule("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
+        NameRule("text_projection", ("text_projection.weight",), transposed=True),
+        NameRule("logit_scale", ("logit_scale",)),
+        NameRule("visual.class_embedding", ("vision_model.embeddings.class_embedding",)),
+        NameRule("visual.positional_embedding", ("vision_model.embeddings.position_embedding.weight",)),
+        NameRule("visual.proj", ("visual_projection.weight",), transposed=True),
+        NameRule("visual.conv1.weight", ("vision_model.embeddings.patch_embedding.weight",)),
+        NameRule("visual.ln_pre.{p}", ("vision_model.pre_layrnorm.{p}",)),
         *_blocks("visual.transformer.resblocks.{n}", "vision_model.encoder.layers.{n}"),
-        Rule("visual.ln_post.{p}", ("vision_model.post_layernorm.{p}",)),
+        NameRule("visual.ln_post.{p}", ("vision_model.post_layernorm.{p}",)),
         *_blocks("transformer.resblocks.{n}", "text_model.encoder.layers.{n}"),
-        Rule("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
-        Rule("ln_final.{p}", ("text_model.final_layer_norm.{p}",)),
+        NameRule("token_embedding.weight", ("text_model.embeddings.token_embedding.weight",)),
+        NameRule("ln_final.{p}", ("text_model.final_layer_norm.{p}",)),
     ),
     signature=("vision_model.pre_layrnorm.weight",),  # spelt so; SigLIP and others of these prefixes have none
     own_signature=("visual.class_embedding", "visual.ln_pre.weight"),

@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.checkpoints.checkpoint import checkpoint_head, save_state_dict
 from adamerge.checkpoints.pickles import read_pickle
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import InputError, shorten
 
 _WRAPPERS = ("module.", "model.")  # DataParallel's name, and that of task_vectors' ImageEncoder
 
@@ -46,16 +46,11 @@ def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
     """
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out}: expected a file name that ends in .safetensors.")
-    if not source.exists():
-        siblings = [p.name for p in source.parent.iterdir()] if source.parent.is_dir() else []
-        raise FileNotFoundError(f"{source}: no such file.{did_you_mean(source.name, siblings)}")
-    if source.is_dir():
-        raise InputError(f"{source}: expected a checkpoint file, found a folder. Name the file inside it.")
+    head = checkpoint_head(source)
     if out.exists() and out.samefile(source):
         raise InputError(f"--out {out}: is the source itself; choose another name.")
-    with source.open("rb") as file:
-        if file.read(9)[8:] == b"{":
-            raise InputError(f"{source}: is a safetensors file already; nothing to convert.")
+    if head[8:9] == b"{":
+        raise InputError(f"{source}: is a safetensors file already; nothing to convert.")
     pickled = read_pickle(source)
     tensors = {name.removeprefix(key_prefix): t for name, t in pickled.tensors.items() if name.startswith(key_prefix)}
     dropped = [name for name in pickled.tensors if not name.startswith(key_prefix)]

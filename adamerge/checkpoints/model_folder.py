@@ -72,7 +72,7 @@ class ShardedCheckpoint:
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelFiles:
     """A model's files, as they are.
 
     Attributes:
@@ -86,7 +86,7 @@ class Found:
     table: KeyTable | None
 
 
-def find_model(path: Path | str) -> Found:
+def find_model(path: Path | str) -> ModelFiles:
     """Open a checkpoint file, or the folder of an open_clip or Hugging Face model, as it is; also in the Hub's cache.
 
     Raises:
@@ -106,11 +106,11 @@ def find_model(path: Path | str) -> Found:
         if weights is None:
             raise FileNotFoundError(f"{path}: no weights: expected one of {', '.join(_WEIGHTS[config.name])} there.")
         checkpoint = ShardedCheckpoint(weights) if weights.suffix == ".json" else open_checkpoint(weights)
-        return Found(checkpoint, config, table_of(checkpoint))
+        return ModelFiles(checkpoint, config, table_of(checkpoint))
     checkpoint = open_checkpoint(path)
     table = table_of(checkpoint)
     beside = path.parent / (OPEN_CLIP_CONFIG if table is None else HF_CONFIG)
-    return Found(checkpoint, beside if beside.is_file() else None, table)
+    return ModelFiles(checkpoint, beside if beside.is_file() else None, table)
 
 
 def open_model(path: Path | str) -> Checkpoint:
@@ -120,12 +120,12 @@ def open_model(path: Path | str) -> Checkpoint:
         FileNotFoundError: If there is no such file.
         InputError: See :func:`find_model`; or if a tensor of several parts lacks one.
     """
-    found = find_model(path)
-    if found.table is None:
-        return found.checkpoint
-    seen = as_own(found.checkpoint, found.table)
-    seen.config_file = found.config_file
-    _tell(found.checkpoint.name, found.table.name)
+    model = find_model(path)
+    if model.table is None:
+        return model.checkpoint
+    seen = as_own(model.checkpoint, model.table)
+    seen.config_file = model.config_file
+    _tell(model.checkpoint.name, model.table.name)
     return seen
 
 

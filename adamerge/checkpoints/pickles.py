@@ -2,8 +2,9 @@
 
 import mmap
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,8 @@ _MAX_NAMES = 100_000
 _MAX_GROWTH = 4  # bytes written over bytes read: weights that share memory are written in full
 _MAX_NAME = 1000  # characters
 _SMALL = 1 << 24  # bytes that may be written whatever the file's size
+
+_Nested = Callable[[Any], Storage]  # what reads a file inside of a pickle
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,8 @@ def read_pickle(path: Path) -> PickledTensors:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         budget = Budget(MAX_STEPS, 2 * len(mapped))
         try:
-            if head == ZIP_MAGIC:
-                root, inert, form = _read_zip(file, mapped, budget)
-            else:
-                root, inert, form = _read_stream(mapped, budget)
+            read = partial(_read_zip, file) if head == ZIP_MAGIC else _read_stream
+            root, inert, form = read(mapped, budget, partial(_read_nested, budget))
             holder, entries, is_module = _state_dict(root)
         except Refused as error:
             raise InputError(
@@ -81,11 +82,12 @@ def read_pickle(path: Path) -> PickledTensors:
             raise InputError(f"{path}: {error}") from error
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     _check(path, tensors, holder, len(mapped))
-    left_out = tuple(str(name)[:80] for name in entries if name not in tensors)
+    others = [name for name in entries if name not in tensors]
+    left_out = tuple(str(name)[:80] if isinstance(name, (str, int)) else type(name).__name__ for name in others)
     return PickledTensors(tensors, holder, is_module, left_out, tuple(sorted(inert)), form)
 
 
-def _read_zip(file: IO[bytes], mapped: memoryview, budget: Budget) -> tuple[Any, set[str], str]:
+def _read_zip(file: IO[bytes], mapped: memoryview, budget: Budget, nested: _Nested) -> tuple[Any, set[str], str]:
     members = stored_members(file)
     roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
@@ -112,20 +114,58 @@ def _read_zip(file: IO[bytes], mapped: memoryview, budget: Budget) -> tuple[Any,
             storages[key, dtype, count] = Storage(dtype, data, budget)
         return storages[key, dtype, count]
 
-    reader = InertUnpickler(
-        Stream(mapped[members[roots[0]]], budget), storage, lambda content: _read_nested(content, budget)
-    )
+    reader = InertUnpickler(Stream(mapped[members[roots[0]]], budget), storage, nested)
     return reader.next(), reader.inert, "torch zip archive"
 
 
-def _read_stream(mapped: memoryview, budget: Budget) -> tuple[Any, set[str], str]:
-    """Read torch's legacy format, or a plain pickle."""
-    pickles = _Pickles(mapped, budget, lambda content: _read_nested(content, budget))
-    root, is_legacy = pickles.read()
-    return root, pickles.reader.inert, "torch file, legacy format" if is_legacy else "plain pickle"
+def _read_stream(data: memoryview, budget: Budget, nested: _Nested) -> tuple[Any, set[str], str]:
+    """Read a plain pickle, or torch's legacy format: pickles one after the other, then the bytes of their storages."""
+    storages: dict[str, Storage] = {}
+
+    def storage(dtype: torch.dtype, key: str, count: int) -> Storage:
+        nbytes = count * dtype.itemsize
+        if key not in storages:
+            if not 0 <= nbytes <= len(data):
+                raise Damaged(f"the storage {key[:80]!a} claims more bytes than the file has")
+            budget.spend(0, nbytes)
+            storages[key] = Storage(dtype, torch.empty(nbytes, dtype=torch.uint8), budget)
+        if (storages[key].dtype, storages[key].nbytes) != (dtype, nbytes):
+            raise Damaged(f"the storage {key[:80]!a} has two sizes")
+        return storages[key]
+
+    stream = Stream(data, budget)
+    reader = InertUnpickler(stream, storage, nested)
+    first = reader.next()
+    if type(first) is not int or first != _LEGACY_MAGIC:
+        if storages:
+            raise Damaged("a plain pickle that names storages outside of it")
+        return first, reader.inert, "plain pickle"
+    version = reader.next()
+    if type(version) is not int or version != _LEGACY_VERSION:
+        raise Damaged("an unknown version of torch's legacy format")
+    system = reader.next()
+    _check_byte_order(isinstance(system, dict) and system.get("little_endian") is True)
+    root, keys = reader.next(), reader.next()
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(storages):
+        raise Damaged("its list of storages is not that of its tensors")
+    for key in keys:
+        _fill(storages[key], stream)
+    return root, reader.inert, "torch file, legacy format"
 
 
-def _read_nested(content: Any, budget: Budget) -> Storage:
+def _fill(storage: Storage, stream: Stream) -> None:
+    """Copy the bytes of a storage, and their count before them, from the end of a legacy file."""
+    count = int.from_bytes(stream.read(8), "little")
+    start, end = stream.position, stream.position + storage.nbytes
+    if count * storage.dtype.itemsize != storage.nbytes or end > len(stream.data):
+        raise Damaged("a storage is cut off or has another size than its tensor says")
+    if storage.nbytes:
+        storage.data.numpy().data[:] = stream.data[start:end]
+    storage.mend_bools()
+    stream.position = end
+
+
+def _read_nested(budget: Budget, content: Any) -> Storage:
     """Read a storage that a plain pickle holds as the bytes of a legacy file."""
 
     def refuse(_: Any) -> Storage:
@@ -133,63 +173,10 @@ def _read_nested(content: Any, budget: Budget) -> Storage:
 
     if not isinstance(content, bytes):
         raise Damaged("a storage made of something else than bytes")
-    root, _ = _Pickles(memoryview(content), budget, refuse).read()
+    root, _, _ = _read_stream(memoryview(content), budget, refuse)
     if not isinstance(root, Storage):
         raise Damaged("the bytes of a storage hold something else")
     return root
-
-
-class _Pickles:
-    """Pickles one after the other, then the bytes of the storages that they name."""
-
-    def __init__(self, data: memoryview, budget: Budget, nested: Any) -> None:
-        self.stream, self.budget = Stream(data, budget), budget
-        self.storages: dict[str, Storage] = {}
-        self.reader = InertUnpickler(self.stream, self._storage, nested)
-
-    def read(self) -> tuple[Any, bool]:
-        """Return the object, and whether the format is torch's."""
-        first = self.reader.next()
-        if type(first) is not int or first != _LEGACY_MAGIC:
-            if self.storages:
-                raise Damaged("a plain pickle that names storages outside of it")
-            return first, False
-        version = self.reader.next()
-        if type(version) is not int or version != _LEGACY_VERSION:
-            raise Damaged("an unknown version of torch's legacy format")
-        system = self.reader.next()
-        _check_byte_order(isinstance(system, dict) and system.get("little_endian") is True)
-        root, keys = self.reader.next(), self.reader.next()
-        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise Damaged("its list of storages is none")
-        if sorted(keys) != sorted(self.storages):
-            raise Damaged("its list of storages is not that of its tensors")
-        for key in keys:
-            self._fill(self.storages[key])
-        return root, True
-
-    def _storage(self, dtype: torch.dtype, key: str, count: int) -> Storage:
-        """Return a storage whose bytes follow at the end of the file."""
-        nbytes = count * dtype.itemsize
-        if key not in self.storages:
-            if not 0 <= nbytes <= len(self.stream.data):
-                raise Damaged(f"the storage {key[:80]!a} claims more bytes than the file has")
-            self.budget.spend(0, nbytes)
-            self.storages[key] = Storage(dtype, torch.empty(nbytes, dtype=torch.uint8), self.budget)
-        storage = self.storages[key]
-        if (storage.dtype, storage.nbytes) != (dtype, nbytes):
-            raise Damaged(f"the storage {key[:80]!a} has two sizes")
-        return storage
-
-    def _fill(self, storage: Storage) -> None:
-        count = int.from_bytes(self.stream.read(8), "little")
-        start, end = self.stream.position, self.stream.position + storage.nbytes
-        if count * storage.dtype.itemsize != storage.nbytes or end > len(self.stream.data):
-            raise Damaged("a storage is cut off or has another size than its tensor says")
-        if storage.nbytes:
-            storage.data.numpy().data[:] = self.stream.data[start:end]
-        storage.mend_bools()
-        self.stream.position = end
 
 
 def _check_byte_order(is_little: bool) -> None:

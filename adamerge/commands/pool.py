@@ -20,7 +20,6 @@ from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_f
 from adamerge.system.files import atomic_path
 
 _VISUAL = "visual."
-_OPTIONS = ("key_prefix", "storage", "dtype", "include", "exclude", "duplicates")
 _DEFAULTS = {"storage": "auto", "duplicates": "refuse"}
 
 
@@ -195,7 +194,7 @@ def _recorded(files: PoolFiles, entry: PoolFile) -> PoolFile:
 
 def _refuse_duplicates(files: PoolFiles) -> None:
     by_hash: dict[str, str] = {}
-    for name, entry in {"base": files.base, **files.experts}.items():
+    for name, entry in files.models.items():
         twin = by_hash.setdefault(str(entry.sha256), name)
         if twin != name and files.duplicates != "allow":
             raise InputError(
@@ -209,12 +208,12 @@ def save_pool_file(files: PoolFiles, path: Path) -> None:
 
     Paths are written relative to its folder where they lie below that, or both below the working directory.
     """
-    content: dict[str, Any] = {"base": _written(files.base, path)}
-    for option in _OPTIONS:
-        value = getattr(files, option)
-        if value is not None and value != _DEFAULTS.get(option):
-            content[option] = list(value) if isinstance(value, tuple) else value
-    content["experts"] = {name: _written(entry, path) for name, entry in files.experts.items()}
+    options = {"key_prefix": files.key_prefix, **files.options}
+    content: dict[str, Any] = {
+        "base": _written(files.base, path),
+        **{key: value for key, value in options.items() if value is not None and value != _DEFAULTS.get(key)},
+        "experts": {name: _written(entry, path) for name, entry in files.experts.items()},
+    }
     if files.task_vectors is not None:
         content["task_vectors"] = _written(files.task_vectors, path)
     with atomic_path(path) as temporary:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from adamerge.backbones import Backbone
+from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run import run as launch
 from adamerge.commands.run.build import build, containers
@@ -139,7 +140,7 @@ def _final(assembly: launch.Assembly) -> dict[str, Tensor]:
 def _restore(coefficients: Coefficients, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint}: no such checkpoint. Has the run saved one yet? Give --coefficients instead.")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)["state_dict"]
     raw = state["model.coefficients.raw"]
     if raw.shape != coefficients.raw.shape:
         raise InputError(

@@ -74,16 +74,30 @@ class PoolFiles:
     duplicates: str = "refuse"
 
     @property
+    def models(self) -> dict[str, PoolFile]:
+        """The base (key ``base``) and the experts."""
+        return {"base": self.base, **self.experts}
+
+    @property
     def entries(self) -> dict[str, PoolFile]:
-        """The base (key ``base``), the experts, and the packed task vectors (``task_vectors``) if there are any."""
-        packed = {} if self.task_vectors is None else {"task_vectors": self.task_vectors}
-        return {"base": self.base, **self.experts, **packed}
+        """The base, the experts, and the packed task vectors (``task_vectors``) if there are any."""
+        return self.models if self.task_vectors is None else {**self.models, "task_vectors": self.task_vectors}
 
     @property
     def hashes(self) -> dict[str, str]:
         """The SHA-256 that are known of the base (key ``base``) and the experts."""
-        entries = {"base": self.base, **self.experts}
-        return {name: entry.sha256 for name, entry in entries.items() if entry.sha256 is not None}
+        return {name: entry.sha256 for name, entry in self.models.items() if entry.sha256 is not None}
+
+    @property
+    def licences(self) -> dict[str, str]:
+        """The licences that are known of the base (key ``base``) and the experts."""
+        return {name: entry.licence for name, entry in self.models.items() if entry.licence}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the file says besides, ready for yaml."""
+        values = {key: getattr(self, key) for key in ("storage", "dtype", "include", "exclude", "duplicates")}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def narrowed(self, include: Sequence[str], exclude: Sequence[str]) -> "PoolFiles":
         """Return the same files with further globs."""
@@ -98,13 +112,10 @@ class PoolFiles:
     def open(self, **options: Any) -> ExpertPool:
         """Open the pool; ``options`` are those of ``ExpertPool.from_files`` that stand in for the file's."""
         own = {
-            "storage": self.storage,
+            **self.options,
             "dtype": dtype_of(self.dtype),
-            "include": self.include,
-            "exclude": self.exclude,
             "key_map": self.key_prefix or None,
             "task_vectors": self.task_vectors and self.task_vectors.file,
-            "duplicates": self.duplicates,
             "hashes": self.hashes,
         }
         experts = {name: entry.file for name, entry in self.experts.items()}
@@ -115,21 +126,11 @@ class PoolFiles:
         return {
             "base": str(self.base.file),
             "experts": {name: str(entry.file) for name, entry in self.experts.items()},
-            "storage": self.storage,
-            "dtype": self.dtype,
-            "include": None if self.include is None else list(self.include),
-            "exclude": None if self.exclude is None else list(self.exclude),
+            **self.options,
             "task_vectors": self.task_vectors and str(self.task_vectors.file),
-            "duplicates": self.duplicates,
             "licences": self.licences or None,
             "sha256": self.hashes or None,
         }
-
-    @property
-    def licences(self) -> dict[str, str]:
-        """The licences that are known of the base (key ``base``) and the experts."""
-        entries = {"base": self.base, **self.experts}
-        return {name: entry.licence for name, entry in entries.items() if entry.licence}
 
     def described(self) -> dict[str, Any]:
         """Return a pool file's content, with absolute paths; a packed file with its hash."""
@@ -137,9 +138,9 @@ class PoolFiles:
         if packed is not None:
             packed = replace(packed, sha256=sha256(located(packed.file)))
         return {
-            **{key: value for key, value in self.node().items() if key not in ("licences", "sha256")},
             "base": _described(self.base),
-            "experts": {name: _described(found) for name, found in self.experts.items()},
+            "experts": {name: _described(entry) for name, entry in self.experts.items()},
+            **self.options,
             "key_prefix": self.key_prefix,
             "task_vectors": packed and _described(packed),
         }
@@ -246,15 +247,15 @@ def named_values(option: str, pairs: Sequence[str], value: str = "VALUE") -> dic
     Raises:
         InputError: If one is something else, or a name is given twice.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator or not name or not text:
+        name, _, text = pair.partition("=")
+        if not name or not text:
             raise InputError(f"{option} {pair}: expected NAME={value}.")
-        if name in found:
+        if name in values:
             raise InputError(f"{option} {pair}: the name {name!r} is given twice.")
-        found[name] = text
-    return found
+        values[name] = text
+    return values
 
 
 def place(text: str, folder: Path = Path()) -> Path | HubReference:
@@ -273,26 +274,20 @@ def place(text: str, folder: Path = Path()) -> Path | HubReference:
 _EXAMPLES = {"base": "FILE", "experts": "{name: FILE, ...}"}
 
 
-def _entry(found: Any, where: str, folder: Path) -> PoolFile:
-    """Read a file's entry: a path, or a mapping with more."""
-    if isinstance(found, str) and found:
-        return PoolFile(_place(found, where, folder))
-    if isinstance(found, Mapping):
-        check_keys(found, _FILE_KEYS, where)
-    if not isinstance(found, Mapping) or not found.get("file"):
+def _entry(content: Any, where: str, folder: Path) -> PoolFile:
+    """Read a file's entry: a path, or a mapping from ``_FILE_KEYS``."""
+    facts = {"file": content} if isinstance(content, str) else content
+    if isinstance(facts, Mapping):
+        check_keys(facts, _FILE_KEYS, where)
+    if not isinstance(facts, Mapping) or not facts.get("file"):
         raise InputError(
-            f"{where}: expected a checkpoint FILE, hf://ORG/NAME, or {{file: FILE, ...}}, found {found!r}."
+            f"{where}: expected a checkpoint FILE, hf://ORG/NAME, or {{file: FILE, ...}}, found {content!r}."
         )
-    for key, value in found.items():
+    for key, value in facts.items():
         if value is not None and not isinstance(value, str):
             raise InputError(f"{where}.{key}: expected a text, found {value!r}; put it in quotes.")
-    file = _place(found["file"], f"{where}.file", folder)
-    return PoolFile(file, found.get("task"), found.get("licence"), found.get("sha256"))
-
-
-def _place(text: str, where: str, folder: Path) -> Path | HubReference:
     try:
-        return place(text, folder)
+        return PoolFile(**{**facts, "file": place(facts["file"], folder)})
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -302,9 +297,9 @@ def _described(entry: PoolFile) -> dict[str, str]:
     return replace(entry, file=file).facts()
 
 
-def _globs(found: Any, where: str) -> tuple[str, ...] | None:
-    if found is None:
+def _globs(content: Any, where: str) -> tuple[str, ...] | None:
+    if content is None:
         return None
-    if not isinstance(found, list) or not all(isinstance(glob, str) for glob in found):
-        raise InputError(f"{where}: expected a list of globs, found {found!r}; write ['GLOB'].")
-    return tuple(found)
+    if not isinstance(content, list) or not all(isinstance(glob, str) for glob in content):
+        raise InputError(f"{where}: expected a list of globs, found {content!r}; write ['GLOB'].")
+    return tuple(content)

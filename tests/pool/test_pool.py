@@ -460,3 +460,8 @@ def test_missing_expert_file_is_named_with_its_neighbour(tmp_path):
 def test_state_dict_with_other_values_is_refused():
     with pytest.raises(InputError, match=r"a: expected only tensors, found other values under 'epoch'"):
         from_states(a={"w": W, "b": B, "epoch": 3})
+
+
+def test_from_files_unknown_option_is_named_before_a_file_is_opened(tmp_path):
+    with pytest.raises(TypeError, match="storag"):
+        ExpertPool.from_files(tmp_path / "none", {"one": tmp_path / "none either"}, storag="ram")

@@ -8,7 +8,7 @@ from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
 from adamerge.checkpoints.clip_configs import to_open_clip
 from adamerge.checkpoints.clip_names import HF_CLIP, as_own, as_theirs
-from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, Found, find_model, read_json
+from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, ModelFiles, find_model, read_json
 from adamerge.errors import InputError
 from adamerge.results.formats import hugging_face, open_clip
 from adamerge.system.files import atomic_folder, save_json
@@ -32,11 +32,11 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
         InputError: If it is in the format already, or the other cannot hold it.
         GuardError: If the two compute something else.
     """
-    found = find_model(source)
-    is_theirs = found.table is not None
+    model = find_model(source)
+    is_theirs = model.table is not None
     if is_theirs == (target == "hf"):
         raise InputError(f"{source}: has the names of {TARGETS[target]} already; nothing to convert.")
-    seen: Checkpoint = as_own(found.checkpoint, HF_CLIP) if is_theirs else as_theirs(found.checkpoint, HF_CLIP)
+    seen: Checkpoint = as_own(model.checkpoint, HF_CLIP) if is_theirs else as_theirs(model.checkpoint, HF_CLIP)
     if out.suffix == ".safetensors":
         if out.exists():
             raise InputError(f"--out {out}: expected a new file, found one. Choose another, or remove it.")
@@ -46,36 +46,36 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
         raise InputError(f"--out {out}: expected a new folder, or a file NAME.safetensors; found one with content.")
     with atomic_folder(out.absolute()) as folder:
         if is_theirs:
-            _to_open_clip(found, seen, source, folder)
+            _to_open_clip(model, seen, source, folder)
         else:
-            _to_hugging_face(found, source, folder)
+            _to_hugging_face(model, source, folder)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-def _to_open_clip(found: Found, seen: Checkpoint, source: Path, folder: Path) -> None:
-    if found.config_file is None:
+def _to_open_clip(model: ModelFiles, seen: Checkpoint, source: Path, folder: Path) -> None:
+    if model.config_file is None:
         raise InputError(
             f"{source}: no {HF_CONFIG} beside it, which says what model it is. Name its folder, or give --out "
             "NAME.safetensors for the weights alone."
         )
-    beside = found.config_file.parent / "preprocessor_config.json"
+    beside = model.config_file.parent / "preprocessor_config.json"
     preprocessor = read_json(beside) if beside.is_file() else {}
-    config = to_open_clip(read_json(found.config_file), preprocessor, str(found.config_file))
+    config = to_open_clip(read_json(model.config_file), preprocessor, str(model.config_file))
     save_json(config, folder / OPEN_CLIP_CONFIG)
     save_state_dict({key: seen.get(key) for key in seen.keys}, folder / open_clip.WEIGHTS, {"format": "pt"})
-    _compare(folder, found.config_file.parent)
+    _compare(folder, model.config_file.parent)
 
 
-def _to_hugging_face(found: Found, source: Path, folder: Path) -> None:
-    if found.config_file is None:
+def _to_hugging_face(model: ModelFiles, source: Path, folder: Path) -> None:
+    if model.config_file is None:
         raise InputError(
             f"{source}: no {OPEN_CLIP_CONFIG} beside it, which says what model it is. Name its folder, or give --out "
             "NAME.safetensors for the weights alone."
         )
-    sidecar = OpenClip(str(found.config_file.parent)).sidecar()
-    hugging_face.write_model(found.checkpoint, sidecar, str(source), folder)
+    sidecar = OpenClip(str(model.config_file.parent)).sidecar()
+    hugging_face.write_model(model.checkpoint, sidecar, str(source), folder)
     hugging_face.write_tokenizer(sidecar, folder)
-    _compare(found.config_file.parent, folder)
+    _compare(model.config_file.parent, folder)
 
 
 def _compare(own: Path, theirs: Path) -> None:
