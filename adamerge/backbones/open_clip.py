@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adamerge.backbones import head_cache
+from adamerge.backbones.head_cache import head_key, open_head_cache
 from adamerge.backbones.tags import Tag, find_tag
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.clip_configs import quick_gelu_of
@@ -68,7 +69,7 @@ class OpenClip:
     def __post_init__(self) -> None:
         import open_clip
 
-        head_cache.chosen(self.head_cache)
+        open_head_cache(self.head_cache)
         known = open_clip.list_models()
         if not self._folder and self.model not in known:
             is_foreign = (Path(self.model) / "config.json").is_file()
@@ -234,13 +235,13 @@ class OpenClip:
         """
         import open_clip
 
-        cache = head_cache.chosen(self.head_cache)
+        cache = open_head_cache(self.head_cache)
         tokenizer = self.tokenizer or open_clip.get_tokenizer(self._name)
         vocabulary = self._config()["model_cfg"].get("text_cfg", {}).get("vocab_size")
-        decisive: dict[str, Any] = {}
+        model: dict[str, Any] = {}
         if cache is not None:
             text = {key: base.get(key) for key in base.keys if not key.startswith(self.prefix)}
-            decisive = {"model": self._config()["model_cfg"], "text": digest(text)}
+            model = {"model": self._config()["model_cfg"], "text": digest(text)}
 
         @functools.cache
         def clip() -> Any:
@@ -248,21 +249,22 @@ class OpenClip:
             return self._clip.eval()
 
         def head(classes: list[str], templates: list[str]) -> ZeroShotHead:
-            tokens, path = tokenizer([template.format(name) for name in classes for template in templates]), None
+            tokens = tokenizer([template.format(name) for name in classes for template in templates])
             if vocabulary is not None and int(tokens.max()) >= vocabulary:
                 raise InputError(
                     f"backbone.tokenizer: expected token ids below {vocabulary}, the vocabulary of {self.model}, found "
                     f"{int(tokens.max())}. Does the tokenizer belong to the model?"
                 )
-            if cache is not None:
-                path = cache.path({**decisive, "tokens": tokens, "templates": len(templates)})
-                if (found := cache.get(path)) is not None:
-                    return ZeroShotHead(*found)
-            weight = open_clip.build_zero_shot_classifier(clip(), tokenizer, classes, templates).float()
+            key = head_key({**model, "tokens": tokens, "templates": len(templates)})
+            stored = cache.get(key, ("weight", "scale")) if cache else None
+            if stored is not None:
+                return ZeroShotHead(stored["weight"], stored["scale"])
+            weight = open_clip.build_zero_shot_classifier(clip(), tokenizer, classes, templates).float().detach()
             scale = clip().logit_scale.detach().exp().float()
-            if cache is not None and path is not None:
+            if cache:
                 facts = {"model": self.model, "classes": classes, "templates": templates}
-                cache.put(path, weight, scale, facts)
+                prompts = {"adamerge_prompts": json.dumps(facts, ensure_ascii=False)}  # for people who look
+                cache.put(key, {"weight": weight, "scale": scale}, prompts)
             return ZeroShotHead(weight, scale)
 
         return head

@@ -1,10 +1,10 @@
-"""What the experts say, kept in a folder from run to run.
+"""The experts' outputs, kept in a folder from run to run.
 
-One safetensors file per batch, named by a hash of everything that decides its content: the expert, the head, the
-encoder, the layers asked for, how it is computed, and the inputs themselves. What differs in any of these
-has another name (an encoder counts by its class, its print and its buffers: empty the folder after editing its code),
-and every file can be deleted. The inputs are hashed as the encoder sees them, preprocessed: images are still read in
-each run, which costs little beside asking an expert, and another transform, split or sample is another name.
+One file per batch, named by a hash of everything that decides its content: the expert, the head, the encoder, the
+layers asked for, how it is computed, and the inputs themselves. Outputs that differ in any of these have another name
+(an encoder counts by its class, its print and its buffers: empty the folder after editing its code). The inputs are
+hashed as the encoder sees them, preprocessed: images are still read in each run, which costs little beside asking an
+expert, and another transform, split or sample gives another name.
 
 The batch is the unit, not the sample: a sample's outputs change in their last bits with the batch it is part of, and a
 run must not depend on what other runs have left in the folder. Samples come in a fixed order
@@ -12,27 +12,21 @@ run must not depend on what other runs have left in the folder. Samples come in 
 """
 
 import itertools
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, save_state_dict
 from adamerge.checkpoints.hashes import digest
+from adamerge.checkpoints.tensor_cache import TensorCache
 from adamerge.data.batch import Outputs
-from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.low_rank import matmul_precision
 from adamerge.system.files import ensure_writable
 
-log = logging.getLogger(__name__)
-
 _FORMAT = 1
-_SUM = "adamerge_teacher"  # metadata: the checksum of the tensors
 _HIDDEN = "hidden/"
 
 
@@ -44,52 +38,30 @@ class TeacherFiles:
 
     Raises:
         InputError: If the folder cannot be written to.
-
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        ensure_writable(self.folder)
+        self._cache = TensorCache("teacher", Path(folder))
+        ensure_writable(self._cache.folder)
         self._read = self._written = 0
 
     def summary(self) -> str:
         """Say how many batches came from the folder and how many went there."""
-        return f"{self._read} batches read from {self.folder}, {self._written} computed and added"
+        return f"{self._read} batches read from {self._cache.folder}, {self._written} computed and added"
 
-    def path(self, key: str, inputs: Tensor) -> Path:
-        """Return the file of a batch of inputs (B, ...) under :func:`model_key`'s ``key``."""
-        return self.folder / f"{digest({'model': key, 'inputs': inputs})[:40]}.safetensors"
-
-    def get(self, path: Path) -> Outputs | None:
-        """Return the outputs in a file, on the CPU; None where there is none, or, with a warning, a damaged one."""
-        if not path.exists():
-            return None
-        try:
-            file = SafetensorsCheckpoint(path)
-            tensors = {key: file.get(key).clone() for key in file.keys}  # a copy: the file may be replaced or deleted
-            with safe_open(path, framework="pt") as opened:
-                expected = (opened.metadata() or {}).get(_SUM)
-            if digest(tensors) != expected:
-                raise InputError(f"{path}: the content is not what was written.")
-            hidden = {key.removeprefix(_HIDDEN): value for key, value in tensors.items() if key.startswith(_HIDDEN)}
-            outputs = Outputs(tensors["logits"], tensors["features"], hidden)
-        except (InputError, OSError, KeyError) as error:
-            log.warning("teacher_cache: a damaged file is computed again (%s)", " ".join(str(error).split()))
+    def get(self, key: str) -> Outputs | None:
+        """Return the outputs under a key, on the CPU; None where there are none, or damaged ones."""
+        tensors = self._cache.get(key, ("logits", "features"))
+        if tensors is None:
             return None
         self._read += 1
-        return outputs
+        hidden = {name.removeprefix(_HIDDEN): value for name, value in tensors.items() if name.startswith(_HIDDEN)}
+        return Outputs(tensors["logits"], tensors["features"], hidden)
 
-    def put(self, path: Path, outputs: Outputs) -> None:
-        """Write the outputs of a batch, atomically; where that fails the run goes on without."""
-        tensors = {"logits": outputs.logits, "features": outputs.features}
-        tensors |= {f"{_HIDDEN}{name}": value for name, value in outputs.hidden.items()}
-        tensors = {name: value.detach().cpu() for name, value in tensors.items()}
-        try:
-            save_state_dict(tensors, path, {_SUM: digest(tensors)})
-        except OSError as error:
-            log.warning("teacher_cache: %s cannot be written (%s)", path, error.strerror or error)
-            return
-        self._written += 1
+    def put(self, key: str, outputs: Outputs) -> None:
+        """Write the outputs of a batch; where that fails the run goes on without."""
+        hidden = {f"{_HIDDEN}{name}": value for name, value in outputs.hidden.items()}
+        self._written += self._cache.put(key, {"logits": outputs.logits, "features": outputs.features, **hidden})
 
 
 def ask_expert(
@@ -111,15 +83,15 @@ def ask_expert(
         computed: What else decides the bits of the outputs, such as precision and device.
     """
     expert, device = model.teacher_of(task), model.pool.device
-    key = "" if files is None else _model_key(model, task, hidden_layers, computed or {})
-    asked: list[tuple[Tensor, Path | None]] = []
+    model_key = _model_key(model, task, hidden_layers, computed or {}) if files else ""
+    asked: list[tuple[Tensor, str]] = []
 
     def missing() -> Iterator[tuple[str, Tensor]]:
         for inputs, indices in batches:
-            path = files.path(key, inputs) if files else None
-            stored = files.get(path) if files and path else None
+            key = digest({"model": model_key, "inputs": inputs})[:40] if files else ""
+            stored = files.get(key) if files else None
             if stored is None:
-                asked.append((indices, path))
+                asked.append((indices, key))
                 yield task, inputs.to(device)
             else:
                 model.teacher_cache.put(task, indices, stored.to(device))
@@ -130,10 +102,10 @@ def ask_expert(
         return
     asking = questions if first is None else itertools.chain([first], questions)
     for outputs in model.expert_outputs(expert, asking, hidden_layers):
-        indices, path = asked.pop()
+        indices, key = asked.pop()
         model.teacher_cache.put(task, indices, outputs)
-        if files and path:
-            files.put(path, outputs)
+        if files:
+            files.put(key, outputs)
 
 
 def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], computed: Mapping[str, str]) -> str:

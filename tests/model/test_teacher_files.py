@@ -162,7 +162,7 @@ def test_damaged_file_is_computed_again_with_a_warning(tmp_path, caplog, damage)
     damage(path)
     again, asked = run(tmp_path / "cache", tmp_path)
     assert len(asked) == 1
-    assert "teacher_cache: a damaged file is computed again" in caplog.text
+    assert "teacher_cache: a damaged file is made anew" in caplog.text
     assert path.name in caplog.text
     assert torch.equal(values(again), values(whole))
     assert path.read_bytes() == good
@@ -173,7 +173,7 @@ def test_file_that_cannot_be_written_is_said_and_gone_without(tmp_path, caplog, 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("adamerge.model.teacher_files.save_state_dict", full)
+    monkeypatch.setattr("adamerge.checkpoints.tensor_cache.save_state_dict", full)
     method, asked = run(tmp_path / "cache", tmp_path)
     assert len(asked) == len(EXPERTS)
     assert "cannot be written (No space left on device)" in caplog.text
