@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adamerge.data.streams import Unlabeled
+from adamerge.data.datasets import Unlabeled
 from adamerge.errors import InputError
 from adamerge.system.memory import free_memory
 

@@ -1,144 +1,20 @@
-"""Streams of unlabeled batches: what an item is, in which order they come, and how a run resumes among them.
+"""Streams of unlabeled batches: in which order the items come, and how a run resumes among them.
 
-Labels are dropped where data enters. The order of every stream is a function of (seed, task, step) alone.
+The order of every stream is a function of (seed, task, step) alone.
 """
 
-import contextlib
-import random
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from adamerge.data.batch import TaskBatch
-from adamerge.data.unreadable import Readable
-from adamerge.data.views import Views
-from adamerge.errors import InputError
-
-
-class Store(Protocol):
-    """Inputs by position."""
-
-    def get(self, position: int) -> Tensor | None:
-        """Return an input, or None."""
-        ...
-
-    def put(self, position: int, inputs: Tensor) -> None:
-        """Keep an input, or not."""
-        ...
-
-
-class Unlabeled(Dataset[TaskBatch]):
-    """A dataset without its labels: items are (input, position).
-
-    Args:
-        dataset: Items are inputs, or tuples that begin with the input.
-        preprocess: Applied to inputs that are not tensors yet (PIL images).
-        first: Position of the first item, where several data sets make up a stream.
-        readable: Keeps account of items that cannot be read; by default the first such ends the run.
-        views: Views of the images to give instead; item i is a view of image i modulo their number.
-        key: Fixes, with the position, what is random in the views.
-
-    Attributes:
-        source: The data set itself, for the baselines that are marked as using labels.
-        readable: As given. In the place of an item that cannot be read stands the next one that can, with that one's
-            position, so that the order of the others, and what experts say of a position, do not depend on it.
-            With views the same image stands in, and its view has the random numbers and position of the one left out.
-        cache: Keeps inputs that have been loaded; None for none.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        preprocess: Callable[[Any], Tensor] | None = None,
-        first: int = 0,
-        readable: Readable | None = None,
-        views: Views | None = None,
-        key: str = "",
-    ) -> None:
-        if views is not None and not isinstance(views, Views):
-            raise InputError(
-                f"data.views: expected adamerge.data.views.Views (with _target_) or null, found {views!r}."
-            )
-        self.source = dataset
-        self.cache: Store | None = None
-        self.readable = readable or Readable(dataset)
-        self._preprocess = preprocess
-        self._first = first
-        self._views = views
-        self._key = key
-
-    def __len__(self) -> int:
-        return length_of(self.source) * (self._views.count if self._views else 1)
-
-    def __getitem__(self, index: int) -> TaskBatch:
-        if self._views is None:
-            position, inputs = self.readable.first(index, self._image)
-        else:
-            position, inputs = index, self._views(self._readable_image, length_of(self.source), index, self._key)
-        return TaskBatch(inputs, torch.tensor(self._first + position))
-
-    def images(self, positions: Sequence[int]) -> Sequence[int]:
-        """Return the numbers of the images in the data set that inputs at these positions are made of."""
-        count = length_of(self.source)
-        if self._views is None:
-            return positions
-        return range(count) if self._views.mix else sorted({position % count for position in positions})
-
-    def _readable_image(self, number: int) -> Tensor:
-        """Return an image, or what stands in for it."""
-        return self.readable.first(number, self._image)[1]
-
-    def _image(self, number: int) -> Tensor:
-        """Return an image, from the cache where that has it."""
-        inputs = None if self.cache is None else self.cache.get(number)
-        if inputs is None:
-            inputs = self.load(number)
-            if self.cache is not None:
-                self.cache.put(number, inputs)
-        return inputs
-
-    def load(self, number: int) -> Tensor:
-        """Return an image from the data set itself."""
-        return _to_tensor(_split_item(self.source[number])[0], self._preprocess)
-
-
-class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
-    """A dataset with its labels, for evaluation only: items are (input, label), None where one cannot be read."""
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        preprocess: Callable[[Any], Tensor] | None = None,
-        readable: Readable | None = None,
-    ) -> None:
-        self._dataset = dataset
-        self._preprocess = preprocess
-        self.readable = readable or Readable(dataset)
-
-    def changed(self, change: Callable[[Dataset[Any]], Dataset[Any]]) -> "Labelled":
-        """Return the same images, labels and account of what cannot be read, with a change to the data set."""
-        return Labelled(change(self._dataset), self._preprocess, self.readable)
-
-    def __len__(self) -> int:
-        return length_of(self._dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
-        return self.readable.get(index, self._get)
-
-    def _get(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, label = _split_item(self._dataset[index])
-        if label is None:
-            raise InputError(
-                f"Evaluation needs labels: item {index} of {self._dataset!r} is not a pair (input, label)."
-            )
-        return _to_tensor(inputs, self._preprocess), torch.tensor(int(label))
+from adamerge.data.datasets import Unlabeled
+from adamerge.data.random_states import permutation, seeded
 
 
 class StreamLoader(DataLoader[dict[str, TaskBatch]]):
@@ -306,50 +182,6 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         return self._orders[key]
 
 
-def permutation(length: int, key: str) -> Tensor:
-    """Return a random order of ``length`` positions that depends on ``key`` alone."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
-
-
-@contextlib.contextmanager
-def seeded(key: str) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's generators by ``key`` alone, and give them their states back."""
-    states = generator_states(cuda=False)
-    seed = zlib.crc32(key.encode())
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # the processor's only: images are not drawn on a GPU
-    try:
-        yield
-    finally:
-        set_generator_states(states)
-
-
-def generator_states(cuda: bool = True) -> dict[str, Any]:
-    """Return the states of Python's, NumPy's and torch's generators as tensors and plain values, for checkpoints."""
-    numpy = np.random.get_state(legacy=False)
-    assert isinstance(numpy, dict)
-    key = torch.from_numpy(numpy["state"]["key"].view(np.int32).copy())
-    return {
-        "python": random.getstate(),
-        "numpy": {**numpy, "state": {**numpy["state"], "key": key}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if cuda and torch.cuda.is_initialized() else [],
-    }
-
-
-def set_generator_states(states: Mapping[str, Any]) -> None:
-    """Undo what has been drawn since :func:`generator_states`."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    numpy = dict(states["numpy"])
-    key = numpy["state"]["key"].cpu().numpy().view(np.uint32)
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
-    torch.set_rng_state(states["torch"].cpu())
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
-
-
 def collate(items: Sequence[TaskBatch]) -> TaskBatch:
     """Stack items into a batch."""
     inputs, indices = default_collate([tuple(item) for item in items])
@@ -363,37 +195,3 @@ def collate_labelled(items: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Ten
         return None
     inputs, labels = default_collate(read)
     return inputs, labels
-
-
-def _split_item(item: Any) -> tuple[Any, Any]:
-    """Take an item apart into input and label (None where it has none)."""
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    if isinstance(item, Mapping):
-        raise InputError(
-            f"Data sets of mappings (keys {', '.join(map(str, item))}) are ambiguous: wrap yours so that items are "
-            "(input, label) or the input alone."
-        )
-    return item, None
-
-
-def _to_tensor(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:
-    if isinstance(inputs, Tensor):
-        return inputs
-    if preprocess is None:
-        raise InputError(
-            f"Data sets must give tensors, found {type(inputs).__name__}, and the backbone has no preprocessing. "
-            "Give the data set a transform that ends in a tensor."
-        )
-    return preprocess(inputs)
-
-
-def length_of(dataset: Dataset[Any], where: str = "data") -> int:
-    """Return the length of a map-style data set, or refuse an iterable one; ``where`` names the option."""
-    try:
-        return len(dataset)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(
-            f"{where}: {type(dataset).__name__} has no length. Expected a map-style data set with __len__ and "
-            "__getitem__; collect an iterable one into a list."
-        ) from error

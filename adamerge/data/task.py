@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset, Subset
 
-from adamerge.data.streams import length_of, permutation
+from adamerge.data.datasets import length_of
+from adamerge.data.random_states import permutation
 from adamerge.errors import InputError, did_you_mean
 
 Protocol = Literal["split", "transductive"]

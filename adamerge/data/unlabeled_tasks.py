@@ -16,14 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from adamerge.data.batch import TaskBatch
 from adamerge.data.cache import CACHES, Cache, keep_inputs, nature_of
 from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
-from adamerge.data.streams import (
-    Labelled,
-    Steps,
-    StreamLoader,
-    Unlabeled,
-    collate,
-    collate_labelled,
-)
+from adamerge.data.datasets import Labelled, Unlabeled
+from adamerge.data.streams import Steps, StreamLoader, collate, collate_labelled
 from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
 from adamerge.data.task import Protocol as Protocol
 from adamerge.data.task import Task as Task

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from adamerge.data.streams import collate, permutation
+from adamerge.data.random_states import permutation
+from adamerge.data.streams import collate
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel

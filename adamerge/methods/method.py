@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from adamerge.data.batch import Outputs, TaskBatch
-from adamerge.data.streams import generator_states, set_generator_states
+from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, NonfiniteError, did_you_mean, shorten
 from adamerge.model.merged_model import MergedModel, StepResult, TaskStep

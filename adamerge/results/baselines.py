@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adamerge.data.streams import Unlabeled, length_of
+from adamerge.data.datasets import Unlabeled, length_of
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.coefficients import Coefficients

@@ -12,7 +12,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.data.batch import TaskBatch
-from adamerge.data.streams import StreamLoader, Unlabeled
+from adamerge.data.datasets import Unlabeled
+from adamerge.data.streams import StreamLoader
 from tests.support.fits import with_trainer
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.data.streams import Unlabeled
+from adamerge.data.datasets import Unlabeled
 from adamerge.data.unreadable import Readable
 from adamerge.data.views import Views
 from adamerge.objectives.imitation import Imitation

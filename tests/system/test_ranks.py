@@ -10,7 +10,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils.data import TensorDataset
 
 from adamerge.callbacks import CollapseGuard, KeepBest
-from adamerge.data.streams import Steps, Unlabeled
+from adamerge.data.datasets import Unlabeled
+from adamerge.data.streams import Steps
 from adamerge.errors import GuardError
 from adamerge.methods import FrankWolfeMerging
 from adamerge.model.coefficients import Coefficients

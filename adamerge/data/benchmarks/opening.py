@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from adamerge.data.benchmarks.definitions import Definition, Layout, definition
-from adamerge.data.streams import permutation
+from adamerge.data.random_states import permutation
 from adamerge.errors import InputError, shorten
 
 log = logging.getLogger(__name__)
