@@ -1,6 +1,7 @@
 """What a user can get wrong, and how a run can be stopped on purpose."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,3 +61,60 @@ def check_keys(found: Any, known: Sequence[str], where: str) -> None:
     for key in found:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
+
+
+def check_number(
+    option: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    above: bool = False,
+    below: bool = False,
+) -> None:
+    """Check that an option is a finite number between two limits.
+
+    Args:
+        option: Its name, for the message.
+        value: Its value.
+        low: The smallest number allowed; with ``above`` only larger ones are.
+        high: The largest number allowed; with ``below`` only smaller ones are.
+        whole: Whether only whole numbers are allowed.
+        above: Whether ``low`` itself is refused.
+        below: Whether ``high`` itself is refused.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    number = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    inside = low <= number <= high and not (above and number == low) and not (below and number == high)
+    if inside and math.isfinite(number):
+        return
+    limits = ""
+    if math.isfinite(high):
+        limits = f" in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+    elif math.isfinite(low):
+        limits = f" {'>' if above else '>='} {low:g}"
+    raise InputError(f"{option}: expected a {'whole ' if whole else ''}number{limits}, found {value!r}.")
+
+
+def check_choice(option: str, value: object, choices: Sequence[object]) -> None:
+    """Check that an option is one of its choices.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if value not in choices:
+        raise InputError(f"{option}: expected {' or '.join(map(repr, choices))}, found {value!r}.")
+
+
+def check_globs(option: str, value: Sequence[str]) -> None:
+    """Check that an option is a list of globs.
+
+    Raises:
+        InputError: If it is a single text, or holds something else.
+    """
+    if isinstance(value, str) or not all(isinstance(glob, str) for glob in value):
+        raise InputError(f"{option}: expected a list of globs, found {value!r}; write ['GLOB'].")

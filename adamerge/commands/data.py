@@ -12,7 +12,7 @@ from adamerge.commands.terminal import EXIT_INPUT, err, escape, json_option, out
 from adamerge.system import progress
 
 if TYPE_CHECKING:
-    from adamerge.data.benchmarks.checks import Report
+    from adamerge.data.benchmarks.checks import DatasetReport
 
 _STYLES = {"complete": "green", "missing": "dim", "incomplete": "yellow", "wrong": "red"}
 
@@ -110,7 +110,7 @@ def get(names: tuple[str, ...], root: Path, hub: bool) -> None:
         sys.exit(EXIT_INPUT)
 
 
-def _show(reports: "list[Report]", root: Path) -> None:
+def _show(reports: "list[DatasetReport]", root: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

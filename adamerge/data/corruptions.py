@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Subset
 
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, check_number, did_you_mean
 
 SEVERITIES = (1, 2, 3, 4, 5)
 DEFAULT_SEVERITY = 5
@@ -103,7 +103,7 @@ def jpeg_compression(image: Tensor, quality: int, generator: torch.Generator) ->
 
 
 @dataclass(frozen=True)
-class _Kind:
+class CorruptionKind:
     """A corruption: what it does, and its arguments by severity for small and for large images."""
 
     apply: Callable[..., Tensor]
@@ -115,20 +115,20 @@ def _single(*values: float) -> list[tuple[float, ...]]:
     return [(value,) for value in values]
 
 
-KINDS: Mapping[str, _Kind] = {
-    "motion_blur": _Kind(
+KINDS: Mapping[str, CorruptionKind] = {
+    "motion_blur": CorruptionKind(
         motion_blur,
         [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
         [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)],
     ),
-    "impulse_noise": _Kind(
+    "impulse_noise": CorruptionKind(
         impulse_noise, _single(0.01, 0.02, 0.03, 0.05, 0.07), _single(0.03, 0.06, 0.09, 0.17, 0.27)
     ),
-    "gaussian_noise": _Kind(
+    "gaussian_noise": CorruptionKind(
         gaussian_noise, _single(0.04, 0.06, 0.08, 0.09, 0.10), _single(0.08, 0.12, 0.18, 0.26, 0.38)
     ),
-    "pixelate": _Kind(pixelate, _single(0.95, 0.9, 0.85, 0.75, 0.65), _single(0.6, 0.5, 0.4, 0.3, 0.25)),
-    "spatter": _Kind(
+    "pixelate": CorruptionKind(pixelate, _single(0.95, 0.9, 0.85, 0.75, 0.65), _single(0.6, 0.5, 0.4, 0.3, 0.25)),
+    "spatter": CorruptionKind(
         spatter,
         [
             (0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
@@ -139,8 +139,8 @@ KINDS: Mapping[str, _Kind] = {
             (0.65, 0.3, 1, 0.65, 1.5, 1), (0.67, 0.4, 1, 0.65, 1.5, 1),
         ],
     ),
-    "contrast": _Kind(contrast, _single(0.75, 0.5, 0.4, 0.3, 0.15), _single(0.4, 0.3, 0.2, 0.1, 0.05)),
-    "jpeg_compression": _Kind(jpeg_compression, _single(80, 65, 58, 50, 40), _single(25, 18, 15, 10, 7)),
+    "contrast": CorruptionKind(contrast, _single(0.75, 0.5, 0.4, 0.3, 0.15), _single(0.4, 0.3, 0.2, 0.1, 0.05)),
+    "jpeg_compression": CorruptionKind(jpeg_compression, _single(80, 65, 58, 50, 40), _single(25, 18, 15, 10, 7)),
 }  # fmt: skip
 """The seven that AdaMerging's tables have."""
 
@@ -166,8 +166,7 @@ class Corruption:
                 f"No corruption is called {self.name!r}.{did_you_mean(str(self.name), KINDS)} Known: "
                 f"{', '.join(KINDS)}."
             )
-        if isinstance(self.severity, bool) or self.severity not in SEVERITIES:
-            raise InputError(f"{self.name}: expected a severity from 1 to 5, found {self.severity!r}.")
+        check_number(f"{self.name}: severity", self.severity, SEVERITIES[0], SEVERITIES[-1], whole=True)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.severity}"

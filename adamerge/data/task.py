@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, Subset
 
 from adamerge.data.datasets import length_of
 from adamerge.data.random_states import permutation
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, check_number, did_you_mean
 
 Protocol = Literal["split", "transductive"]
 PROTOCOLS = ("split", "transductive")
@@ -114,10 +114,10 @@ def sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
     Raises:
         InputError: If the limit is no positive number.
     """
+    if limit is not None:
+        check_number("data.limit", limit, 1, whole=True)
     if limit is None or limit >= length_of(dataset):
         return dataset
-    if limit < 1:
-        raise InputError(f"data.limit: expected a number >= 1, found {limit}.")
     return Subset(dataset, sorted(permutation(length_of(dataset), key)[:limit].tolist()))
 
 

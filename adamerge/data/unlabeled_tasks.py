@@ -23,7 +23,7 @@ from adamerge.data.task import Protocol as Protocol
 from adamerge.data.task import Task as Task
 from adamerge.data.unreadable import Readable
 from adamerge.data.views import Views
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_choice, check_number
 from adamerge.system import ranks
 
 DISTRIBUTIONS = ("samples", "tasks")
@@ -96,17 +96,16 @@ class UnlabeledTasks(LightningDataModule):
         super().__init__()
         if not tasks:
             raise InputError("data.tasks: expected at least one task, found none.")
-        for option, share in (("holdout", holdout), ("max_unreadable", max_unreadable)):
-            if not 0 <= share < 1:
-                raise InputError(f"data.{option}: expected a share in [0, 1), found {share}.")
         cache = "off" if cache is False else cache  # what a yaml file reads from a bare off
-        for option, found, known in (
-            ("protocol", protocol, PROTOCOLS), ("cache", cache, CACHES), ("distribute", distribute, DISTRIBUTIONS),
-        ):  # fmt: skip
-            if found not in known:
-                raise InputError(f"data.{option}: expected {' or '.join(map(repr, known))}, found {found!r}.")
-        _check_numbers(1, batch_size=batch_size, batches_per_step=batches_per_step)
-        _check_numbers(0, num_workers=num_workers, prefetch=prefetch)
+        check_choice("data.protocol", protocol, PROTOCOLS)
+        check_choice("data.cache", cache, CACHES)
+        check_choice("data.distribute", distribute, DISTRIBUTIONS)
+        check_number("data.holdout", holdout, 0, 1, below=True)
+        check_number("data.max_unreadable", max_unreadable, 0, 1, below=True)
+        check_number("data.batch_size", batch_size, 1, whole=True)
+        check_number("data.batches_per_step", batches_per_step, 1, whole=True)
+        check_number("data.num_workers", num_workers, 0, whole=True)
+        check_number("data.prefetch", prefetch, 0, whole=True)
         self.tasks = dict(tasks)
         self.unseen = checked_unseen(unseen or (), self.tasks)
         self.corruption = None if corruption is None else Corruption(corruption, severity)
@@ -317,9 +316,3 @@ class UnlabeledTasks(LightningDataModule):
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)
-
-
-def _check_numbers(least: int, **options: object) -> None:
-    for option, found in options.items():
-        if not isinstance(found, int) or isinstance(found, bool) or found < least:
-            raise InputError(f"data.{option}: expected a whole number >= {least}, found {found!r}.")

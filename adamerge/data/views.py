@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_number
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,8 @@ class Views:
     def __post_init__(self) -> None:
         if self.transform is not None and not callable(self.transform):
             raise InputError(f"data.views.transform: expected a callable (with _target_), found {self.transform!r}.")
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise InputError(f"data.views.count: expected a whole number >= 1, found {self.count!r}.")
-        if not 0 <= self.mix <= 1:
-            raise InputError(f"data.views.mix: expected a share in [0, 1], found {self.mix}.")
+        check_number("data.views.count", self.count, 1, whole=True)
+        check_number("data.views.mix", self.mix, 0, 1)
         if self.transform is None and not self.mix:
             raise InputError(
                 "data.views: expected a transform or mix > 0, found neither. Set data.views=null for none."
@@ -112,13 +110,9 @@ class Affine:
     shear: float = 0.08
 
     def __post_init__(self) -> None:
-        for option in ("degrees", "shift", "scale", "shear"):
-            if not getattr(self, option) >= 0:
-                raise InputError(
-                    f"data.views.transform.{option}: expected a number >= 0, found {getattr(self, option)}."
-                )
-        if self.scale >= 1:
-            raise InputError(f"data.views.transform.scale: expected a share below 1, found {self.scale}.")
+        for option in ("degrees", "shift", "shear"):
+            check_number(f"data.views.transform.{option}", getattr(self, option), 0)
+        check_number("data.views.transform.scale", self.scale, 0, 1, below=True)
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return a random view of an image (C, H, W), floating point."""

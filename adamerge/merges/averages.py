@@ -7,14 +7,14 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import InputError, check_choice, check_number, did_you_mean, shorten
 from adamerge.merges import Merged
-from adamerge.merges.tensors import average, check_choice, check_count, check_range, weighted
+from adamerge.merges.tensors import average, weighted
 from adamerge.model.stock import stock_ratio
 from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.depth import block_order
@@ -29,8 +29,6 @@ class WeightAverage:
     Reference:
         Wortsman et al., Model soups, arXiv:2203.05482.
     """
-
-    needs_data: ClassVar[bool] = False
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and averages."""
@@ -53,10 +51,9 @@ class TaskArithmetic:
     """
 
     coefficient: float = 0.3
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "coefficient", -100, 100)
+        check_number("TaskArithmetic.coefficient", self.coefficient, -100, 100)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and sums."""
@@ -83,11 +80,10 @@ class MetricsWeighted:
     scores: Mapping[str, float] = field(default_factory=dict)
     power: float = 1.0
     uses_labels: bool = True
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "power", -1000, 1000)
-        check_choice(self, "uses_labels", (True, False))
+        check_number("MetricsWeighted.power", self.power, -1000, 1000)
+        check_choice("MetricsWeighted.uses_labels", self.uses_labels, (True, False))
         if not isinstance(self.scores, Mapping):
             raise InputError(f"MetricsWeighted.scores: expected {{expert: score}}, found {self.scores!r}.")
         for name, score in self.scores.items():
@@ -134,11 +130,10 @@ class LayerSwapping:
     top: int = 1
     transition: int = 0
     blocks: str = r"^.*?[._]\d+(?=\.)"
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for option in ("bottom", "top", "transition"):
-            check_count(self, option, 0)
+            check_number(f"LayerSwapping.{option}", getattr(self, option), 0, whole=True)
         try:
             re.compile(self.blocks)
         except re.error as error:
@@ -190,10 +185,9 @@ class ModelStock:
 
     agreement: Literal["cosine", "angle"] = "cosine"
     per_row: bool = False
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_choice(self, "agreement", ("cosine", "angle"))
+        check_choice("ModelStock.agreement", self.agreement, ("cosine", "angle"))
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and drawn-in means."""

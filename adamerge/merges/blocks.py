@@ -15,14 +15,14 @@ from adamerge.model.merged_model import MergedModel
 
 
 @dataclass
-class Call:
+class BlockCall:
     """What a block is called with."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-class Chain:
+class BlockChain:
     """Runs a model's blocks one at a time, under any parameters.
 
     Args:
@@ -40,12 +40,12 @@ class Chain:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def enter(self, inputs: Tensor, params: Mapping[str, Tensor]) -> Call:
+    def enter(self, inputs: Tensor, params: Mapping[str, Tensor]) -> BlockCall:
         """Run what comes before the blocks on inputs (B, ...); the blocks themselves are not run."""
-        call: list[Call] = []
+        call: list[BlockCall] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call.append(Call(args, kwargs))
+            call.append(BlockCall(args, kwargs))
             raise _Entered
 
         handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -57,7 +57,7 @@ class Chain:
             handle.remove()
         return call[0]
 
-    def observe(self, block: int, params: Mapping[str, Tensor], calls: list[Call], take: Take) -> None:
+    def observe(self, block: int, params: Mapping[str, Tensor], calls: list[BlockCall], take: Take) -> None:
         """Run one block on calls, and hand its Linear layers' inputs to ``take`` by the encoder's names."""
         prefix = self._prefixes[block]
         own = self._own(block, params)
@@ -67,7 +67,7 @@ class Chain:
             for call in calls:
                 self._run(block, swapped, call)
 
-    def advance(self, block: int, params: Mapping[str, Tensor], calls: list[Call]) -> None:
+    def advance(self, block: int, params: Mapping[str, Tensor], calls: list[BlockCall]) -> None:
         """Run one block, and make its outputs the next block's inputs, in place."""
         own = self._own(block, params)
         for call in calls:
@@ -102,7 +102,7 @@ class Chain:
         every = {**self._buffers, **self._model.pool.fixed, **params}
         return {name.removeprefix(prefix): tensor for name, tensor in every.items() if name.startswith(prefix)}
 
-    def _run(self, block: int, own: Mapping[str, Tensor], call: Call) -> Any:
+    def _run(self, block: int, own: Mapping[str, Tensor], call: BlockCall) -> Any:
         return functional_call(self._blocks[block], dict(own), call.args, call.kwargs, strict=True)
 
 
@@ -110,7 +110,7 @@ class _Entered(Exception):
     """The first block has been reached."""
 
 
-def open_chain(model: MergedModel, path: str | None) -> Chain:
+def open_chain(model: MergedModel, path: str | None) -> BlockChain:
     """Return an encoder's blocks.
 
     Args:
@@ -135,7 +135,7 @@ def open_chain(model: MergedModel, path: str | None) -> Chain:
             f"RegMeanPlusPlus.blocks: expected the path of a ModuleList or Sequential of two or more blocks of "
             f"one class, found {path!r}; the encoder has {', '.join(holders) or 'none'}.{hint}"
         )
-    return Chain(model, str(path), holders[str(path)])
+    return BlockChain(model, str(path), holders[str(path)])
 
 
 def _alike(module: nn.Module) -> bool:

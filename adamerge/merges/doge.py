@@ -5,14 +5,15 @@ Legend: E experts; D_i task vector of one matrix (m, n) in expert i; Delta the s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adamerge.errors import check_choice, check_globs, check_number
 from adamerge.merges import Merged
 from adamerge.merges.singular import singular_vectors
-from adamerge.merges.tensors import average, check_choice, check_count, check_globs, check_range, is_matrix
+from adamerge.merges.tensors import average, is_matrix
 from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.ties import trim_threshold
 
@@ -52,16 +53,15 @@ class DOGE:
     lr: float = 1e-4
     rest: Literal["base", "average"] = "base"
     skip: Sequence[str] = ("*embed*", "proj", "*.proj", "*projection")
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "scale", 0, 100)
-        check_range(self, "density", 0, 1, open_low=True)
-        check_count(self, "subspace")
-        check_count(self, "steps", 0)
-        check_range(self, "lr", 0, 1, open_low=True)
-        check_choice(self, "rest", ("base", "average"))
-        check_globs(self, self.skip)
+        check_number("DOGE.scale", self.scale, 0, 100)
+        check_number("DOGE.density", self.density, 0, 1, above=True)
+        check_number("DOGE.subspace", self.subspace, 1, whole=True)
+        check_number("DOGE.steps", self.steps, 0, whole=True)
+        check_number("DOGE.lr", self.lr, 0, 1, above=True)
+        check_choice("DOGE.rest", self.rest, ("base", "average"))
+        check_globs("DOGE.skip", self.skip)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""

@@ -15,9 +15,10 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
+from adamerge.errors import check_number
 from adamerge.merges import Merged
 from adamerge.merges.calibration import batches, tasks_of
-from adamerge.merges.tensors import check_count, check_range, task_vector
+from adamerge.merges.tensors import task_vector
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
 
@@ -61,10 +62,10 @@ class Fisher:
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count(self, "examples")
-        check_range(self, "floor", 0, 1)
+        check_number("Fisher.examples", self.examples, 1, whole=True)
+        check_number("Fisher.floor", self.floor, 0, 1)
         if self.draws is not None:
-            check_count(self, "draws")
+            check_number("Fisher.draws", self.draws, 1, whole=True)
 
     def __call__(self, pool: ExpertPool, model: MergedModel, data: UnlabeledTasks) -> Merged:
         """Yield names and merged parameters, once all experts have seen their data."""

@@ -6,14 +6,14 @@ Legend: D_t task vector of one matrix (m, n) in the t-th expert; P the sum of wh
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from adamerge.errors import check_globs, check_number
 from adamerge.merges import Merged
 from adamerge.merges.singular import singular_vectors
-from adamerge.merges.tensors import check_globs, check_range, is_matrix, task_vector
+from adamerge.merges.tensors import is_matrix, task_vector
 from adamerge.pool.pool import ExpertPool
 
 
@@ -45,11 +45,10 @@ class OPCM:
     alpha: float = 0.5
     seed: int | None = None
     skip: Sequence[str] = ("*embed*",)
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "alpha", 0, 1)
-        check_globs(self, self.skip)
+        check_number("OPCM.alpha", self.alpha, 0, 1)
+        check_globs("OPCM.skip", self.skip)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters, once all tensors have been through all experts."""

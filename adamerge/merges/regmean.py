@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
-from adamerge.errors import InputError, shorten
+from adamerge.errors import InputError, check_number, shorten
 from adamerge.merges import Merged
 from adamerge.merges.activations import Rows, linear_inputs
 from adamerge.merges.blocks import open_chain
 from adamerge.merges.calibration import batches, tasks_of
-from adamerge.merges.tensors import average, check_count, check_range, task_vector
+from adamerge.merges.tensors import average, task_vector
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
 
@@ -244,6 +244,7 @@ def solve(gram: Tensor, right: Tensor) -> Tensor:
 
 
 def _check(rule: RegMean | RegMeanPlusPlus) -> None:
-    check_count(rule, "examples")
-    check_range(rule, "off_diagonal", 0, 1)
-    check_range(rule, "ridge", 0, 1)
+    name = type(rule).__name__
+    check_number(f"{name}.examples", rule.examples, 1, whole=True)
+    check_number(f"{name}.off_diagonal", rule.off_diagonal, 0, 1)
+    check_number(f"{name}.ridge", rule.ridge, 0, 1)

@@ -10,13 +10,13 @@ All factorisations are made in ``pool.compute_dtype``; the task vectors of one t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from adamerge.errors import check_globs, check_number
 from adamerge.merges import Merged
-from adamerge.merges.tensors import average, check_globs, check_range, is_matrix
+from adamerge.merges.tensors import average, is_matrix
 from adamerge.pool.pool import ExpertPool
 
 
@@ -40,11 +40,10 @@ class TSVMerge:
 
     scale: float = 1.0
     skip: Sequence[str] = ("*text_projection*",)
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "scale", -100, 100)
-        check_globs(self, self.skip)
+        check_number("TSVMerge.scale", self.scale, -100, 100)
+        check_globs("TSVMerge.skip", self.skip)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""
@@ -74,11 +73,10 @@ class IsoC:
 
     scale: float = 1.0
     skip: Sequence[str] = ("*text_projection*",)
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "scale", -100, 100)
-        check_globs(self, self.skip)
+        check_number("IsoC.scale", self.scale, -100, 100)
+        check_globs("IsoC.skip", self.skip)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""
@@ -109,12 +107,11 @@ class IsoCTS:
     scale: float = 1.0
     common: float = 0.8
     skip: Sequence[str] = ("*text_projection*",)
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "scale", -100, 100)
-        check_range(self, "common", 0, 1)
-        check_globs(self, self.skip)
+        check_number("IsoCTS.scale", self.scale, -100, 100)
+        check_number("IsoCTS.common", self.common, 0, 1)
+        check_globs("IsoCTS.skip", self.skip)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""

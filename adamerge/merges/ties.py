@@ -5,21 +5,21 @@ Legend: E experts, k entries of a tile.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
+from adamerge.errors import check_choice, check_number
 from adamerge.merges import Merged
-from adamerge.merges.tensors import check_choice, check_range
 from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.protocol import Prepared, total
-from adamerge.transforms.ties import Ties as Elected
+from adamerge.transforms.ties import Ties
 
 Aggregate = Literal["mean", "sum", "max"]
 
 
 @dataclass(frozen=True)
-class Ties:
+class TiesMerge:
     r"""Keep each expert's largest entries, elect a sign per entry, merge those that have it.
 
     :math:`\theta = \theta_0 + \alpha\, m`, m the mean, sum or largest of the entries that the transform
@@ -41,17 +41,16 @@ class Ties:
     scale: float = 1.0
     aggregate: Aggregate = "mean"
     scope: Literal["model", "tensor"] = "model"
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_range(self, "density", 0, 1, open_low=True)
-        check_range(self, "scale", -100, 100)
-        check_choice(self, "aggregate", ("mean", "sum", "max"))
-        check_choice(self, "scope", ("model", "tensor"))
+        check_number("TiesMerge.density", self.density, 0, 1, above=True)
+        check_number("TiesMerge.scale", self.scale, -100, 100)
+        check_choice("TiesMerge.aggregate", self.aggregate, ("mean", "sum", "max"))
+        check_choice("TiesMerge.scope", self.scope, ("model", "tensor"))
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""
-        elected = Prepared(Elected(self.density, self.scope), pool)
+        elected = Prepared(Ties(self.density, self.scope), pool)
         for name in pool.names:
             merged = pool.base[name].clone()
             flat = merged.view(-1)

@@ -6,21 +6,14 @@ Legend: E experts; D_i task vector of one matrix (m, n) in expert i; M the merge
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adamerge.errors import check_choice, check_globs, check_number
 from adamerge.merges import Merged
-from adamerge.merges.tensors import (
-    average,
-    check_choice,
-    check_count,
-    check_globs,
-    check_range,
-    is_matrix,
-    task_vector,
-)
+from adamerge.merges.tensors import average, is_matrix, task_vector
 from adamerge.pool.pool import ExpertPool
 
 _STEP = 0.04  # of the task vectors' root mean square, per step of Adam
@@ -56,14 +49,13 @@ class WUDI:
     lr: float | None = None
     rest: Literal["base", "average"] = "base"
     skip: Sequence[str] = ("*embed*", "proj", "*.proj", "*projection")
-    needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_count(self, "steps", 0)
+        check_number("WUDI.steps", self.steps, 0, whole=True)
         if self.lr is not None:
-            check_range(self, "lr", 0, 1, open_low=True)
-        check_choice(self, "rest", ("base", "average"))
-        check_globs(self, self.skip)
+            check_number("WUDI.lr", self.lr, 0, 1, above=True)
+        check_choice("WUDI.rest", self.rest, ("base", "average"))
+        check_globs("WUDI.skip", self.skip)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""

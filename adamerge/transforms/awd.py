@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adamerge.transforms.protocol import Rule, Source, check_number, per_expert, total
+from adamerge.errors import check_number
+from adamerge.transforms.protocol import Source, TransformFunction, per_expert, total
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Awd:
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number("penalty", self.penalty, low=0)
-        check_number("step_size", self.step_size, low=0)
-        check_number("steps", self.steps, low=0, whole=True)
+        check_number("transform.penalty", self.penalty, 0)
+        check_number("transform.step_size", self.step_size, 0)
+        check_number("transform.steps", self.steps, 0, whole=True)
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after one pass for the Gram matrix."""
         experts = len(source.expert_names)
         gram = torch.zeros(experts, experts, dtype=torch.float64)

@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError
-from adamerge.transforms.protocol import check_choice, check_share
+from adamerge.errors import InputError, check_choice, check_number
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Breadcrumbs:
     scope: Literal["tensor", "row"] = "tensor"
 
     def __post_init__(self) -> None:
-        check_share("keep", self.keep, one=True)
-        check_share("remove", self.remove, zero=True)
-        check_choice("scope", self.scope, ("tensor", "row"))
+        check_number("transform.keep", self.keep, 0, 1, above=True)
+        check_number("transform.remove", self.remove, 0, 1, below=True)
+        check_choice("transform.scope", self.scope, ("tensor", "row"))
         if self.keep + self.remove > 1 + 1e-9:
             raise InputError(
                 f"transform.keep, transform.remove: expected a sum of at most 1, found {self.keep} + {self.remove}."

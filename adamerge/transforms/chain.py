@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.transforms.protocol import Prepared, Rule, Source, check_transform
+from adamerge.transforms.protocol import Prepared, Source, TransformFunction, check_transform
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Chain:
         """Whether all are."""
         return all(getattr(transform, "elementwise", False) for transform in self.transforms)
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after preparing the transforms in order."""
         steps: list[Prepared] = []
         current = source

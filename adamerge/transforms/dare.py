@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adamerge.transforms.protocol import Rule, Source, check_number, check_share
+from adamerge.errors import check_number
+from adamerge.transforms.protocol import Source, TransformFunction
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Dare:
     rescale: bool = True
 
     def __post_init__(self) -> None:
-        check_share("drop", self.drop, zero=True)
-        check_number("seed", self.seed, whole=True)
+        check_number("transform.drop", self.drop, 0, 1, below=True)
+        check_number("transform.seed", self.seed, whole=True)
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule for these experts."""
         experts = source.expert_names
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adamerge.errors import InputError
-from adamerge.transforms.protocol import Rule, Source, check_number, total
+from adamerge.errors import InputError, check_number
+from adamerge.transforms.protocol import Source, TransformFunction, total
 
 BLOCK_PATTERN = r"^.*?\.\d+(?=\.)"  # of a parameter's name: everything up to the first number, transformer.resblocks.3
 
@@ -37,10 +37,10 @@ class Lines:
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
-            check_number("alpha", self.alpha)
-        check_number("beta", self.beta)
+            check_number("transform.alpha", self.alpha)
+        check_number("transform.beta", self.beta)
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, with the depth of every parameter.
 
         Raises:

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert
+from adamerge.errors import check_choice, check_number
+from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert
 from adamerge.transforms.selection import kth_smallest
 
 
@@ -28,7 +29,7 @@ class Trim:
     density: float = 0.2
 
     def __post_init__(self) -> None:
-        check_share("density", self.density, one=True)
+        check_number("transform.density", self.density, 0, 1, above=True)
 
     def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
         """Return the trimmed task vectors."""
@@ -61,15 +62,15 @@ class Magnitude:
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        check_share("drop", self.drop, zero=True)
-        check_choice("scope", self.scope, ("tensor", "model"))
+        check_number("transform.drop", self.drop, 0, 1, below=True)
+        check_choice("transform.scope", self.scope, ("tensor", "model"))
 
     @property
     def elementwise(self) -> bool:
         """Whether thresholds are known beforehand."""
         return self.scope == "model"
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after finding the thresholds where they are the model's."""
         rank = int(self.drop * entries(source)) if self.scope == "model" else 0
         found = kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), rank) if rank else None

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from adamerge.errors import InputError
-from adamerge.transforms.protocol import Rule, Source, check_number, total
+from adamerge.errors import InputError, check_number
+from adamerge.transforms.protocol import Source, TransformFunction, total
 
 
 def tall_masks(task_vectors: Tensor, threshold: float) -> Tensor:
@@ -42,10 +42,10 @@ class Consensus:
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, low=0)
-        check_number("agree", self.agree, low=1, whole=True)
+        check_number("transform.threshold", self.threshold, 0)
+        check_number("transform.agree", self.agree, 1, whole=True)
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule.
 
         Raises:
@@ -82,7 +82,7 @@ class Tall:
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, low=0)
+        check_number("transform.threshold", self.threshold, 0)
 
     def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
         """Return the masked sums."""

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adamerge.transforms.protocol import Rule, Source, check_choice, per_expert
+from adamerge.errors import check_choice
+from adamerge.transforms.protocol import Source, TransformFunction, per_expert
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class EqualNorms:
     scope: Literal["model", "tensor"] = "model"
 
     def __post_init__(self) -> None:
-        check_choice("scope", self.scope, ("model", "tensor"))
+        check_choice("transform.scope", self.scope, ("model", "tensor"))
 
     @property
     def elementwise(self) -> bool:
         """Whether the norms are known beforehand."""
         return self.scope == "model"
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after one pass for the norms where they are the model's."""
         squares = torch.zeros(len(source.expert_names), dtype=torch.float64)
         if self.scope == "model":

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError
-from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert, total
+from adamerge.errors import check_choice, check_number
+from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert, total
 from adamerge.transforms.selection import kth_smallest
 
 
@@ -52,13 +52,11 @@ class Pcb:
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_share("ratio", self.ratio)
-        check_share("clip", self.clip, zero=True)
-        if self.clip >= 0.5:
-            raise InputError(f"transform.clip: expected a number in [0, 0.5), found {self.clip}.")
-        check_choice("balance", self.balance, ("raw", "normalised"))
+        check_number("transform.ratio", self.ratio, 0, 1, above=True, below=True)
+        check_number("transform.clip", self.clip, 0, 0.5, below=True)
+        check_choice("transform.balance", self.balance, ("raw", "normalised"))
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after finding the quantiles of magnitudes and scores."""
         size = entries(source)
 

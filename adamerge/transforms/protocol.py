@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 
-Rule = Callable[[str, Tensor], Tensor]
+TransformFunction = Callable[[str, Tensor], Tensor]
 _TILE = 1 << 16  # entries of a tile, of all experts together
 
 
@@ -63,7 +63,7 @@ class Prepared:
         check_transform(transform)
         self.name = type(transform).__name__
         self.elementwise = bool(getattr(transform, "elementwise", False))
-        self._rule: Rule = transform.prepare(source) if hasattr(transform, "prepare") else transform
+        self._rule: TransformFunction = transform.prepare(source) if hasattr(transform, "prepare") else transform
 
     def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
         """Return the transformed task vectors, (E, *S) to (E, *S), or tiles (E, k) of them where ``elementwise``.
@@ -154,29 +154,6 @@ def check_transform(transform: Any) -> None:
             f"transform {kind}: expected a call with a parameter's name and its task vectors, (name, task_vectors), "
             f"found {inspect.signature(transform)}. Change its signature."
         ) from error
-
-
-def check_share(option: str, value: float, *, zero: bool = False, one: bool = False) -> None:
-    """Refuse a share of entries outside its interval; ``zero`` and ``one`` say whether the ends belong to it."""
-    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-    if not inside or (value == 0 and not zero) or (value == 1 and not one):
-        interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
-        raise InputError(f"transform.{option}: expected a number in {interval}, found {value!r}.")
-
-
-def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is not one of the choices."""
-    if value not in choices:
-        raise InputError(f"transform.{option}: expected {' or '.join(choices)}, found {value!r}.")
-
-
-def check_number(option: str, value: float, *, low: float = float("-inf"), whole: bool = False) -> None:
-    """Refuse what is not a finite number (a whole one) of at least ``low``."""
-    kinds = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value < float("inf"):
-        kind = "whole number" if whole else "number"
-        limit = "" if low == float("-inf") else f" >= {low:g}"
-        raise InputError(f"transform.{option}: expected a {kind}{limit}, found {value!r}.")
 
 
 def entries(source: Source) -> int:

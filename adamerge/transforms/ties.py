@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from adamerge.errors import check_choice, check_number
 from adamerge.transforms.magnitude import Trim
-from adamerge.transforms.protocol import Rule, Source, check_choice, check_share, entries, per_expert, total
+from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert, total
 from adamerge.transforms.selection import kth_smallest
 
 
@@ -41,15 +42,15 @@ class Ties:
     scope: Literal["model", "tensor"] = "model"
 
     def __post_init__(self) -> None:
-        check_share("density", self.density, one=True)
-        check_choice("scope", self.scope, ("model", "tensor"))
+        check_number("transform.density", self.density, 0, 1, above=True)
+        check_choice("transform.scope", self.scope, ("model", "tensor"))
 
     @property
     def elementwise(self) -> bool:
         """Whether thresholds are known beforehand."""
         return self.scope == "model"
 
-    def prepare(self, source: Source) -> Rule:
+    def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after finding thresholds and majority sign where they are the model's."""
         if self.scope == "tensor":
             trim = Trim(self.density)

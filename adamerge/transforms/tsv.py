@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import check_globs
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Tsv:
     average: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.average, str) or not all(isinstance(glob, str) for glob in self.average):
-            raise InputError(f"transform.average: expected a list of globs, found {self.average!r}.")
+        check_globs("transform.average", self.average)
 
     def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
         """Return the decorrelated task vectors."""

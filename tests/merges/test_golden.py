@@ -18,7 +18,7 @@ from adamerge.merges.fisher import Fisher, add_expert, fisher_sums
 from adamerge.merges.opcm import OPCM
 from adamerge.merges.regmean import RegMeanPlusPlus, equations, solve
 from adamerge.merges.singular import IsoC, IsoCTS, TSVMerge
-from adamerge.merges.ties import Ties, aggregate
+from adamerge.merges.ties import TiesMerge, aggregate
 from adamerge.transforms import Ties as Elected
 from adamerge.transforms import apply
 
@@ -72,13 +72,13 @@ def test_averages_equal_reference(file, rule):
 
 @pytest.mark.parametrize("how", ["mean", "sum"])
 def test_ties_of_the_model_equals_reference(how):
-    check(update(Ties(aggregate=how)), golden("ties_global", f"dis_{how}."), **EXACT)
+    check(update(TiesMerge(aggregate=how)), golden("ties_global", f"dis_{how}."), **EXACT)
 
 
 def test_ties_per_tensor_equals_mergekit():
     expected = golden("mergekit_ties_per_tensor")
-    assert set(merged(Ties(scope="tensor"))) - set(expected) == {"logit_scale"}
-    check(merged(Ties(scope="tensor")), expected, **EXACT)
+    assert set(merged(TiesMerge(scope="tensor"))) - set(expected) == {"logit_scale"}
+    check(merged(TiesMerge(scope="tensor")), expected, **EXACT)
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])

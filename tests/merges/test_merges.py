@@ -21,7 +21,7 @@ from adamerge.merges.fisher import Fisher
 from adamerge.merges.opcm import OPCM, project_off
 from adamerge.merges.regmean import RegMean, RegMeanPlusPlus
 from adamerge.merges.singular import IsoC, IsoCTS, TSVMerge, polar
-from adamerge.merges.ties import Ties
+from adamerge.merges.ties import TiesMerge
 from adamerge.merges.wudi import WUDI, quadratic
 from tests.support.fits import make_data
 from tests.support.toy import EXPERTS, make_toy
@@ -31,8 +31,8 @@ SYMMETRIC = {
     "arithmetic": TaskArithmetic(),
     "stock": ModelStock(),
     "stock_rows": ModelStock(per_row=True, agreement="angle"),
-    "ties": Ties(),
-    "ties_tensor": Ties(scope="tensor", aggregate="max"),
+    "ties": TiesMerge(),
+    "ties_tensor": TiesMerge(scope="tensor", aggregate="max"),
     "tsvm": TSVMerge(),
     "iso_c": IsoC(),
     "iso_cts": IsoCTS(),
@@ -88,7 +88,7 @@ def test_merge_scales_with_the_task_vectors(rule, scale):
 @pytest.mark.parametrize(
     "rule",
     [
-        WeightAverage(), TaskArithmetic(1.0), MetricsWeighted({"red": 3.0}), ModelStock(), Ties(density=1.0),
+        WeightAverage(), TaskArithmetic(1.0), MetricsWeighted({"red": 3.0}), ModelStock(), TiesMerge(density=1.0),
         TSVMerge(), OPCM(), LayerSwapping("red", "red", bottom=0, top=0), WUDI(rest="average", skip=()),
     ],
 )  # fmt: skip
@@ -352,8 +352,8 @@ def test_merged_state_dict_refuses_a_rule_that_leaves_parameters_out():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Ties(density=0), "Ties.density"),
-        (lambda: Ties(aggregate="median"), "Ties.aggregate: expected one of mean, sum, max"),
+        (lambda: TiesMerge(density=0), "Ties.density"),
+        (lambda: TiesMerge(aggregate="median"), "Ties.aggregate: expected one of mean, sum, max"),
         (lambda: TSVMerge(scale="big"), "TSVMerge.scale: expected a number"),
         (lambda: TSVMerge(skip="proj"), "TSVMerge.skip: expected a list"),
         (lambda: WUDI(steps=1.5), "WUDI.steps: expected a whole number"),
@@ -376,7 +376,7 @@ def test_rules_name_experts_that_are_not_there():
         merged_state_dict(pool, MetricsWeighted({"red": 1.0}))
 
 
-@pytest.mark.parametrize("rule", [Ties(), OPCM(), TSVMerge()])
+@pytest.mark.parametrize("rule", [TiesMerge(), OPCM(), TSVMerge()])
 def test_merge_of_streamed_experts_equals_that_in_memory(rule, tmp_path: Path):
     from tests.support.toy import save_files
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.data.benchmarks.definitions import Definition, definition
-from adamerge.data.benchmarks.opening import Place, Split, expected_count, open_at, place_of, places
+from adamerge.data.benchmarks.opening import DatasetPlace, Split, expected_count, open_at, place_of, places
 from adamerge.errors import InputError, shorten
 
 _PATHS = ("samples", "_samples", "_image_files", "_images")  # where data sets of torchvision list their files
@@ -22,7 +22,7 @@ class SplitReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class DatasetReport:
     """One data set.
 
     Attributes:
@@ -49,7 +49,7 @@ class Report:
         return {**asdict(self), "folder": None if self.folder is None else str(self.folder)}
 
 
-def check(name: str, root: Path, sample: int | None = 20) -> Report:
+def check(name: str, root: Path, sample: int | None = 20) -> DatasetReport:
     """Look whether a data set is there, has all its images, and can be read.
 
     Args:
@@ -60,8 +60,8 @@ def check(name: str, root: Path, sample: int | None = 20) -> Report:
     known = definition(name)
     found = places(known, root)
     if not root.is_dir() or not found[0].found:
-        return Report(name, "missing")
-    there: dict[str, Place] = {}
+        return DatasetReport(name, "missing")
+    there: dict[str, DatasetPlace] = {}
     for split in known.splits:
         try:
             there[split] = place_of(known, split, root)
@@ -72,10 +72,12 @@ def check(name: str, root: Path, sample: int | None = 20) -> Report:
     wrong = [report for report in splits.values() if report.problems and report.found is not None]
     absent = [report for report in splits.values() if report.found is None]
     state = "wrong" if wrong else "incomplete" if absent else "complete"
-    return Report(name, state, place.layout.title, place.folder, splits)
+    return DatasetReport(name, state, place.layout.title, place.folder, splits)
 
 
-def _split(known: Definition, place: Place | None, nearest: Place, split: str, sample: int | None) -> SplitReport:
+def _split(
+    known: Definition, place: DatasetPlace | None, nearest: DatasetPlace, split: str, sample: int | None
+) -> SplitReport:
     if place is None:
         missing = nearest.missing.get(split)
         listed = shorten((str(path) for path in missing), 3) if missing else "not part of this copy"

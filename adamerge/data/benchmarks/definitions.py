@@ -25,7 +25,7 @@ BENCHMARKS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """One way in which a data set lies on disk; all paths are below the folder of the data sets.
 
     Attributes:
@@ -99,7 +99,7 @@ class Definition:
     sources: Mapping[str, str]
     classes: Sequence[str]
     templates: Sequence[str]
-    layouts: Sequence[Layout]
+    layouts: Sequence[DatasetLayout]
     published_classes: Sequence[str] | None = None
     spelled: Sequence[str] | None = None
     torchvision: Sequence[Mapping[str, Any]] = ()
@@ -124,7 +124,7 @@ def definition(name: str) -> Definition:
         raise InputError(f"No data set is called {name!r}.{did_you_mean(name, names())} Known: {', '.join(names())}.")
     text = (importlib.resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    layouts = tuple(Layout(**layout) for layout in content.pop("layouts"))
+    layouts = tuple(DatasetLayout(**layout) for layout in content.pop("layouts"))
     downloads = tuple(Download(**entry) for entry in content.pop("get", ()))
     return Definition(name=name, layouts=layouts, get=downloads, **content)
 

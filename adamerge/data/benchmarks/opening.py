@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from adamerge.data.benchmarks.definitions import Definition, Layout, definition
+from adamerge.data.benchmarks.definitions import DatasetLayout, Definition, definition
 from adamerge.data.random_states import permutation
 from adamerge.errors import InputError, shorten
 
@@ -63,16 +63,16 @@ class Split(Subset[Any]):
 
 
 @dataclass(frozen=True)
-class Place:
+class DatasetPlace:
     """Where a data set lies, or would: a layout, the folder its paths start from, and what is missing by split."""
 
-    layout: Layout
+    layout: DatasetLayout
     folder: Path
     missing: Mapping[str, list[Path]]
     found: int
 
 
-def places(known: Definition, root: Path) -> list[Place]:
+def places(known: Definition, root: Path) -> list[DatasetPlace]:
     """Return the ways in which a data set could lie below a folder: with a whole split, with something, the others."""
     result = []
     for layout in known.layouts:
@@ -81,16 +81,16 @@ def places(known: Definition, root: Path) -> list[Place]:
     return sorted(result, key=lambda place: (all(place.missing.values()), not place.found))
 
 
-def _place(layout: Layout, folder: Path) -> Place:
+def _place(layout: DatasetLayout, folder: Path) -> DatasetPlace:
     missing, found = {}, 0
     for split in layout.options:
         needed = [folder / path for path in (*layout.needs.get("all", ()), *layout.needs.get(split, ()))]
         missing[split] = [path for path in needed if not path.exists()]
         found += len(needed) - len(missing[split])
-    return Place(layout, folder, missing, found)
+    return DatasetPlace(layout, folder, missing, found)
 
 
-def place_of(known: Definition, split: str, root: Path) -> Place:
+def place_of(known: Definition, split: str, root: Path) -> DatasetPlace:
     """Return where a split lies.
 
     Raises:
@@ -138,7 +138,7 @@ def open_split(name: str, split: str, root: str | Path) -> Split:
     return opened
 
 
-def open_at(known: Definition, place: Place, split: str) -> Split:
+def open_at(known: Definition, place: DatasetPlace, split: str) -> Split:
     """Open a split where it lies.
 
     Raises:
@@ -147,7 +147,7 @@ def open_at(known: Definition, place: Place, split: str) -> Split:
     return _opened(known.name, known.layouts.index(place.layout), place.folder, split)
 
 
-def expected_count(known: Definition, layout: Layout, split: str) -> int | None:
+def expected_count(known: Definition, layout: DatasetLayout, split: str) -> int | None:
     """Return how many images a split has, None where that is not known."""
     return layout.counts.get(split, known.splits[split])
 
@@ -171,7 +171,7 @@ def _opened(name: str, number: int, folder: Path, split: str) -> Split:
     return Split(dataset, indices, order, known.classes, where, layout.first_label)
 
 
-def _read(layout: Layout, folder: Path, split: str, where: str) -> Dataset[Any]:
+def _read(layout: DatasetLayout, folder: Path, split: str, where: str) -> Dataset[Any]:
     for package in layout.requires:
         if importlib.util.find_spec(package) is None:
             extra = _EXTRAS.get(package, "data")
@@ -194,7 +194,7 @@ def _read(layout: Layout, folder: Path, split: str, where: str) -> Dataset[Any]:
     return dataset
 
 
-def divided(dataset: Dataset[Any], layout: Layout, known: Definition) -> dict[str, list[int]]:
+def divided(dataset: Dataset[Any], layout: DatasetLayout, known: Definition) -> dict[str, list[int]]:
     """Divide a data set without splits of its own: so many images of each class by a fixed draw, the rest to train.
 
     Raises:
@@ -217,7 +217,7 @@ def divided(dataset: Dataset[Any], layout: Layout, known: Definition) -> dict[st
     return {split: sorted(indices) for split, indices in parts.items()}
 
 
-def order_of(dataset: Dataset[Any], layout: Layout, known: Definition, where: str) -> list[int]:
+def order_of(dataset: Dataset[Any], layout: DatasetLayout, known: Definition, where: str) -> list[int]:
     """Return the task's label for each label of a data set, by the names of its classes.
 
     Raises:
