@@ -25,9 +25,9 @@ from adamerge.model.granularity import GroupIndex, Segment
 from adamerge.pool.low_rank import Factors, exact_products
 from adamerge.pool.part import PoolPart
 from adamerge.pool.pool import ExpertPool
+from adamerge.pool.tiles import CACHED
 
-_TILE = 1 << 17  # entries: the result stays in a second-level cache; longer sums in float32 would lose digits
-_TILE_OF_ACCELERATORS = 1 << 22  # entries: most tensors are one tile, and temporaries stay bounded
+_TILE_OF_ACCELERATORS = 1 << 22  # entries, in the place of CACHED: most tensors are one tile, and temporaries stay bounded
 _SHORT = 16  # entries of a group, below which one small product per group costs more than broadcasting
 
 
@@ -198,8 +198,8 @@ def _divided(factors: Factors, segments: tuple[Segment, ...]) -> tuple[list[Segm
 
 
 def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segment]:
-    """Cut segments into pieces of at most about ``_TILE`` entries, along their outermost axis."""
-    limit = _TILE if device.type == "cpu" else _TILE_OF_ACCELERATORS
+    """Cut segments into pieces of at most about ``CACHED`` entries, along their outermost axis."""
+    limit = CACHED if device.type == "cpu" else _TILE_OF_ACCELERATORS
     for segment in segments:
         start, outer, groups, inner, first = segment
         if outer * groups * inner <= limit:

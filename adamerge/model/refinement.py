@@ -5,7 +5,7 @@ Legend: E experts, G groups, n entries of a flattened parameter, L merged parame
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,10 +16,9 @@ from adamerge.errors import InputError
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.granularity import Chunk, Granularity, GroupIndex, Segment, Shapes
 from adamerge.pool.pool import ExpertPool
+from adamerge.pool.tiles import CACHED, tiles
 
 log = logging.getLogger(__name__)
-
-_PIECE = 1 << 17  # entries looked at together, so that memory does not grow with the tensors
 
 
 @runtime_checkable
@@ -103,7 +102,7 @@ def importance(pool: ExpertPool, coefficients: Coefficients) -> dict[str, float]
     values = coefficients().detach().abs().to(pool.device)  # (E, G)
     mass = dict.fromkeys(pool.names, 0.0)
     for name in pool.names:
-        for start, stop in _pieces(pool.base[name].numel()):
+        for start, stop in tiles(range(pool.base[name].numel()), CACHED):
             weights = values[:, _group_ids(coefficients.index.segments[name], start, stop, values.device)]
             weights *= pool.tile(name, start, stop, reuse=True).abs()
             mass[name] += weights.sum(dtype=torch.float64).item()
@@ -140,16 +139,12 @@ def transfer(coefficients: Coefficients, index: GroupIndex) -> Tensor:
     counts = torch.zeros(index.size, dtype=torch.float64)
     for name, segments in index.segments.items():
         entries = max((segment.stop for segment in segments), default=0)
-        for start, stop in _pieces(entries):
+        for start, stop in tiles(range(entries), CACHED):
             before = _group_ids(coefficients.index.segments[name], start, stop, old.device)
             after = _group_ids(segments, start, stop, old.device)
             sums.index_add_(1, after, old[:, before].double())
             counts += torch.bincount(after, minlength=index.size)
     return (sums / counts.clamp(min=1)).to(old.dtype)
-
-
-def _pieces(entries: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + _PIECE, entries)) for start in range(0, entries, _PIECE))
 
 
 def _group_ids(segments: Iterable[Segment], start: int, stop: int, device: torch.device) -> Tensor:

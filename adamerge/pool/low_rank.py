@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adamerge.pool.tiles import CACHED, tiles
+
 _BY_BACKEND = "by backend"
-_PIECE = 1 << 17  # entries that are expanded at a time, so that temporaries stay in the cache
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class LowRank:
 
         Elementwise, one rank after the other: an entry has the same bits in whatever tile it is computed.
         """
-        for first in range(start, stop, _PIECE):
-            last = min(first + _PIECE, stop)
+        for first, last in tiles(range(start, stop), CACHED):
             for rows, columns, piece in rectangles(first, last, self.down.shape[1], out[first - start : last - start]):
                 piece.zero_()
                 product = torch.empty_like(piece)

@@ -18,7 +18,6 @@ from adamerge.pool.stacks import ALIGN, encode, takes_int8
 from adamerge.system.files import atomic_path
 from adamerge.transforms import Prepared
 
-_PIECE = 1 << 19  # entries of a tile, of all experts together, in whole rows
 _BYTES = ALIGN * 4  # where stacks begin, as far as their sizes allow
 _NAMES = {
     torch.float64: "F64",
@@ -97,17 +96,14 @@ def _dtype_of(pool: ExpertPool, name: str, dtype: torch.dtype) -> torch.dtype:
 
 def _tiles(pool: ExpertPool, name: str, prepared: Prepared | None) -> Iterator[tuple[int, Tensor]]:
     """Yield a parameter's task vectors on the CPU in tiles (E, entries) of whole rows, and the first row of each."""
-    experts, (rows, width) = len(pool.expert_names), matrix_shape(pool.shapes[name])
-    step = max(1, _PIECE // max(width * experts, 1))
-    whole = None
     if prepared is not None and not prepared.elementwise:
-        whole = prepared(name, pool.task_vectors(name).clone()).reshape(experts, -1)
-    for row in range(0, rows, step):
-        start, stop = row * width, min(row + step, rows) * width
-        tile = pool.tile(name, start, stop, reuse=True) if whole is None else whole[:, start:stop]
-        if prepared is not None and whole is None:
-            tile = prepared(name, tile.clone())  # what is stored stays as it is
-        yield row, tile.cpu()
+        yield 0, prepared(name, pool.task_vectors(name).clone()).reshape(len(pool.expert_names), -1).cpu()
+        return
+    width = max(1, matrix_shape(pool.shapes[name])[1])
+    for where, tile in pool.pieces(name, multiple=width):
+        if prepared is not None:
+            tile = prepared(name, tile.clone())  # the stored task vectors stay as they are
+        yield where.start // width, tile.cpu()
 
 
 def _write(file: BinaryIO, tile: Tensor, offset: int, first: int, entries: int) -> None:

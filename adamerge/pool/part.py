@@ -14,8 +14,6 @@ from adamerge.pool.pool import ExpertPool
 from adamerge.pool.stacks import Dense
 from adamerge.pool.task_vectors import TaskVectors
 
-_PIECE = 1 << 18  # entries of a parameter that are read at a time
-
 
 class PoolPart:
     """Some entries of every merged parameter, in memory: what merge and adjoint read of a pool.
@@ -50,10 +48,8 @@ class PoolPart:
             entries = self.ranges[name]
             self.base[name] = pool.base[name].view(-1)[entries.start : entries.stop].clone()
             stack = Dense.empty(experts, len(entries), dtype, self.device)
-            for start in range(entries.start, entries.stop, _PIECE):
-                stop = min(start + _PIECE, entries.stop)
-                tile = pool.tile(name, start, stop, reuse=True)
-                stack.data[:, start - entries.start : stop - entries.start].copy_(tile)
+            for where, tile in pool.pieces(name, entries):
+                stack.data[:, where.start - entries.start : where.stop - entries.start].copy_(tile)
             self._task_vectors.keep(name, stack)
 
     @property

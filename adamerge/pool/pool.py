@@ -30,13 +30,13 @@ from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
 from adamerge.pool.report import PoolReport, pool_report
 from adamerge.pool.task_vectors import TaskVectors, choose_storage
+from adamerge.pool.tiles import READ, tiles
 from adamerge.system.memory import return_freed_memory
 from adamerge.transforms import Prepared, Transform
 
 log = logging.getLogger(__name__)
 
 _BASE = "base"  # the name of the base among the experts', which none of them may have
-_TILE = 1 << 18  # entries, of all experts together, of the tiles that checks, reports and statistics read
 
 
 class ExpertPool:
@@ -210,11 +210,16 @@ class ExpertPool:
         """Return a parameter's task vectors as products of thin matrices, where all experts came so; else None."""
         return self._task_vectors.factors(name)
 
-    def pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Yield a parameter's task vectors in small tiles, each valid until the next: where, and (E, entries)."""
-        size, step = self.base[name].numel(), max(1024, _TILE // len(self.expert_names) // 1024 * 1024)
-        for start in range(0, size, step):
-            stop = min(start + step, size)
+    def pieces(self, name: str, entries: range | None = None, multiple: int = 1024) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a parameter's task vectors in small tiles, each valid until the next: where, and (E, entries).
+
+        Args:
+            name: The parameter.
+            entries: Of the flattened parameter; default all.
+            multiple: All tiles but the last have a multiple of so many entries.
+        """
+        size = max(multiple, READ // len(self.expert_names) // multiple * multiple)
+        for start, stop in tiles(range(self.base[name].numel()) if entries is None else entries, size):
             yield slice(start, stop), self.tile(name, start, stop, reuse=True)
 
     def tiles(self) -> Iterator[tuple[str, Tensor]]:
@@ -324,7 +329,7 @@ class ExpertPool:
                 self._set_aside(name)
                 continue
             self._norms[name] = norms
-            if base.numel() > _TILE:
+            if base.numel() > READ:
                 return_freed_memory()  # of the tiles: what is kept of each parameter lies between them
 
     def _add(self, name: str, base: Tensor) -> bool:

@@ -45,7 +45,7 @@ def test_importance_by_hand():
 
 @pytest.mark.parametrize("granularity", ["task", "block", "layer", "chunk", "row", "column"])
 def test_importance_sums_the_l1_mass_of_each_entrys_own_coefficient(toy, granularity, monkeypatch):
-    monkeypatch.setattr(refinement, "_PIECE", 7)
+    monkeypatch.setattr(refinement, "CACHED", 7)
     pool = toy.pool()
     coefficients = random(Coefficients(pool, granularity))
     absolute = merge_by_formula(
@@ -62,7 +62,7 @@ def test_importance_sums_the_l1_mass_of_each_entrys_own_coefficient(toy, granula
 
 
 def test_importance_reads_tiles_only(toy, monkeypatch):
-    monkeypatch.setattr(refinement, "_PIECE", 10)
+    monkeypatch.setattr(refinement, "CACHED", 10)
     pool, widths = toy.pool(), []
     tile = pool.tile
 
