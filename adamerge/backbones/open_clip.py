@@ -21,7 +21,7 @@ from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.clip_configs import quick_gelu_of
 from adamerge.checkpoints.hashes import digest
 from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
-from adamerge.data.unlabeled_tasks import Task
+from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import Checkpoint
-from adamerge.data.unlabeled_tasks import Task
+from adamerge.data.task import Task
 from adamerge.errors import InputError
 
 

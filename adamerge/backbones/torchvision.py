@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import Checkpoint
-from adamerge.data.unlabeled_tasks import Task
+from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 
 

@@ -1,18 +1,21 @@
 """The unlabeled samples from which an expert's statistics are taken."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from adamerge.data.random_states import permutation
 from adamerge.data.streams import collate
-from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
 
+if TYPE_CHECKING:
+    from adamerge.data.unlabeled_tasks import UnlabeledTasks
 
-def tasks_of(model: MergedModel, data: UnlabeledTasks) -> dict[str, list[str]]:
+
+def tasks_of(model: MergedModel, data: "UnlabeledTasks") -> dict[str, list[str]]:
     """Return each expert's tasks: those that it teaches.
 
     Raises:
@@ -31,7 +34,7 @@ def tasks_of(model: MergedModel, data: UnlabeledTasks) -> dict[str, list[str]]:
     return tasks
 
 
-def batches(data: UnlabeledTasks, task: str, examples: int) -> Iterator[Tensor]:
+def batches(data: "UnlabeledTasks", task: str, examples: int) -> Iterator[Tensor]:
     """Yield inputs (B, ...) of a task: a random sample of its adaptation stream that depends on the data's seed only.
 
     Args:

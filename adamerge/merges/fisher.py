@@ -7,20 +7,22 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import check_number
 from adamerge.merges import Merged
 from adamerge.merges.calibration import batches, tasks_of
 from adamerge.merges.tensors import task_vector
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
+
+if TYPE_CHECKING:
+    from adamerge.data.unlabeled_tasks import UnlabeledTasks
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Fisher:
         if self.draws is not None:
             check_number("Fisher.draws", self.draws, 1, whole=True)
 
-    def __call__(self, pool: ExpertPool, model: MergedModel, data: UnlabeledTasks) -> Merged:
+    def __call__(self, pool: ExpertPool, model: MergedModel, data: "UnlabeledTasks") -> Merged:
         """Yield names and merged parameters, once all experts have seen their data."""
         sums = {name: torch.zeros_like(tensor) for name, tensor in pool.base.items()}
         weights = {name: torch.zeros_like(tensor) for name, tensor in pool.base.items()}
@@ -78,7 +80,7 @@ class Fisher:
         for name in pool.names:
             yield name, pool.base[name] + _quotient(sums.pop(name), weights.pop(name))
 
-    def _estimate(self, model: MergedModel, data: UnlabeledTasks, expert: str, tasks: list[str]) -> dict[str, Tensor]:
+    def _estimate(self, model: MergedModel, data: "UnlabeledTasks", expert: str, tasks: list[str]) -> dict[str, Tensor]:
         """Return an expert's Fisher diagonal over the examples of its tasks, name to (*S)."""
         own = model.expert_parameters(expert)
         params = {name: own.pop(name) for name in model.pool.names}

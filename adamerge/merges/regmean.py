@@ -6,12 +6,11 @@ Legend: X_i inputs (tokens, in) of one Linear layer in expert i; W_i its weight 
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, check_number, shorten
 from adamerge.merges import Merged
 from adamerge.merges.activations import Rows, linear_inputs
@@ -20,6 +19,9 @@ from adamerge.merges.calibration import batches, tasks_of
 from adamerge.merges.tensors import average, task_vector
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
+
+if TYPE_CHECKING:
+    from adamerge.data.unlabeled_tasks import UnlabeledTasks
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class RegMean:
         _check(self)
 
     @torch.no_grad()
-    def __call__(self, pool: ExpertPool, model: MergedModel, data: UnlabeledTasks) -> Merged:
+    def __call__(self, pool: ExpertPool, model: MergedModel, data: "UnlabeledTasks") -> Merged:
         """Yield names and merged parameters, once all experts have seen their data."""
         systems = Systems(pool, self.off_diagonal, self.ridge)
         for row, (expert, tasks) in enumerate(tasks_of(model, data).items()):
@@ -103,7 +105,7 @@ class RegMeanPlusPlus:
         _check(self)
 
     @torch.no_grad()
-    def __call__(self, pool: ExpertPool, model: MergedModel, data: UnlabeledTasks) -> Merged:
+    def __call__(self, pool: ExpertPool, model: MergedModel, data: "UnlabeledTasks") -> Merged:
         """Yield names and merged parameters, block after block."""
         tasks = tasks_of(model, data)
         merged = {name: average(pool, name) for name in pool.names}  # Linear layers of blocks are replaced below

@@ -83,7 +83,7 @@ def test_more_unreadable_images_than_allowed_are_refused_by_name(folder):
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_share_of_unreadable_images_outside_its_range_is_refused(folder, share):
-    with pytest.raises(InputError, match=r"data\.max_unreadable: expected a share in \[0, 1\)"):
+    with pytest.raises(InputError, match=r"data\.max_unreadable: expected a number in \[0, 1\)"):
         make(folder, max_unreadable=share)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from adamerge.data.benchmarks.definitions import BENCHMARKS, Definition, definition, names
 from adamerge.data.benchmarks.opening import Split, open_split
-from adamerge.data.unlabeled_tasks import Task
+from adamerge.data.task import Task
 from adamerge.errors import InputError
 
 __all__ = ["BENCHMARKS", "Definition", "Split", "definition", "names", "open_split", "task"]
