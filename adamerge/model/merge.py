@@ -27,7 +27,7 @@ from adamerge.pool.part import PoolPart
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.tiles import CACHED
 
-_TILE_OF_ACCELERATORS = 1 << 22  # entries, in the place of CACHED: most tensors are one tile, and temporaries stay bounded
+_TILE_OF_ACCELERATORS = 1 << 22  # entries, not CACHED: most tensors are one tile, and temporaries stay bounded
 _SHORT = 16  # entries of a group, below which one small product per group costs more than broadcasting
 
 

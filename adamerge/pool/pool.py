@@ -211,13 +211,7 @@ class ExpertPool:
         return self._task_vectors.factors(name)
 
     def pieces(self, name: str, entries: range | None = None, multiple: int = 1024) -> Iterator[tuple[slice, Tensor]]:
-        """Yield a parameter's task vectors in small tiles, each valid until the next: where, and (E, entries).
-
-        Args:
-            name: The parameter.
-            entries: Of the flattened parameter; default all.
-            multiple: All tiles but the last have a multiple of so many entries.
-        """
+        """Yield all or some entries of task vectors in small tiles (multiples), valid until the next: where, (E, k)."""
         size = max(multiple, READ // len(self.expert_names) // multiple * multiple)
         for start, stop in tiles(range(self.base[name].numel()) if entries is None else entries, size):
             yield slice(start, stop), self.tile(name, start, stop, reuse=True)

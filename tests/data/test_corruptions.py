@@ -107,7 +107,7 @@ def test_read_corruptions():
     ("text", "message"),
     [
         ("gausian_noise", "Did you mean 'gaussian_noise'"),
-        ("contrast:9", "severity from 1 to 5, found 9"),
+        ("contrast:9", r"severity: expected a whole number in \[1, 5\], found 9"),
         ("contrast:high", "such as gaussian_noise:3"),
         (",", "Expected all"),
     ],

@@ -369,7 +369,7 @@ class Endless(IterableDataset):
         (Task(), {"protocol": "transductive"}, r"data\.tasks\.a: no adaptation images"),
         (Task(dataset=Numbers(1)), {}, r"data\.tasks\.a\.dataset: one image cannot be split; expected at least two"),
         (Task(adapt=Endless()), {}, r"data\.tasks\.a\.adapt: Endless has no length\. Expected a map-style"),
-        (Task(adapt=Numbers(3)), {"limit": 0}, r"data\.limit: expected a number >= 1, found 0"),
+        (Task(adapt=Numbers(3)), {"limit": 0}, r"data\.limit: expected a whole number >= 1, found 0"),
         (Task(adapt=Numbers(3)), {"batch_size": 0}, r"data\.batch_size: expected a whole number >= 1, found 0"),
         (Task(adapt=Numbers(3)), {"protocol": "splitt"}, r"data\.protocol: expected 'split' or .*found 'splitt'"),
         (Task(adapt=Numbers(3)), {"cache": "disk"}, r"data\.cache: expected 'auto' or 'ram' or 'off', found 'disk'"),

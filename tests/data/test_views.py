@@ -91,7 +91,7 @@ def test_views_take_transforms_of_torchvision():
     [
         ({}, r"data\.views: expected a transform or mix > 0, found neither"),
         ({"transform": 3}, r"data\.views\.transform: expected a callable"),
-        ({"mix": 1.5}, r"data\.views\.mix: expected a share in \[0, 1\], found 1\.5"),
+        ({"mix": 1.5}, r"data\.views\.mix: expected a number in \[0, 1\], found 1\.5"),
         ({"mix": 0.5, "count": 0}, r"data\.views\.count: expected a whole number >= 1, found 0"),
         ({"mix": 0.5, "count": 2.0}, r"data\.views\.count: expected a whole number >= 1, found 2\.0"),
     ],
@@ -137,7 +137,7 @@ def test_affine_repeats_the_border():
     ("options", "message"),
     [
         ({"degrees": -1}, r"data\.views\.transform\.degrees: expected a number >= 0, found -1"),
-        ({"scale": 1.0}, r"data\.views\.transform\.scale: expected a share below 1, found 1\.0"),
+        ({"scale": 1.0}, r"data\.views\.transform\.scale: expected a number in \[0, 1\), found 1\.0"),
     ],
 )
 def test_affine_options_are_checked(options, message):
