@@ -7,7 +7,8 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from adamerge.commands.run import build as preflight
+from adamerge.commands.run.build import build, check_options
+from adamerge.commands.run.check import unknown_keys
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.named_pools import named_pool
 from adamerge.errors import InputError
@@ -55,7 +56,7 @@ def nodes(config, path=""):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_config_choice_composes_and_its_targets_take_its_options(choice):
     config = compose([choice, *REQUIRED.get(choice, [])])
-    assert preflight.unknown_keys(config) == []
+    assert unknown_keys(config) == []
     found = dict(nodes(config))
     assert found
     for where, node in found.items():
@@ -66,13 +67,13 @@ def test_config_choice_composes_and_its_targets_take_its_options(choice):
                 pytest.skip(f"optional package: {error}")
             raise
         assert callable(target), where
-        preflight.check_options(where, target, node)
+        check_options(where, target, node)
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "objective").glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_objective_builds_a_callable(path):
     config = compose([f"objective={path.stem}"])
-    objective = preflight.build(config, "objective")
+    objective = build(config, "objective")
     assert callable(objective)
     assert all(isinstance(layer, str) for layer in objective.hidden_layers)
     assert not hasattr(TaskStep, "labels")
@@ -100,7 +101,7 @@ def test_unknown_key_of_an_experiment_file_is_found(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nstpes: 3\npool: {storrage: ram}\n")
     config = compose(["--config-dir", str(tmp_path), "experiment=mine"])
-    problems = preflight.unknown_keys(config)
+    problems = unknown_keys(config)
     assert len(problems) == 2
     assert "'stpes'. Did you mean 'steps'?" in problems[0]
     assert "'storrage'. Did you mean 'storage'?" in problems[1]

@@ -22,14 +22,14 @@ COMMANDS = {  # name to module and what the list of commands says
     "convert": ("convert", "Write a pickled checkpoint's tensors as safetensors, or a CLIP in another format."),
     "data": ("data", "Which of the field's data sets are there, and how to get the others."),
     "demo": ("demo", "Run the whole job on the embedded offline zoo: adapt, export, score, compare."),
-    "evaluate": ("export", "Score the merged checkpoint of a run beside experts and baselines."),
+    "evaluate": ("evaluate", "Score the merged checkpoint of a run beside experts and baselines."),
     "export": ("export", "Write the merged checkpoint of a run, replay coefficients, or change the format."),
     "inspect": ("inspect", "Show what is in a pool: experts, tensors, sizes, norms and cosines, problems found."),
     "merge": ("merge", "Merge a pool by a rule, without training."),
     "pool": ("pool", "Keep pool files: a base, its experts, their tasks, licences and hashes."),
     "report": ("report", "Write one page, which needs no network, of what runs did."),
     "reproduce": ("reproduce", "Make the rows of a published table and print them beside the published figures."),
-    "transform": ("merge", "Write a pool's transformed task vectors into one file, which is streamed from then on."),
+    "transform": ("transform", "Write a pool's transformed task vectors into one file, streamed from then on."),
     "zoo": ("zoo", "Zoos: small CLIPs and their experts, trained offline from real images."),
 }
 

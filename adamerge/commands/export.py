@@ -1,99 +1,36 @@
-"""``evaluate`` and ``export``: what is done with the folder of a run."""
+"""``export``: a run's last checkpoint, a coefficients file, or a merge in another library's format."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from adamerge.backbones import Backbone, OpenClip, Torchvision
+from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
-from adamerge.commands.run import folder as run_folder
-from adamerge.commands.run.build import build
+from adamerge.commands.run.build import build, containers
 from adamerge.commands.run.compose import compose
-from adamerge.commands.run.imports import announce, check_targets
+from adamerge.commands.run.folder import CONFIG_FILE, LAST, load_config, plain
+from adamerge.commands.run.imports import announce, check_own, check_targets
+from adamerge.commands.run.named_pools import chosen_pool
+from adamerge.commands.run.run import Assembly, assemble, build_batch_norm, build_pool, head_info
 from adamerge.commands.terminal import json_option, out, print_files, print_json
 from adamerge.errors import InputError
-
-if TYPE_CHECKING:
-    from adamerge.commands.run.run import Assembly
-    from adamerge.data.corruptions import Corruption
-    from adamerge.results.scoring import Made
-
-
-@click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="File to score instead of the run's export.")
-@click.option("--corruptions", help="Score under corruptions too: all, or NAME[:SEVERITY],...")
-@click.option("--severity", type=click.IntRange(1, 5), default=5, show_default=True, help="Where a name has none.")
-@json_option
-def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, severity: int, as_json: bool) -> None:
-    """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines.
-
-    \b
-    adamerge evaluate RUN_DIR                                   as they are
-    adamerge evaluate RUN_DIR --corruptions all                 under seven corruptions (docs/robustness.md)
-    adamerge evaluate RUN_DIR --corruptions gaussian_noise:3,pixelate
-    """  # noqa: D301
-    from adamerge.callbacks.elapsed import seconds_of
-    from adamerge.commands.run import folder as run_folder
-    from adamerge.commands.run import run as launch
-    from adamerge.data.corruptions import read_corruptions
-    from adamerge.results.evaluation import read_summary, summary, table, write_summary
-    from adamerge.results.scoring import Made, score_run
-
-    chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
-    run_dir = run_dir.absolute()
-    file = (checkpoint or run_dir / "merged.safetensors").absolute()
-    config = run_folder.load_config(run_dir)
-    assembly = launch.assemble(config)
-    old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
-    before = {} if checkpoint else old.get(str(config.name), {})
-    name = _row_name(file) if checkpoint else str(config.name)
-    seconds = 0.0 if checkpoint else before.get("seconds") or seconds_of(run_dir / run_folder.LAST)
-    made = Made(name, file, seconds, int(config.seed), before.get("uses_labels", False))
-    if chosen:
-        _evaluate_corrupted(run_dir, assembly, made, chosen, as_json=as_json)
-        return
-    rows = score_run(assembly.model, assembly.data, made, assembly.batch_norm, references=True)
-    protocol = assembly.data.protocol
-    left_out = assembly.data.unreadable_evaluation()
-    path = run_dir / "summary.json"
-    content = summary(rows, protocol, left_out) if checkpoint else write_summary(rows, protocol, path, left_out)
-    if as_json:
-        print_json(content)
-    else:
-        out.print(table(content, width=out.width))
-
-
-def _row_name(checkpoint: Path) -> str:
-    """Return the name of a foreign checkpoint's row: with its folder's, where its own is a reference's or any run's."""
-    from adamerge.results.scoring import REFERENCES
-
-    stem = checkpoint.stem
-    return f"{checkpoint.parent.name}/{stem}" if stem in (*REFERENCES, "merged") else stem
-
-
-def _evaluate_corrupted(
-    run_dir: Path, assembly: "Assembly", made: "Made", corruptions: "list[Corruption]", *, as_json: bool
-) -> None:
-    """Score under corruptions; files go beside the run's, named after a foreign checkpoint."""
-    from adamerge.results.robustness import save_robustness, score_corruptions, table
-
-    content = score_corruptions(assembly.model, assembly.data, assembly.batch_norm, made, corruptions)
-    own = made.file == run_dir / "merged.safetensors"
-    stem = "robustness" if own else "robustness_" + made.name.replace("/", "_")
-    save_robustness(content, run_dir, stem)
-    if as_json:
-        print_json(content)
-        return
-    out.print(table(content))
-    for suffix in ("json", "png"):
-        if (path := run_dir / f"{stem}.{suffix}").is_file():
-            out.print(str(path), highlight=False)
+from adamerge.model.batch_norm import FILE, average, average_for, load_statistics
+from adamerge.model.coefficients import Coefficients, load_coefficients
+from adamerge.pool.pool import ExpertPool
+from adamerge.pool.pool_file import PoolFiles
+from adamerge.results.export import digest
+from adamerge.results.export import export as write_export
+from adamerge.results.formats import export_as
+from adamerge.system.files import atomic_path
 
 
 @click.command()
@@ -138,9 +75,6 @@ def export(
     With --to, RUN_DIR is a run or a merge that is complete. The new folder holds model, heads, coefficients and a
     model card, and is loaded back by the other library and compared before the command ends (docs/models.md).
     """  # noqa: D301
-    from adamerge.commands import replay
-    from adamerge.commands.run.named_pools import chosen_pool
-
     given = {"--task": task, "--model": model, "--upload": upload, "--public": public or None}
     others = [option for option, value in given.items() if value is not None]
     if target is None and others:
@@ -155,18 +89,16 @@ def export(
         _export_as(run_dir, target, output, as_json, model=model, task=task, repository=upload, public=public)
         return
     if run_dir is not None:
-        files = replay.export_run(run_dir, coefficients, output or run_dir)
+        files = export_run(run_dir, coefficients, output or run_dir)
     elif coefficients is None or output is None or (pool is None and (base is None or not experts)):
         raise InputError("export: give RUN_DIR, or --coefficients, --output, and --pool or both --base and --expert.")
     else:
-        files = replay.export_files(chosen_pool("export", base, experts, pool, prefix), coefficients, output)
+        files = export_files(chosen_pool("export", base, experts, pool, prefix), coefficients, output)
     print_files(files, as_json)
 
 
 def _export_as(run_dir: Path, target: str, output: Path, as_json: bool, *, model: str | None, **options: Any) -> None:
     """Write another library's format, and list what there is."""
-    from adamerge.results.formats import export_as
-
     output = output.absolute()  # a run's configuration may move this process
     known = backbone_of if model is None else lambda folder, recipe: _named(model, target)
     files, address = export_as(run_dir, target, output, known, **options)
@@ -178,6 +110,132 @@ def _export_as(run_dir: Path, target: str, output: Path, as_json: bool, *, model
     click.echo(address or str(output))
 
 
+def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[str, Path]:
+    """Export a run from its last checkpoint, or replay given coefficients.
+
+    Args:
+        run_dir: The folder of the run, for its configuration.
+        coefficients: A ``coefficients.json`` of the same pool: no image is read, and the heads are the run's own, if
+            it has exported any. Default the run's last checkpoint, with heads built anew. Where the run recalibrates
+            BatchNorm layers, the statistics beside the file are taken, or images are read if there are none.
+        output: Where to write; the run's own folder only while it has no export.
+
+    Raises:
+        InputError: If the folder is not a run's, has no checkpoint, or the coefficients are another pool's.
+    """
+    run_dir, output = run_dir.absolute(), output.absolute()
+    coefficients = coefficients.absolute() if coefficients else None
+    config = load_config(run_dir)
+    if output.resolve() == run_dir.resolve() and (run_dir / "merged.safetensors").exists():
+        raise InputError(f"{run_dir} has an export already, which would be replaced. Give --output.")
+    source = coefficients or run_dir / LAST
+    recipe = {"config": plain(config), "replayed": str(source)}
+    if coefficients is None:
+        assembly = assemble(config)
+        values = assembly.model.coefficients  # frozen groups keep their initial value; the checkpoint lacks them
+        _restore(values, source)
+        return write_export(
+            assembly.pool,
+            values,
+            output,
+            statistics=_final(assembly),
+            heads=assembly.heads,
+            head_info=head_info(assembly.data),
+            sidecar=assembly.backbone.sidecar(),
+            recipe=recipe,
+        )
+    _announce(containers(config))
+    backbone = build(config, "backbone")
+    pool = build_pool(config, backbone)
+    values = load_coefficients(coefficients, pool, build(config, "granularity"))
+    statistics = _statistics_beside(coefficients, values)
+    if statistics is None:
+        statistics = _statistics_anew(config, backbone, pool, values)
+    files = write_export(pool, values, output, statistics=statistics, sidecar=backbone.sidecar(), recipe=recipe)
+    if (run_dir / "heads.safetensors").is_file():
+        files["heads"] = output / "heads.safetensors"
+        with atomic_path(files["heads"]) as temporary:
+            shutil.copyfile(run_dir / "heads.safetensors", temporary)
+    return files
+
+
+def pool_of(run_dir: Path) -> ExpertPool:
+    """Open the pool of a run, to look at; its experts stay in their files where they can.
+
+    The folder may be another's, so that nothing but adamerge's own backbones and transforms is built.
+
+    Raises:
+        InputError: If the folder is not a run's, names code of others, or the files do not fit.
+    """
+    config = load_config(run_dir.absolute())
+    for node in ("backbone", "transform"):
+        if config.get(node) is not None:
+            check_own({node: OmegaConf.to_container(config[node], resolve=True)})
+    return build_pool(config, build(config, "backbone"))
+
+
+def export_files(files: PoolFiles, coefficients: Path, output: Path) -> dict[str, Path]:
+    """Export from files alone; BatchNorm statistics are those beside the coefficients, or else the base's.
+
+    Raises:
+        InputError: If anything does not fit.
+    """
+    files.verify()
+    pool = files.open(duplicates="allow")
+    values = load_coefficients(coefficients, pool)
+    statistics = _statistics_beside(coefficients, values)
+    return write_export(pool, values, output, statistics=statistics, recipe={"replayed": str(coefficients)})
+
+
+def _statistics_beside(path: Path, coefficients: Coefficients) -> dict[str, Tensor] | None:
+    """Return the BatchNorm statistics that were exported with a coefficients file; None where there are none."""
+    beside = path.parent / FILE
+    if not beside.is_file():
+        return None
+    statistics, facts = load_statistics(beside)
+    if facts.get("coefficients") != digest(coefficients):
+        raise InputError(
+            f"{beside}: expected the statistics of {path.name}, found those of other coefficients. Remove it, or "
+            "replay the coefficients that it was written with."
+        )
+    return statistics
+
+
+def _statistics_anew(
+    config: DictConfig, backbone: Backbone, pool: ExpertPool, coefficients: Coefficients
+) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics of coefficients; images are read only where there are layers to recalibrate."""
+    policy = build_batch_norm(config)
+    if policy.policy == "base" or not average(pool):
+        return {}
+    if not policy.needs_data:
+        return average_for(backbone.encoder(), pool)
+    assembly = assemble(config)
+    assembly.model.coefficients = coefficients
+    return _final(assembly)
+
+
+def _final(assembly: Assembly) -> dict[str, Tensor]:
+    """Return the BatchNorm statistics of a run's coefficients."""
+    if not assembly.batch_norm.applies(assembly.model):
+        return {}
+    with torch.no_grad():
+        return assembly.batch_norm.final(assembly.model, assembly.model.merge(), assembly.data)
+
+
+def _restore(coefficients: Coefficients, checkpoint: Path) -> None:
+    if not checkpoint.is_file():
+        raise InputError(f"{checkpoint}: no such checkpoint. Has the run saved one yet? Give --coefficients instead.")
+    state = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)["state_dict"]
+    raw = state["model.coefficients.raw"]
+    if raw.shape != coefficients.raw.shape:
+        raise InputError(
+            f"{checkpoint}: expected coefficients of shape {tuple(coefficients.raw.shape)}, found {tuple(raw.shape)}."
+        )
+    with torch.no_grad():
+        coefficients.raw.copy_(raw)
+
+
 def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
     """Return the backbone that a merge's own files name: configuration, recipe, or open_clip's sidecar.
 
@@ -186,8 +244,8 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
     Raises:
         InputError: If the folder does not say what model it is.
     """
-    if (folder / run_folder.CONFIG_FILE).is_file():
-        return _built(run_folder.load_config(folder), folder)
+    if (folder / CONFIG_FILE).is_file():
+        return _built(load_config(folder), folder)
     if isinstance(recipe.get("config"), Mapping):  # of an export on request
         _go_to(recipe["config"].get("cwd"))
         return _built(OmegaConf.create({"backbone": recipe["config"].get("backbone")}), folder)
@@ -205,11 +263,9 @@ def _built(config: DictConfig, folder: Path) -> Backbone:
     if node is None:
         raise _unknown(folder)
     try:
-        imports = {"backbone": OmegaConf.to_container(node, resolve=True)}
+        _announce({"backbone": OmegaConf.to_container(node, resolve=True)})
     except OmegaConfBaseException as error:
         raise InputError(f"backbone: {str(error).splitlines()[0]}") from error
-    check_targets(imports)
-    announce(imports)
     backbone: Backbone = build(config, "backbone")
     return backbone
 
@@ -232,3 +288,9 @@ def _named(model: str, target: str) -> Backbone:
         return OpenClip(model)
     name, _, head = model.partition(":")
     return Torchvision(name, **({"head": head} if head else {}))
+
+
+def _announce(imports: Any) -> None:
+    """Check and log what a configuration imports, before it is."""
+    check_targets(imports)
+    announce(imports)

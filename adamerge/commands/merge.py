@@ -1,22 +1,47 @@
-"""``merge`` and ``transform``: merges without training."""
+"""``merge``: a pool and a rule in, one merged checkpoint out.
 
+What decides the result goes into ``merge.json``; running that recipe again gives the same bytes. What imports torch is
+imported where it is used, so that options that are wrong do not wait for it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adamerge.commands.terminal import json_option, print_files
+from adamerge.commands.terminal import json_option, print_files, rule_options
 from adamerge.errors import InputError
+from adamerge.system import progress
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from adamerge.commands.run.run import Assembly
+    from adamerge.model.batch_norm import BatchNormPolicy
+    from adamerge.pool.pool_file import PoolFiles
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """One merge.
+
+    Attributes:
+        rule: The rule's node: ``_target_`` and its options.
+        pool: Base and experts.
+        overrides: Hydra arguments of ``adapt`` that name backbone and data, where data is needed.
+        batch_norm: Policy of BatchNorm statistics; None: ``recalibrate`` where the rule reads data, else ``average``.
+    """
+
+    rule: Mapping[str, Any]
+    pool: "PoolFiles"
+    overrides: tuple[str, ...] = ()
+    batch_norm: str | None = None
 
 
 @click.command()
-@click.option("--rule", help="Name of a rule, such as tsvm, ties or regmean++ (docs/methods.md), or an import path.")
-@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
-@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
-@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
-@click.option("--recipe", type=click.Path(path_type=Path), help="Instead of all else: a merge.json to run again.")
-@click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat.")
-@click.option("--key-prefix", default=None, help="Key prefix of the encoder in the files, such as visual.")
+@rule_options("Name of a rule, such as tsvm, ties or regmean++ (docs/methods.md), or an import path.", "merge.json")
 @click.option(
     "--batch-norm",
     type=click.Choice(["base", "average", "recalibrate"]),
@@ -26,7 +51,15 @@ from adamerge.errors import InputError
 @click.option("--config-dir", type=click.Path(path_type=Path), help="Your own yaml files, for OVERRIDES.")
 @json_option
 @click.argument("overrides", nargs=-1)
-def merge(output: Path, as_json: bool, **options: Any) -> None:
+def merge(
+    output: Path,
+    as_json: bool,
+    recipe: Path | None,
+    batch_norm: str | None,
+    config_dir: Path | None,
+    overrides: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Merge a pool by a rule, without training.
 
     \b
@@ -40,54 +73,121 @@ def merge(output: Path, as_json: bool, **options: Any) -> None:
     Rules that need unlabeled data (fisher, regmean, regmean++), and --batch-norm recalibrate, take OVERRIDES that name
     backbone and data, as `adamerge adapt` does; the default is the demo zoo's.
     """  # noqa: D301
-    from adamerge.commands import merging_command
-
-    print_files(merging_command.run(merging_command.job_of(**options), output), as_json)
-
-
-@click.command()
-@click.option(
-    "--rule", help="Name of a transform, such as ties (docs/methods.md), an import path, or none to pack only."
-)
-@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
-@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
-@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
-@click.option("--recipe", type=click.Path(path_type=Path), help="Instead of all else: a transform.json to run again.")
-@click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat.")
-@click.option("--key-prefix", default=None, help="Key prefix of the encoder in the files, such as visual.")
-@click.option("--dtype", default=None, help="float32 (default), bfloat16, float16 or int8.")
-@click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
-@json_option
-def transform(
-    rule: str | None,
-    base: Path | None,
-    experts: tuple[str, ...],
-    pool: str | None,
-    recipe: Path | None,
-    settings: tuple[str, ...],
-    key_prefix: str | None,
-    dtype: str | None,
-    output: Path,
-    as_json: bool,
-) -> None:
-    """Write a pool's transformed task vectors into one file, which is streamed from then on.
-
-    \b
-    adamerge transform --rule ties --set density=0.3 --pool pool.yaml --dtype bfloat16 --out packed
-    adamerge adapt pool=files pool.file=packed/pool.yaml data=mine
-    adamerge merge --rule task_arithmetic --pool packed/pool.yaml --out merged
-    """  # noqa: D301
-    from adamerge.commands import transform as transform_command
-    from adamerge.commands.run.compose import rule_node
-    from adamerge.commands.run.named_pools import chosen_pool
+    from adamerge.commands.run.named_pools import rule_and_pool
 
     if recipe is not None:
-        if rule or base or experts or pool or settings or key_prefix or dtype:
-            raise InputError("transform: --recipe holds everything but --out; leave the other options out.")
-        job = transform_command.read_recipe(recipe)
-    elif rule is None:
-        raise InputError("transform: give --rule NAME; docs/methods.md lists them; none packs only.")
+        if any((*options.values(), batch_norm, config_dir, overrides)):
+            raise InputError("merge: --recipe holds everything but --out; leave the other options out.")
+        job = read_recipe(recipe)
     else:
-        files = chosen_pool("transform", base, experts, pool, key_prefix)
-        job = transform_command.Job(rule_node("transform", rule, settings), files, dtype)
-    print_files(transform_command.run(job, output), as_json)
+        rule, pool = rule_and_pool("merge", **options)
+        folder = () if config_dir is None else (f"--config-dir={config_dir.absolute()}",)
+        job = MergeJob(rule, pool, (*folder, *overrides), batch_norm)
+    print_files(run(job, output), as_json)
+
+
+def run(job: MergeJob, folder: Path) -> dict[str, Path]:
+    """Merge and export.
+
+    Args:
+        job: What to merge, and how.
+        folder: Where to write.
+
+    Returns:
+        Short name to file, of what was written.
+
+    Raises:
+        InputError: If the rule, an option, a file or the data is wrong.
+        GuardError: If the result is not finite.
+    """
+    from omegaconf import OmegaConf
+
+    from adamerge.commands.run.build import build
+    from adamerge.merges import merged_state_dict
+    from adamerge.model.batch_norm import BatchNormPolicy
+    from adamerge.results import recipes
+    from adamerge.results.export import export_merge
+    from adamerge.results.report import PAGE
+    from adamerge.system.files import ensure_writable
+
+    ensure_writable(folder)
+    rule = build(OmegaConf.create({"merge": dict(job.rule)}), "merge")
+    reads_data = bool(getattr(rule, "needs_data", False))
+    policy = BatchNormPolicy(job.batch_norm or ("recalibrate" if reads_data else "average"))  # type: ignore[arg-type]
+    needs_data = reads_data or policy.needs_data
+    if job.overrides and not needs_data:
+        raise InputError(f"merge: {type(rule).__name__} reads no data; leave out {' '.join(job.overrides)}.")
+    job.pool.verify()
+    watch = progress.Stopwatch()
+    extras: dict[str, Any] = {}
+    if needs_data:
+        assembly, extras = _assemble(job, policy)
+        pool, model, data = assembly.pool, assembly.model, assembly.data
+    else:
+        pool, model, data = job.pool.open(), None, None
+    with progress.phase(f"Merging: {type(rule).__name__}", len(pool.names), "tensors") as advance:
+        state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: advance(1))
+    state_dict = policy.complete(state_dict, model, pool, data)
+    decided = {"rule": dict(job.rule), "overrides": list(job.overrides), "batch_norm": policy.policy}
+    recipe = {
+        **decided,
+        "files": job.pool.described(),
+        "uses_data": needs_data,
+        "uses_labels": bool(getattr(rule, "uses_labels", False)),
+        **recipes.command_facts(watch.seconds()),
+    }
+    (folder / PAGE).unlink(missing_ok=True)  # of another merge, which this one replaces
+    return export_merge(pool, state_dict, folder, facts=decided, recipe=recipe, **extras)
+
+
+def read_recipe(path: Path) -> MergeJob:
+    """Read a ``merge.json`` for another run; its files must still have the hashes that it records.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it is no recipe of this command.
+    """
+    from adamerge.pool.pool_file import pool_files
+    from adamerge.results import recipes
+
+    content = recipes.read_recipe(path, "merge", ("rule", "files", "overrides", "hashes"))
+    pool = pool_files(content["files"], str(path), path.parent).pinned(content["hashes"])
+    return MergeJob(content["rule"], pool, tuple(content["overrides"]), content.get("batch_norm", "base"))
+
+
+def _assemble(job: MergeJob, policy: "BatchNormPolicy") -> tuple["Assembly", dict[str, Any]]:
+    """Build backbone, data and heads around the pool, as ``adapt`` would; and what of them is exported."""
+    from lightning.pytorch import seed_everything  # as is all of a run, it is heavy, and most rules read no data
+
+    from adamerge.commands.run.compose import compose
+    from adamerge.commands.run.run import assemble, head_info
+
+    config = compose(list(job.overrides))
+    config.pool = job.pool.node()
+    config.granularity = {"_target_": "adamerge.model.granularity.Task"}  # the merge has no coefficients
+    config.init, config.transform = "mean", None
+    config.batch_norm.policy = policy.policy
+    _check_overrides(job, config)
+    seed_everything(config.seed, workers=True, verbose=False)
+    with progress.phase("Reading the pool and building the heads"):
+        assembly = assemble(config)
+    prefix, given = assembly.backbone.prefix, job.pool.key_prefix
+    if given not in (None, prefix):
+        raise InputError(f"--key-prefix: the backbone's keys begin with {prefix!r}, found {given!r}.")
+    heads, sidecar = assembly.heads, assembly.backbone.sidecar()
+    return assembly, {"heads": heads, "head_info": head_info(assembly.data), "sidecar": sidecar}
+
+
+def _check_overrides(job: MergeJob, config: "DictConfig") -> None:
+    """Refuse what has no say in a merge, and tasks whose experts the pool file names otherwise."""
+    from adamerge.commands.run.compose import name_experts
+
+    used = ("backbone", "data", "seed", "--config-dir", "-cd", "num_workers")
+    for argument in job.overrides:
+        key = argument.lstrip("+~").split("=")[0]
+        if argument.partition("=")[1] and not key.startswith(used):
+            raise InputError(
+                f"merge {argument}: only backbone, data and seed are read from the configuration of `adapt`; "
+                "the rule's options are given by --set, the pool by --pool."
+            )
+    name_experts(config, job.pool)

@@ -51,10 +51,10 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, figures: Path | None
 
 def _record(folder: Path) -> None:
     """Record the geometry of a run's task vectors, where the experts' files are still there."""
-    from adamerge.commands import replay
+    from adamerge.commands.export import pool_of
     from adamerge.results.report.record import save_record
 
     try:
-        save_record(folder, replay.pool_of(folder))
+        save_record(folder, pool_of(folder))
     except Exception as error:  # whatever is wrong with the run, the page shows the rest
         log.info("The task vectors of %s are not shown: %s", folder, " ".join(str(error).split()))

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from adamerge.commands.compare import plan as comparison
 from adamerge.commands.data import print_how_to_get
-from adamerge.commands.run.build import check
-from adamerge.commands.run.compose import compose, preset_content
+from adamerge.commands.run.check import check
+from adamerge.commands.run.compose import compose
+from adamerge.commands.run.shipped import preset_content
 from adamerge.commands.terminal import err, escape, json_option, out, print_json, report
 from adamerge.data.benchmarks import checks
 from adamerge.errors import InputError, check_keys, did_you_mean

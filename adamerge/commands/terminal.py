@@ -1,6 +1,7 @@
 """What all commands share: the terminal, logs, errors and exit codes."""
 
 import errno
+import functools
 import io
 import json
 import logging
@@ -57,6 +58,26 @@ def report(problems: Sequence[str], explain: Callable[[], None] | None = None) -
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output, all else on standard error."
 )
+
+
+def rule_options(rule: str, recipe: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the options that name a rule and the pool that it works on.
+
+    Args:
+        rule: What help says of ``--rule``.
+        recipe: The file that holds all of them, and is given in their place.
+    """
+    path = click.Path(path_type=Path)
+    options = (
+        click.option("--rule", help=rule),
+        click.option("--base", type=path, help="The base checkpoint."),
+        click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat."),
+        click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder)."),
+        click.option("--recipe", type=path, help=f"Instead of all else: a {recipe} to run again."),
+        click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat."),
+        click.option("--key-prefix", help="Key prefix of the encoder in the files, such as visual."),
+    )
+    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 def print_json(content: Any) -> None:

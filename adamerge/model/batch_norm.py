@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
-from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, did_you_mean
 from adamerge.model.calls import fused
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
+
+if TYPE_CHECKING:  # it imports Lightning, which a merge without data does not need
+    from adamerge.data.unlabeled_tasks import UnlabeledTasks
 
 FILE = "batch_norm.safetensors"
 POLICIES = ("base", "average", "recalibrate")
@@ -67,7 +69,9 @@ class BatchNormPolicy:
         """Whether :meth:`final` returns any statistics: not where they are the base's, or there are no layers."""
         return self.policy != "base" and bool(_layers(model))
 
-    def final(self, model: MergedModel, params: Mapping[str, Tensor], data: UnlabeledTasks | None) -> dict[str, Tensor]:
+    def final(
+        self, model: MergedModel, params: Mapping[str, Tensor], data: "UnlabeledTasks | None"
+    ) -> dict[str, Tensor]:
         """Return the statistics of merged parameters, by the encoder's names; {} where they are the base's.
 
         Args:
@@ -87,7 +91,11 @@ class BatchNormPolicy:
         return _recalibrated(model, _layers(model), params, data.mixed_batches(self.batches))
 
     def complete(
-        self, state_dict: Mapping[str, Tensor], model: MergedModel | None, pool: ExpertPool, data: UnlabeledTasks | None
+        self,
+        state_dict: Mapping[str, Tensor],
+        model: MergedModel | None,
+        pool: ExpertPool,
+        data: "UnlabeledTasks | None",
     ) -> dict[str, Tensor]:
         """Return a merge for export, under the base's keys and dtypes, with the statistics that belong to it.
 

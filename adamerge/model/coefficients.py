@@ -23,6 +23,7 @@ from adamerge.model.coefficients_file import FORMAT, check_content, granularity_
 from adamerge.model.constraints import Constraint
 from adamerge.model.granularity import Granularity
 from adamerge.pool.describe import describe, describe_task_vectors
+from adamerge.pool.headers import Headers
 from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import save_json, sha256
 
@@ -35,7 +36,7 @@ class Coefficients(nn.Module):
     """Merging coefficients of a pool, by expert and group.
 
     Args:
-        pool: The experts and the parameters they share.
+        pool: The experts and the parameters they share; headers serve too, if ``init`` asks for no weight.
         granularity: ``"task"``, ``"block"``, ``"layer"``, ``"chunk"``, ``"row"``, ``"column"``, or any
             :class:`~adamerge.model.granularity.Granularity`.
         init: Initial coefficient: a number, one number per expert (a sequence, or a mapping by expert
@@ -62,7 +63,7 @@ class Coefficients(nn.Module):
 
     def __init__(
         self,
-        pool: ExpertPool,
+        pool: ExpertPool | Headers,
         granularity: str | Granularity = "layer",
         init: float | str | Sequence[float] | Mapping[str, float] | Tensor | initial.Start = 0.3,
         constraint: str | Constraint = "box",
@@ -273,7 +274,7 @@ def load_coefficients(path: Path, pool: ExpertPool, granularity: Granularity | N
 
 
 def _initial_values(
-    init: float | str | Sequence[float] | Mapping[str, float] | Tensor, pool: ExpertPool, groups: int
+    init: float | str | Sequence[float] | Mapping[str, float] | Tensor, pool: ExpertPool | Headers, groups: int
 ) -> Tensor:
     """Expand ``init`` to (E, G)."""
     experts = len(pool.expert_names)

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel
 from adamerge import ExpertPool, InputError
 from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
-from adamerge.commands.run import build as preflight
+from adamerge.commands.run import check_files
 from adamerge.commands.run import run as launch
 from adamerge.data import Task
 from tests.support.clips import IMAGES, MODEL_CFG, hugging_face, open_clip_folder, open_clip_model
@@ -122,7 +122,7 @@ def test_pool_without_a_base_takes_the_tags(tiny, tmp_path):
     pool = launch.build_pool(config, backbone)
     assert pool.source.name == str(path)
     problems = []
-    headers = preflight._check_pool(config, backbone, problems)
+    headers = check_files.check_pool(config, backbone, problems)
     assert problems == []
     assert set(headers.shapes) == set(pool.names)
 
@@ -131,12 +131,12 @@ def test_check_of_a_tag_that_is_not_here_looks_at_the_experts_alone(tiny, tmp_pa
     config = node(base="???", experts={"cars": str(tmp_path / "cars.safetensors")})
     problems = []
     with caplog.at_level("INFO"):
-        preflight._check_pool(config, OpenClip("Tiny", pretrained="plain"), problems)
+        check_files.check_pool(config, OpenClip("Tiny", pretrained="plain"), problems)
     assert "backbone.pretrained=plain: its weights are not in the cache; the run downloads them first." in caplog.text
     (problem,) = problems
     assert "cars.safetensors: no such file" in problem
     with pytest.raises(InputError, match=r"pool\.base: must be given"):
-        preflight._check_pool(config, OpenClip("Tiny"), problems)
+        check_files.check_pool(config, OpenClip("Tiny"), problems)
 
 
 # Hugging Face's configurations
@@ -169,7 +169,7 @@ def test_hugging_face_file_of_another_activation_is_refused(tiny, saved):
     with pytest.raises(InputError, match=message):
         OpenClip("Tiny").heads(pool.source, {}, {})
     problems = []
-    preflight._check_pool(config, OpenClip("Tiny"), problems)
+    check_files.check_pool(config, OpenClip("Tiny"), problems)
     assert len(problems) == 2  # base and expert
     assert "expert/config.json: hidden_act" in problems[1]
     folder = open_clip_folder(saved / "own")

@@ -11,7 +11,7 @@ from PIL import Image
 from adamerge import Coefficients, ExpertPool, InputError
 from adamerge.callbacks import LogCoefficients
 from adamerge.callbacks.log_coefficients import by_depth, heat_map, histograms, log_scores
-from adamerge.commands.run.checks import check_package
+from adamerge.commands.run.check import check_package
 from adamerge.model.granularity import Block
 from tests.support.fits import QUIET, fit, make_data, make_method
 from tests.support.toy import EXPERTS

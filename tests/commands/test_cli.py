@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adamerge import zoo
 from adamerge.callbacks.elapsed import seconds_of
-from adamerge.commands import export as runs
+from adamerge.commands.evaluate import _row_name
 from tests.support.command_line import QUIET, call, command, environment, refusal
 
 pytestmark = QUIET
@@ -69,7 +69,7 @@ def test_evaluate_run_folder_repeats_its_summary(arguments, capsys, tmp_path):
     ],
 )
 def test_evaluated_checkpoint_takes_no_other_rows_name(file, name):
-    assert runs._row_name(Path(file)) == name
+    assert _row_name(Path(file)) == name
 
 
 def test_export_coefficients_gives_the_same_bytes(arguments, capsys, tmp_path):

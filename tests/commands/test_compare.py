@@ -15,7 +15,7 @@ from adamerge.commands.compare.plan import plan_of
 from adamerge.commands.compare.row import make_row, read_row
 from adamerge.commands.compare.table import compared, markdown
 from adamerge.commands.run import folder as run_folder
-from adamerge.commands.run.compose import rule_names
+from adamerge.commands.run.shipped import rule_names
 from adamerge.errors import GuardError, InputError
 
 QUIET = Console(quiet=True)

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from adamerge.commands import cli
-from adamerge.commands.run import build as preflight
-from adamerge.commands.run.compose import rule_node
+from adamerge.commands.run.build import build, check_options
+from adamerge.commands.run.shipped import rule_node
 from adamerge.pool.pool_file import load_pool_file
 from adamerge.system.files import sha256
 from tests.support.toy import make_toy, save_files
@@ -50,8 +50,8 @@ def pool(files, tmp_path):
 def test_rule_file_names_a_class_and_its_defaults(path):
     node = OmegaConf.create(rule_node("merge", path.stem, GIVEN.get(path.stem, [])))
     target = hydra.utils.get_object(node._target_)
-    preflight.check_options("merge", target, node)
-    rule = preflight.build(OmegaConf.create({"merge": node}), "merge")
+    check_options("merge", target, node)
+    rule = build(OmegaConf.create({"merge": node}), "merge")
     for option, value in OmegaConf.to_container(OmegaConf.load(path)).items():
         if option != "_target_" and value != "???":
             default = target.__dataclass_fields__[option].default

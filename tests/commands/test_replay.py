@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_state_dict
 from adamerge.callbacks import ExportMergedWeights
-from adamerge.commands import replay
-from adamerge.commands.replay import export_run
+from adamerge.commands import export as replay
+from adamerge.commands.export import export_run
 from adamerge.commands.run.folder import CONFIG_FILE, LAST
 from adamerge.model.granularity import Chunk
 from adamerge.pool.pool_file import PoolFile, PoolFiles

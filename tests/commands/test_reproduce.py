@@ -9,7 +9,8 @@ from adamerge import InputError
 from adamerge.commands.cli import main
 from adamerge.commands.compare.plan import plan_of
 from adamerge.commands.reproduce import markdown, problems_of, read_published, reproduced, settings_of
-from adamerge.commands.run.compose import compose, rule_names
+from adamerge.commands.run.compose import compose
+from adamerge.commands.run.shipped import rule_names
 from adamerge.data.benchmarks import opening
 from adamerge.results.baselines import LabelledCrossEntropy
 from tests.support.clips import write_benchmark_clip

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.commands.cli import main
-from adamerge.commands.replay import export_files, export_run
+from adamerge.commands.export import export_files, export_run
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.model.batch_norm import FILE, BatchNormPolicy, average, load_statistics
 from adamerge.pool.pool_file import PoolFile, PoolFiles

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from adamerge import zoo
 from adamerge.commands.cli import main
-from adamerge.commands.run.compose import compose, preset_file
+from adamerge.commands.run.compose import compose
+from adamerge.commands.run.shipped import preset_file
 from adamerge.data.benchmarks import open_split, opening
 from adamerge.data.benchmarks.readers import IdxImages
 from adamerge.errors import InputError

@@ -16,8 +16,9 @@ from rich.console import Console
 from adamerge import __version__
 from adamerge.commands.compare.row import Spec, make_row, read_row
 from adamerge.commands.compare.table import GOAL, START, compared, markdown, terminal
-from adamerge.commands.run.compose import compose, preset_content
+from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import held
+from adamerge.commands.run.shipped import preset_content
 from adamerge.errors import GuardError, InputError
 from adamerge.results.figures import save_comparison
 from adamerge.system.files import atomic_path, save_json

@@ -21,9 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.commands.run import run as launch
-from adamerge.commands.run.build import build, check
-from adamerge.commands.run.compose import compose, rule_node
+from adamerge.commands.run.build import build
+from adamerge.commands.run.check import check
+from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import differing, held, is_started, plain
+from adamerge.commands.run.shipped import rule_node
 from adamerge.errors import InputError
 from adamerge.merges import merged_state_dict
 from adamerge.model.coefficients import Coefficients

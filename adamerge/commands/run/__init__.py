@@ -1,3 +1,1 @@
 """From a configuration to a run: compose, check, start, run."""
-
-CONFIG_MODULE = "adamerge.configs"

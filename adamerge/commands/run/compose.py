@@ -1,14 +1,14 @@
-"""Hydra for the command line: composing the configuration of ``adapt``, and errors a person understands."""
+"""Compose the configuration of ``adapt`` with Hydra, once; its errors in words that a person understands."""
 
 import contextlib
 import difflib
-import importlib.resources
 import inspect
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,59 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
-from adamerge.commands.run import CONFIG_MODULE
-from adamerge.commands.run.build import CONFIG_NAME
 from adamerge.commands.run.named_pools import register_resolvers, with_pool_files
-from adamerge.data.benchmarks import task
-from adamerge.data.unlabeled_tasks import Task
+from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFiles, load_pool_file
 
-_FLAGS_WITH_VALUE = (
-    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
-    *("--package", "-p", "--cfg", "-c"),
-)
+_CONFIG_DIR = ("--config-dir", "-cd")
+_FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 _FLAGS = (
-    *(*_FLAGS_WITH_VALUE, "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
     *("--shell-completion", "-sc", "--experimental-rerun", "--info", "-i"),
 )
-
-_NODE = ("file", "base", "experts")  # of a pool: what a pool file decides
+_DECIDED_BY_FILE = ("file", "base", "experts")  # options of a pool
 _NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
+
+
+@dataclass(frozen=True)
+class Line:
+    """What stands on the command line of ``adapt``.
+
+    Attributes:
+        overrides: All that is no flag.
+        config_dir: The folder that ``--config-dir`` names.
+        flags: Hydra's other flags, each followed by its value.
+    """
+
+    overrides: tuple[str, ...]
+    config_dir: Path | None
+    flags: tuple[str, ...]
+
+
+def read_line(arguments: Sequence[str]) -> Line:
+    """Tell overrides and flags apart.
+
+    Raises:
+        InputError: If there is no such flag, or no such folder.
+    """
+    overrides, flags, folder = list[str](), list[str](), None
+    words = iter(arguments)
+    for word in words:
+        flag, has_value, value = word.partition("=")
+        if flag in _CONFIG_DIR:
+            folder = Path(value if has_value else next(words, ""))
+            if not folder.is_dir():
+                raise InputError(f"--config-dir: no such folder: {folder}.")
+        elif flag in _FLAGS_WITH_VALUE:
+            flags += [word] if has_value else [word, next(words, "")]
+        elif flag in _FLAGS:
+            flags.append(word)
+        elif word.startswith("-"):
+            raise _unknown_flag(word)
+        else:
+            overrides.append(word)
+    return Line(tuple(overrides), folder, tuple(flags))
 
 
 def compose(arguments: Sequence[str]) -> DictConfig:
@@ -45,18 +79,60 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     Raises:
         InputError: If an override or a file is wrong; with the nearest known name.
     """
+    line = read_line(arguments)
+    if line.flags:
+        if line.flags[0].split("=")[0] not in _FLAGS_WITH_VALUE:
+            raise _unknown_flag(line.flags[0])
+        raise InputError(f"{line.flags[0]}: not supported; put your yaml files into a folder and use --config-dir.")
     setup_globals()
     register_resolvers()
-    overrides, folder = _take_config_dir(arguments)
-    overrides = _with_task_fields(with_pool_files(overrides, folder))
-    if folder is not None:
-        overrides.append(f"hydra.searchpath=['file://{folder.absolute()}']")
+    overrides = [re.sub("^hydra[.]run[.]dir=", "run_dir=", override) for override in _for_hydra(line)]
+    if line.config_dir is not None:
+        overrides.append(f"hydra.searchpath=['file://{line.config_dir.absolute()}']")
     try:
-        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
-            config = hydra.compose(CONFIG_NAME, overrides=overrides)
+        config = _composed(overrides)
     except Exception as error:
-        raise _explained(error, arguments) from error
+        raise _explained(error, line.config_dir) from error
     return expanded(config)
+
+
+def hand_over(line: Line, job: Callable[[DictConfig], None]) -> None:
+    """Let Hydra do what its flags say: a sweep, of which it composes each job's configuration, or its help.
+
+    Raises:
+        InputError: If an override or a file is wrong.
+    """
+    folder = () if line.config_dir is None else (f"--config-dir={line.config_dir}",)
+    sys.argv = ["adamerge adapt", *line.flags, *folder, *_for_hydra(line)]  # its parser takes flags first
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
+    main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
+    try:
+        _help(main) if {"--help", "-h"} & set(line.flags) else main()
+    except Exception as error:
+        if type(error).__module__.startswith(("hydra", "omegaconf")):
+            raise _explained(error, line.config_dir) from error
+        raise
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
+        return hydra.compose(CONFIG_NAME, overrides=list(overrides))
+
+
+def _for_hydra(line: Line) -> list[str]:
+    """Return overrides as Hydra takes them: pool files by path, and tasks' fields that no yaml file sets yet."""
+    overrides = with_pool_files(line.overrides, line.config_dir)
+    given = [re.match(r"data\.tasks\.[\w-]+\.(\w+)=", override) for override in overrides]
+    if not any(given):
+        return overrides
+    from adamerge.data.benchmarks import task  # imports Lightning, as only data does
+    from adamerge.data.task import Task
+
+    fields = {*inspect.signature(Task).parameters, *inspect.signature(task).parameters} - {"name", "root"}
+    return [
+        f"++{override}" if match is not None and match[1] in fields else override
+        for override, match in zip(overrides, given, strict=True)
+    ]
 
 
 def expanded(config: DictConfig) -> DictConfig:
@@ -78,8 +154,8 @@ def _experts_of_unseen(data: DictConfig, unseen: Sequence[str]) -> set[str]:
     """Return the experts that only unseen tasks have as their own."""
     tasks = data.get("tasks")
     every = map(str, tasks) if isinstance(tasks, DictConfig) and "_target_" not in tasks else ()
-    own = {name: str(OmegaConf.select(data, f"tasks.{name}.expert") or name) for name in {*every, *unseen}}
-    return {own[name] for name in unseen} - {expert for name, expert in own.items() if name not in unseen}
+    experts = {name: str(OmegaConf.select(data, f"tasks.{name}.expert") or name) for name in {*every, *unseen}}
+    return {experts[name] for name in unseen} - {expert for name, expert in experts.items() if name not in unseen}
 
 
 def _leave_out(pool: DictConfig, experts: set[str]) -> None:
@@ -108,16 +184,18 @@ def _with_pool_file(config: DictConfig) -> DictConfig:
     except InterpolationResolutionError as error:
         message = str(error).splitlines()[0].removeprefix("InputError raised while resolving interpolation: ")
         raise InputError(f"pool.file: {message}") from error
-    own = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(own, dict)
-    given = [key for key in ("base", "experts") if own.get(key) not in (None, "???")]
-    if given:
-        raise InputError(f"pool.{given[0]}: pool.file={node.file} says it already; leave one of the two out.")
-    files = load_pool_file(Path(str(node.file)).absolute())
-    usual = {"storage": "auto", "duplicates": "refuse"}
-    chosen = {key: value for key, value in own.items() if key not in _NODE and value not in (None, usual.get(str(key)))}
-    own.pop("file")
-    config.pool = {**own, **files.node(), **chosen}
+    options: Any = OmegaConf.to_container(node, resolve=True)
+    for key in ("base", "experts"):
+        if options.get(key) not in (None, "???"):
+            raise InputError(f"pool.{key}: pool.file={node.file} says it already; leave one of the two out.")
+    files = load_pool_file(Path(str(options.pop("file"))).absolute())
+    defaults = {"storage": "auto", "duplicates": "refuse"}
+    chosen = {
+        key: value
+        for key, value in options.items()
+        if key not in _DECIDED_BY_FILE and value not in (None, defaults.get(key))
+    }
+    config.pool = {**options, **files.node(), **chosen}
     name_experts(config, files)
     return config
 
@@ -130,101 +208,6 @@ def name_experts(config: DictConfig, files: PoolFiles) -> None:
             continue
         if OmegaConf.select(tasks, f"{entry.task}.expert") is None:
             OmegaConf.update(tasks, f"{entry.task}.expert", name, force_add=True)
-
-
-def rule_names(group: str) -> list[str]:
-    """Return the names of what ships in a group, such as ``merge`` or ``transform``."""
-    folder = importlib.resources.files(CONFIG_MODULE) / group
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def preset_file(group: str, preset: str) -> Path:
-    """Return the file of a shipped preset of a group such as ``compare``, or the file that is named itself.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    known = rule_names(group)
-    if preset in known:
-        return Path(str(importlib.resources.files(CONFIG_MODULE) / group / f"{preset}.yaml"))
-    if not Path(preset).is_file():
-        raise InputError(
-            f"--preset {preset}: no such file, and no shipped preset of that name; shipped: {', '.join(known)}."
-            f"{did_you_mean(preset, known)}"
-        )
-    return Path(preset)
-
-
-def preset_content(group: str, preset: str) -> tuple[Path, Any]:
-    """Return a preset's file, see :func:`preset_file`, and what it holds as plain containers.
-
-    Raises:
-        InputError: If there is no such preset, or it is no yaml file.
-    """
-    path = preset_file(group, preset)
-    try:
-        return path, OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
-    except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
-        raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
-
-
-def rule_node(group: str, rule: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Return a rule's node: a shipped one by name, or any class by import path, with options set.
-
-    Args:
-        group: ``merge`` or ``transform``.
-        rule: Such as ``tsvm``, or ``my_package.MyRule``.
-        settings: ``option=value``; values are yaml.
-
-    Raises:
-        InputError: If there is no such rule, or a setting cannot be read.
-    """
-    known = rule_names(group)
-    if rule in known:
-        file = importlib.resources.files(CONFIG_MODULE) / group / f"{rule}.yaml"
-        node = OmegaConf.create(file.read_text(encoding="utf-8"))
-    elif "." in rule:
-        node = OmegaConf.create({"_target_": rule})
-    else:
-        raise InputError(
-            f"--rule: expected one of {', '.join(known)}, or an import path such as my_package.MyRule, found {rule!r}."
-            f"{did_you_mean(rule, known)}"
-        )
-    for setting in settings:
-        option, separator, value = setting.partition("=")
-        if not separator or not option:
-            raise InputError(f"--set {setting}: expected OPTION=VALUE.")
-        try:
-            OmegaConf.update(node, option, OmegaConf.create(f"value: {value}").value)
-        except Exception as error:  # whatever a yaml parser finds wrong
-            raise InputError(f"--set {setting}: the value is no yaml: {str(error).splitlines()[0]}.") from error
-    missing = [str(key) for key in node if OmegaConf.is_missing(node, key)]
-    if missing:
-        raise InputError(f"--rule {rule}: {missing[0]} must be given: --set {missing[0]}=VALUE.")
-    content = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
-
-
-def hand_over(arguments: Sequence[str], job: Callable[[DictConfig], None]) -> None:
-    """Hand over to Hydra: it composes again, makes the run folder (or the sweep's), and calls the job.
-
-    Raises:
-        InputError: If a flag, an override or a file is wrong.
-    """
-    for argument in arguments:
-        if argument.startswith("-") and argument.split("=")[0] not in _FLAGS:
-            raise InputError(_unknown_flag(argument))
-    folder = next((Path(value) for value in _config_dirs(arguments)), None)
-    sys.argv = ["adamerge adapt", *_flags_first(_with_task_fields(with_pool_files(arguments, folder)))]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach main() instead of being printed by Hydra
-    main = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(job)
-    try:
-        _help(main) if {"--help", "-h"} & set(arguments) else main()
-    except Exception as error:
-        if type(error).__module__.startswith(("hydra", "omegaconf")):
-            raise _explained(error, arguments) from error
-        raise
 
 
 def _help(main: Callable[[], None]) -> None:
@@ -241,106 +224,55 @@ def quoted(text: object) -> str:
     return "'" + str(text).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _take_config_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Split Hydra's flags off, as the compose API takes overrides only."""
-    overrides, folder = [], None
-    rest = iter(arguments)
-    for argument in rest:
-        flag, _, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            folder = Path(value or next(rest, ""))
-            if not folder.is_dir():
-                raise InputError(f"--config-dir: no such folder: {folder}.")
-        elif flag in _FLAGS_WITH_VALUE:
-            raise InputError(f"{flag}: not supported; put your yaml files into a folder and use --config-dir.")
-        elif argument.startswith("-"):
-            raise InputError(_unknown_flag(argument))
-        else:
-            overrides.append(argument)
-    return overrides, folder
-
-
-def _unknown_flag(flag: str) -> str:
+def _unknown_flag(flag: str) -> InputError:
     """Say that there is no such flag, and how what may be meant, an option, is written."""
     name, _, value = flag.lstrip("-").partition("=")
-    near = difflib.get_close_matches(name.replace("-", "_"), _known_options(), n=1)
+    near = difflib.get_close_matches(name.replace("-", "_"), _option_names(), n=1)
     example = f"{near[0]}={value or 'VALUE'}" if near else "steps=300"
-    return f"Unknown flag {flag!r}. Options are written without dashes: {example}. See `adamerge adapt --help`."
+    return InputError(
+        f"Unknown flag {flag!r}. Options are written without dashes: {example}. See `adamerge adapt --help`."
+    )
 
 
-def _config_dirs(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the folders that ``--config-dir`` names."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, separator, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            yield value if separator else following
-
-
-def _flags_first(arguments: Sequence[str]) -> list[str]:
-    """Move flags and their values before the overrides: Hydra's parser takes overrides only in one run."""
-    flags: list[str] = []
-    overrides: list[str] = []
-    takes_value = False
-    for argument in arguments:
-        is_value = takes_value and not argument.startswith("-")
-        (flags if is_value or argument.startswith("-") else overrides).append(argument)
-        takes_value = argument in _FLAGS_WITH_VALUE
-    return [*flags, *overrides]
-
-
-def _explained(error: Exception, arguments: Sequence[str]) -> InputError:
+def _explained(error: Exception, config_dir: Path | None) -> InputError:
     """Turn Hydra's message into one line, with the nearest name for an unknown key or choice."""
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
-        return _no_such_choice(error, arguments)
+        return _no_such_choice(error, config_dir)
     text = str(error).split("Config search path")[0]
     text = re.sub(r"\s*\n\s*", " ", text.strip())
     if "hydra_submitit_launcher" in text:
         return InputError('hydra/launcher: the package submitit is not installed: pip install "adamerge[cluster]".')
     match = re.search(r"(?:Could not override|Key) '([^']+)'", text)
-    if match:
-        known = _known_options()
-        if match.group(1) in known:
-            return InputError(
-                f"{match.group(1)}: your own yaml file for this group does not set it, so it cannot be overridden; "
-                f"write +{match.group(1)}=VALUE, or set it in the file."
-            )
+    if match is None:
+        return InputError(text)
+    option, options = match.group(1), _option_names()
+    if option in options:
         return InputError(
-            f"Unknown option {match.group(1)!r}.{did_you_mean(match.group(1), known)} "
-            "`adamerge adapt --help` lists all; +key=value adds one that a class of your own takes."
+            f"{option}: your own yaml file for this group does not set it, so it cannot be overridden; write "
+            f"+{option}=VALUE, or set it in the file."
         )
-    return InputError(text)
+    return InputError(
+        f"Unknown option {option!r}.{did_you_mean(option, options)} "
+        "`adamerge adapt --help` lists all; +key=value adds one that a class of your own takes."
+    )
 
 
-def _no_such_choice(error: MissingConfigException, arguments: Sequence[str]) -> InputError:
+def _no_such_choice(error: MissingConfigException, config_dir: Path | None) -> InputError:
     """Say that a group has no such choice, and which file asks for it where the command line does not."""
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     asking = re.match(r"In '([^']+)'", str(error))
     where = "" if asking is None or asking[1] in (CONFIG_NAME, "hydra/config") else f"{asking[1]}.yaml: "
-    options = error.options or _choices(group, arguments)
+    of_user = () if config_dir is None else (path.stem for path in (config_dir / group).glob("*.yaml"))
+    options = error.options or sorted({*rule_names(group), *of_user})
     hint = f" Is it a file of yours, FOLDER/{group}/{name or 'NAME'}.yaml? Name the folder: --config-dir FOLDER."
     return InputError(
         f"{where}{group}={name}: no such choice.{did_you_mean(name, options)} {group} is one of "
-        f"{', '.join(options)}.{'' if any(_config_dirs(arguments)) else hint}"
+        f"{', '.join(options)}.{hint if config_dir is None else ''}"
     )
 
 
-def _with_task_fields(arguments: Sequence[str]) -> list[str]:
-    """Let a task's fields be given also where its yaml file does not: Hydra's struct mode knows what is there only."""
-    fields = {*inspect.signature(Task).parameters, *inspect.signature(task).parameters} - {"name", "root"}
-    given = re.compile(rf"data\.tasks\.[\w-]+\.(?:{'|'.join(sorted(fields))})=")
-    return [f"++{argument}" if given.match(argument) else argument for argument in arguments]
-
-
-def _choices(group: str, arguments: Sequence[str]) -> list[str]:
-    """Return the choices of a group: those that ship, and those below ``--config-dir``."""
-    folders = [Path(str(importlib.resources.files(CONFIG_MODULE))), *map(Path, _config_dirs(arguments))]
-    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
-
-
-def _known_options() -> list[str]:
-    """Names of all groups and options of the default configuration, dotted."""
-    with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3", job_name=CONFIG_NAME):
-        config = hydra.compose(CONFIG_NAME)
+def _option_names() -> list[str]:
+    """Return the names of all groups and options of the default configuration, dotted."""
     names: list[str] = ["experiment"]
 
     def collect(node: DictConfig, prefix: str) -> None:
@@ -350,5 +282,5 @@ def _known_options() -> list[str]:
             if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
                 collect(child, f"{prefix}{key}.")
 
-    collect(config, "")
+    collect(_composed(()), "")
     return names

@@ -1,6 +1,5 @@
 """Pools by name: those that ship, and pool files in folders of the user's."""
 
-import importlib.resources
 import os
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from adamerge.commands.run import CONFIG_MODULE
+from adamerge.commands.run.shipped import rule_names, rule_node, shipped_folder
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, place, pool_files
 from adamerge.zoo import benchmark_folder, files
@@ -53,19 +52,12 @@ def folders() -> list[Path]:
 
 def shipped_pools() -> list[str]:
     """Return the names of the pools that ship, without those that the configuration of ``adapt`` completes."""
-    return [name for name in _choices() if _shipped(name).get("base") not in (None, "???")]
-
-
-def _choices() -> list[str]:
-    """Return the choices of the group ``pool``."""
-    folder = importlib.resources.files(CONFIG_MODULE) / "pool"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return [name for name in rule_names("pool") if _shipped(name).get("base") not in (None, "???")]
 
 
 def _shipped(name: str) -> dict[str, Any]:
     """Return what a file of the group says, unresolved."""
-    text = (importlib.resources.files(CONFIG_MODULE) / "pool" / f"{name}.yaml").read_text(encoding="utf-8")
-    content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    content: Any = OmegaConf.to_container(OmegaConf.load(shipped_folder("pool") / f"{name}.yaml"), resolve=False)
     return {str(key): value for key, value in content.items()}
 
 
@@ -86,7 +78,7 @@ def pool_path(pool: str) -> Path:
     """
     if _is_path(pool):
         return Path(pool)
-    if pool in _choices():
+    if pool in rule_names("pool"):
         raise InputError(f"pool {pool}: the name of a shipped pool; choose another, or name a file, ./{pool}.yaml.")
     return own_pools().get(pool, folders()[0] / f"{pool}.yaml")
 
@@ -127,6 +119,27 @@ def chosen_pool(
     return files if key_prefix is None else replace(files, key_prefix=key_prefix)
 
 
+def rule_and_pool(
+    command: str,
+    rule: str | None,
+    base: Path | None,
+    experts: Sequence[str],
+    pool: str | None,
+    settings: Sequence[str],
+    key_prefix: str | None,
+) -> tuple[dict[str, Any], PoolFiles]:
+    """Read the options of ``merge`` or ``transform``: the rule's node, and the pool that it works on.
+
+    Raises:
+        InputError: If they do not go together, or one is wrong.
+    """
+    if rule is None:
+        remark = " none packs only." if command == "transform" else ""
+        raise InputError(f"{command}: give --rule NAME; docs/methods.md lists them{';' if remark else '.'}{remark}")
+    files = chosen_pool(command, base, experts, pool, key_prefix)
+    return rule_node(command, rule, settings), files
+
+
 def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[str]:
     """Return arguments of ``adapt`` in which ``pool=NAME`` of a user's pool, or a file, stands as the file.
 
@@ -141,7 +154,7 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
     for argument in arguments:
         found = re.fullmatch(r"pool=([\w./~ -]+)", argument)
         name = found[1] if found else _FORM
-        if name in (*_choices(), "null"):
+        if name in (*rule_names("pool"), "null"):
             result.append(argument)
             continue
         path = Path(name) if _is_path(name) else own_pools().get(name)

@@ -11,12 +11,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import hydra
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from omegaconf import DictConfig
 from torch import distributed
 
 from adamerge.errors import InputError
+from adamerge.methods.sharded_strategy import ShardedStrategy
 from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
@@ -100,6 +103,16 @@ def wanted(trainer: Mapping[str, Any]) -> int:
     if devices in ("auto", -1, "-1"):
         return max(1, torch.cuda.device_count()) if trainer.get("accelerator") != "cpu" else 1
     return int(devices) if isinstance(devices, (int, str)) else len(devices)
+
+
+def is_sharded(config: DictConfig) -> bool:
+    """Whether each device of a run holds a part of the model, as the trainer's strategy says (``trainer=fsdp``)."""
+    trainer = config.get("trainer")
+    strategy = trainer.get("strategy") if isinstance(trainer, DictConfig) else None
+    if not isinstance(strategy, DictConfig) or "_target_" not in strategy:
+        return False
+    kind = hydra.utils.get_object(str(strategy._target_))
+    return isinstance(kind, type) and issubclass(kind, ShardedStrategy)
 
 
 def start(count: int, arguments: Sequence[str]) -> int:

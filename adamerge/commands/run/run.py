@@ -1,4 +1,4 @@
-"""From a Hydra configuration to objects, a run folder and a result."""
+"""Run: objects from a configuration, one or two stages fitted, the export, its score and the report."""
 
 import json
 import logging
@@ -20,8 +20,7 @@ from adamerge.callbacks.checkpoint_io import write_atomically
 from adamerge.callbacks.elapsed import Elapsed, seconds_of
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.commands.run import processes as launchers
-from adamerge.commands.run.build import build, build_init, build_optional, containers, is_sharded, strings
+from adamerge.commands.run.build import build, build_init, build_optional, containers, strings
 from adamerge.commands.run.folder import (
     CONFIG_FILE,
     LAST,
@@ -33,6 +32,7 @@ from adamerge.commands.run.folder import (
     save_config,
 )
 from adamerge.commands.run.imports import announce, check_targets
+from adamerge.commands.run.processes import is_sharded, trainer_options
 from adamerge.commands.run.stages import STAGE, START, first_stage, start_file
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
@@ -209,26 +209,38 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     )
     trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
     times |= {"adapt": seconds_of(folder / LAST) + seconds_of(folder / STAGE / LAST), "export": export.seconds}
-    summary, scoring = None, Stopwatch()
+    scoring = Stopwatch()
     if assembly.model.is_sharded:
         ranks.wait()  # for the export: all devices score it, each with its part of the weights
-    if trainer.is_global_zero and config.evaluate and not assembly.data.evaluation:
-        log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
-    elif (trainer.is_global_zero or assembly.model.is_sharded) and config.evaluate and assembly.data.evaluation:
-        uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
-        merged = Made(str(config.name), folder / export.filename, times["adapt"], int(config.seed), uses_labels)
-        rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
-        if trainer.is_global_zero:
-            left_out = assembly.data.unreadable_evaluation()
-            summary = write_summary(rows, assembly.data.protocol, folder / "summary.json", left_out)
-            record_metrics(export.files["recipe"], summary, times["adapt"])
-            log_scores(trainer.loggers, summary["rows"][merged.name], trainer.global_step)
+    summary = _score(config, assembly, trainer, export, times["adapt"])
+    if summary is not None:
         times["score"] = scoring.seconds()
     if trainer.is_global_zero:
         _tell_unreadable(assembly.data)
         steps = trainer.global_step + (int(first.steps) if first else 0)
         _report(config, folder, assembly, costs_of(times, steps, assembly.pool.device, resumed=resume))
     _raise_reason(trainer)
+    return summary
+
+
+def _score(
+    config: DictConfig, assembly: Assembly, trainer: Trainer, export: ExportMergedWeights, seconds: float
+) -> dict[str, Any] | None:
+    """Score an export and write its summary; None where nothing is scored, or another process writes it."""
+    if not config.evaluate or not (trainer.is_global_zero or assembly.model.is_sharded):
+        return None
+    if not assembly.data.evaluation:
+        log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
+        return None
+    uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
+    merged = Made(str(config.name), export.dirpath / export.filename, seconds, int(config.seed), uses_labels)
+    rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
+    if not trainer.is_global_zero:
+        return None
+    left_out = assembly.data.unreadable_evaluation()
+    summary = write_summary(rows, assembly.data.protocol, export.dirpath / "summary.json", left_out)
+    record_metrics(export.files["recipe"], summary, seconds)
+    log_scores(trainer.loggers, summary["rows"][merged.name], trainer.global_step)
     return summary
 
 
@@ -282,7 +294,7 @@ def _fit(
     method.recipe = plain(config)
     own = [MergingProgress(description), UnlabeledCriteria()]
     callbacks = [*own, *_callbacks(config, folder), *exports, Elapsed(), GracefulStop(folder / LAST)]
-    options = {"default_root_dir": folder, **launchers.trainer_options()}
+    options = {"default_root_dir": folder, **trainer_options()}
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
     write_atomically(trainer)
     saved = last_checkpoint(folder) if resume else None

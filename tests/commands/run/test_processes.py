@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adamerge.commands import adapt as adapt_command
-from adamerge.commands.run import compose as composition
 from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run import processes as launchers
+from adamerge.commands.run.compose import hand_over, read_line
+from adamerge.commands.run.start import sweep_job
 from adamerge.errors import InputError
 from adamerge.system import ranks
 from tests.support.command_line import as_rank, call, command, environment, refusal
@@ -222,7 +222,7 @@ def test_sweep_on_slurm_asks_for_what_the_configuration_says(arguments, tmp_path
     options = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=2"]
     options += ["hydra.launcher.tasks_per_node=2", "trainer=ddp", "hydra.sweep.dir=sweep"]
     with pytest.raises(_Captured) as caught:
-        composition.hand_over([*named, "-m", "seed=0,1", *options], adapt_command.job)
+        hand_over(read_line([*named, "-m", "seed=0,1", *options]), sweep_job)
     text, jobs = caught.value.args
     lines = text.splitlines()
     for line in (

@@ -9,7 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adamerge import ExpertPool, zoo
-from adamerge.commands.run import build as preflight
+from adamerge.commands.run.build import build, check_options
+from adamerge.commands.run.check import check
+from adamerge.commands.run.check_files import pool_files
 from adamerge.commands.run.compose import compose
 from adamerge.errors import InputError
 from adamerge.objectives.imitation import Imitation
@@ -45,7 +47,7 @@ def found(images, tmp_path, monkeypatch):
     experts = "".join(f"  {name}: ${{zoo:experts/{name}.safetensors}}\n" for name in ("mnist", "digits"))
     (folder / "pool" / "two.yaml").write_text(f"base: ${{zoo:base.safetensors}}\nexperts:\n{experts}")
     start = ["--config-dir", str(folder), "pool=two", "data=tiny", "trainer=cpu", "steps=3", "run_dir=run"]
-    return lambda *overrides: preflight.check(compose([*start, *map(str, overrides)]))
+    return lambda *overrides: check(compose([*start, *map(str, overrides)]))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +154,9 @@ def test_check_expert_missing_from_the_pool_is_found(found):
 @pytest.mark.parametrize("experts", ["[a.safetensors]", "{a: 3}", "{1: a.safetensors}", "a.safetensors"])
 def test_pool_files_experts_that_are_no_mapping_of_files_are_refused(experts):
     with pytest.raises(InputError, match=r"^pool\.experts"):
-        preflight.pool_files(OmegaConf.create(f"base: base.safetensors\nexperts: {experts}"), "pool")
+        pool_files(OmegaConf.create(f"base: base.safetensors\nexperts: {experts}"), "pool")
     with pytest.raises(InputError, match=r"^pool: expected base and experts"):
-        preflight.pool_files(None, "pool")
+        pool_files(None, "pool")
 
 
 def test_check_task_takes_fields_that_its_file_does_not_set(found):
@@ -182,7 +184,7 @@ def test_check_options_speaks_of_the_groups_default_only_where_that_can_be_the_r
     for where, option in (("merge", "wrong"), ("objective", "temprature"), ("objective", "wrong")):
         content = OmegaConf.create({"_target_": "adamerge.objectives.imitation.Imitation", option: 1})
         with pytest.raises(InputError) as caught:
-            preflight.check_options(where, Imitation, content)
+            check_options(where, Imitation, content)
         said.append("left over from the group's default" in str(caught.value))
     assert said == [False, False, True]
 
@@ -260,4 +262,4 @@ def test_check_granularity_that_fails_is_named_after_its_node(found, tmp_path, m
 def test_build_unexpected_error_names_the_node():
     config = compose(["objective._target_=builtins.int", "+objective.x=y"])
     with pytest.raises(InputError, match=r"^objective"):
-        preflight.build(config, "objective")
+        build(config, "objective")

@@ -1,0 +1,88 @@
+"""``evaluate``: the merged checkpoint of a run on its tasks' labelled images.
+
+What imports torch is imported where it is used, so that options that are wrong do not wait for it.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adamerge.commands.terminal import json_option, out, print_json
+
+if TYPE_CHECKING:
+    from adamerge.commands.run.run import Assembly
+    from adamerge.data.corruptions import Corruption
+    from adamerge.results.scoring import Made
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="File to score instead of the run's export.")
+@click.option("--corruptions", help="Score under corruptions too: all, or NAME[:SEVERITY],...")
+@click.option("--severity", type=click.IntRange(1, 5), default=5, show_default=True, help="Where a name has none.")
+@json_option
+def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, severity: int, as_json: bool) -> None:
+    """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines.
+
+    \b
+    adamerge evaluate RUN_DIR                                   as they are
+    adamerge evaluate RUN_DIR --corruptions all                 under seven corruptions (docs/robustness.md)
+    adamerge evaluate RUN_DIR --corruptions gaussian_noise:3,pixelate
+    """  # noqa: D301
+    from adamerge.callbacks.elapsed import seconds_of
+    from adamerge.commands.run.folder import LAST, load_config
+    from adamerge.commands.run.run import assemble
+    from adamerge.data.corruptions import read_corruptions
+    from adamerge.results.evaluation import read_summary, summary, table, write_summary
+    from adamerge.results.scoring import Made, score_run
+
+    chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
+    run_dir = run_dir.absolute()
+    file = (checkpoint or run_dir / "merged.safetensors").absolute()
+    config = load_config(run_dir)
+    assembly = assemble(config)
+    old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
+    before = {} if checkpoint else old.get(str(config.name), {})
+    name = _row_name(file) if checkpoint else str(config.name)
+    seconds = 0.0 if checkpoint else before.get("seconds") or seconds_of(run_dir / LAST)
+    made = Made(name, file, seconds, int(config.seed), before.get("uses_labels", False))
+    if chosen:
+        _evaluate_corrupted(run_dir, assembly, made, chosen, as_json=as_json)
+        return
+    rows = score_run(assembly.model, assembly.data, made, assembly.batch_norm, references=True)
+    protocol = assembly.data.protocol
+    left_out = assembly.data.unreadable_evaluation()
+    path = run_dir / "summary.json"
+    content = summary(rows, protocol, left_out) if checkpoint else write_summary(rows, protocol, path, left_out)
+    if as_json:
+        print_json(content)
+    else:
+        out.print(table(content, width=out.width))
+
+
+def _row_name(checkpoint: Path) -> str:
+    """Return the name of a foreign checkpoint's row: with its folder's, where its own is a reference's or any run's."""
+    from adamerge.results.scoring import REFERENCES
+
+    stem = checkpoint.stem
+    return f"{checkpoint.parent.name}/{stem}" if stem in (*REFERENCES, "merged") else stem
+
+
+def _evaluate_corrupted(
+    run_dir: Path, assembly: "Assembly", made: "Made", corruptions: "list[Corruption]", *, as_json: bool
+) -> None:
+    """Score under corruptions; files go beside the run's, named after a foreign checkpoint."""
+    from adamerge.results.robustness import save_robustness, score_corruptions, table
+
+    content = score_corruptions(assembly.model, assembly.data, assembly.batch_norm, made, corruptions)
+    own = made.file == run_dir / "merged.safetensors"
+    stem = "robustness" if own else "robustness_" + made.name.replace("/", "_")
+    save_robustness(content, run_dir, stem)
+    if as_json:
+        print_json(content)
+        return
+    out.print(table(content))
+    for suffix in ("json", "png"):
+        if (path := run_dir / f"{stem}.{suffix}").is_file():
+            out.print(str(path), highlight=False)

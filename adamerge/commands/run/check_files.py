@@ -1,0 +1,288 @@
+"""Hold a run's pool, data and start against one another: the part of a check that opens files, headers only."""
+
+import json
+import logging
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from adamerge import zoo
+from adamerge.backbones import Backbone, Torchvision, own_base
+from adamerge.commands.run.build import build, build_init, check_node, strings
+from adamerge.commands.run.stages import start_file
+from adamerge.data.task import Task
+from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.model import starts
+from adamerge.model.coefficients import Coefficients
+from adamerge.model.encoder import EncoderOptions, select
+from adamerge.model.granularity import GroupIndex
+from adamerge.model.refinement import Refinement
+from adamerge.pool.headers import Headers, read_headers
+from adamerge.pool.packed import PackedFile
+from adamerge.pool.task_vectors import check_storage, dtype_of
+from adamerge.system.memory import free_memory
+
+log = logging.getLogger(__name__)
+
+_ZOO = "backbone=zoo (the demo zoo's model, meant where no backbone is named)"  # whose folder nobody has named
+
+
+class Problems(list[str]):
+    """What is wrong, in the order in which it was seen."""
+
+    @contextmanager
+    def naming(self, node: str) -> Iterator[None]:
+        """Collect what goes wrong; an error that nobody expected is named after its node."""
+        try:
+            yield
+        except (InputError, OSError) as error:
+            self.append(" ".join(str(error).split()))
+        except OmegaConfBaseException as error:
+            self.append(f"{node}: {str(error).splitlines()[0]}")
+        except Exception as error:
+            log.debug("%s", node, exc_info=True)
+            self.append(f"{node}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> Headers:
+    """Compare the headers of the pool's files with one another, with the backbone and with the pool's options."""
+    node = config.get("pool")
+    tag = getattr(backbone, "pretrained", None)
+    base, experts = pool_files(node, "pool", needs_base=tag is None)
+    place = base if base is not None else own_base(backbone, download=False)
+    if place is None:
+        log.info("backbone.pretrained=%s: its weights are not in the cache; the run downloads them first.", tag)
+    check_storage(str(node.get("storage") or "auto"))
+    try:
+        dtype_of(node.get("dtype"))
+    except InputError as error:
+        problems.append(str(error))
+    if node.get("duplicates") not in (None, "refuse", "allow"):
+        problems.append(f"pool.duplicates: expected refuse or allow, found {node.duplicates!r}.")
+    exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
+    headers = read_headers(place, experts, backbone.prefix, strings(node.get("include")), exclude)
+    problems += headers.problems
+    of_base = {} if headers.source is None else {"base": headers.source}
+    for find, files in (("base_problems", headers.source), ("problems", {**of_base, **headers.experts})):
+        if files is not None and hasattr(backbone, find):
+            problems += [text.replace(f"backbone.model={zoo.files()}", _ZOO) for text in getattr(backbone, find)(files)]
+    problems += _hash_problems(node.get("sha256"), experts)
+    if node.get("task_vectors") is not None:
+        problems += _packed_problems(node.task_vectors, headers)
+    return headers
+
+
+def pool_files(node: Any, where: str, *, needs_base: bool = True) -> tuple[str | None, dict[str, str]]:
+    """Return the base's file and the experts' by name, of a pool's node that messages call ``where``.
+
+    Without a base, where none is needed, None stands in for its file.
+
+    Raises:
+        InputError: If it names no base, no experts, or something else than files.
+    """
+    if not isinstance(node, DictConfig):
+        raise InputError(f"{where}: expected base and experts, found {node!r}; such as pool=zoo.")
+    for key, example in (("base", "base=FILE"), ("experts", "experts={name: FILE, ...}")):
+        if node.get(key) is None and (key != "base" or needs_base):
+            raise InputError(f"{where}.{key}: must be given: {example}.")
+    if not isinstance(node.experts, DictConfig) or not node.experts:
+        raise InputError(
+            f"{where}.experts: expected a mapping of names to files, {{name: FILE, ...}}, found {node.experts}."
+        )
+    base = node.get("base")
+    experts: dict[Any, Any] = {name: node.experts.get(name) for name in node.experts}
+    files = {"base": base or ""} if base is not None else {}
+    for key, file in {**files, **{f"experts.{name}": path for name, path in experts.items()}}.items():
+        if not isinstance(file, str) or not file:
+            raise InputError(f"{where}.{key}: expected a checkpoint file, found {file!r}; name one or leave it out.")
+    for name in experts:
+        if not isinstance(name, str):
+            raise InputError(f"{where}.experts: expected names that are texts, found {name!r}; write '{name}'.")
+    return base, {str(name): str(path) for name, path in experts.items()}
+
+
+def _hash_problems(hashes: Any, experts: Mapping[str, object]) -> list[str]:
+    """List what is wrong with the hashes that a pool gives; whether the files have them waits for the run."""
+    if hashes is None:
+        return []
+    names = ("base", *experts)
+    if not isinstance(hashes, Mapping) or not all(isinstance(value, str) for value in hashes.values()):
+        return [f"pool.sha256: expected a mapping from base and experts to SHA-256, found {hashes}."]
+    return [
+        f"pool.sha256: {name!r} is neither base nor an expert.{did_you_mean(str(name), names)}"
+        for name in hashes
+        if name not in names
+    ]
+
+
+def _packed_problems(path: Any, headers: Headers) -> list[str]:
+    """List how a file of packed task vectors differs from a pool, by its header; its hashes wait for the run."""
+    if not isinstance(path, str) or not path:
+        return [f"pool.task_vectors: expected a file, found {path!r}; name one or leave it out."]
+    try:
+        packed = PackedFile(path)
+    except (InputError, OSError) as error:
+        return [str(error)]
+    return list(packed.problems(headers.expert_names, headers.shapes)) if headers.shapes else []
+
+
+def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None) -> list[str]:
+    """Say where the merged parameters are too large for the memory, or the disk of ``folder``, that is free."""
+    problems = []
+    model_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if 3 * model_bytes > free_memory():
+        problems.append(
+            f"Memory: merging needs about {3 * model_bytes / 1e9:.1f} GB (base, merged weights and their gradients) "
+            f"besides activations; {free_memory() / 1e9:.1f} GB are free. Close other programs or use a larger machine."
+        )
+    if folder is not None and shutil.disk_usage(folder).free < 2 * model_bytes:
+        problems.append(
+            f"Disk: {folder} has less than the {2 * model_bytes / 1e9:.1f} GB free that an export may need."
+        )
+    return problems
+
+
+def checkpoint_problems(shapes: Mapping[str, tuple[int, ...]], options: EncoderOptions | None) -> list[str]:
+    """List what ``encoder.checkpoint`` names and no merged parameter lies in; the encoder itself is not built."""
+    patterns = getattr(options, "checkpoint", False)
+    if isinstance(patterns, bool) or not shapes:
+        return []
+    parts = [name.split(".")[:-1] for name in shapes]
+    modules = dict.fromkeys(".".join(part[:i]) for part in parts for i in range(1, len(part) + 1))
+    problems = Problems()
+    for pattern in patterns:
+        with problems.naming("encoder.checkpoint"):
+            select(modules, pattern, "encoder.checkpoint")
+    return problems
+
+
+def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> Any:
+    """Build the data; where that fails, look at each task alone, so that all that is missing is said at once."""
+    tasks = OmegaConf.select(config, "data.tasks", throw_on_missing=False)
+    nodes = {str(name): tasks[name] for name in tasks} if isinstance(tasks, DictConfig) else {}
+    if "_target_" in nodes:
+        check_node(config, "data.tasks")
+        nodes = {}
+    known = [name for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" in node]
+    for name, node in nodes.items():
+        if known and name not in known:  # else the data is a class of the user's own, which knows what its tasks are
+            raise InputError(
+                f"data.tasks.{name}: expected a node with _target_, such as adamerge.data.Task, found {node}."
+                f"{did_you_mean(name, known)}"
+            )
+    try:
+        return build(config, "data", preprocess=backbone.preprocess())
+    except InputError:
+        count = len(problems)
+        for name in nodes:
+            with problems.naming(f"data.tasks.{name}"):
+                build(config, f"data.tasks.{name}")
+        problems[:] = dict.fromkeys(problems)  # a folder that is not there is the same problem for all
+        if len(problems) > count:
+            return None
+        raise
+
+
+def check_start(config: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
+    """Form groups and initial coefficients from the shapes in the pool's headers."""
+    headers, granularity = parts.get("headers"), parts.get("granularity")
+    if headers is None or granularity is None or not headers.shapes:
+        return
+    start, count = start_file(config), len(problems)
+    if start is not None and config.get("first_stage") is None:
+        with problems.naming("init"):
+            _check_start_file(start)
+        return
+    if start is not None and isinstance(granularity, Refinement):
+        return  # its groups follow from what the first stage will learn
+    with problems.naming("granularity"):
+        index: object = granularity(headers.shapes)
+        if not isinstance(index, GroupIndex):
+            raise InputError(f"granularity: expected a GroupIndex from {type(granularity).__name__}, found {index!r}.")
+    if len(problems) > count or "constraint" not in parts or len(headers.experts) < len(config.pool.experts):
+        return
+    with problems.naming("init"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says it
+        init = build_init(config)
+        rule = starts.start_of(init)
+        if rule is None or isinstance(rule, starts.Lines):  # any other may read weights
+            Coefficients(headers, granularity, init, parts["constraint"])
+
+
+def _check_start_file(path: Path) -> None:
+    """Check that a coefficients file is there and is one, as far as that shows without the pool.
+
+    Raises:
+        InputError: If not.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"init: {path}: no such file. Name a coefficients.json that a run has written.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"init: {path}: not a coefficients file: expected JSON ({error}).") from error
+    if not isinstance(content, dict) or "coefficients" not in content:
+        raise InputError(f"init: {path}: not a coefficients file: expected the coefficients.json of a run.")
+
+
+def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
+    """Hold the tasks against the pool and what the run does with them."""
+    data: Any = parts.get("data")
+    backbone = parts.get("backbone")
+    if not isinstance(getattr(data, "tasks", None), Mapping):
+        return
+    for name, task in data.tasks.items():
+        _check_classes(name, task, problems)
+    unseen, need = getattr(data, "unseen", ()), None
+    if isinstance(backbone, Torchvision):
+        need = "A torchvision backbone, whose heads are the experts' own classifiers,"
+        if unseen:
+            problems.append(
+                f"data.unseen: {unseen[0]} would need a head, but a torchvision backbone's heads are the experts' own "
+                "classifiers. Leave data.unseen out, or merge models whose heads come from class names: "
+                "backbone=open_clip."
+            )
+    tasks = {name: task for name, task in data.tasks.items() if name not in unseen}
+    scored = getattr(data, "evaluation", tasks) if config.get("evaluate") is True else tasks
+    problems += [
+        f"data.tasks.{name}.evaluate: expected labelled images to score, found none. Give data.tasks.{name}.evaluate, "
+        "or set evaluate=false."
+        for name in tasks
+        if name not in scored
+    ]
+    for objective in (parts.get("objective"), *parts.get("objectives", [])):
+        if need is None and getattr(objective, "uses_teacher", False):
+            need = f"The objective {type(objective).__name__}"
+    if isinstance(config.get("pool"), DictConfig) and "headers" in parts:
+        for name, task in tasks.items():
+            _check_expert(name, task, list(config.pool.experts), need, problems)
+
+
+def _check_classes(name: str, task: Task, problems: list[str]) -> None:
+    """Refuse class names that are not as many as the classes of the task's data set."""
+    key = next((key for key in ("evaluate", "dataset", "adapt") if getattr(task, key) is not None), "dataset")
+    classes = getattr(getattr(task, key), "classes", None)
+    if classes is not None and task.classes is not None and len(classes) != len(task.classes):
+        problems.append(
+            f"data.tasks.{name}.classes: expected as many names as {key} has classes, found {len(task.classes)} "
+            f"names, but the data set has {len(classes)} classes. Name each class once, in the order of the labels; "
+            "are all class folders there?"
+        )
+
+
+def _check_expert(name: str, task: Task, experts: Sequence[str], need: str | None, problems: list[str]) -> None:
+    """Refuse a task whose expert is not in the pool, where it names one or ``need`` says what needs one."""
+    expert = task.expert or name
+    if expert not in experts and (task.expert or need):
+        because = f" {need} needs each task's expert." if need else ""
+        problems.append(
+            f"data.tasks.{name}.expert: expected one of the pool's experts {shorten(experts)}, found {expert!r}."
+            f"{because}{did_you_mean(expert, experts)} Name it: data.tasks.{name}.expert=NAME."
+        )
