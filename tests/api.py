@@ -38,7 +38,8 @@ def public_names() -> Iterator[tuple[str, Any]]:
         yield f"adamerge.{name}", getattr(adamerge, name)
     for package in PACKAGES:
         module = importlib.import_module(f"adamerge.{package}")
-        for name, found in vars(module).items():
+        for name in getattr(module, "__all__", vars(module)):
+            found = getattr(module, name)
             if not name.startswith("_") and callable(found) and str(found.__module__).startswith("adamerge"):
                 yield f"{module.__name__}.{name}", found
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(CONFIGS.rglob("*.yaml")))

@@ -29,7 +29,7 @@ from adamerge.zoo.images import (
 from adamerge.zoo.model import BENCHMARK
 
 if TYPE_CHECKING:
-    from adamerge.data.unlabeled_tasks import Task
+    from adamerge.data.task import Task
 
 DEBIAN = Path("/usr/share/datasets")
 """Where Debian's package ``dataset-fashion-mnist`` puts its files."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from adamerge.zoo.images import CLASSES, TASKS, TEMPLATES, ZooImages
 
 if TYPE_CHECKING:
-    from adamerge.data.unlabeled_tasks import Task
+    from adamerge.data.task import Task
 
 
 def tasks(split: str = "test", seed: int = 0) -> dict[str, Task]:
