@@ -164,7 +164,7 @@ def _assemble(job: MergeJob, policy: "BatchNormPolicy") -> tuple["Assembly", dic
 
     config = compose(list(job.overrides))
     config.pool = job.pool.node()
-    config.granularity = {"_target_": "adamerge.model.granularity.Task"}  # the merge has no coefficients
+    config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}  # the merge has no coefficients
     config.init, config.transform = "mean", None
     config.batch_norm.policy = policy.policy
     _check_overrides(job, config)

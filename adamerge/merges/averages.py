@@ -15,7 +15,7 @@ from torch import Tensor
 from adamerge.errors import InputError, check_choice, check_number, did_you_mean, shorten
 from adamerge.merges import Merged
 from adamerge.merges.tensors import average, weighted
-from adamerge.model.stock import stock_ratio
+from adamerge.model.starts import stock_ratio
 from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.depth import block_order
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from adamerge.data.batch import TaskBatch
 from adamerge.errors import InputError, did_you_mean
 from adamerge.methods.frank_wolfe_steps import FrankWolfe, SoftFrankWolfe, StepRule, Vertices
-from adamerge.methods.method import MergingMethod, OnNonfinite
+from adamerge.methods.method import MergingMethod
+from adamerge.methods.step import StepOptions
 from adamerge.model.constraints import Simplex, Unconstrained
 from adamerge.model.merged_model import MergedModel
 from adamerge.objectives import Objective
@@ -57,11 +58,7 @@ class FrankWolfeMerging(MergingMethod):
         inner_lr: Of the weights of ``soft``.
         average_gradients: Choose vertices by a running average of the gradients, so that the noise of single batches
             does not choose irrelevant experts (Mokhtari et al., arXiv:1804.09554; not in FW-Merging).
-        task_weights: Task to the factor of its loss, default 1.
-        reduction: ``"mean"`` or ``"sum"`` over the tasks.
-        micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
-        on_nonfinite: ``"stop"`` the run where a loss or gradient is NaN or infinite, or ``"skip"`` the batch.
-        max_skipped: Skipped batches, beyond which the run stops after all.
+        options: Those of :class:`~adamerge.methods.step.StepOptions`.
 
     Raises:
         InputError: If an option is unknown, or the constraint or granularity does not fit.
@@ -89,16 +86,9 @@ class FrankWolfeMerging(MergingMethod):
         inner_steps: int = 10,
         inner_lr: float = 0.05,
         average_gradients: bool = False,
-        task_weights: Mapping[str, float] | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
-        micro_batch: int | Literal["auto"] | None = "auto",
-        on_nonfinite: OnNonfinite = "stop",
-        max_skipped: int = 10,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            model, objective, task_weights=task_weights, reduction=reduction, micro_batch=micro_batch,
-            on_nonfinite=on_nonfinite, max_skipped=max_skipped,
-        )  # fmt: skip
+        super().__init__(model, objective, StepOptions(**options))
         chosen = {"mode": mode, "step_rule": step_rule, "granularity": granularity, "ranking": ranking}
         for option, value in chosen.items():
             if value not in _OPTIONS[option]:

@@ -1,9 +1,9 @@
 """What all methods share: one step of the objective on the merged model, its teachers, guards and reports."""
 
-import functools
+import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,16 +13,18 @@ from torch import Tensor
 from adamerge.data.batch import Outputs, TaskBatch
 from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
-from adamerge.errors import InputError, NonfiniteError, did_you_mean, shorten
-from adamerge.model.merged_model import MergedModel, StepResult, TaskStep
-from adamerge.model.teacher_files import TeacherFiles, ask_expert
+from adamerge.errors import InputError, NonfiniteError, shorten
+from adamerge.methods.nonfinite import KEPT, coefficient_name, gradient_problem, loss_problem
+from adamerge.methods.objective_checks import check_first_step, check_loss, check_task_weights
+from adamerge.methods.step import Observer, StepOptions, StepResult
+from adamerge.methods.teaching import Teaching
+from adamerge.model.merged_encoder import MergedEncoder
+from adamerge.model.merged_model import MergedModel, TaskStep
+from adamerge.model.teacher_files import TeacherFiles
 from adamerge.objectives import Objective, check_objective
-from adamerge.system import progress, ranks
+from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
-
-OnNonfinite = Literal["stop", "skip"]
-_KEPT = "The coefficients keep their last good values."
 
 
 class MergingMethod(LightningModule):
@@ -39,12 +41,8 @@ class MergingMethod(LightningModule):
     Args:
         model: The merged model; its coefficients are the only parameters.
         objective: The loss, see :mod:`adamerge.objectives`.
-        task_weights: Task to the factor of its loss, default 1.
-        reduction: ``"mean"`` or ``"sum"`` over the tasks (AdaMerging sums; Adam is indifferent).
-        micro_batch: Most inputs in one forward pass, in whole tasks; ``"auto"`` for a rule by size, None for no limit.
-        on_nonfinite: What a loss or gradient that is NaN or infinite does: ``"stop"`` the run, or ``"skip"`` the
-            batch: coefficients and optimizer stay as they are.
-        max_skipped: Skipped batches, beyond which the run stops after all.
+        options: How the tasks count, and what becomes of a step that is not finite. A method that passes on
+            ``**options`` shows those of :class:`~adamerge.methods.step.StepOptions` in their place.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -58,58 +56,43 @@ class MergingMethod(LightningModule):
         skipped: Batches skipped so far because a loss or gradient was not finite.
     """
 
-    def __init__(
-        self,
-        model: MergedModel,
-        objective: Objective,
-        *,
-        task_weights: Mapping[str, float] | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
-        micro_batch: int | Literal["auto"] | None = "auto",
-        on_nonfinite: OnNonfinite = "stop",
-        max_skipped: int = 10,
-    ) -> None:
+    def __init_subclass__(cls) -> None:
+        """Name the options of a step in the signature of a method that takes ``**options``."""
+        super().__init_subclass__()
+        parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
+        if "__init__" in vars(cls) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+            options = inspect.signature(StepOptions).parameters.values()
+            options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+            cls.__signature__ = inspect.Signature([*parameters[:-1], *options])
+
+    def __init__(self, model: MergedModel, objective: Objective, options: StepOptions | None = None) -> None:
         super().__init__()
         check_objective(objective)
-        if reduction not in ("mean", "sum"):
-            raise InputError(f"method.reduction: expected 'mean' or 'sum', found {reduction!r}.")
         self.model = model
         self.objective = objective
-        self.task_weights = dict(task_weights or {})
+        self.options = options or StepOptions()
+        self.task_weights = dict(self.options.task_weights or {})
         self.uses_teacher = bool(getattr(objective, "uses_teacher", False))
-        self.observers: list[Callable[[TaskStep], None]] = []
+        self.observers: list[Observer] = []
         self.teacher_files: TeacherFiles | None = None
-        if on_nonfinite not in ("stop", "skip"):
-            raise InputError(f"method.on_nonfinite: expected 'stop' or 'skip', found {on_nonfinite!r}.")
-        if max_skipped < 0:
-            raise InputError(f"method.max_skipped: expected a number of batches >= 0, found {max_skipped}.")
         self.recipe: Mapping[str, Any] = {}
         self.skipped = 0
-        self._max_skipped = max_skipped if on_nonfinite == "skip" else 0
         self._has_gradient = False  # whether any batch of the step to come was not skipped
         self._generators: Mapping[str, Any] | None = None  # of a checkpoint, until the first step after it
         # Constants, the same on all devices: torch would broadcast them before each step.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self._reduction = reduction
-        self._micro_batch = micro_batch
 
     def on_fit_start(self) -> None:
         """Move what Lightning does not see to the device, ask the teachers if needed, and try the objective."""
         self.model.to_device(self.device)
         self.model.teacher_cache.clear()
         data = self._datamodule()
-        tasks: Mapping[str, Any] = data.streams if data else self.task_weights
-        for option, weights in (
-            ("method.task_weights", self.task_weights),
-            ("objective.task_weights", getattr(self.objective, "task_weights", None) or {}),
-        ):
-            for task in weights:
-                if data and task not in tasks:
-                    raise InputError(f"{option}: no task {task!r}.{did_you_mean(task, tasks)}")
-        if data and self.uses_teacher:
-            self._ask_teachers(data)
-        if data:
-            self._try_objective(data)
+        if data is None:
+            return
+        check_task_weights(self.task_weights, self.objective, data.streams)
+        if self.uses_teacher:
+            self._teaching.ask_all(data)
+        self._try_objective(data)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which pool the coefficients are for, the recipe, and the states of the random generators."""
@@ -160,15 +143,18 @@ class MergingMethod(LightningModule):
         bad = ~torch.isfinite(raw.detach())
         if bad.any():
             raw.data.copy_(good)
+            name = coefficient_name(self.model, bad)
             raise NonfiniteError(
-                f"Step {self.global_step}: the step made the coefficient of {self._coefficient(bad)} infinite or NaN. "
-                f"{_KEPT} Lower the learning rate."
+                f"Step {self.global_step}: the step made the coefficient of {name} infinite or NaN. {KEPT} "
+                "Lower the learning rate."
             )
 
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step, 0 to skip it; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
-        loss, result = self.step(batch, values, scale=self._loss_scale())
+        loss, result = self.step(
+            batch, values, scale=self._loss_scale(), observers=self.observers, on_gradient=self.on_parameter_gradient
+        )
         if (problem := self._problem(batch, values, result)) is not None:  # the same on all devices
             self._skip(problem)
             nothing: Tensor = (values * 0).sum()
@@ -178,24 +164,21 @@ class MergingMethod(LightningModule):
         surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
         return surrogate
 
-    def step(
-        self,
-        batch: Mapping[str, TaskBatch],
-        values: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        needs_gradient: bool = True,
-    ) -> tuple[Tensor, StepResult]:
+    def step(self, batch: Mapping[str, TaskBatch], values: Tensor, **options: Any) -> tuple[Tensor, StepResult]:
         """Run this device's part of a step.
 
+        Args:
+            batch: Task to its unlabeled batch.
+            values: Coefficients (E, G).
+            options: Those of :meth:`run`.
+
         Returns:
-            The total loss at coefficients ``values`` (E, G), the losses by task, both of all devices, and this
-            device's gradient (E, G): the mean over devices is the whole one. Where it is not finite on one of them,
-            it is not on any.
+            The total loss, the losses by task, both of all devices, and this device's gradient (E, G): the mean over
+            devices is the whole one. Where it is not finite on one of them, it is not on any.
         """
         data = self._datamodule() if ranks.count() > 1 else None
         shares = data.shares() if data else dict.fromkeys(batch, 1.0)
-        loss, result = self.run(batch, values, scale=scale, needs_gradient=needs_gradient, shares=shares)
+        loss, result = self.run(batch, values, shares=shares, **options)
         if ranks.count() == 1:
             return loss, result
         zero = values.new_zeros(())
@@ -216,34 +199,45 @@ class MergingMethod(LightningModule):
         scale: float | Tensor = 1.0,
         needs_gradient: bool = True,
         shares: Mapping[str, float] | None = None,
+        observers: Sequence[Observer] = (),
         on_gradient: Callable[[str, Tensor], None] | None = None,
     ) -> tuple[Tensor, StepResult]:
-        """Return the total loss at coefficients ``values`` (E, G), the losses by task, and the gradient (E, G).
+        """Run a step on this device alone.
 
-        Of this device alone; ``shares`` are further factors of the tasks of all devices. ``on_gradient`` sees the
-        parameters' gradients in the place of :meth:`on_parameter_gradient`.
+        Args:
+            batch: Task to its unlabeled batch.
+            values: Coefficients (E, G); only their values are used.
+            scale: Factor of the losses in the backward pass, which the gradient is divided by (fp16).
+            needs_gradient: False to compute the losses only; the gradient is 0 then.
+            shares: Further factors of the tasks of all devices; default 1 for those of the batch.
+            observers: Called with each :class:`TaskStep`.
+            on_gradient: Sees each merged parameter's name and gradient (*S), times ``scale``, before it is dropped.
+
+        Returns:
+            The total loss, the losses by task, and the gradient (E, G).
         """
         if self.model.is_sharded and self.uses_teacher:
-            self._ask_together(batch)
+            self._teaching.ask_together(batch)
         shares = shares or dict.fromkeys(batch, 1.0)
         weights = {task: weight * shares[task] for task, weight in self.weights(shares).items()}
-        result = self.model.step(
-            {task: data.inputs for task, data in batch.items()},
-            functools.partial(self._loss, batch, len(shares)),
-            values=values,
-            weights=weights,
-            hidden_layers=self._hidden_layers,
-            micro_batch=self._micro_batch,
-            scale=scale,
-            needs_gradient=needs_gradient,
-            on_gradient=(on_gradient or self.on_parameter_gradient) if needs_gradient else None,
-        )
-        parts = [result.losses[task] * weights[task] for task in batch]
-        return torch.stack(parts).sum() if parts else values.new_zeros(()), result
+        losses: dict[str, Tensor] = {}
+        with self.model.merged(
+            values, hidden_layers=self._hidden_layers, micro_batch=self.options.micro_batch, scale=scale,
+            needs_gradient=needs_gradient, on_gradient=on_gradient,
+        ) as merged:  # fmt: skip
+            for inputs in merged.groups({task: data.inputs for task, data in batch.items()}):
+                total = 0
+                for task, outputs in merged(inputs).items():
+                    loss = self._loss(task, batch[task], outputs, merged, len(shares), observers)
+                    losses[task] = loss.detach()
+                    total = total + loss * weights[task]
+                merged.backward(total)
+        parts = [losses[task] * weights[task] for task in batch]
+        return torch.stack(parts).sum() if parts else values.new_zeros(()), StepResult(losses, merged.gradient)
 
     def weights(self, tasks: Collection[str]) -> dict[str, float]:
         """Return the factor of each task's loss in a step of these tasks."""
-        share = 1 / max(1, len(tasks)) if self._reduction == "mean" else 1.0
+        share = 1 / max(1, len(tasks)) if self.options.reduction == "mean" else 1.0
         return {task: share * self.task_weights.get(task, 1.0) for task in tasks}
 
     def export_recipe(self) -> dict[str, Any]:
@@ -259,147 +253,71 @@ class MergingMethod(LightningModule):
 
     def _loss(
         self,
-        batch: Mapping[str, TaskBatch],
-        num_tasks: int,
         task: str,
+        data: TaskBatch,
         outputs: Outputs,
-        coefficients: Tensor,
-        forward: Callable[[Tensor, str], Outputs],
+        merged: MergedEncoder,
+        num_tasks: int,
+        observers: Sequence[Observer],
     ) -> Tensor:
-        """Hand one task's batches to the objective, and check and sum what comes back."""
-        data = self._datamodule()
-        count = data.batches_per_step if data else 1
+        """Hand one task's batches to the objective, and sum what comes back."""
+        module = self._datamodule()
+        count = module.batches_per_step if module else 1
+        size = -(-len(data.indices) // count)
         losses = []
-        for (inputs, indices), part in _parts(batch[task], outputs, count):
+        for start in range(0, len(data.indices), size):
+            rows = slice(start, start + size)
             step = TaskStep(
-                task, inputs, indices, part, coefficients, self._teacher, forward,
+                task, data.inputs[rows], data.indices[rows], outputs if count == 1 else outputs[rows],
+                merged.coefficients, self._teaching, merged.forward,
                 initial=self.model.coefficients.initial, num_tasks=num_tasks * count,
             )  # fmt: skip
-            loss = self.objective(step)
-            self._check(loss, task)
-            losses.append(loss)
-            if torch.is_grad_enabled():  # a training step, not a line search
-                for observer in self.observers:
-                    observer(step)
+            losses.append(check_loss(self.objective(step), self.objective, task))
+            for observer in observers:
+                observer(step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _check(self, loss: object, task: str) -> None:
-        name = type(self.objective).__name__
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(
-                f"Objective {name} must return a scalar tensor, found {found}. Take the mean over the batch."
-            )
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise InputError(
-                f"Objective {name} returned a loss that does not depend on the merged model's outputs (task {task!r}). "
-                "Compute it from step.outputs, without detach() or no_grad()."
-            )
-
     def _try_objective(self, data: UnlabeledTasks) -> None:
-        """Refuse, before the first step, an objective that is not finite or does not feel the coefficients."""
+        """Run the first batch, before the first step, with random numbers that leave those of the run alone."""
         batch = {task: TaskBatch(*(t.to(self.device) for t in part)) for task, part in data.first_batch().items()}
-        values = self.model.coefficients().detach()
-        observers, self.observers = self.observers, []
+
+        def step(values: Tensor, needs_gradient: bool) -> tuple[Mapping[str, Tensor], Tensor]:
+            _, result = self.step(batch, values, needs_gradient=needs_gradient)
+            return result.losses, result.gradient
+
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            _, result = self.step(batch, values)
-            name = type(self.objective).__name__
-            for task, loss in result.losses.items():
-                if not torch.isfinite(loss):
-                    raise InputError(
-                        f"Objective {name} gives {loss.item()} for task {task!r} before the first step. Look at that "
-                        "task's images, and at logarithms and divisions in the objective."
-                    )
-            if not ranks.total(result.gradient).any():
-                _, moved = self.step(batch, values * 0.5 + 0.1, needs_gradient=False)
-                if all(torch.equal(moved.losses[task], loss) for task, loss in result.losses.items()):
-                    raise InputError(
-                        f"Objective {name} does not change with the coefficients on the first batch. Compute it from "
-                        "step.outputs, and check that a filter does not leave every sample out."
-                    )
-        self.observers = observers
+            check_first_step(self.objective, step, self.model.coefficients().detach())
 
-    def _teacher(self, task: str, inputs: Tensor, indices: Tensor) -> Outputs:
-        if self.teacher_files is not None and self.model.teacher_cache.get(task, indices) is None:
-            self._ask(task, [TaskBatch(inputs, indices)])  # held-out images
-        return self.model.teacher(task, inputs, indices, self._hidden_layers)
-
-    def _ask_teachers(self, data: UnlabeledTasks) -> None:
-        """Fill the teacher cache in a fixed order, one expert in memory at a time."""
-        steps = self.trainer.max_steps * self.trainer.accumulate_grad_batches if self.trainer.max_steps > 0 else None
-        draw = self.trainer.progress_bar_callback is not None
-        for task in progress.track(list(data.streams), "Asking the experts", "tasks", draw=draw):
-            batches = [TaskBatch(*batch) for batch in data.teacher_loader(task, steps)]
-            with self.trainer.precision_plugin.forward_context():
-                self._ask(task, batches)
-        if self.teacher_files is not None:
-            log.info("Teachers: %s", self.teacher_files.summary())
-
-    def _ask_together(self, batch: Mapping[str, TaskBatch]) -> None:
-        """Ask the experts about what any process has no answers for, before the encoder holds merged weights."""
-        cache = self.model.teacher_cache
-        missing = [task for task, part in batch.items() if cache.get(task, part.indices) is None]
-        for task in dict.fromkeys(task for tasks in ranks.everyones(missing) for task in tasks):
-            self._ask(task, [batch[task]] if task in missing else [])
-
-    def _ask(self, task: str, batches: Sequence[TaskBatch]) -> None:
-        computed = {"precision": str(self.trainer.precision), "device": self.device.type}
-        ask_expert(self.model, task, batches, self._hidden_layers, self.teacher_files, computed)
+    @property
+    def _teaching(self) -> Teaching:
+        return Teaching(self.model, self._hidden_layers, self.teacher_files, self.trainer)
 
     def _datamodule(self) -> UnlabeledTasks | None:
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, UnlabeledTasks) else None
 
-    def _loss_scale(self) -> float | Tensor:
-        """The factor of the inner backward pass, so that fp16 gradients do not underflow."""
+    @property
+    def _scaler(self) -> Any:
+        """Lightning's gradient scaler; None without one."""
         plugin = self.trainer.precision_plugin
-        scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
-        return 1.0 if scaler is None else scaler.get_scale()
+        return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+
+    def _loss_scale(self) -> float | Tensor:
+        """Return the factor of the inner backward pass, so that fp16 gradients do not underflow."""
+        scale: float | Tensor = 1.0 if self._scaler is None else self._scaler.get_scale()
+        return scale
 
     def _problem(self, batch: Mapping[str, TaskBatch], values: Tensor, result: StepResult) -> str | None:
         """Say what of a step is NaN or infinite, before the optimizer sees it; None where nothing is."""
-        for task, loss in result.losses.items():
-            if not torch.isfinite(loss):
-                at = f"on the images at {_positions(batch[task])}" if ranks.count() == 1 else "on images"
-                return (
-                    f"Step {self.global_step}: the loss of task {task!r} is {loss.item()} {at} of its stream. {_KEPT} "
-                    "Look at them, or lower the learning rate."
-                )
-        scaled = isinstance(self.trainer.precision_plugin, MixedPrecision) and self.trainer.precision_plugin.scaler
-        bad = ~torch.isfinite(result.gradient)
-        if scaled or not bad.any():  # a gradient scaler sees to it itself
-            return None
-        return (
-            f"Step {self.global_step}: the gradient of the coefficient of {self._coefficient(bad)} is not finite"
-            f"{self._origin(batch, values)}. {_KEPT} Lower the learning rate."
-        )
 
-    def _coefficient(self, where: Tensor) -> str:
-        """Name the first coefficient of a mask (E, G)."""
-        expert, group = where.nonzero()[0].tolist()
-        names = self.model.pool.expert_names, self.model.coefficients.group_names
-        return f"expert {names[0][expert]!r}, group {names[1][group]!r}"
+        def again(part: Mapping[str, TaskBatch], look: Callable[[str, Tensor], None]) -> None:
+            self.run(part, values, on_gradient=look)
 
-    def _origin(self, batch: Mapping[str, TaskBatch], values: Tensor) -> str:
-        """Find the task and the tensor whose gradient is not finite, by running the step again task by task."""
-        if ranks.count() > 1:  # devices that wait for one another would wait for ever
-            return ""
-        found: list[str] = []
-
-        def look(name: str, gradient: Tensor) -> None:
-            if not torch.isfinite(gradient).all():
-                found.append(name)
-
-        observers, self.observers = self.observers, []
-        try:
-            for task, data in batch.items():
-                self.run({task: data}, values, on_gradient=look)
-                if found:
-                    return f": tensor {found[0]!r} for task {task!r}, images at {_positions(data)} of its stream"
-        finally:
-            self.observers = observers
-        return ""
+        problem = loss_problem(result.losses, batch)
+        if problem is None and self._scaler is None:  # a gradient scaler sees to gradients itself
+            problem = gradient_problem(self.model, result.gradient, batch, again)
+        return None if problem is None else f"Step {self.global_step}: {problem}"
 
     def _skip(self, problem: str) -> None:
         """Count a batch that is left out, or stop.
@@ -407,13 +325,14 @@ class MergingMethod(LightningModule):
         Raises:
             NonfiniteError: If there were too many.
         """
-        if self.skipped >= self._max_skipped:
+        limit = self.options.max_skipped if self.options.on_nonfinite == "skip" else 0
+        if self.skipped >= limit:
             so_far = (
                 f" {self.skipped} batches were skipped before, as method.max_skipped allows." if self.skipped else ""
             )
             raise NonfiniteError(problem + so_far)
         self.skipped += 1
-        log.warning("%s Skipped, %d so far.", problem.split(f" {_KEPT}")[0], self.skipped)
+        log.warning("%s Skipped, %d so far.", problem.split(f" {KEPT}")[0], self.skipped)
         self.log("adapt/skipped", float(self.skipped), batch_size=1)
 
     def _report(self, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:
@@ -426,19 +345,3 @@ class MergingMethod(LightningModule):
         names = self.model.pool.expert_names
         scalars |= {f"coefficient/{name}": mean for name, mean in zip(names, values.mean(1), strict=True)}
         self.log_dict({**scalars, "adapt/travel": travel}, batch_size=batch_size)
-
-
-def _positions(batch: TaskBatch, limit: int = 8) -> str:
-    """Name the positions of a batch's first images."""
-    positions = batch.indices.tolist()
-    return f"positions {', '.join(map(str, positions[:limit]))}{', ...' if len(positions) > limit else ''}"
-
-
-def _parts(batch: TaskBatch, outputs: Outputs, count: int) -> Iterator[tuple[TaskBatch, Outputs]]:
-    """Divide a task's samples and outputs into ``count`` batches."""
-    size = -(-len(batch.indices) // count)
-    for start in range(0, len(batch.indices), size):
-        at = slice(start, start + size)
-        hidden = {name: value[at] for name, value in outputs.hidden.items()}
-        part = outputs if count == 1 else Outputs(outputs.logits[at], outputs.features[at], hidden)
-        yield TaskBatch(batch.inputs[at], batch.indices[at]), part

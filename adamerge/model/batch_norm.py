@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
 from adamerge.errors import InputError, did_you_mean
-from adamerge.model.calls import fused
+from adamerge.model.encoder import fused
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
 

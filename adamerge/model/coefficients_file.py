@@ -25,18 +25,7 @@ def granularity_of(described: Any, own: Granularity | None, source: str) -> Gran
     """
     options = dict(described) if isinstance(described, Mapping) else {"name": described}
     name = str(options.pop("name", None))
-    kinds: dict[str, Any] = {
-        kind.__name__.lower(): kind
-        for kind in (
-            granularities.Task,
-            granularities.Block,
-            granularities.Layer,
-            granularities.Chunk,
-            granularities.Row,
-            granularities.Column,
-            granularities.Pattern,
-        )
-    }
+    kinds: dict[str, Any] = {**granularities.BY_NAME, "pattern": granularities.Pattern}
     if name not in kinds and own is not None:
         return own
     if name not in kinds:

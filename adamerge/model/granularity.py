@@ -73,7 +73,7 @@ class Granularity(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskWise:
     """One coefficient per expert (AdaMerging's task-wise; task arithmetic), G = 1."""
 
     def __call__(self, shapes: Shapes) -> GroupIndex:
@@ -225,8 +225,8 @@ class Chunk:
             raise InputError(f"granularity.pieces names no parameter {unknown[0]!r}.{did_you_mean(unknown[0], shapes)}")
 
 
-_BY_NAME: dict[str, Callable[[], Granularity]] = {
-    "task": Task,
+BY_NAME: dict[str, Callable[[], Granularity]] = {
+    "task": TaskWise,
     "block": Block,
     "layer": Layer,
     "chunk": Chunk,
@@ -241,11 +241,11 @@ def by_name(name: str) -> Granularity:
     >>> by_name("layer")({"w": (2, 3)}).size
     1
     """
-    if name not in _BY_NAME:
+    if name not in BY_NAME:
         raise InputError(
-            f"granularity: expected one of {', '.join(_BY_NAME)}, found {name!r}.{did_you_mean(name, _BY_NAME)}"
+            f"granularity: expected one of {', '.join(BY_NAME)}, found {name!r}.{did_you_mean(name, BY_NAME)}"
         )
-    return _BY_NAME[name]()
+    return BY_NAME[name]()
 
 
 def _within(segment: Segment, entries: range) -> Iterator[Segment]:

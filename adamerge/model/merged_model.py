@@ -2,34 +2,32 @@
 
 Legend: B batch, F features, C classes, E experts, G groups.
 
-One step (:meth:`MergedModel.step`):
-
-    coefficients (E, G) --merge_into--> leaves {name: (*S)}          once per step
-    all tasks' inputs --encoder(leaves)--> features --heads--> logits   fused where shapes agree
-    losses --backward--> d loss / d leaves                            inside the same functional call
-    pull_back --> d loss / d coefficients (E, G)                      one pass over the task vectors
-
-Forward and backward share one functional call, so that activation checkpointing recomputes with the
-merged weights, and nothing keeps a graph of the merge: work and memory are linear in E.
+How a step runs through the encoder is in :mod:`adamerge.model.merged_encoder`; what it runs on in
+:mod:`adamerge.model.weights`, and in :mod:`adamerge.model.sharding` where processes hold parts of the weights.
 """
 
 import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from adamerge.data.batch import Outputs
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.model.calls import MicroBatch, call_with, check_names, fused
 from adamerge.model.coefficients import Coefficients
-from adamerge.model.encoder import EncoderOptions, Runner
-from adamerge.model.merge import PullBack, merge, merge_into
+from adamerge.model.encoder import EncoderOptions, MicroBatch, Runner, check_names
+from adamerge.model.merged_encoder import MergedEncoder
 from adamerge.model.teachers import TeacherCache
+from adamerge.model.weights import WholeWeights
 from adamerge.pool.pool import ExpertPool
+
+if TYPE_CHECKING:
+    from adamerge.model.sharding import ShardedWeights
 
 
 @dataclass
@@ -68,14 +66,6 @@ class TaskStep:
         return self._forward(inputs, self.task)
 
 
-@dataclass
-class StepResult:
-    """Losses by task (detached scalars) and the gradient of their weighted sum, (E, G)."""
-
-    losses: dict[str, Tensor]
-    gradient: Tensor
-
-
 class MergedModel(nn.Module):
     """An encoder that runs on merged parameters; the coefficients are its only parameters.
 
@@ -96,6 +86,7 @@ class MergedModel(nn.Module):
 
     Attributes:
         heads: Task to head, on the pool's device.
+        weights: What the encoder runs on: all of it, or this process's parts.
 
     Example:
         >>> encoder, head = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
@@ -126,8 +117,7 @@ class MergedModel(nn.Module):
         self.heads = {task: copy.deepcopy(head).eval().requires_grad_(False) for task, head in heads.items()}
         self.pool = pool
         self._buffers_of_encoder = pool.buffers({name: b.detach().clone() for name, b in encoder.named_buffers()})
-        self._fixed = [name for name, _ in encoder.named_parameters() if name in pool.fixed]
-        self._leaves: dict[str, Tensor] = {}
+        self.weights: WholeWeights | ShardedWeights = WholeWeights(encoder, pool, coefficients.index)
         self.teachers = {task: task for task in heads if task in pool.expert_names} | dict(teachers or {})
         for task, expert in self.teachers.items():
             if expert not in pool.expert_names:
@@ -139,7 +129,7 @@ class MergedModel(nn.Module):
     @property
     def is_sharded(self) -> bool:
         """Whether this process holds a part of the model only: see :mod:`adamerge.model.sharded_model`."""
-        return False
+        return self.weights.is_sharded
 
     @property
     def encoder(self) -> nn.Module:
@@ -153,7 +143,7 @@ class MergedModel(nn.Module):
         for head in self.heads.values():
             head.to(device)
         self._buffers_of_encoder = {name: b.to(device) for name, b in self._buffers_of_encoder.items()}
-        self._leaves = {}
+        self.weights.forget()
         return self
 
     def set_buffers(self, values: Mapping[str, Tensor]) -> None:
@@ -162,8 +152,9 @@ class MergedModel(nn.Module):
         Args:
             values: Buffer name to value; names that the encoder lacks are left out.
         """
-        own = self._buffers_of_encoder
-        self._buffers_of_encoder = own | {name: t.to(own[name], copy=True) for name, t in values.items() if name in own}
+        buffers = self._buffers_of_encoder
+        chosen = {name: t.to(buffers[name], copy=True) for name, t in values.items() if name in buffers}
+        self._buffers_of_encoder = buffers | chosen
 
     @property
     def encoder_buffers(self) -> dict[str, Tensor]:
@@ -172,125 +163,103 @@ class MergedModel(nn.Module):
 
     def base_parameters(self) -> MutableMapping[str, Tensor]:
         """Return the base's own parameters and buffers, as :meth:`forward` takes them."""
-        return {**self.pool.base, **self.pool.buffers(self._buffers_of_encoder)}
+        return self.weights.read(self.pool.base.__getitem__, self.pool.buffers(self._buffers_of_encoder))
 
-    def merge(self) -> dict[str, Tensor]:
-        """Return the merged parameters, differentiable in the coefficients; call once per step."""
-        return merge(self.pool, self.coefficients)
+    def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
+        """Return the raw expert's own parameters and buffers, as :meth:`forward` takes them; one model's memory."""
+        parameters = self.pool.expert_parameters(expert)
+        return self.weights.read(
+            parameters.__getitem__, self.pool.buffers(self._buffers_of_encoder, expert), with_fixed=True
+        )
+
+    def merge(self) -> MutableMapping[str, Tensor]:
+        """Return the merged parameters, differentiable in the coefficients; call once per step.
+
+        Of a sharded model: whole and without gradient, each merged when it is asked for.
+        """
+        return self.weights.merge(self.coefficients)
 
     def forward(self, inputs: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the encoder's features (B, F) under ``params`` (default: a fresh merge)."""
-        features: Tensor = self._call(
-            lambda encoder: self._runner(encoder, inputs, plain=True)[0], self.merge() if params is None else params
-        )
-        return features
+        with self._swapped(self.merge() if params is None else params):
+            return self._runner(self.encoder, inputs, plain=True)[0]
 
     def logits(self, inputs: Tensor, task: str, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits (B, C) of one task's head under ``params`` (default: a fresh merge)."""
         logits: Tensor = self._head(task)(self(inputs, params))
         return logits
 
-    def step(
+    @contextmanager
+    def merged(
         self,
-        inputs: Mapping[str, Tensor],
-        loss: Callable[[str, Outputs, Tensor, Callable[[Tensor, str], Outputs]], Tensor],
-        *,
         values: Tensor,
-        weights: Mapping[str, float] | None = None,
+        *,
         hidden_layers: Sequence[str] = (),
         micro_batch: MicroBatch = "auto",
         scale: float | Tensor = 1.0,
         needs_gradient: bool = True,
         on_gradient: Callable[[str, Tensor], None] | None = None,
-    ) -> StepResult:
-        """Run forward and backward of all tasks on one merge, and contract the gradient once.
+    ) -> Iterator[MergedEncoder]:
+        """Merge once, and let the encoder run forward and backward on that while the block lasts.
 
         Args:
-            inputs: Task to inputs (B, ...); tasks whose inputs agree in shape share one forward.
-            loss: ``(task, outputs, coefficients leaf, forward) -> scalar``.
             values: Coefficients (E, G); only their values are used.
-            weights: Task to the factor of its loss in the gradient, default 1.
             hidden_layers: Modules of the encoder to capture, by path or glob.
-            micro_batch: Most inputs in one fused forward, in whole tasks; ``"auto"`` for a rule by the inputs'
-                size and the device, None for no limit.
-            scale: Factor on the losses in the backward pass that the gradient is divided by (fp16).
-            needs_gradient: False to compute the losses only; the gradient is 0 then.
+            micro_batch: Most inputs in one pass, in whole tasks; ``"auto"`` for a rule by the inputs' size and the
+                device, None for no limit.
+            scale: Factor on the losses in the backward pass, which the gradient is divided by (fp16).
+            needs_gradient: False to compute losses only.
             on_gradient: Sees each merged parameter's name and gradient (*S), times ``scale``, before it is dropped.
 
-        Returns:
-            Losses by task, unweighted, and the gradient with respect to ``values``.
+        Example:
+            >>> encoder = torch.nn.Linear(2, 2, bias=False)
+            >>> pool = ExpertPool.from_state_dicts({"weight": torch.eye(2)}, {"cars": {"weight": 2 * torch.eye(2)}})
+            >>> model = MergedModel(encoder, pool, Coefficients(pool, "task"), heads={"cars": torch.nn.Identity()})
+            >>> with model.merged(torch.tensor([[0.5]])) as merged:
+            ...     for inputs in merged.groups({"cars": torch.ones(3, 2)}):
+            ...         merged.backward(merged(inputs)["cars"].logits.mean())
+            >>> merged.gradient  # of 1 + coefficient
+            tensor([[1.]])
         """
-        leaves = self._merged_leaves(values.detach())
-        anchor = values.detach().clone().requires_grad_()
-        gradient = self._pull_back()
-        losses: dict[str, Tensor] = {}
-        passes, groups = self._passes(inputs, micro_batch)
-
-        def run(encoder: nn.Module) -> None:
-            def outputs(tasks: Mapping[str, Tensor]) -> dict[str, Outputs]:
-                batches = list(tasks.values())
-                joined = torch.cat(batches) if len(batches) > 1 else batches[0]
-                features, hidden = self._runner(encoder, joined, hidden_layers)
-                return self._split(features, hidden, {task: len(batch) for task, batch in tasks.items()})
-
-            def forward(batch: Tensor, task: str) -> Outputs:
-                self._check_forward()
-                return outputs({task: batch})[task]
-
-            for i, tasks in enumerate(groups):
-                found = outputs({task: passes[task] for task in tasks})
-                total = self._nothing(found)
-                for task, output in found.items():
-                    if task not in inputs:
-                        continue
-                    value = loss(task, output, anchor, forward)
-                    losses[task] = value.detach()
-                    total = total + value * (weights or {}).get(task, 1.0)
-                if not needs_gradient:
-                    continue
-                complete = leaves if i + 1 == len(groups) else {}  # before, the gradients of the groups add up
-                with gradient.collect(complete, on_gradient), torch.autocast(values.device.type, enabled=False):
-                    (total * scale).backward()
-
-        with torch.set_grad_enabled(needs_gradient):
-            self._call(run, leaves)
-        result = gradient.result()
-        if anchor.grad is not None:
-            result += anchor.grad
-        return StepResult(losses, result / scale)
-
-    def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
-        """Return the raw expert's own parameters and buffers, as :meth:`forward` takes them; one model's memory."""
-        own = self.pool.expert_parameters(expert)
-        params = {name: own[name] for name in (*self.pool.names, *self._fixed)}
-        return params | self.pool.buffers(self._buffers_of_encoder, expert)
+        leaves = self.weights.merged_leaves(values.detach())
+        run = partial(self._outputs, hidden_layers=hidden_layers)
+        merged = MergedEncoder(run, self.weights, leaves, values, micro_batch, scale, on_gradient)
+        with torch.set_grad_enabled(needs_gradient), self._swapped(leaves):
+            yield merged
 
     @torch.no_grad()
     def expert_outputs(
         self, expert: str, batches: Iterable[tuple[str, Tensor]], hidden_layers: Sequence[str] = ()
     ) -> Iterator[Outputs]:
-        """Yield the raw expert's outputs for batches of (task, inputs); its parameters are formed once."""
+        """Yield the raw expert's outputs for batches of (task, inputs); its parameters are formed once.
+
+        All processes of a sharded model must call, each for its own batches.
+        """
         params = self.expert_parameters(expert)
-        for task, inputs in batches:
-
-            def run(encoder: nn.Module, task: str = task, inputs: Tensor = inputs) -> Outputs:
-                features, hidden = self._runner(encoder, inputs, hidden_layers, plain=True)
-                return self._split(features, hidden, {task: len(inputs)})[task]
-
-            yield self._call(run, params)
+        for task, inputs, is_own in self.weights.padded(batches):
+            with self._swapped(params):
+                outputs = self._outputs({task: inputs}, hidden_layers, plain=True)[task]
+            if is_own:
+                yield outputs
 
     def teacher(self, task: str, inputs: Tensor, indices: Tensor, hidden_layers: Sequence[str] = ()) -> Outputs:
         """Return the outputs of the task's teacher, from the cache where it has all of ``indices``.
 
         Raises:
-            InputError: If no expert teaches the task.
+            InputError: If no expert teaches the task; or, of a sharded model, if the cache lacks one: in the midst of a
+                step the encoder holds the merged weights.
         """
         cached = self.teacher_cache.get(task, indices)
-        if cached is None or not all(fnmatch.filter(cached.hidden, layer) for layer in hidden_layers):
-            output = next(iter(self.expert_outputs(self.teacher_of(task), [(task, inputs)], hidden_layers)))
-            self.teacher_cache.put(task, indices, output)
-            return output
-        return cached
+        if cached is not None and all(fnmatch.filter(cached.hidden, layer) for layer in hidden_layers):
+            return cached
+        if self.is_sharded:
+            raise InputError(
+                f"Task {task!r}: the objective asks the expert in the midst of a step, which a sharded model cannot. "
+                "Give the objective the class attribute uses_teacher = True, so that the experts are asked before."
+            )
+        outputs = next(iter(self.expert_outputs(self.teacher_of(task), [(task, inputs)], hidden_layers)))
+        self.teacher_cache.put(task, indices, outputs)
+        return outputs
 
     def teacher_of(self, task: str) -> str:
         """Return the expert that teaches a task."""
@@ -301,46 +270,21 @@ class MergedModel(nn.Module):
             )
         return self.teachers[task]
 
-    def _passes(
-        self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch
-    ) -> tuple[Mapping[str, Tensor], list[list[str]]]:
-        """Return what runs through the encoder in a step, by task, and which tasks share a pass."""
-        return inputs, fused(inputs, micro_batch)
+    def _swapped(self, params: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return self.weights.swapped(params, self._buffers_of_encoder)
 
-    def _nothing(self, outputs: Mapping[str, Outputs]) -> Tensor:
-        """Return the 0 that a pass's losses are added to."""
-        return torch.zeros((), device=next(iter(outputs.values())).features.device)
-
-    def _pull_back(self) -> PullBack:
-        return PullBack(self.pool, self.coefficients.index)
-
-    def _check_forward(self) -> None:
-        """Refuse further passes in a step where they cannot be."""
-
-    def _merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
-        """Merge into tensors that are kept from step to step, as autograd leaves."""
-        if not self._leaves:
-            self._leaves = {name: torch.empty_like(t).requires_grad_() for name, t in self.pool.base.items()}
-        for leaf in self._leaves.values():
-            leaf.grad = None  # left over where a loss raised
-        torch.clear_autocast_cache()  # it may hold the leaves' last values in half precision
-        merge_into(
-            {name: leaf.detach() for name, leaf in self._leaves.items()}, self.pool, self.coefficients.index, values
-        )
-        return self._leaves
-
-    def _call(self, function: Callable[[nn.Module], Any], params: Mapping[str, Tensor]) -> Any:
-        """Run ``function(encoder)`` with parameters and buffers swapped in for its duration."""
-        tensors = {name: self.pool.fixed[name] for name in self._fixed} | self._buffers_of_encoder | dict(params)
-        return call_with(self.encoder, tensors, function)
-
-    def _split(self, features: Tensor, hidden: Mapping[str, Tensor], tasks: Mapping[str, int]) -> dict[str, Outputs]:
-        """Divide a fused batch among its tasks, and apply their heads."""
-        sizes = list(tasks.values())
+    def _outputs(
+        self, inputs: Mapping[str, Tensor], hidden_layers: Sequence[str], *, plain: bool = False
+    ) -> dict[str, Outputs]:
+        """Run the inputs of several tasks as one batch, divide it again, and apply each task's head."""
+        batches = list(inputs.values())
+        joined = torch.cat(batches) if len(batches) > 1 else batches[0]
+        features, hidden = self._runner(self.encoder, joined, hidden_layers, plain=plain)
+        sizes = [len(batch) for batch in batches]
         pieces = {name: tensor.split(sizes) for name, tensor in hidden.items()}
         return {
             task: Outputs(self._head(task)(part), part, {name: piece[i] for name, piece in pieces.items()})
-            for i, (task, part) in enumerate(zip(tasks, features.split(sizes), strict=True))
+            for i, (task, part) in enumerate(zip(inputs, features.split(sizes), strict=True))
         }
 
     def _head(self, task: str) -> nn.Module:

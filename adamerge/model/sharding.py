@@ -1,4 +1,4 @@
-"""An encoder of which each process holds a part of every parameter (FSDP2's ``fully_shard``).
+"""Weights of which each process holds a part of every parameter (FSDP2's ``fully_shard``).
 
 Parameters are cut along dimension 0, so that a part is a run of the flattened parameter. Merged values are written into
 the parts in place; FSDP gathers a module's parameters when its forward or backward pass begins, drops them after it,
@@ -6,8 +6,10 @@ and adds up and distributes their gradients. Parameters without dimensions canno
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,55 +17,131 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from adamerge.model.encoder import members
-from adamerge.model.merge import PullBack
+from adamerge.data.batch import Outputs
+from adamerge.errors import InputError
+from adamerge.model.coefficients import Coefficients
+from adamerge.model.encoder import MicroBatch, fused, members, swapped
+from adamerge.model.granularity import GroupIndex
+from adamerge.model.merge import PullBack, merge_into
+from adamerge.pool.lazy import LazyTensors
+from adamerge.pool.part import PoolPart
 from adamerge.pool.pool import ExpertPool
 from adamerge.system import ranks
 
 
-class ShardedEncoder:
-    """The parts that this process holds of an encoder's parameters.
+class ShardedWeights:
+    """This process's parts of what an encoder runs on; see :class:`~adamerge.model.weights.WholeWeights`.
+
+    All processes must run the same passes in the same order: one that lacks a task of a step, or has fewer batches for
+    an expert, takes part with zeros, whose outputs do not count.
 
     Args:
         encoder: Cut in place, unless it has been; its parameters become the parts.
-        pool: Names the parameters that are merged, and those that keep the base's values.
+        pool: Base and experts; a mapped one, or this process would hold all of it.
+        index: The groups of the coefficients.
         device: Where the parts go.
 
     Attributes:
         parameters: Name to parameter, of those that merge and those that do not.
         ranges: Name to the entries of the flattened parameter that are here.
+        leaves: The merged parameters by name, which every merge overwrites.
+        part: The pool's entries that belong to the leaves.
     """
 
-    def __init__(self, encoder: nn.Module, pool: ExpertPool, device: torch.device) -> None:
+    is_sharded = True
+
+    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex, device: torch.device) -> None:
         if not isinstance(encoder, FSDPModule):
             _shard(encoder, pool.compute_dtype, device)
         self._encoder: nn.Module = encoder
-        self._pool = pool
+        self._pool, self._index = pool, index
         self.parameters = dict(encoder.named_parameters())
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in pool.shapes)
         self.ranges = {name: _entries(parameter) for name, parameter in self.parameters.items()}
-        self.merged = {name: self.parameters[name] for name in pool.names}
-        self._is_base = False  # whether parameters that do not merge have the base's values
+        self.leaves = {name: self.parameters[name] for name in pool.names}
+        ranges = {name: self.ranges[name] for name in pool.names}
+        self.part = PoolPart(pool, ranges).to(device)
+        self._part_index = index.part(ranges)
+        self._fixed = [name for name in self.parameters if name not in self.leaves]
+        self._fixed_are_base = False
+        self._loaded: Mapping[str, Tensor] | None = None  # what the encoder holds instead of a merge
 
-    def parts(self) -> dict[str, Tensor]:
-        """Return the merged parameters' parts (n,), to be written to; gathered copies are dropped."""
+    def merge(self, coefficients: Coefficients) -> MutableMapping[str, Tensor]:
+        """Return the merged parameters, whole and without gradient, each merged when it is asked for."""
+        values = coefficients().detach().to(self._pool.device)
+
+        def read(name: str) -> Tensor:
+            whole = torch.empty_like(self._pool.base[name])
+            merge_into({name: whole}, self._pool, self._index, values)
+            return whole
+
+        return LazyTensors(read, self._pool.names)
+
+    def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
+        """Merge with coefficients (E, G) into the encoder's parts, and return its parameters."""
+        for parameter in self.leaves.values():
+            parameter.grad = None  # left over where a loss raised
+        torch.clear_autocast_cache()
+        self._loaded = None
         self._drop_gathered()
-        if not self._is_base:
-            for name in self.parameters.keys() - self.merged.keys():
+        if not self._fixed_are_base:
+            for name in self._fixed:
                 self._write(name, self._pool.fixed[name])
-            self._is_base = True
-        return {name: local(parameter).view(-1) for name, parameter in self.merged.items()}
+            self._fixed_are_base = True
+        parts = {name: local(parameter).view(-1) for name, parameter in self.leaves.items()}
+        merge_into(parts, self.part, self._part_index, values)
+        return self.leaves
 
-    def load(self, params: Mapping[str, Tensor]) -> None:
-        """Take this process's part of whole parameters (*S); the base's where ``params`` lacks one."""
-        self._drop_gathered()
-        self._is_base = False
-        for name in self.parameters:
-            if name in params:
-                self._write(name, params[name])
-            else:
-                self._write(name, self._pool.base[name] if name in self._pool.base else self._pool.fixed[name])
+    def forget(self) -> None:
+        """Drop nothing: the parts are where they belong."""
+
+    def pull_back(self) -> PullBack:
+        """Return the adjoint of the merge on this process's part."""
+        return PartialPullBack(self.part, self._part_index)
+
+    def read(
+        self, read: Callable[[str], Tensor], buffers: Mapping[str, Tensor], *, with_fixed: bool = False
+    ) -> MutableMapping[str, Tensor]:
+        """Return a model's parameters by name, with buffers, each read when it is asked for."""
+        return LazyTensors(read, (*self._pool.names, *(self._fixed if with_fixed else ()))) | buffers
+
+    def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Let the encoder run on the leaves, or on this process's parts of whole parameters, while a block lasts."""
+        if params is not self.leaves and params is not self._loaded:
+            torch.clear_autocast_cache()
+            self._drop_gathered()
+            self._fixed_are_base = False
+            for name in self.parameters:
+                self._write(name, params[name] if name in params else self._base(name))
+            self._loaded = params if isinstance(params, LazyTensors) else None  # others may change
+        return swapped(self._encoder, {name: params.get(name, b) for name, b in buffers.items()}, strict=False)
+
+    def passes(
+        self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch
+    ) -> tuple[Mapping[str, Tensor], list[list[str]]]:
+        """Agree on the tasks of a step and the passes they share, by the largest batches of any process."""
+        kinds, device = _agreed(inputs), self._pool.device
+        passes = {task: inputs[task] if task in inputs else kind.zeros(device) for task, kind in kinds.items()}
+        return passes, fused({task: kind.like(device) for task, kind in kinds.items()}, micro_batch)
+
+    def padded(self, batches: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yield batches of (task, inputs), and zeros in their place while other processes have more."""
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, None)
+            kinds = _agreed({} if batch is None else {batch[0]: batch[1]})
+            if not kinds:
+                return
+            task, kind = next(iter(kinds.items()))
+            yield (task, kind.zeros(self._pool.device), False) if batch is None else (*batch, True)
+
+    def zero(self, outputs: Mapping[str, Outputs]) -> Tensor:
+        """Return a 0 that depends on all parameters, so that every process has gradients of the same ones."""
+        return torch.stack([output.features.sum() for output in outputs.values()]).sum() * 0
+
+    def _base(self, name: str) -> Tensor:
+        return self._pool.base[name] if name in self._pool.base else self._pool.fixed[name]
 
     def _write(self, name: str, whole: Tensor) -> None:
         entries = self.ranges[name]
@@ -137,8 +215,8 @@ def _blocks(encoder: nn.Module) -> list[nn.Module]:
     blocks = []
     for name in members(encoder):
         block = encoder.get_submodule(name)
-        own = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
-        if all(uses[key] == count for key, count in own.items()):
+        uses_inside = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
+        if all(uses[key] == count for key, count in uses_inside.items()):
             blocks.append(block)
     return blocks
 
@@ -150,3 +228,34 @@ def _entries(parameter: Tensor) -> range:
     rows, width = parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
     first = min(rows, ranks.rank() * -(-rows // ranks.count()))  # as torch.chunk cuts
     return range(first * width, first * width + parameter.to_local().numel())
+
+
+class BatchKind(NamedTuple):
+    """What one process tells the others of a batch: shape of an input, dtype, and the number of inputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size: int
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """Return one input that stands in for a batch."""
+        return torch.zeros(1, *self.shape, dtype=self.dtype, device=device)
+
+    def like(self, device: torch.device) -> Tensor:
+        """Return a batch of this kind that takes no memory."""
+        return torch.zeros((), dtype=self.dtype, device=device).expand(self.size, *self.shape)
+
+
+def _agreed(inputs: Mapping[str, Tensor]) -> dict[str, BatchKind]:
+    """Return every process's tasks, in the same order on each, and the kind of their largest batches."""
+    here = {task: BatchKind(tuple(batch.shape[1:]), batch.dtype, len(batch)) for task, batch in inputs.items()}
+    kinds: dict[str, BatchKind] = {}
+    for task, kind in chain.from_iterable(part.items() for part in ranks.everyones(here)):
+        first = kinds.setdefault(task, kind)
+        if first[:2] != kind[:2]:
+            raise InputError(
+                f"Task {task!r}: a sharded model needs inputs of one shape and dtype on all devices, found "
+                f"{first.shape}, {first.dtype} and {kind.shape}, {kind.dtype}. Resize the images to one size."
+            )
+        kinds[task] = first._replace(size=max(first.size, kind.size))
+    return kinds

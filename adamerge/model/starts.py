@@ -5,23 +5,24 @@ Legend: E experts, G groups.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.model.granularity import Block, GroupIndex
-from adamerge.model.stock import stock_ratio
 from adamerge.transforms.depth import relative_depths
 from adamerge.transforms.protocol import Source
+
+Agreement = Literal["cosine", "angle"]
 
 # A rule is any callable that maps a pool to initial coefficients by parameter name: a number, or one per expert.
 Start = Callable[[Any], Mapping[str, float | Tensor]]
 
 
 @dataclass(frozen=True)
-class Lines:
+class DepthStart:
     r"""Start from LiNeS: :math:`\lambda_e = \alpha + \beta\, l / (L - 1)` for block l of L, alpha outside the blocks.
 
     Args:
@@ -44,7 +45,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class ModelStock:
+class ModelStockStart:
     r"""Start from Model Stock: the more the experts agree on a tensor, the further from the base.
 
     :math:`\lambda = t / E`, :math:`t = E c / (1 + (E - 1) c)`, c the mean cosine of the experts' task vectors of that
@@ -64,7 +65,7 @@ class ModelStock:
         return {name: stock_ratio(gram[None]).item() / experts for name, gram in grams.items()}
 
 
-STARTS: dict[str, Start] = {"lines": Lines(), "model_stock": ModelStock()}
+STARTS: dict[str, Start] = {"lines": DepthStart(), "model_stock": ModelStockStart()}
 
 
 def start_of(init: object) -> Start | None:
@@ -102,3 +103,30 @@ def by_group(values: Mapping[str, float | Tensor], index: GroupIndex, experts: i
             sums[:, groups] += value * segment.outer * segment.inner
             weights[groups] += segment.outer * segment.inner
     return sums / weights
+
+
+def stock_ratio(grams: Tensor, agreement: Agreement = "cosine") -> Tensor:
+    r"""Return how far from the base the mean of the experts belongs, :math:`t = E c / (1 + (E - 1) c)`.
+
+    c is the mean cosine of pairs of task vectors, or the cosine of their mean angle. A negative c counts as 0, as t
+    has a pole at -1 / (E - 1); a task vector of zeros agrees with none; one expert alone has t = 1.
+
+    Args:
+        grams: Inner products of the task vectors, (rows, E, E), float64.
+        agreement: What is averaged.
+
+    Returns:
+        (rows,), in [0, 1].
+
+    Reference:
+        Jang et al., Model Stock, arXiv:2403.19522; cosines are averaged, as mergekit does.
+    """
+    experts = grams.shape[-1]
+    if experts == 1:
+        return torch.ones_like(grams[:, 0, 0])
+    norms = grams.diagonal(dim1=1, dim2=2).sqrt()
+    cosines = (grams / (norms[:, :, None] * norms[:, None, :])).nan_to_num(0.0, 0.0, 0.0).clamp(-1, 1)
+    first, second = torch.triu_indices(experts, experts, 1).to(grams.device)
+    pairs = cosines[:, first, second]
+    mean = (pairs.mean(1) if agreement == "cosine" else pairs.acos().mean(1).cos()).clamp(0, 1)
+    return experts * mean / (1 + (experts - 1) * mean)

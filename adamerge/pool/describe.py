@@ -14,7 +14,7 @@ def describe(item: Any) -> Any:
         state = {key: repr(value) for key, value in sorted(getattr(item, "__dict__", {}).items())}
         return {"name": f"{type(item).__module__}.{type(item).__qualname__}", **state}
     is_built_in = type(item).__module__.startswith("adamerge.")
-    names = {"Unconstrained": "none"}
+    names = {"Unconstrained": "none", "TaskWise": "task"}
     name = (
         names.get(type(item).__name__, type(item).__name__.lower())
         if is_built_in

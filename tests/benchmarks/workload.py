@@ -101,8 +101,10 @@ class Work:
 
         def step() -> None:
             values = coefficients()
-            result = model.step(self.inputs, lambda task, out, *_: entropy(out.logits), values=values, **options)
-            values.backward(result.gradient)
+            with model.merged(values, **options) as merged:
+                for group in merged.groups(self.inputs):
+                    merged.backward(sum(entropy(outputs.logits) for outputs in merged(group).values()))
+            values.backward(merged.gradient)
             optimizer.step()
             optimizer.zero_grad()
             coefficients.project()

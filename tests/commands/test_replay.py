@@ -231,7 +231,7 @@ def test_export_run_without_checkpoint_or_configuration_is_named(toy, tmp_path):
 def test_export_run_checkpoint_of_another_granularity_is_refused(toy, tmp_path):
     run, _ = run_folder(toy, tmp_path, "layer")
     config = OmegaConf.load(run / CONFIG_FILE)
-    config.granularity = {"_target_": "adamerge.model.granularity.Task"}
+    config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
     OmegaConf.save(config, run / CONFIG_FILE)
     with pytest.raises(InputError, match=r"last\.ckpt: expected coefficients of shape \(3, 1\), found \(3, \d+\)"):
         export_run(run, None, tmp_path / "a")

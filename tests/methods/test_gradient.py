@@ -128,13 +128,13 @@ def test_training_step_value_is_the_loss_and_gradient_the_engines(reduction, mon
     weights = {"red": 2.0, "blue": 0.5}
     method = make_method(toy, constraint="sigmoid", reduction=reduction, task_weights=weights)
     seen = {}
-    step = method.model.step
+    run = method.run
 
     def remember(*args, **kwargs):
-        seen["result"] = step(*args, **kwargs)
-        return seen["result"]
+        loss, seen["result"] = run(*args, **kwargs)
+        return loss, seen["result"]
 
-    method.model.step = remember
+    method.run = remember
     plain = SimpleNamespace(precision_plugin=None, global_step=0, world_size=1)
     monkeypatch.setattr(GradientMerging, "trainer", plain)
     monkeypatch.setattr(GradientMerging, "global_step", 0)

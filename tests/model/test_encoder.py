@@ -6,7 +6,7 @@ from torch import nn
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel
 from adamerge.model.encoder import EncoderOptions
-from tests.support.toy import make_toy, perturbed, run_step
+from tests.support.toy import make_toy, perturbed, run_engine, run_step, squares
 
 HIDDEN = ("blocks.*", "blocks.0.up", "stem")
 
@@ -55,7 +55,7 @@ def convolutions_gradient(encoder, pool, inputs, **options) -> torch.Tensor:
         nn.init.normal_(head.weight)
         nn.init.zeros_(head.bias)
     model = MergedModel(encoder, pool, coefficients, heads, options=EncoderOptions(**options))
-    return model.step(inputs, lambda _, out, *__: out.logits.square().mean(), values=coefficients()).gradient
+    return run_engine(model, inputs, squares).gradient
 
 
 # Recomputed activations

@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adamerge import Coefficients, MergedModel
-from adamerge.model.calls import fused
+from adamerge.model.encoder import fused
 from adamerge.model.merge import PullBack, merge_into, pull_back
 from tests.support.pools import GRANULARITIES, passes, random_pool
-from tests.support.toy import EXPERTS, ToyEncoder, make_toy
+from tests.support.toy import EXPERTS, ToyEncoder, make_toy, run_engine, squares
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
@@ -65,9 +65,9 @@ def test_repeated_steps_keep_their_memory():
     model = toy.model(pool, Coefficients(pool))
     seen = []
     for _ in range(3):
-        model.step(toy.inputs, lambda _, out, *__: out.logits.square().mean(), values=model.coefficients())
-        seen.append({name: leaf.data_ptr() for name, leaf in model._leaves.items()})
-        assert all(leaf.grad is None for leaf in model._leaves.values())
+        run_engine(model, toy.inputs, squares)
+        seen.append({name: leaf.data_ptr() for name, leaf in model.weights.leaves.items()})
+        assert all(leaf.grad is None for leaf in model.weights.leaves.values())
     assert seen[0] == seen[1] == seen[2]
 
 
@@ -79,11 +79,11 @@ def test_step_contracts_each_gradient_as_it_arrives(monkeypatch):
     add = PullBack.add
 
     def spy(self, name, gradient):
-        alive.append(sum(leaf.grad is not None for leaf in model._leaves.values()))
+        alive.append(sum(leaf.grad is not None for leaf in model.weights.leaves.values()))
         add(self, name, gradient)
 
     monkeypatch.setattr(PullBack, "add", spy)
-    model.step(toy.inputs, lambda _, out, *__: out.logits.square().mean(), values=model.coefficients())
+    run_engine(model, toy.inputs, squares)
     assert alive == [1] * len(pool.names)
 
 
@@ -94,7 +94,7 @@ def test_step_two_steps_under_one_autocast_see_the_new_weights():
     points = [torch.full((3, model.coefficients.index.size), value) for value in (0.1, 0.9)]
 
     def gradient(values):
-        result = model.step(toy.inputs, lambda _, out, *__: out.logits.square().mean(), values=values)
+        result = run_engine(model, toy.inputs, squares, values=values)
         assert result.gradient.dtype == torch.float32
         return result.gradient
 
@@ -132,10 +132,7 @@ def test_step_activation_checkpointing_gives_the_same_gradient(reentrant, micro_
     results = []
     for network in (toy.encoder, encoder):
         model = MergedModel(network, pool, Coefficients(pool, "row"), toy.heads)
-        step = model.step(
-            toy.inputs, lambda _, out, *__: out.logits.square().mean(), values=model.coefficients(),
-            micro_batch=micro_batch,
-        )  # fmt: skip
+        step = run_engine(model, toy.inputs, squares, micro_batch=micro_batch)
         results.append(step.gradient)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamerge import InputError
-from adamerge.model.granularity import Block, Chunk, Column, Layer, Pattern, Row, Segment, Task, by_name, names_of
+from adamerge.model.granularity import Block, Chunk, Column, Layer, Pattern, Row, Segment, TaskWise, by_name, names_of
 from tests.support.toy import group_ids
 
 SHAPES = {
@@ -20,7 +20,7 @@ SHAPES = {
 names = st.sampled_from(["a", "b.0.w", "b.1.w", "b.1.v", "c.weight", "d"])
 shapes = st.dictionaries(names, st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1)
 granularities = st.one_of(
-    st.sampled_from([Task(), Block(), Layer(), Row(), Column()]),
+    st.sampled_from([TaskWise(), Block(), Layer(), Row(), Column()]),
     st.integers(0, 9).map(Chunk),
     st.builds(lambda number: Chunk({}, default=number), st.integers(0, 9)),
 )
@@ -59,8 +59,8 @@ def test_granularity_labels_partition_the_groups(shapes, granularity):
 
 
 def test_task_puts_everything_into_one_group():
-    assert Task()(SHAPES).size == 1
-    assert Task()(SHAPES).labels == {"all": (0, 1)}
+    assert TaskWise()(SHAPES).size == 1
+    assert TaskWise()(SHAPES).labels == {"all": (0, 1)}
 
 
 def test_layer_gives_one_group_per_tensor_in_order():

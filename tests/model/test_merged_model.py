@@ -11,7 +11,17 @@ from torch.utils.checkpoint import checkpoint
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel
 from adamerge.model.granularity import Chunk
 from adamerge.objectives.entropy import softmax_entropy
-from tests.support.toy import CLASSES, EXPERTS, ToyEncoder, make_toy, merge_by_formula, perturbed, run_step
+from tests.support.toy import (
+    CLASSES,
+    EXPERTS,
+    ToyEncoder,
+    make_toy,
+    merge_by_formula,
+    perturbed,
+    run_engine,
+    run_step,
+    squares,
+)  # fmt: skip
 
 GRANULARITIES = ["task", "block", "layer", Chunk({"proj": 0}, default=3), "row", "column"]
 
@@ -223,9 +233,7 @@ def test_step_gradient_of_a_coefficient_regulariser_is_added(toy64):
 def test_step_values_decide_and_the_raw_coefficients_stay_out_of_it(toy):
     model = make_model(toy)
     zero = torch.zeros_like(model.coefficients.raw)
-    losses = model.step(
-        toy.inputs, lambda task, outputs, leaf, forward: outputs.features.square().mean(), values=zero
-    ).losses
+    losses = run_engine(model, toy.inputs, lambda _, outputs, __: outputs.features.square().mean(), values=zero).losses
     expected = toy.encoder(toy.inputs["red"]).square().mean()
     assert losses["red"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert model.coefficients.raw.grad is None
@@ -279,9 +287,7 @@ def test_step_tied_weights_get_the_gradient_of_both_uses():
     assert pool.names == ("first.weight",)
     model = MergedModel(encoder, pool, Coefficients(pool, "row"), {"a": nn.Identity()})
     x = torch.randn(3, 5).double()
-    result = model.step(
-        {"a": x}, lambda task, outputs, leaf, forward: outputs.logits.square().sum(), values=model.coefficients()
-    )
+    result = run_engine(model, {"a": x}, lambda _, outputs, __: outputs.logits.square().sum())
     w = merge_by_formula(pool, model.coefficients.index, model.coefficients())["first.weight"]
     (expected,) = torch.autograd.grad(((x @ w.T).tanh() @ w.T).square().sum(), model.coefficients.raw)
     torch.testing.assert_close(result.gradient, expected, rtol=1e-9, atol=1e-12)
@@ -503,9 +509,7 @@ def test_buffers_are_not_changed_by_steps():
     model.train()
     x = torch.randn(5, 4)
     first = model(x).detach()
-    model.step(
-        {"a": x}, lambda task, outputs, leaf, forward: outputs.logits.square().sum(), values=model.coefficients()
-    )
+    run_engine(model, {"a": x}, squares)
     assert torch.equal(model(x).detach(), first)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 

@@ -16,7 +16,7 @@ from adamerge.callbacks import CollapseGuard, ExportMergedWeights, KeepBest
 from adamerge.errors import GuardError
 from adamerge.methods import FrankWolfeMerging, GradientMerging, ShardedStrategy
 from adamerge.model.encoder import EncoderOptions
-from adamerge.model.granularity import Block, Chunk, Column, Layer, Row, Task
+from adamerge.model.granularity import Block, Chunk, Column, Layer, Row, TaskWise
 from adamerge.model.merge import merge_into
 from adamerge.model.merged_model import TaskStep
 from adamerge.model.sharded_model import ShardedModel
@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 GRANULARITIES = {
-    "task": Task(),
+    "task": TaskWise(),
     "block": Block(),
     "layer": Layer(),
     "chunk": Chunk(5),
@@ -225,7 +225,7 @@ def exchanged(folder):
         devices=2,
         callbacks=[count],
     )
-    weights = sum(parameter.numel() for parameter in model._encoder.parameters.values()) * 4
+    weights = sum(parameter.numel() for parameter in model.weights.parameters.values()) * 4
     return traffic.bytes, model.coefficients().nbytes, weights
 
 
@@ -253,8 +253,8 @@ def held(folder):
     assert all(isinstance(block, FSDPModule) for block in (model.encoder, *model.encoder.blocks))
     assert all(parameter.grad is None for parameter in model.encoder.parameters())
     return (
-        {name: len(entries) for name, entries in model._encoder.ranges.items()},
-        model._part.nbytes,
+        {name: len(entries) for name, entries in model.weights.ranges.items()},
+        model.weights.part.nbytes,
         model.pool.nbytes,
     )
 

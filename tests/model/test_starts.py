@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adamerge import Coefficients, InputError
-from adamerge.model.starts import Lines, ModelStock
+from adamerge.model.starts import DepthStart, ModelStockStart
 from tests.support.toy import Toy
 
 
@@ -35,21 +35,21 @@ def test_model_stock_start_is_high_where_experts_agree(toy: Toy):
     common = torch.randn_like(toy.base["proj"])
     for expert in toy.experts.values():
         expert["proj"] = toy.base["proj"] + common + 0.01 * torch.randn_like(common)
-    values = ModelStock()(toy.pool())
+    values = ModelStockStart()(toy.pool())
     assert values["proj"] == pytest.approx(1 / 3, abs=1e-3)  # t = 1: their average
     assert all(0 <= value < 0.3 for name, value in values.items() if name not in ("proj", "scale"))
 
 
 def test_model_stock_start_of_one_expert_is_one(toy: Toy):
     toy.experts = {"red": toy.experts["red"]}
-    assert set(ModelStock()(toy.pool()).values()) == {1.0}
+    assert set(ModelStockStart()(toy.pool()).values()) == {1.0}
 
 
 @pytest.mark.parametrize(
     ("init", "message"),
     [
         ("line", r"one of mean, lines, model_stock, found 'line'\. Did you mean 'lines'\?"),
-        (Lines(pattern="x{9}"), "matches no parameter"),
+        (DepthStart(pattern="x{9}"), "matches no parameter"),
         (lambda pool: {}, r"init: parameter '.*': expected a number, or 3, from the rule, found 0"),
         (lambda pool: dict.fromkeys(pool.names, torch.ones(2)), "or 3, from the rule, found 2"),
     ],

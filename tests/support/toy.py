@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adamerge import Coefficients, ExpertPool, MergedModel, Outputs, TaskStep
+from adamerge.methods.step import StepResult
 from adamerge.model.granularity import GroupIndex
+from adamerge.model.merged_encoder import MergedEncoder
 
 EXPERTS = ("red", "green", "blue")
 CLASSES = {"red": 3, "green": 4, "blue": 3}
@@ -114,14 +116,39 @@ def merge_by_formula(pool: ExpertPool, index: GroupIndex, values: Tensor) -> dic
     return merged
 
 
+def run_engine(
+    model: MergedModel,
+    inputs: Mapping[str, Tensor],
+    loss: Callable[[str, Outputs, MergedEncoder], Tensor],
+    *,
+    values: Tensor | None = None,
+    weights: Mapping[str, float] | None = None,
+    **options,
+) -> StepResult:
+    """Run one step of the engine on a loss of each task's outputs."""
+    losses = {}
+    with model.merged(model.coefficients() if values is None else values, **options) as merged:
+        for group in merged.groups(inputs):
+            found = {task: loss(task, outputs, merged) for task, outputs in merged(group).items()}
+            merged.backward(sum(value * (weights or {}).get(task, 1.0) for task, value in found.items()))
+            losses |= {task: value.detach() for task, value in found.items()}
+    return StepResult(losses, merged.gradient)
+
+
 def run_step(
     model: MergedModel, objective: Callable[[TaskStep], Tensor], toy: Toy, *, tasks=EXPERTS, hidden_layers=(), **options
-):
+) -> StepResult:
     """Run one engine step with an objective, as the methods do."""
     teacher = partial(model.teacher, hidden_layers=hidden_layers)
 
-    def loss(task: str, outputs: Outputs, leaf: Tensor, forward: Callable[[Tensor, str], Outputs]) -> Tensor:
-        return objective(TaskStep(task, toy.inputs[task], toy.indices[task], outputs, leaf, teacher, forward))
+    def loss(task: str, outputs: Outputs, merged: MergedEncoder) -> Tensor:
+        batch = toy.inputs[task], toy.indices[task]
+        return objective(TaskStep(task, *batch, outputs, merged.coefficients, teacher, merged.forward))
 
     inputs = {task: toy.inputs[task] for task in tasks}
-    return model.step(inputs, loss, values=model.coefficients(), hidden_layers=hidden_layers, **options)
+    return run_engine(model, inputs, loss, hidden_layers=hidden_layers, **options)
+
+
+def squares(task: str, outputs: Outputs, merged: MergedEncoder) -> Tensor:
+    """A loss for :func:`run_engine`."""
+    return outputs.logits.square().mean()

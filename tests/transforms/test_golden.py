@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from adamerge import Coefficients, ExpertPool, merge
-from adamerge.model.starts import ModelStock
+from adamerge.model.starts import ModelStockStart
 from adamerge.transforms import Breadcrumbs, Consensus, Lines, Magnitude, Pcb, Tall, Ties, Tsv, apply
 from adamerge.transforms.dare import drop_entries
 from adamerge.transforms.masks import tall_masks
@@ -204,7 +204,7 @@ def test_model_stock_start_equals_mergekit():
     experts = {f"e{e}": {name: BASE[name] + stack[e] for name, stack in TAU.items()} for e in range(4)}
     pool = ExpertPool.from_state_dicts(BASE, experts)
     expected = golden("model_stock", "mergekit_filterFalse.")
-    negative = [name for name, value in ModelStock()(pool).items() if value == 0]  # clipped here, not there
+    negative = [name for name, value in ModelStockStart()(pool).items() if value == 0]  # clipped here, not there
     merged = merge(pool, Coefficients(pool, "layer", init="model_stock", constraint="none"), detach=True)
     check(merged, {name: tensor for name, tensor in expected.items() if name not in negative})
     assert len(negative) < len(expected) / 2

@@ -157,7 +157,7 @@ def shared_assembly(common: tuple[str, ...], seed: int) -> launch.Assembly:
 def _assembled(config: DictConfig) -> launch.Assembly:
     """Build everything that a merge may ask for; its coefficients stay unused."""
     config = config.copy()
-    config.granularity = {"_target_": "adamerge.model.granularity.Task"}
+    config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
     config.init, config.first_stage = "mean", None
     seed_everything(config.seed, workers=True, verbose=False)
     return launch.assemble(config)

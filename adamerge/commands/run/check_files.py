@@ -212,7 +212,7 @@ def check_start(config: DictConfig, parts: Mapping[str, Any], problems: Problems
         warnings.simplefilter("ignore")  # the run itself says it
         init = build_init(config)
         rule = starts.start_of(init)
-        if rule is None or isinstance(rule, starts.Lines):  # any other may read weights
+        if rule is None or isinstance(rule, starts.DepthStart):  # any other may read weights
             Coefficients(headers, granularity, init, parts["constraint"])
 
 

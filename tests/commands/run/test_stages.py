@@ -182,10 +182,10 @@ def test_reason_of_a_callback_ends_the_run_in_its_first_stage(two, capsys, tmp_p
 def test_first_stage_takes_over_and_changes_parts_of_the_run():
     config = compose([
         "granularity=row", "optimizer.lr=0.5", "run_dir=run", "name=mine", "steps=9",
-        "first_stage={steps: 3, optimizer: {lr: 0.1}, granularity: {_target_: adamerge.model.granularity.Task}}",
+        "first_stage={steps: 3, optimizer: {lr: 0.1}, granularity: {_target_: adamerge.model.granularity.TaskWise}}",
     ])  # fmt: skip
     stage = OmegaConf.to_container(first_stage(config), resolve=True)
-    assert stage["granularity"] == {"_target_": "adamerge.model.granularity.Task"}
+    assert stage["granularity"] == {"_target_": "adamerge.model.granularity.TaskWise"}
     assert stage["optimizer"] == {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.1}
     assert stage["method"]["optimizer"]["lr"] == 0.1
     assert stage["trainer"]["max_steps"] == 3

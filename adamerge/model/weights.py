@@ -1,0 +1,82 @@
+"""What an encoder runs on, where this process holds all of it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from adamerge.data.batch import Outputs
+from adamerge.model.coefficients import Coefficients
+from adamerge.model.encoder import MicroBatch, fused, swapped
+from adamerge.model.granularity import GroupIndex
+from adamerge.model.merge import PullBack, merge, merge_into
+from adamerge.pool.pool import ExpertPool
+
+
+class WholeWeights:
+    """Whole parameters; :class:`~adamerge.model.sharding.ShardedWeights` does the same with parts of them.
+
+    Args:
+        encoder: The network that lends its code.
+        pool: Base and experts.
+        index: The groups of the coefficients.
+
+    Attributes:
+        leaves: The merged parameters by name, which every merge overwrites.
+    """
+
+    is_sharded = False
+
+    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
+        self._encoder, self._pool, self._index = encoder, pool, index
+        self._fixed = [name for name, _ in encoder.named_parameters() if name in pool.fixed]
+        self.leaves: dict[str, Tensor] = {}
+
+    def merge(self, coefficients: Coefficients) -> MutableMapping[str, Tensor]:
+        """Return new merged parameters, differentiable in the coefficients."""
+        return merge(self._pool, coefficients)
+
+    def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
+        """Merge with coefficients (E, G) into the tensors of the merge before, and return them as autograd leaves."""
+        if not self.leaves:
+            self.leaves = {name: torch.empty_like(t).requires_grad_() for name, t in self._pool.base.items()}
+        for leaf in self.leaves.values():
+            leaf.grad = None  # left over where a loss raised
+        torch.clear_autocast_cache()  # it may hold the leaves' last values in half precision
+        merge_into({name: leaf.detach() for name, leaf in self.leaves.items()}, self._pool, self._index, values)
+        return self.leaves
+
+    def forget(self) -> None:
+        """Drop the merged parameters, as after a move to another device."""
+        self.leaves = {}
+
+    def pull_back(self) -> PullBack:
+        """Return the adjoint of the merge, for the leaves' gradients."""
+        return PullBack(self._pool, self._index)
+
+    def read(
+        self, read: Callable[[str], Tensor], buffers: Mapping[str, Tensor], *, with_fixed: bool = False
+    ) -> MutableMapping[str, Tensor]:
+        """Return a model's parameters by name, with buffers; those that do not merge, too, if ``with_fixed``."""
+        names = (*self._pool.names, *(self._fixed if with_fixed else ()))
+        return {name: read(name) for name in names} | dict(buffers)
+
+    def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Let the encoder run on parameters, and on buffers where ``params`` has none, while a block lasts."""
+        fixed = {name: self._pool.fixed[name] for name in self._fixed}
+        return swapped(self._encoder, {**fixed, **buffers, **params})
+
+    def passes(
+        self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch
+    ) -> tuple[Mapping[str, Tensor], list[list[str]]]:
+        """Return what runs through the encoder in a step, by task, and which tasks share a pass."""
+        return inputs, fused(inputs, micro_batch)
+
+    def padded(self, batches: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yield batches of (task, inputs), and whether they are this process's own."""
+        return ((task, inputs, True) for task, inputs in batches)
+
+    def zero(self, outputs: Mapping[str, Outputs]) -> Tensor:
+        """Return the 0 that the losses of a pass are added to."""
+        return torch.zeros((), device=next(iter(outputs.values())).features.device)
