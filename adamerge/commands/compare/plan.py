@@ -65,9 +65,10 @@ def plan_of(
     named[GOAL] = named.pop(GOAL)  # last in the tables
     specs = {}
     for name, text in named.items():
-        specs[name] = read_row(text)
+        specs[name] = spec = read_row(text)
         try:
-            compose([*common, *overrides, *specs[name].overrides])
+            if spec.overrides or len(specs) == 1:
+                compose([*common, *overrides, *spec.overrides])
         except InputError as error:
             raise InputError(f"row {name!r}: {error}") from error
     folders = [_slug(name) for name in specs]

@@ -133,25 +133,29 @@ def make_row(spec: Spec, common: Sequence[str], seed: int, folder: Path) -> dict
         shared_assembly.cache_clear()  # for its memory
     gc.collect()  # what an earlier row holds in circles
     restart_peak()
-    config = compose([*common, *spec.overrides])
-    config.seed, config.cwd = seed, str(Path.cwd())
     if spec.adapts:
-        with contextlib.chdir(config.cwd):  # a run that goes on moves to where it was begun
-            content = _adapted(spec, config, folder)
+        with contextlib.chdir("."):  # a run that goes on moves to where it was begun
+            content = _adapted(spec, _composed([*common, *spec.overrides], seed), folder)
     else:
-        assembly = _transformed(config, shared_assembly(tuple(common), seed))
+        assembly = shared_assembly(tuple(common), seed)
+        if spec.overrides:
+            assembly = _transformed(_composed([*common, *spec.overrides], seed), assembly)
         seed_everything(seed, workers=True, verbose=False)  # as if it were the first row of its process
-        content = summary({"row": _reference_or_merge(spec, assembly, folder)}, "")["rows"]["row"]
-    protocol = str(config.data.get("protocol") or "split")
-    return {**content, "seed": seed, "protocol": protocol, "peak_memory_bytes": peak_memory()}
+        content = summary({"row": _reference_or_merge(spec, assembly, folder)}, assembly.data.protocol)
+    (row,) = content["rows"].values()
+    return {**row, "seed": seed, "protocol": content["protocol"], "peak_memory_bytes": peak_memory()}
+
+
+def _composed(overrides: Sequence[str], seed: int) -> DictConfig:
+    config = compose(overrides)
+    config.seed, config.cwd = seed, str(Path.cwd())
+    return config
 
 
 @lru_cache(maxsize=1)
 def shared_assembly(common: tuple[str, ...], seed: int) -> launch.Assembly:
     """Build what all rows of a seed that do not adapt have in common, once in a process."""
-    config = compose(common)
-    config.seed, config.cwd = seed, str(Path.cwd())
-    return _assembled(config)
+    return _assembled(_composed(common, seed))
 
 
 def _assembled(config: DictConfig) -> launch.Assembly:
@@ -228,7 +232,7 @@ def _merge(node: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> tu
 
 
 def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
-    """Run ``adapt``, from where it was interrupted, and return its row."""
+    """Run ``adapt``, from where it was interrupted, and return its summary, of one row."""
     run, start = folder / _RUN, folder / "start" / _MERGED
     config.run_dir = str(run)
     config.references, config.report = False, False
@@ -247,7 +251,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
         raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
     (row,) = content["rows"].values()
     facts = {"seconds": row["seconds"] + begun["seconds"], "uses_labels": row["uses_labels"] or begun["uses_labels"]}
-    return {**row, **facts}
+    return {**content, "rows": {"row": {**row, **facts}}}
 
 
 def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[str, Any]:
