@@ -87,7 +87,7 @@ def reproduce(
     console = Console(quiet=True) if as_json or progress.is_quiet() else out
     failed = comparison.run(plan, console)
     summary = comparison.read(plan.folder)
-    content = {"rows": {}} if summary is None else reproduced(summary, published, settings_of(plan))
+    content: dict[str, Any] = {"rows": {}} if summary is None else reproduced(summary, published, settings_of(plan))
     if summary is not None:
         save_json(content, plan.folder / JSON)
         with atomic_path(plan.folder / MARKDOWN) as temporary:

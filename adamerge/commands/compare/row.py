@@ -256,7 +256,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
 
 def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[str, Any]:
     """Merge what a row starts from, if anything; write down, and return, what it is begun with and what that took."""
-    begun = {"row": spec.as_json(), "config": plain(config), "seconds": 0.0, "uses_labels": False}
+    begun: dict[str, Any] = {"row": spec.as_json(), "config": plain(config), "seconds": 0.0, "uses_labels": False}
     if spec.rule is not None:
         rule, begun["seconds"] = _merge(spec.rule, _assembled(config), start)
         begun["uses_labels"] = bool(getattr(rule, "uses_labels", False))
