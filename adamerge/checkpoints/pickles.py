@@ -16,7 +16,7 @@ from adamerge.checkpoints.unpickler import InertUnpickler, Stream
 from adamerge.errors import InputError, shorten
 from adamerge.system.archives import ZIP_MAGIC, Damaged, Refused, stored_members
 
-MAX_STEPS = 2_000_000  # a model of 5,000 tensors takes about 500,000
+MAX_STEPS = 2_000_000  # 5,000 tensors take 330,000 as a state dict, 900,000 as a module, 1,500,000 in a plain pickle
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _NESTS = ("state_dict", "model_state_dict", "model")
