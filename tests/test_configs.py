@@ -114,6 +114,10 @@ def test_compose_flag_that_hydra_does_not_know_is_refused():
         compose(["--batch-size", "3"])
 
 
+def test_compose_hydras_name_of_the_run_folder_is_run_dir():
+    assert compose(["hydra.run.dir=elsewhere"]).run_dir == "elsewhere"
+
+
 def test_compose_choice_that_is_not_there_names_group_choices_and_asking_file(tmp_path):
     with pytest.raises(InputError, match=r"^granularity=rows: no such .*'row'\? .*, FOLDER/granularity/rows\.yaml\?"):
         compose(["granularity=rows"])

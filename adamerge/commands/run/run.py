@@ -204,7 +204,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
         folder,
         head_info=head_info(assembly.data),
         sidecar=assembly.backbone.sidecar(),
-        recipe={"config": _settings(config), "command": command_of(config), **assembly.start},
+        recipe={**_provenance(config), **assembly.start},
         batch_norm=assembly.batch_norm,
     )
     trainer = _fit(config, folder, assembly, [export], "Stage 2 of 2" if first else "Adapting", resume=resume)
@@ -218,7 +218,9 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     if trainer.is_global_zero:
         _tell_unreadable(assembly.data)
         steps = trainer.global_step + (int(first.steps) if first else 0)
-        _report(config, folder, assembly, costs_of(times, steps, assembly.pool.device, resumed=resume))
+        costs = costs_of(times, steps, assembly.pool.device, resumed=resume)
+        if config.get("report", True):  # of a sharded pool this device has a part only
+            report_run(folder, None if assembly.model.is_sharded else assembly.pool, costs)
     _raise_reason(trainer)
     return summary
 
@@ -244,21 +246,11 @@ def _score(
     return summary
 
 
-def _settings(config: DictConfig) -> dict[str, Any]:
-    """Return a configuration as ``merge.json`` has it, where the command stands beside it."""
-    return {key: value for key, value in plain(config).items() if key != "command"}
-
-
-def command_of(config: DictConfig) -> list[str]:
-    """Return the command that a run was begun with, or else the one of this process."""
-    return [str(word) for word in config.get("command") or (Path(sys.argv[0]).name, *sys.argv[1:])]
-
-
-def _report(config: DictConfig, folder: Path, assembly: Assembly, costs: dict[str, Any]) -> None:
-    """Write the run's report, unless it is turned off."""
-    if config.get("report", True):
-        pool = None if assembly.model.is_sharded else assembly.pool  # of which this device has a part only
-        report_run(folder, pool, costs)
+def _provenance(config: DictConfig) -> dict[str, Any]:
+    """Return what ``merge.json`` says of a run: its options, and the command it was begun with, or else this one."""
+    settings = plain(config)
+    command = settings.pop("command", None) or (Path(sys.argv[0]).name, *sys.argv[1:])
+    return {"config": settings, "command": [str(word) for word in command]}
 
 
 def _tell_unreadable(data: UnlabeledTasks) -> None:
@@ -295,7 +287,8 @@ def _fit(
     own = [MergingProgress(description), UnlabeledCriteria()]
     callbacks = [*own, *_callbacks(config, folder), *exports, Elapsed(), GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **trainer_options()}
-    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=_loggers(config), **options)
+    loggers = [build(config, f"logger.{name}") for name in config.logger or {}]
+    trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers or False, **options)
     write_atomically(trainer)
     saved = last_checkpoint(folder) if resume else None
     try:
@@ -340,10 +333,6 @@ def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:
         enable_version_counter=False,
     )
     return [checkpoints, *(build(config, f"callbacks.{name}") for name in config.callbacks or {})]
-
-
-def _loggers(config: DictConfig) -> list[Any] | bool:
-    return [build(config, f"logger.{name}") for name in config.logger or {}] or False
 
 
 def _feature_width(model: MergedModel, data: UnlabeledTasks) -> int:
