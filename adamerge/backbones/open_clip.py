@@ -114,13 +114,13 @@ class OpenClip:
 
     def problems(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
         """List the checkpoints, by name, whose own configuration says that they are another model's."""
-        found = []
+        messages = []
         for checkpoint in checkpoints.values():
             path = getattr(checkpoint, "config_file", None)
             quick_gelu = None if path is None else quick_gelu_of(read_json(path), str(path))
             if quick_gelu is not None and quick_gelu != self._quick_gelu:
-                found.append(self._other_activation(f"{path}: hidden_act", quick_gelu))
-        return found
+                messages.append(self._other_activation(f"{path}: hidden_act", quick_gelu))
+        return messages
 
     def base_problems(self, base: Checkpoint) -> list[str]:
         """Compare the base's tensors with the visual tower, which is built without memory, before anything is read."""
@@ -129,14 +129,14 @@ class OpenClip:
         with _quiet(), torch.device("meta"):
             clip = open_clip.create_model(self._name, device="meta", load_weights=False, pretrained_text=False)
         wanted = {self.prefix + name: tuple(tensor.shape) for name, tensor in clip.visual.named_parameters()}
-        have = {key: tuple(base.spec(key)[0]) for key in base.keys if key in wanted}
-        other = [key for key, shape in wanted.items() if have.get(key) != shape]
-        if not other:
+        shapes = {key: tuple(base.spec(key)[0]) for key in base.keys if key in wanted}
+        differing = [key for key, shape in wanted.items() if shapes.get(key) != shape]
+        if not differing:
             return []
-        key = next((key for key in other if key in have), other[0])
+        key = next((key for key in differing if key in shapes), differing[0])
         return [
-            f"{base.name}: not of backbone.model={self.model}: {len(other)} of the {len(wanted)} tensors of its visual "
-            f"tower differ, such as {key!r}: expected {wanted[key]}, found {have.get(key, 'none')}. Name the "
+            f"{base.name}: not of backbone.model={self.model}: {len(differing)} of the {len(wanted)} tensors of its "
+            f"visual tower differ, such as {key!r}: expected {wanted[key]}, found {shapes.get(key, 'none')}. Name the "
             "architecture of your checkpoints: backbone=open_clip backbone.model=NAME of open_clip's, or a folder with "
             "an open_clip_config.json."
         ]
@@ -207,12 +207,12 @@ class OpenClip:
         for problem in self.problems({"base": base, **experts}):
             raise InputError(problem)
         wanted = {key: tuple(tensor.shape) for key, tensor in self._clip.state_dict().items()}
-        found = {key: base.spec(key)[0] for key in base.keys}
-        other = [key for key, shape in wanted.items() if found.get(key, shape) != shape]
+        shapes = {key: base.spec(key)[0] for key in base.keys}
+        reshaped = [key for key, shape in wanted.items() if shapes.get(key, shape) != shape]
         problems = {
-            "missing": shorten(key for key in wanted if key not in found),
-            "unexpected": shorten(key for key in found if key not in wanted),
-            "reshaped": shorten(f"{key}: expected {wanted[key]}, found {found[key]}" for key in other),
+            "missing": shorten(key for key in wanted if key not in shapes),
+            "unexpected": shorten(key for key in shapes if key not in wanted),
+            "reshaped": shorten(f"{key}: expected {wanted[key]}, found {shapes[key]}" for key in reshaped),
         }
         if any(problems.values()):
             listed = "; ".join(f"{kind} {keys or 'none'}" for kind, keys in problems.items())

@@ -1,4 +1,4 @@
-"""What a backbone is to the rest of the package."""
+"""The contract of backbones."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

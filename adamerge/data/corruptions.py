@@ -191,15 +191,15 @@ def read_corruptions(text: str, severity: int = DEFAULT_SEVERITY) -> list[Corrup
     """
     if text == "all":
         return [Corruption(name, severity) for name in KINDS]
-    found = []
+    corruptions = []
     for word in filter(None, (word.strip() for word in text.split(","))):
-        name, separator, own = word.partition(":")
-        if separator and not own.isdigit():
+        name, separator, strength = word.partition(":")
+        if separator and not strength.isdigit():
             raise InputError(f"{word}: expected NAME or NAME:SEVERITY, such as gaussian_noise:3.")
-        found.append(Corruption(name, int(own) if separator else severity))
-    if not found:
+        corruptions.append(Corruption(name, int(strength) if separator else severity))
+    if not corruptions:
         raise InputError(f"Expected all, or corruptions such as gaussian_noise:3,pixelate, found {text!r}.")
-    return found
+    return corruptions
 
 
 class Corrupted(Dataset[Any]):
@@ -249,10 +249,10 @@ class Corrupted(Dataset[Any]):
             pixels = image * deviation + mean
             if pixels.min() < -0.02 or pixels.max() > 1.02:  # rounding of half precision and resizing stays below
                 raise InputError(f"values from {image.min():.2f} to {image.max():.2f}")
-        except (InputError, RuntimeError) as found:
+        except (InputError, RuntimeError) as error:
             normalised = "in [0, 1]" if self._scale is None else "normalised as the backbone's preprocessing does it"
             raise InputError(
-                f"{self._key}: a corruption needs images: PIL's, or tensors (C, H, W) {normalised}; found {found}. "
+                f"{self._key}: a corruption needs images: PIL's, or tensors (C, H, W) {normalised}; found {error}. "
                 "Give a data set without a transform of its own: the backbone's preprocessing comes after it."
             ) from None
         return (self._corruption(pixels, generator) - mean) / deviation

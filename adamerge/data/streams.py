@@ -155,19 +155,19 @@ class Steps(Dataset[dict[str, TaskBatch]]):
 
     def _batches(self, step: int) -> dict[str, TaskBatch]:
         indices = {task: self._indices(task, step) for task in self._streams}
-        return {task: collate([self._streams[task][i] for i in found]) for task, found in indices.items() if found}
+        return {task: collate([self._streams[task][i] for i in chosen]) for task, chosen in indices.items() if chosen}
 
     def visited(self, task: str, steps: int) -> list[int]:
         """Return the positions that this rank visits in the first ``steps`` steps, ascending."""
         if self._world == 1:
             total, length = steps * self._sizes[task], len(self._streams[task])
             return list(range(length)) if total >= length else sorted(self._order(task, 0)[:total].tolist())
-        found: set[int] = set()
+        positions: set[int] = set()
         for step in range(steps if len(self.part(task)) else 0):
-            found.update(self._indices(task, step))
-            if len(found) == len(self._streams[task]):
+            positions.update(self._indices(task, step))
+            if len(positions) == len(self._streams[task]):
                 break
-        return sorted(found)
+        return sorted(positions)
 
     def _indices(self, task: str, step: int) -> list[int]:
         first, length = step * self._sizes[task], len(self._streams[task])

@@ -1,4 +1,4 @@
-"""What a task's images are, and how they are divided into those that adapt, are held out, and are scored."""
+"""A task's images, and their division into those that adapt, are held out, and are scored."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class Task:
     def class_names(self) -> list[str] | None:
         """Class names, from here or from the dataset; None where neither has any."""
         sources = (self.evaluate, self.dataset, self.adapt)
-        found = self.classes or next((getattr(d, "classes", None) for d in sources if hasattr(d, "classes")), None)
-        return None if found is None else [str(name) for name in found]
+        names = self.classes or next((getattr(d, "classes", None) for d in sources if hasattr(d, "classes")), None)
+        return None if names is None else [str(name) for name in names]
 
 
 def divide(name: str, task: Task, protocol: Protocol, seed: int) -> tuple[Dataset[Any], Dataset[Any] | None]:
@@ -59,8 +59,8 @@ def divide(name: str, task: Task, protocol: Protocol, seed: int) -> tuple[Datase
         InputError: If the task has no data, or data that the protocol cannot divide.
     """
     for key in ("dataset", "adapt", "evaluate"):
-        found = getattr(task, key)
-        if found is not None and length_of(found, f"data.tasks.{name}.{key}") == 0:
+        dataset = getattr(task, key)
+        if dataset is not None and length_of(dataset, f"data.tasks.{name}.{key}") == 0:
             raise InputError(f"data.tasks.{name}.{key}: the data set is empty. Check its folder or split.")
     if task.dataset is not None and (task.adapt is not None or task.evaluate is not None):
         raise InputError(f"data.tasks.{name}: give either dataset, or adapt and evaluate, not both.")

@@ -183,21 +183,21 @@ class UnlabeledTasks(LightningDataModule):
 
     def unreadable(self) -> dict[str, list[str]]:
         """Return the images to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
-        found = {name: list(stream.readable.names) for name, stream in self.streams.items()}
+        names_of = {name: list(stream.readable.names) for name, stream in self.streams.items()}
         for name, stream in self.holdout_streams.items():
-            found[name] += stream.readable.names
-        return {name: names for name, names in found.items() if names}
+            names_of[name] += stream.readable.names
+        return {name: names for name, names in names_of.items() if names}
 
     def gather_unreadable(self) -> None:
         """Let all devices know of the images to adapt on that any of them could not read; all must call."""
         for stream in (*self.streams.values(), *self.holdout_streams.values()):
-            found = ranks.everyones(stream.readable.unreadable)
-            stream.readable.unreadable = sorted({index for part in found for index in part})
+            by_rank = ranks.everyones(stream.readable.unreadable)
+            stream.readable.unreadable = sorted({index for part in by_rank for index in part})
 
     def unreadable_evaluation(self) -> dict[str, list[str]]:
         """Return the images to score that could not be read so far, by task; {} for none."""
-        found = {name: labelled.readable.names for name, labelled in self.scored.items()}
-        return {name: names for name, names in found.items() if names}
+        names_of = {name: labelled.readable.names for name, labelled in self.scored.items()}
+        return {name: names for name, names in names_of.items() if names}
 
     def state_dict(self) -> dict[str, Any]:
         """Return which images could not be read so far, for checkpoints."""

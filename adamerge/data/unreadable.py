@@ -1,4 +1,4 @@
-"""Images that cannot be read: which they are, how many there may be, and what stands in for them."""
+"""Images that cannot be read: their names, the limit of their number, and the images that stand in for them."""
 
 import logging
 import struct
@@ -24,8 +24,8 @@ class Readable:
     """Account of the items of a data set that cannot be read.
 
     Args:
-        dataset: Whose items.
-        where: What it is, for messages, such as ``data.tasks.cars``.
+        dataset: The data set.
+        where: Its name in messages, such as ``data.tasks.cars``.
         limit: Largest share of unreadable items, in [0, 1]; one more ends the run.
         shared: Whether several processes read, which then share the account.
     """
@@ -89,14 +89,14 @@ class Readable:
 
     def _note(self, index: int, error: BaseException) -> None:
         self._mark([index])
-        found, name = len(self.unreadable), _name(self._dataset, index)
+        count, name = len(self.unreadable), _name(self._dataset, index)
         reason = " ".join(str(error).split()) or type(error).__name__
-        if found > self._limit * self._length:
+        if count > self._limit * self._length:
             raise InputError(
-                f"{self._where}: {found} of {self._length} images cannot be read, the latest {name} ({reason}); "
+                f"{self._where}: {count} of {self._length} images cannot be read, the latest {name} ({reason}); "
                 f"data.max_unreadable allows a share of {self._limit:g}. Mend or remove them, or raise it."
             ) from error
-        log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self._where, name, reason, found)
+        log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self._where, name, reason, count)
 
 
 def _name(dataset: Dataset[Any], index: int) -> str:

@@ -30,7 +30,7 @@ def linear_inputs(module: nn.Module, params: Mapping[str, Tensor], take: Take) -
     """Hand each Linear layer's inputs to ``take`` while the block runs.
 
     Args:
-        module: What will be called, functionally.
+        module: The module that will be called, functionally.
         params: Its parameters by name.
         take: Called with the rows of a weight and their inputs (..., in), in each forward pass.
 

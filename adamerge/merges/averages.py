@@ -63,7 +63,7 @@ class TaskArithmetic:
 
 @dataclass(frozen=True)
 class MetricsWeighted:
-    r"""A mean weighted by a number known of each expert: :math:`w_e \propto s_e^p`, :math:`\sum_e w_e = 1`.
+    r"""The mean of the experts weighted by a score of each: :math:`w_e \propto s_e^p`, :math:`\sum_e w_e = 1`.
 
     No tensor is skipped. Cost: one pass. Scores that were measured on labelled data bring labels in (``uses_labels``).
 
@@ -140,22 +140,22 @@ class LayerSwapping:
             raise InputError(f"LayerSwapping.blocks: {self.blocks!r} is no regular expression ({error}).") from error
 
     def __call__(self, pool: ExpertPool) -> Merged:
-        """Yield names and the parameters of whose turn it is."""
+        """Yield names and parameters: the outer expert's, the inner one's, or between them their mean."""
         for option, expert in (("outer", self.outer), ("inner", self.inner)):
             if expert not in pool.expert_names:
                 raise InputError(
                     f"LayerSwapping.{option}: expected one of {shorten(pool.expert_names)}, found {expert!r}."
                     f"{did_you_mean(str(expert), pool.expert_names)}"
                 )
-        found = {name: match.group() for name in pool.names if (match := re.search(self.blocks, name))}
-        order = {block: number for number, block in enumerate(sorted(set(found.values()), key=block_order))}
+        block_of = {name: match.group() for name in pool.names if (match := re.search(self.blocks, name))}
+        order = {block: number for number, block in enumerate(sorted(set(block_of.values()), key=block_order))}
         if self.bottom + self.top + 2 * self.transition > len(order):
             raise InputError(
                 f"LayerSwapping: bottom + top + 2 x transition: expected at most the model's {len(order)} blocks, "
                 f"found {self.bottom} + {self.top} + 2 x {self.transition}."
             )
         for name in pool.names:
-            share = self._inner_share(order[found[name]], len(order)) if name in found else 0.0
+            share = self._inner_share(order[block_of[name]], len(order)) if name in block_of else 0.0
             weights = [
                 share * (expert == self.inner) + (1 - share) * (expert == self.outer) for expert in pool.expert_names
             ]

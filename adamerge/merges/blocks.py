@@ -16,7 +16,7 @@ from adamerge.model.merged_model import MergedModel
 
 @dataclass
 class BlockCall:
-    """What a block is called with."""
+    """The arguments of one call of a block."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -28,7 +28,7 @@ class BlockChain:
     Args:
         model: Its encoder lends the code.
         path: Of the module that holds the blocks.
-        blocks: They, by name below ``path``.
+        blocks: The blocks by name below ``path``.
     """
 
     def __init__(self, model: MergedModel, path: str, blocks: Mapping[str, nn.Module]) -> None:
@@ -41,7 +41,7 @@ class BlockChain:
         return len(self._blocks)
 
     def enter(self, inputs: Tensor, params: Mapping[str, Tensor]) -> BlockCall:
-        """Run what comes before the blocks on inputs (B, ...); the blocks themselves are not run."""
+        """Run the layers before the blocks on inputs (B, ...), and return the first block's call."""
         call: list[BlockCall] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,18 +60,18 @@ class BlockChain:
     def observe(self, block: int, params: Mapping[str, Tensor], calls: list[BlockCall], take: Take) -> None:
         """Run one block on calls, and hand its Linear layers' inputs to ``take`` by the encoder's names."""
         prefix = self._prefixes[block]
-        own = self._own(block, params)
+        tensors = self._tensors(block, params)
         with linear_inputs(
-            self._blocks[block], own, lambda rows, x: take(rows._replace(name=prefix + rows.name), x)
+            self._blocks[block], tensors, lambda rows, x: take(rows._replace(name=prefix + rows.name), x)
         ) as swapped:
             for call in calls:
                 self._run(block, swapped, call)
 
     def advance(self, block: int, params: Mapping[str, Tensor], calls: list[BlockCall]) -> None:
         """Run one block, and make its outputs the next block's inputs, in place."""
-        own = self._own(block, params)
+        tensors = self._tensors(block, params)
         for call in calls:
-            call.args = (self._run(block, own, call), *call.args[1:])
+            call.args = (self._run(block, tensors, call), *call.args[1:])
 
     def check(self, inputs: Tensor, params: Mapping[str, Tensor]) -> None:
         """Refuse blocks that are called in another way than one after the other.
@@ -96,14 +96,14 @@ class BlockChain:
                     "output of the block before. Name another chain of blocks with blocks=PATH, or use regmean."
                 )
 
-    def _own(self, block: int, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _tensors(self, block: int, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a block's parameters and buffers, by its own names."""
         prefix = self._prefixes[block]
-        every = {**self._buffers, **self._model.pool.fixed, **params}
-        return {name.removeprefix(prefix): tensor for name, tensor in every.items() if name.startswith(prefix)}
+        by_name = {**self._buffers, **self._model.pool.fixed, **params}
+        return {name.removeprefix(prefix): tensor for name, tensor in by_name.items() if name.startswith(prefix)}
 
-    def _run(self, block: int, own: Mapping[str, Tensor], call: BlockCall) -> Any:
-        return functional_call(self._blocks[block], dict(own), call.args, call.kwargs, strict=True)
+    def _run(self, block: int, tensors: Mapping[str, Tensor], call: BlockCall) -> Any:
+        return functional_call(self._blocks[block], dict(tensors), call.args, call.kwargs, strict=True)
 
 
 class _Entered(Exception):

@@ -25,7 +25,7 @@ def tasks_of(model: MergedModel, data: "UnlabeledTasks") -> dict[str, list[str]]
     for task in data.streams:
         if task in model.teachers:
             tasks[model.teachers[task]].append(task)
-    without = [expert for expert, own in tasks.items() if not own]
+    without = [expert for expert, taught in tasks.items() if not taught]
     if without:
         raise InputError(
             f"Expert {without[0]!r} has no data: expected a task of its name, or one that names it with "

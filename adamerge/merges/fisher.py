@@ -82,15 +82,15 @@ class Fisher:
 
     def _estimate(self, model: MergedModel, data: "UnlabeledTasks", expert: str, tasks: list[str]) -> dict[str, Tensor]:
         """Return an expert's Fisher diagonal over the examples of its tasks, name to (*S)."""
-        own = model.expert_parameters(expert)
-        params = {name: own.pop(name) for name in model.pool.names}
+        fixed = model.expert_parameters(expert)
+        params = {name: fixed.pop(name) for name in model.pool.names}
         generator = torch.Generator().manual_seed(self.seed)
         totals = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
         count = 0
         for task in tasks:
 
             def logits(p: Params, inputs: Tensor, task: str = task) -> Tensor:
-                return model.logits(inputs, task, {**own, **p})
+                return model.logits(inputs, task, {**fixed, **p})
 
             inputs = (batch.to(model.pool.device) for batch in batches(data, task, self.examples))
             for information, examples in fisher_sums(logits, params, inputs, self.draws, generator):
@@ -150,8 +150,8 @@ def fisher_sums(
             for first in range(0, labels.shape[1], classes):
                 part = (some, slice(first, first + classes))
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be vectorised over examples
-                    found = gradients(params, batch[some], labels[part])
-                for name, gradient in found.items():
+                    by_name = gradients(params, batch[some], labels[part])
+                for name, gradient in by_name.items():
                     total = torch.einsum("bk,bk...->...", shares[part], gradient.detach().square_())
                     totals[name] = totals[name] + total if name in totals else total
             yield totals, len(batch[some])

@@ -80,8 +80,8 @@ def project_off(merged: Tensor, update: Tensor, alpha: float) -> Tensor:
     shared = left.T @ update @ right  # (r, r)
     removed = torch.diag(shared.diagonal())
     removed[:leading, :leading] = shared[:leading, :leading]
-    rest: Tensor = update - left @ removed @ right.T
-    return rest
+    remainder: Tensor = update - left @ removed @ right.T
+    return remainder
 
 
 def _mean_norm(pool: ExpertPool) -> float:

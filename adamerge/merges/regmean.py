@@ -115,10 +115,10 @@ class RegMeanPlusPlus:
         activations = {
             expert: [
                 chain.enter(inputs.to(pool.device), merged)
-                for task in own
+                for task in expert_tasks
                 for inputs in batches(data, task, self.examples)
             ]
-            for expert, own in tasks.items()
+            for expert, expert_tasks in tasks.items()
         }
         solved = 0
         for block in range(len(chain)):
@@ -128,8 +128,8 @@ class RegMeanPlusPlus:
                 grams = Grams(systems.names)
                 chain.observe(block, model.expert_parameters(expert), activations[expert], grams.take)
                 systems.add(grams, row)
-            merged |= {name: systems.solve(name) for name in systems.found}
-            solved += len(systems.found)
+            merged |= {name: systems.solve(name) for name in systems.weights}
+            solved += len(systems.weights)
             for calls in activations.values():
                 chain.advance(block, merged, calls)
         if not solved:
@@ -181,7 +181,7 @@ class Systems:
         self._sums: dict[Rows, tuple[Tensor, Tensor]] = {}
 
     @property
-    def found(self) -> list[str]:
+    def weights(self) -> list[str]:
         """The weights that have equations."""
         return list(dict.fromkeys(rows.name for rows in self._sums))
 

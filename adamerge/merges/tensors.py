@@ -1,4 +1,4 @@
-"""What several rules do with a pool's task vectors.
+"""Sums and single task vectors of a pool, which several rules take.
 
 Legend: E experts, ``*S`` the shape of one parameter.
 """

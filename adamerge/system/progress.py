@@ -1,4 +1,4 @@
-"""What is shown while something is done: bars on a terminal, lines in logs everywhere.
+"""Progress of long work: bars on a terminal, lines in logs everywhere.
 
 Whether anything moves follows from the terminal alone; what the environment says about colours (``FORCE_COLOR``, which
 Jupyter sets for its cells' commands) has no say in it. The lines go to the logger of this module, whose name lets

@@ -44,18 +44,18 @@ def everyones(value: T) -> list[T]:
     """Return what each rank has, in their order; for small things."""
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
-    _group().all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * count()
+    _group().all_gather_object(values, value)
+    return values
 
 
 def of_first(value: T) -> T:
     """Return what the first rank has."""
     if count() == 1:
         return value
-    found = [value]
-    _group().broadcast_object_list(found, src=0)
-    return found[0]
+    values = [value]
+    _group().broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def largest(number: int, device: "torch.device | str" = "cpu") -> int:
@@ -64,9 +64,9 @@ def largest(number: int, device: "torch.device | str" = "cpu") -> int:
         return number
     import torch
 
-    found = torch.tensor(number, device=device)
-    _group().all_reduce(found, _group().ReduceOp.MAX)
-    return int(found)
+    result = torch.tensor(number, device=device)
+    _group().all_reduce(result, _group().ReduceOp.MAX)
+    return int(result)
 
 
 def wait() -> None:

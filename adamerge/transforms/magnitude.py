@@ -73,12 +73,12 @@ class Magnitude:
     def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after finding the thresholds where they are the model's."""
         rank = int(self.drop * entries(source)) if self.scope == "model" else 0
-        found = kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), rank) if rank else None
+        model_threshold = kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), rank) if rank else None
 
         def rule(name: str, task_vectors: Tensor) -> Tensor:
             magnitudes = task_vectors.abs()
             flat = magnitudes.reshape(len(magnitudes), -1)
-            threshold = found
+            threshold = model_threshold
             if self.scope == "tensor" and (k := int(self.drop * flat.shape[1])):
                 threshold = flat.kthvalue(k, dim=1).values
             if threshold is not None:

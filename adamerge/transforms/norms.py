@@ -41,10 +41,10 @@ class EqualNorms:
         if self.scope == "model":
             for _, tile in source.tiles():
                 squares += tile.double().square().sum(1).cpu()
-        known = _factors(squares.sqrt())
+        model_factors = _factors(squares.sqrt())
 
         def rule(name: str, task_vectors: Tensor) -> Tensor:
-            factors = known
+            factors = model_factors
             if self.scope == "tensor":
                 factors = _factors(task_vectors.reshape(len(task_vectors), -1).double().norm(dim=1))
             return task_vectors * per_expert(factors, task_vectors)

@@ -70,8 +70,8 @@ class Pcb:
         top = cut
         for _, tile in source.tiles():
             top = torch.maximum(top, self._scores(tile, low, high).amax(1))
-        found = _Statistics(low, high, cut, top)
-        return lambda name, task_vectors: self._weighed(task_vectors, found)
+        statistics = _Statistics(low, high, cut, top)
+        return lambda name, task_vectors: self._weighed(task_vectors, statistics)
 
     def _scores(self, tile: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Return s, (E, k)."""
@@ -80,10 +80,10 @@ class Pcb:
         # Weights do not change with a common factor: exp(E (N^2 - 1)) in place of exp(E N^2) does not overflow.
         return torch.exp(len(tile) * (normal.square() - 1)) * torch.tanh(tile * total(balance))
 
-    def _weighed(self, task_vectors: Tensor, found: _Statistics) -> Tensor:
-        clamped = _clamped(task_vectors, found.low, found.high) * task_vectors.sign()
-        scores = self._scores(task_vectors, found.low, found.high)
-        weights = _scaled(torch.maximum(scores, per_expert(found.cut, scores)), found.cut, found.top)
+    def _weighed(self, task_vectors: Tensor, statistics: _Statistics) -> Tensor:
+        clamped = _clamped(task_vectors, statistics.low, statistics.high) * task_vectors.sign()
+        scores = self._scores(task_vectors, statistics.low, statistics.high)
+        weights = _scaled(torch.maximum(scores, per_expert(statistics.cut, scores)), statistics.cut, statistics.top)
         return clamped * weights / total(weights).clamp(min=1e-12)
 
 

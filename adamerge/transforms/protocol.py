@@ -1,4 +1,4 @@
-"""What a transform is, and how it is applied with bounded memory.
+"""The contract of transforms, and their application with bounded memory.
 
 Legend: E experts, n entries of a flattened parameter, ``*S`` its shape.
 """
@@ -53,7 +53,7 @@ class Prepared:
 
     Args:
         transform: A :class:`Transform`, or an object with ``prepare``.
-        source: What it takes statistics of.
+        source: The task vectors that it takes statistics of.
 
     Raises:
         InputError: If the transform has not the right call, or does not fit the source.
