@@ -4,6 +4,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Callable, Sized
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -99,14 +100,20 @@ class Readable:
         log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self._where, name, reason, count)
 
 
+def listed_files(dataset: Dataset[Any]) -> list[Path]:
+    """Return the files that a data set lists, item by item, as torchvision's folders do; [] where it lists none."""
+    for attribute in ("samples", "_samples", "imgs", "_image_files", "_images"):
+        entries = getattr(dataset, attribute, None)
+        if isinstance(entries, (list, tuple)):
+            files = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
+            return [Path(file) for file in files] if all(isinstance(file, (str, Path)) for file in files) else []
+    return []
+
+
 def _name(dataset: Dataset[Any], index: int) -> str:
-    """Return the file of an item where the data set tells, as torchvision's folders do, else its number."""
+    """Return the file of an item where the data set tells, else its number."""
     while isinstance(dataset, Subset):
         index = dataset.indices[index]
         dataset = dataset.dataset
-    for attribute in ("samples", "imgs", "_image_files", "_images"):
-        listed = getattr(dataset, attribute, None)
-        if isinstance(listed, (list, tuple)) and index < len(listed):
-            entry = listed[index]
-            return str(entry[0] if isinstance(entry, tuple) else entry)
-    return f"image {index}"
+    files = listed_files(dataset)
+    return str(files[index]) if index < len(files) else f"image {index}"

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from adamerge.errors import check_choice, check_globs, check_number
 from adamerge.merges import Merged
-from adamerge.merges.singular import singular_vectors
 from adamerge.merges.tensors import average, is_matrix
 from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.ties import trim_threshold
+from adamerge.transforms.tsv import singular_vectors
 
 
 @dataclass(frozen=True)

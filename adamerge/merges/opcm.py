@@ -12,9 +12,9 @@ from torch import Tensor
 
 from adamerge.errors import check_globs, check_number
 from adamerge.merges import Merged
-from adamerge.merges.singular import singular_vectors
 from adamerge.merges.tensors import is_matrix, task_vector
 from adamerge.pool.pool import ExpertPool
+from adamerge.transforms.tsv import singular_vectors
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from adamerge.errors import check_globs, check_number
 from adamerge.merges import Merged
 from adamerge.merges.tensors import average, is_matrix
 from adamerge.pool.pool import ExpertPool
+from adamerge.transforms.tsv import singular_vectors
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class IsoCTS:
 def merge_singular_vectors(stack: Tensor) -> Tensor:
     """TSV-Merge of task vectors (T, m, n), before the scale, (m, n)."""
     count = min(stack.shape[1:]) // len(stack)
-    left, values, right = zip(*(_top(matrix, count) for matrix in stack), strict=True)
+    left, values, right = zip(*(singular_vectors(matrix, count) for matrix in stack), strict=True)
     return (polar(torch.cat(left, 1)) * torch.cat(values)) @ polar(torch.cat(right, 1)).T
 
 
@@ -140,32 +141,17 @@ def flatten_common_and_own(stack: Tensor, common: float) -> Tensor:
     shared = int(common * rank)
     own = min(round((rank - shared) / experts), rank // experts)  # of each expert
     shared = rank - own * experts
-    left, values, right = _top(stack.sum(0), shared)
-    parts = [_top(matrix - left @ (left.T @ matrix), own) for matrix in stack]
+    left, values, right = singular_vectors(stack.sum(0), shared)
+    parts = [singular_vectors(matrix - left @ (left.T @ matrix), own) for matrix in stack]
     parts.append((left, values, right))
-    lefts, every, rights = zip(*parts, strict=True)
-    return torch.cat(every).mean() * polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights, 1)).T
+    lefts, values_of, rights = zip(*parts, strict=True)
+    return torch.cat(values_of).mean() * polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights, 1)).T
 
 
 def polar(matrix: Tensor) -> Tensor:
     """Return the nearest matrix with orthonormal rows or columns; directions that the matrix lacks stay out."""
     left, _, right = singular_vectors(matrix)
     return left @ right.T
-
-
-def singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, k), S (k,), V (n, k) of a matrix of rank k: those of singular value 0 are arbitrary, so left out."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    rank = 0
-    if len(values):
-        rank = int((values > values[0] * max(matrix.shape) * torch.finfo(values.dtype).eps).sum())
-    return left[:, :rank], values[:rank], right[:rank].T
-
-
-def _top(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the top ``count`` singular triplets, or as many as the matrix has."""
-    left, values, right = singular_vectors(matrix)
-    return left[:, :count], values[:count], right[:, :count]
 
 
 def _merge_matrices(

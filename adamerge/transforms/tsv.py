@@ -44,7 +44,7 @@ class Tsv:
         if not is_matrix or any(fnmatch.fnmatchcase(name, glob) for glob in self.average):
             return task_vectors / experts
         share = min(task_vectors.shape[1:]) // experts
-        left, values, right = zip(*(_leading(matrix, share) for matrix in task_vectors), strict=True)
+        left, values, right = zip(*(singular_vectors(matrix, share) for matrix in task_vectors), strict=True)
         counts = [len(sizes) for sizes in values]
         if not sum(counts):
             return task_vectors
@@ -53,12 +53,18 @@ class Tsv:
         return torch.stack([u * s @ v.T for u, s, v in zip(lefts, values, rights, strict=True)])
 
 
-def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the top singular triplets as (m, q), (q,), (n, q); fewer where the numerical rank is lower."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    noise = s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps
-    count = min(count, int((s > noise).sum()))
-    return u[:, :count], s[:count], vh[:count].T
+def singular_vectors(matrix: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (m, k), S (k,), V (n, k) of a matrix: its leading singular triplets.
+
+    Args:
+        matrix: Shape (m, n).
+        count: Largest k; default the rank, as triplets of singular value 0 are arbitrary.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    noise = values[:1] * max(matrix.shape) * torch.finfo(values.dtype).eps
+    rank = int((values > noise).sum())
+    k = rank if count is None else min(rank, count)
+    return left[:, :k], values[:k], right[:k].T
 
 
 def _polar(matrix: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from typing import Any
 
 from adamerge.data.benchmarks.definitions import Definition, definition
 from adamerge.data.benchmarks.opening import DatasetPlace, Split, expected_count, open_at, place_of, places
+from adamerge.data.unreadable import listed_files
 from adamerge.errors import InputError, shorten
-
-_PATHS = ("samples", "_samples", "_image_files", "_images")  # where data sets of torchvision list their files
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,9 @@ def _split(
 
 def _absent_files(images: Split, split: str) -> list[str]:
     """Say how many of the files that a data set lists are not there."""
-    listed = next((found for name in _PATHS if isinstance(found := getattr(images.dataset, name, None), list)), [])
-    paths = [Path(entry[0] if isinstance(entry, tuple) else entry) for entry in listed if _is_path(entry)]
+    paths = listed_files(images.dataset)
     absent = [path for path in paths if not path.is_file()]
     return [f"{split}: {len(absent)} of {len(paths)} files missing, the first {absent[0]}"] if absent else []
-
-
-def _is_path(entry: Any) -> bool:
-    return isinstance(entry[0] if isinstance(entry, tuple) else entry, (str, Path))
 
 
 def _unreadable(images: Split, split: str, sample: int | None) -> list[str]:
