@@ -1,6 +1,7 @@
 """Coefficients move towards experts, one or a few at a time (FW-Merging)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -93,16 +94,24 @@ class FrankWolfeMerging(MergingMethod):
         for option, value in chosen.items():
             if value not in _OPTIONS[option]:
                 raise InputError(f"method.{option}: expected {' or '.join(_OPTIONS[option])}, found {value!r}.")
-        self._vertex_scale, self._is_cosine = vertex_scale, ranking == "cosine"
-        self._averages = average_gradients
-        self._check_hull(vertices)
-        self._steps, self._step_rule, self._is_soft, self._tolerance = steps, step_rule, mode == "soft", tolerance
-        self._factor = step_size * scaling
-        self._top_k, self._inner_steps, self._inner_lr = top_k, inner_steps, inner_lr
-        self._check_numbers()
+        factor = step_size * scaling
+        self._is_cosine, self._is_joint = ranking == "cosine", granularity == "task"
+        self._check_hull(vertices, vertex_scale, average_gradients)
+        self._check_numbers({"steps": steps, "top_k": top_k, "inner_steps": inner_steps}, factor, mode == "soft")
+        self._vertex_kinds, self._vertex_scale = tuple(vertices), vertex_scale
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
-        self._vertex_kinds, self._is_joint = tuple(vertices), granularity == "task"
+        self._frank_wolfe: FrankWolfe
+        limits: dict[str, Any] = {"limit": steps, "tolerance": tolerance, "averages": average_gradients}
+        if mode == "soft":
+            self._optimizer: Callable[..., FrankWolfe] = partial(
+                SoftFrankWolfe, top_k=top_k, inner_steps=inner_steps, lr=inner_lr, **limits
+            )
+        else:
+            scores = self._ranking if self._is_cosine else None
+            self._optimizer = partial(
+                FrankWolfe, step_rule=step_rule, factor=factor, loss_at=self._loss_at, ranking=scores, **limits
+            )
 
     def on_fit_start(self) -> None:
         """Prepare as all methods do."""
@@ -146,18 +155,7 @@ class FrankWolfeMerging(MergingMethod):
 
     def configure_optimizers(self) -> FrankWolfe:
         """Return the Frank-Wolfe steps as an optimizer of the coefficients."""
-        raw = self.model.coefficients.raw
-        if self._is_soft:
-            self._frank_wolfe: FrankWolfe = SoftFrankWolfe(
-                raw, self._vertices(), top_k=self._top_k, inner_steps=self._inner_steps, lr=self._inner_lr,
-                limit=self._steps, tolerance=self._tolerance, averages=self._averages,
-            )  # fmt: skip
-        else:
-            self._frank_wolfe = FrankWolfe(
-                raw, self._vertices(), step_rule=self._step_rule, factor=self._factor, limit=self._steps,
-                tolerance=self._tolerance, loss_at=self._loss_at, ranking=self._ranking if self._is_cosine else None,
-                averages=self._averages,
-            )  # fmt: skip
+        self._frank_wolfe = self._optimizer(self.model.coefficients.raw, self._vertices())
         return self._frank_wolfe
 
     def export_recipe(self) -> dict[str, Any]:
@@ -211,13 +209,13 @@ class FrankWolfeMerging(MergingMethod):
             scores[:, groups[name][0]] += cosines
         return vertices.joined(scores)
 
-    def _check_hull(self, vertices: Sequence[str]) -> None:
+    def _check_hull(self, vertices: Sequence[str], scale: float, averages: bool) -> None:
         """Refuse vertices that do not exist, and constraints that the hull of the vertices does not meet."""
-        known = ("experts", "base", "start")
+        kinds = ("experts", "base", "start")
         for kind in [vertices] if isinstance(vertices, str) else vertices:
-            if kind not in known:
+            if kind not in kinds:
                 raise InputError(
-                    f"method.vertices: expected some of {', '.join(known)}, found {kind!r}.{did_you_mean(kind, known)}"
+                    f"method.vertices: expected some of {', '.join(kinds)}, found {kind!r}.{did_you_mean(kind, kinds)}"
                 )
         if isinstance(vertices, str) or "experts" not in vertices:
             raise InputError(f"method.vertices: expected a list with 'experts', found {vertices!r}.")
@@ -227,14 +225,14 @@ class FrankWolfeMerging(MergingMethod):
                 f"method: Frank-Wolfe moves in the convex hull of the experts, so constraint must be simplex or none, "
                 f"found {type(constraint).__name__.lower()}. Set constraint=simplex."
             )
-        if not self._vertex_scale > 0 or (isinstance(constraint, Simplex) and self._vertex_scale != 1):
+        if not scale > 0 or (isinstance(constraint, Simplex) and scale != 1):
             raise InputError(
-                f"method.vertex_scale: expected a number > 0, found {self._vertex_scale}; it is 1 with "
+                f"method.vertex_scale: expected a number > 0, found {scale}; it is 1 with "
                 "constraint=simplex, for another set constraint=none."
             )
-        if self._averages and self._is_cosine:
+        if averages and self._is_cosine:
             raise InputError("method.average_gradients: the released code's ranking (cosine) is of single batches.")
-        if self._vertex_scale != 1 and self._is_cosine:
+        if scale != 1 and self._is_cosine:
             raise InputError("method.vertex_scale: the released code's ranking (cosine) knows the experts only; use 1.")
         if isinstance(constraint, Simplex) and constraint.total == "equal" and "base" in vertices:
             raise InputError(
@@ -242,20 +240,19 @@ class FrankWolfeMerging(MergingMethod):
                 "'equal'. Set constraint.total=at_most, or leave 'base' out."
             )
 
-    def _check_numbers(self) -> None:
-        counts = {"steps": self._steps, "top_k": self._top_k, "inner_steps": self._inner_steps}
+    def _check_numbers(self, counts: Mapping[str, int | None], factor: float, is_soft: bool) -> None:
         for option, value in counts.items():
             if value is not None and value < 1:
                 raise InputError(f"method.{option}: expected a number >= 1, found {value}.")
-        if not 0 < self._factor <= 1:
+        if not 0 < factor <= 1:
             raise InputError(
-                f"method.step_size, method.scaling: expected a product in (0, 1], found {self._factor}: a longer step "
+                f"method.step_size, method.scaling: expected a product in (0, 1], found {factor}: a longer step "
                 "leaves the hull."
             )
         several = [name for name, groups in self.model.coefficients.groups.items() if len(groups) > 1]
-        if self._is_cosine and (self._is_soft or several):
-            found = "mode 'soft'" if self._is_soft else f"several groups in {several[0]!r}"
+        if self._is_cosine and (is_soft or several):
+            conflict = "mode 'soft'" if is_soft else f"several groups in {several[0]!r}"
             raise InputError(
-                f"method.ranking: 'cosine' ranks whole parameters in mode 'hard', found {found}. Set "
+                f"method.ranking: 'cosine' ranks whole parameters in mode 'hard', found {conflict}. Set "
                 "granularity=task or layer, or method.ranking=inner_product."
             )

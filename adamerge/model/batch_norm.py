@@ -133,16 +133,17 @@ def average(pool: ExpertPool) -> dict[str, Tensor]:
 
 def average_for(encoder: nn.Module, pool: ExpertPool) -> dict[str, Tensor]:
     """Return :func:`average` for the buffers that an encoder has, in their dtypes, on the pool's device."""
-    own, found = dict(encoder.named_buffers()), average(pool)
-    return {name: tensor.to(pool.device, own[name].dtype) for name, tensor in found.items() if name in own}
+    buffers = dict(encoder.named_buffers())
+    means = {name: tensor for name, tensor in average(pool).items() if name in buffers}
+    return {name: tensor.to(pool.device, buffers[name].dtype) for name, tensor in means.items()}
 
 
 def with_statistics(
     state_dict: Mapping[str, Tensor], pool: ExpertPool, statistics: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return a state dict, under the base's keys, with other statistics; those the base has no key for are left out."""
-    own = {pool.keys.file_key(name): tensor for name, tensor in statistics.items() if name in pool.keys}
-    return {key: own[key].to("cpu", tensor.dtype) if key in own else tensor for key, tensor in state_dict.items()}
+    by_key = {pool.keys.file_key(name): tensor for name, tensor in statistics.items() if name in pool.keys}
+    return {key: by_key[key].to("cpu", tensor.dtype) if key in by_key else tensor for key, tensor in state_dict.items()}
 
 
 def save_statistics(statistics: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:

@@ -12,12 +12,12 @@ from adamerge.pool.pool import ExpertPool
 FORMAT = 1
 
 
-def granularity_of(described: Any, own: Granularity | None, source: str) -> Granularity:
+def granularity_of(described: Any, fallback: Granularity | None, source: str) -> Granularity:
     """Rebuild a built-in granularity from its description; never imports anything.
 
     Args:
         described: What :func:`describe` returned.
-        own: Used where the described one is not built in.
+        fallback: Used where the described one is not built in.
         source: What to call the file in messages.
 
     Raises:
@@ -26,8 +26,8 @@ def granularity_of(described: Any, own: Granularity | None, source: str) -> Gran
     options = dict(described) if isinstance(described, Mapping) else {"name": described}
     name = str(options.pop("name", None))
     kinds: dict[str, Any] = {**granularities.BY_NAME, "pattern": granularities.Pattern}
-    if name not in kinds and own is not None:
-        return own
+    if name not in kinds and fallback is not None:
+        return fallback
     if name not in kinds:
         raise InputError(
             f"{source}: granularity {name!r} is not built in (one of {', '.join(kinds)}). "
@@ -80,9 +80,9 @@ def check_content(content: Any, pool: ExpertPool, source: str) -> None:
             f"{source}: belongs to another pool: the content of {shorten(changed)} differs from what it was made for. "
             "Use the same base and expert files."
         )
-    made, here = content.get("task_vectors"), describe_task_vectors(pool)
-    if recorded and made != here:
+    described, vectors = content.get("task_vectors"), describe_task_vectors(pool)
+    if recorded and described != vectors:
         raise InputError(
-            f"{source}: made for the task vectors {made}, but the pool's are {here}. Open the pool with the same "
-            "dtype, transform and parameters (include, exclude), for example by naming the run's folder."
+            f"{source}: made for the task vectors {described}, but the pool's are {vectors}. Open the pool with the "
+            "same dtype, transform and parameters (include, exclude), for example by naming the run's folder."
         )

@@ -70,11 +70,11 @@ class EncoderOptions:
 class Runner:
     """Runs an encoder on batches, as the options say.
 
-    What a module's name selects is found here, once; the encoder is changed only while a call lasts.
+    Names and globs are looked up once, here; the encoder is changed only while a call lasts.
 
     Args:
         encoder: The module that every call gets.
-        options: See there.
+        options: What is recomputed, and whether it is compiled.
 
     Raises:
         InputError: If ``checkpoint`` selects no module.
@@ -91,8 +91,8 @@ class Runner:
         self._run: Run = _run
         if options.backend is not None:
             # torch.compile counts its recompilations by code object, so each encoder gets one of its own.
-            own = types.FunctionType(_run.__code__.replace(), globals(), "run_encoder")
-            self._run = torch.compile(own, backend=options.backend)
+            function = types.FunctionType(_run.__code__.replace(), globals(), "run_encoder")
+            self._run = torch.compile(function, backend=options.backend)
 
     def __call__(
         self, encoder: nn.Module, inputs: Tensor, hidden_layers: Sequence[str] = (), *, plain: bool = False
@@ -131,15 +131,15 @@ class Runner:
         """Return the paths of what is recomputed, leaving out what lies inside another of them."""
         option = self._options.checkpoint
         if isinstance(option, bool):
-            found = members(encoder) if option else []
-            if option and not found:
+            paths = members(encoder) if option else []
+            if option and not paths:
                 raise InputError(
                     f"encoder.checkpoint: {type(encoder).__name__} has no Sequential or ModuleList whose members could "
                     f"be recomputed. Name modules: encoder.checkpoint=[...], of {shorten(self._names)}."
                 )
         else:
-            found = [name for pattern in option for name in select(self._names, pattern, "encoder.checkpoint")]
-        return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+            paths = [name for pattern in option for name in select(self._names, pattern, "encoder.checkpoint")]
+        return [path for path in paths if not any(_inside(path, container) for container in paths)]
 
 
 def select(names: Iterable[str], pattern: str, option: str) -> list[str]:
@@ -194,14 +194,14 @@ def _run(
 def _replaced(encoder: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Give modules other forward functions for a while."""
     modules = {name: encoder.get_submodule(name) for name in forwards}
-    own = {name: vars(module).get("forward") for name, module in modules.items()}
+    overridden = {name: vars(module).get("forward") for name, module in modules.items()}
     for name, module in modules.items():
         module.forward = forwards[name]
     try:
         yield
     finally:
         for name, module in modules.items():
-            before = own[name]
+            before = overridden[name]
             if before is None:
                 del module.forward
             else:
@@ -227,11 +227,11 @@ def _inside(name: str, other: str) -> bool:
 
 
 def _check_backend(backend: object) -> None:
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if backend not in backends:
         raise InputError(
             f"encoder.compile: expected true, false or a backend of torch.compile, found {backend!r}."
-            f"{did_you_mean(str(backend), known)} Backends: {', '.join(torch.compiler.list_backends())}."
+            f"{did_you_mean(str(backend), backends)} Backends: {', '.join(torch.compiler.list_backends())}."
         )
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if backend == "inductor" and not torch.cuda.is_available() and shutil.which(compiler) is None:
