@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from adamerge.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from adamerge.callbacks.collapse import CollapseGuard as CollapseGuard
-    from adamerge.callbacks.criteria import UnlabeledCriteria as UnlabeledCriteria
     from adamerge.callbacks.export import ExportMergedWeights as ExportMergedWeights
     from adamerge.callbacks.keep_best import KeepBest as KeepBest
     from adamerge.callbacks.labels import HandOverLabels as HandOverLabels
     from adamerge.callbacks.log_coefficients import LogCoefficients as LogCoefficients
     from adamerge.callbacks.stop import GracefulStop as GracefulStop
+    from adamerge.callbacks.unlabeled import CollapseGuard as CollapseGuard
+    from adamerge.callbacks.unlabeled import UnlabeledCriteria as UnlabeledCriteria
 
 __all__ = [
     "CollapseGuard",
@@ -26,8 +26,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "CollapseGuard": "adamerge.callbacks.collapse",
-        "UnlabeledCriteria": "adamerge.callbacks.criteria",
+        "CollapseGuard": "adamerge.callbacks.unlabeled",
+        "UnlabeledCriteria": "adamerge.callbacks.unlabeled",
         "ExportMergedWeights": "adamerge.callbacks.export",
         "KeepBest": "adamerge.callbacks.keep_best",
         "HandOverLabels": "adamerge.callbacks.labels",

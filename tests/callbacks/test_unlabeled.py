@@ -1,8 +1,9 @@
-"""The guard against collapse: what it measures, its three actions, resume, and a run that it saves."""
+"""Criteria that need no label and the guard against collapse: measures, actions, resume, and a run that is saved."""
 
 import functools
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch.utils.data import Subset
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, zoo
 from adamerge.backbones import OpenClip
-from adamerge.callbacks import CollapseGuard, ExportMergedWeights
+from adamerge.callbacks import CollapseGuard, ExportMergedWeights, UnlabeledCriteria
 from adamerge.commands import cli
 from adamerge.data import Task, UnlabeledTasks
+from adamerge.data.batch import Outputs
 from adamerge.methods import GradientMerging
+from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.results.evaluation import score_tasks
@@ -62,7 +65,7 @@ def test_guard_measures_the_marginal_entropy_as_a_share_of_its_largest_value(toy
     fit(method, batches(toy, 1), tmp_path, steps=1, callbacks=[guard])
     mean = method.model.logits(toy.inputs["green"], "green").softmax(-1).mean(0).detach()
     expected = -(mean * mean.log()).sum().item() / math.log(4)
-    assert guard._watched["green"].entropy() == pytest.approx(expected, rel=1e-5)
+    assert guard._criteria.means["green"].criteria()["marginal"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_guard_lowers_the_weight_of_the_task_step_by_step(toy, tmp_path):
@@ -148,6 +151,92 @@ def test_guard_resumed_lowers_and_goes_on_as_uninterrupted(toy, tmp_path):
 def test_guard_options_are_checked(options, message):
     with pytest.raises(InputError, match=message):
         CollapseGuard(**options)
+
+
+# Criteria
+
+
+class Seen(Callback):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        self.metrics = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.metrics.append({key: value.item() for key, value in trainer.callback_metrics.items()})
+
+
+def adapt(toy, folder, *callbacks, objective=None, steps=4, **options):
+    method = make_method(toy, objective, lr=0.05)
+    fit(method, make_data(), folder, steps=steps, callbacks=[*callbacks, *options.pop("callbacks", [])], **options)
+    return method
+
+
+def test_criteria_of_one_batch_are_entropies_as_a_share_of_the_largest(toy, tmp_path):
+    seen = Seen()
+    method = make_method(toy, Imitation(), lr=0.0)
+    fit(method, batches(toy, 1), tmp_path, steps=1, callbacks=[UnlabeledCriteria(), seen])
+    p = method.model.logits(toy.inputs["green"], "green").softmax(-1).detach()
+    found = seen.metrics[0]
+    assert found["unlabeled/entropy/green"] == pytest.approx(-(p * p.log()).sum(1).mean().item() / math.log(4))
+    mean = p.mean(0)
+    assert found["unlabeled/marginal/green"] == pytest.approx(-(mean * mean.log()).sum().item() / math.log(4), rel=1e-5)
+    expert = method.model.teacher("green", toy.inputs["green"], toy.indices["green"]).logits
+    differing = (p.argmax(1) != expert.argmax(1)).float().mean().item()
+    assert found["unlabeled/disagreement/green"] == pytest.approx(differing)
+
+
+def test_criteria_ask_no_expert_where_the_objective_does_not(toy, tmp_path):
+    seen = Seen()
+    adapt(toy, tmp_path, UnlabeledCriteria(), seen)
+    assert "unlabeled/marginal/green" in seen.metrics[-1]
+    assert not [key for key in seen.metrics[-1] if "disagreement" in key]
+
+
+def test_criteria_leave_training_as_it_is(toy, tmp_path):
+    plain = adapt(toy, tmp_path, objective=Imitation())
+    watched = adapt(toy, tmp_path, UnlabeledCriteria(), objective=Imitation())
+    assert torch.equal(values(plain), values(watched))
+
+
+def test_criteria_go_on_after_a_resume(toy, tmp_path):
+    whole, resumed = Seen(), Seen()
+    saving = every_step(tmp_path / "checkpoints")
+    adapt(toy, tmp_path, UnlabeledCriteria(), whole, objective=Imitation(), steps=6, **saving)
+    checkpoint = tmp_path / "checkpoints" / "step=3.ckpt"
+    adapt(toy, tmp_path, UnlabeledCriteria(), resumed, objective=Imitation(), steps=6, resume=checkpoint)
+    for key, value in whole.metrics[-1].items():
+        assert resumed.metrics[-1][key] == pytest.approx(value, abs=1e-6), key
+
+
+def test_criteria_skip_what_is_not_finite_and_single_classes():
+    criteria = UnlabeledCriteria()
+    for logits in (torch.tensor([[math.nan, 0.0]]), torch.zeros(3, 1)):
+        criteria.observe(SimpleNamespace(task="a", outputs=SimpleNamespace(logits=logits)))
+    assert criteria._criteria._sums == {}
+
+
+def test_task_step_asks_its_expert_once():
+    asked = []
+
+    def teacher(task, inputs, indices):
+        asked.append(task)
+        return Outputs(torch.zeros(1, 2), torch.zeros(1, 2), {})
+
+    outputs = Outputs(torch.zeros(1, 2), torch.zeros(1, 2), {})
+    step = TaskStep("a", torch.zeros(1), torch.zeros(1), outputs, torch.zeros(1, 1), teacher, None)
+    assert step.teacher() is step.teacher()
+    assert asked == ["a"]
+
+
+def test_means_of_coefficients_are_logged_by_expert(toy, tmp_path):
+    seen = Seen()
+    method = adapt(toy, tmp_path, seen, steps=2)
+    for name, row in zip(method.model.pool.expert_names, values(method), strict=True):
+        assert abs(seen.metrics[-1][f"coefficient/{name}"] - row.mean()) < 0.1
+
+
+# Whole runs
 
 
 @pytest.mark.slow

@@ -1,0 +1,305 @@
+"""What can be known of each task without labels: criteria of its predictions, and a guard that acts on them."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from adamerge.errors import InputError
+from adamerge.methods.method import MergingMethod
+from adamerge.model.merged_model import MergedModel, TaskStep
+from adamerge.system import ranks
+
+log = logging.getLogger(__name__)
+
+_ACTIONS = ("warn", "lower", "stop")
+
+
+@dataclass
+class _Sums:
+    """Over one task's samples of a step on one device.
+
+    Attributes:
+        predicted: Probabilities, (C,).
+        entropy: Of the predictions, in nats.
+        differing: Samples for which the expert names another class; None if it is not asked.
+        count: Samples.
+    """
+
+    predicted: Tensor | float = 0.0
+    entropy: float = 0.0
+    differing: int | None = None
+    count: int = 0
+
+
+@dataclass
+class _Means:
+    """One task's running means over about the last steps; ``steps`` counts all."""
+
+    predicted: Tensor
+    entropy: float
+    disagreement: float | None
+    steps: int = 1
+
+    def criteria(self) -> dict[str, float]:
+        """Return the criteria by name, entropies as a share of ln C."""
+        p, most = self.predicted / self.predicted.sum(), math.log(len(self.predicted))
+        entropies = {"entropy": self.entropy / most, "marginal": float(torch.special.entr(p).sum()) / most}
+        return entropies if self.disagreement is None else {**entropies, "disagreement": self.disagreement}
+
+
+class RunningCriteria:
+    """Criteria of each task's predictions that need no label, as running means over about the last ``window`` steps.
+
+    ``entropy`` is the mean entropy of the predictions, ``marginal`` the entropy of the mean prediction, both as a share
+    of ln C; ``disagreement`` the share of samples on which the task's expert names another class.
+
+    Attributes:
+        means: Task to its means.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._sums: dict[str, _Sums] = {}
+        self.means: dict[str, _Means] = {}
+
+    @torch.no_grad()
+    def observe(self, step: TaskStep, asks_expert: bool) -> None:
+        """Count one task's batch; one that is not finite, or of a single class, is skipped."""
+        logits = step.outputs.logits.detach().float().flatten(0, -2)
+        p = logits.softmax(-1)
+        if logits.shape[-1] < 2 or not torch.isfinite(p).all():
+            return
+        sums = self._sums.setdefault(step.task, _Sums())
+        sums.count += len(p)
+        sums.predicted = sums.predicted + p.sum(0).cpu()
+        sums.entropy += float(torch.special.entr(p).sum())
+        if asks_expert:
+            differs = p.argmax(-1) != step.teacher().logits.flatten(0, -2).argmax(-1)
+            sums.differing = (sums.differing or 0) + int(differs.sum())
+
+    def update(self) -> list[str]:
+        """Move the means by what all devices counted since the last update; return the tasks that were seen."""
+        everyones, self._sums = ranks.everyones(self._sums), {}
+        tasks = list(dict.fromkeys(task for sums in everyones for task in sums))
+        for task in tasks:
+            self._move(task, [sums[task] for sums in everyones if task in sums])
+        return tasks
+
+    def _move(self, task: str, parts: list[_Sums]) -> None:
+        count = sum(part.count for part in parts)
+        predicted = torch.stack([torch.as_tensor(part.predicted) for part in parts]).sum(0) / count
+        entropy = sum(part.entropy for part in parts) / count
+        differing = [part.differing for part in parts if part.differing is not None]
+        disagreement = sum(differing) / count if differing else None
+        means = self.means.get(task)
+        if means is None:
+            self.means[task] = _Means(predicted, entropy, disagreement)
+            return
+        means.steps += 1
+        share = 1 / min(means.steps, self._window)
+        means.predicted = means.predicted + share * (predicted - means.predicted)
+        means.entropy += share * (entropy - means.entropy)
+        if disagreement is not None:
+            before = disagreement if means.disagreement is None else means.disagreement
+            means.disagreement = before + share * (disagreement - before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the means, for checkpoints."""
+        return {task: dict(vars(means)) for task, means in self.means.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        self.means = {task: _Means(**means) for task, means in state.items()}
+
+
+class UnlabeledCriteria(Callback):
+    """Log criteria that need no label, for all tasks, as running means over about the last ``window`` steps.
+
+    ``unlabeled/entropy/<task>``: mean entropy of the predictions; ``unlabeled/marginal/<task>``: entropy of the mean
+    prediction, which falls when a task collapses into few classes; both as a share of ln C.
+    ``unlabeled/disagreement/<task>``: share of samples on which the task's expert names another class, where the
+    objective asks the experts anyway. What a step computes is only looked at, so training stays the same to the bit.
+
+    Args:
+        window: Steps.
+    """
+
+    def __init__(self, window: int = 10) -> None:
+        self._criteria = RunningCriteria(window)
+        self._model: MergedModel | None = None  # where the experts are asked
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask to see the steps."""
+        if isinstance(pl_module, MergingMethod):
+            pl_module.observers.append(self.observe)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the experts are asked."""
+        if isinstance(pl_module, MergingMethod) and pl_module.uses_teacher:
+            self._model = pl_module.model
+
+    def observe(self, step: TaskStep) -> None:
+        """Count one task's batch."""
+        self._criteria.observe(step, self._model is not None and step.task in self._model.teachers)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the means with what all devices saw, and log."""
+        scalars: dict[str, float] = {}
+        for task in self._criteria.update():
+            criteria = self._criteria.means[task].criteria()
+            scalars |= {f"unlabeled/{name}/{task}": value for name, value in criteria.items()}
+        pl_module.log_dict(scalars)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means, for checkpoints."""
+        return {"means": self._criteria.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        self._criteria.load_state_dict(state_dict["means"])
+
+
+class CollapseGuard(Callback):
+    """Act where the predicted classes of a task's stream become few, or leave the expert's.
+
+    Entropy can fall while a task is destroyed: all its inputs end in a few classes. No label is needed to
+    see that. Per task, over about the last ``window`` steps: the entropy of the mean prediction (as a share
+    of ln C), logged as ``guard/marginal/<task>``, and the share of samples on which the task's expert names
+    another class, ``guard/disagreement/<task>``. Both are compared with what they were after ``window`` steps.
+
+    Args:
+        action: ``"warn"``: once per task. ``"lower"``: multiply the task's weight by ``factor``, and compare
+            with the present from then on. ``"stop"``: end the run, and go back to the coefficients of the last
+            step at which no task was half-way to collapse; they are exported, and the command ends with exit code 3.
+        marginal: A task has collapsed when its marginal entropy is below this share of what it was.
+        disagreement: Or when its disagreement has risen by this much, in [0, 1]; None to not ask the experts.
+        window: Steps.
+        factor: Of ``"lower"``.
+
+    Attributes:
+        reason: Why the run was stopped; None if it was not.
+    """
+
+    def __init__(
+        self,
+        action: Literal["warn", "lower", "stop"] = "warn",
+        marginal: float = 0.7,
+        disagreement: float | None = None,
+        window: int = 10,
+        factor: float = 0.5,
+    ) -> None:
+        if action not in _ACTIONS:
+            raise InputError(f"CollapseGuard.action: expected {' or '.join(_ACTIONS)}, found {action!r}.")
+        for option, value in (("marginal", marginal), ("factor", factor), ("disagreement", disagreement)):
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"CollapseGuard.{option}: expected a number in [0, 1], found {value}.")
+        if window < 1:
+            raise InputError(f"CollapseGuard.window: expected a number of steps >= 1, found {window}.")
+        self._action = action
+        self._marginal = marginal
+        self._disagreement = disagreement
+        self._window = window
+        self._factor = factor
+        self._criteria = RunningCriteria(window)
+        self._references: dict[str, dict[str, float]] = {}  # criteria to compare with, by task
+        self._told: set[str] = set()  # tasks that were warned of
+        self._lowered: dict[str, float] = {}
+        self._good: tuple[int, Tensor] | None = None  # the last good step, and its coefficients
+        self.reason: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask to see the steps, and the experts if they are to be compared with."""
+        if not isinstance(pl_module, MergingMethod):
+            raise InputError(f"CollapseGuard: expected a method of adamerge, found {type(pl_module).__name__}.")
+        pl_module.uses_teacher |= self._disagreement is not None
+        pl_module.observers.append(self.observe)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lower again what was lowered before a resume."""
+        assert isinstance(pl_module, MergingMethod)
+        for task, factor in self._lowered.items():
+            pl_module.task_weights[task] = pl_module.task_weights.get(task, 1.0) * factor
+
+    def observe(self, step: TaskStep) -> None:
+        """Count one task's batch."""
+        self._criteria.observe(step, asks_expert=self._disagreement is not None)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and act on what has collapsed."""
+        assert isinstance(pl_module, MergingMethod)
+        self._criteria.update()
+        if self._action == "stop" and self._is_good():
+            self._good = (trainer.global_step, pl_module.model.coefficients.raw.detach().clone())
+        for task, means in self._criteria.means.items():
+            criteria = means.criteria()
+            for name in ("marginal", "disagreement"):
+                if name in criteria:
+                    pl_module.log(f"guard/{name}/{task}", criteria[name])
+            reference = self._references.get(task)
+            if reference is None:
+                if means.steps >= self._window:
+                    self._references[task] = criteria
+            elif task not in self._told and (problem := self._problem(reference, criteria)):
+                self._act(trainer, pl_module, task, problem)
+                self._references[task] = criteria
+
+    def _is_good(self) -> bool:
+        """Whether no task is half-way to collapse."""
+        means = self._criteria.means
+        return not any(self._problem(before, means[task].criteria(), 0.5) for task, before in self._references.items())
+
+    def _problem(self, before: Mapping[str, float], now: Mapping[str, float], share: float = 1.0) -> str | None:
+        """Say what is wrong with a task, from its criteria before and now, at a share of the limits."""
+        was, variety = before["marginal"], now["marginal"]
+        if variety < (1 - share * (1 - self._marginal)) * was:
+            return f"its predictions name ever fewer classes (marginal entropy {was:.2f}, now {variety:.2f})"
+        if self._disagreement is not None and now["disagreement"] - before["disagreement"] > share * self._disagreement:
+            return f"it leaves its expert (disagreement {before['disagreement']:.2f}, now {now['disagreement']:.2f})"
+        return None
+
+    def _act(self, trainer: Trainer, method: MergingMethod, task: str, problem: str) -> None:
+        collapse = f"Step {trainer.global_step}: task {task!r} collapses: {problem}."
+        if self._action == "warn":
+            self._told.add(task)
+            log.warning("%s Lower its weight with method.task_weights, or use objective=infomax.", collapse)
+        elif self._action == "lower":
+            method.task_weights[task] = method.task_weights.get(task, 1.0) * self._factor
+            self._lowered[task] = self._lowered.get(task, 1.0) * self._factor
+            log.warning("%s Its weight is now %g.", collapse, method.task_weights[task])
+        elif self.reason is None:
+            step = trainer.global_step
+            if self._good is not None:
+                step, values = self._good
+                with torch.no_grad():
+                    method.model.coefficients.raw.copy_(values)
+            self.reason = f"{collapse} The run was stopped there, and what it had learned until step {step} saved."
+            log.warning(self.reason)
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running means and what was done, for checkpoints."""
+        return {
+            "means": self._criteria.state_dict(),
+            "references": self._references,
+            "told": sorted(self._told),
+            "lowered": self._lowered,
+            "good": self._good,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stood."""
+        self._criteria.load_state_dict(state_dict["means"])
+        self._references = dict(state_dict["references"])
+        self._told = set(state_dict["told"])
+        self._lowered = dict(state_dict["lowered"])
+        self._good = state_dict["good"]
