@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from adamerge.checkpoints import convert as conversion
-from adamerge.commands.terminal import json_option, print_json, size
+from adamerge.commands.terminal import json_option, print_json
 from adamerge.errors import InputError, shorten
+from adamerge.results.numbers import size
 
 
 @click.command()

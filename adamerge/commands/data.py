@@ -111,24 +111,25 @@ def get(names: tuple[str, ...], root: Path, hub: bool) -> None:
 
 
 def _show(reports: "list[DatasetReport]", root: Path) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from adamerge.results.table import Table
 
-    table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title=f"Data sets below {root}", title_justify="left"
-    )
-    for column in ("", "state", "train", "val", "test", "lies as"):
-        table.add_column(column, justify="right" if column in ("train", "val", "test") else "left")
-    for report in reports:
+    splits = ("train", "val", "test")
+    rows, styles = [], {}
+    for at, report in enumerate(reports):
+        styles[at, 1] = _STYLES[report.state]
         counts = []
-        for split in ("train", "val", "test"):
-            found = report.splits.get(split)
-            shown = "-" if found is None or found.found is None else str(found.found)
-            wrong = found is not None and found.found is not None and found.expected not in (None, found.found)
-            counts.append(f"[red]{shown} of {found.expected}[/]" if wrong and found else shown)
-        style = _STYLES[report.state]
-        table.add_row(report.name, f"[{style}]{report.state}[/]", *counts, report.layout or "")
-    out.print(table)
+        for column, split in enumerate(splits, 2):
+            state = report.splits.get(split)
+            if state is None or state.found is None:
+                counts.append("-")
+            elif state.expected in (None, state.found):
+                counts.append(str(state.found))
+            else:
+                counts.append(f"{state.found} of {state.expected}")
+                styles[at, column] = "red"
+        rows.append([report.name, report.state, *counts, report.layout or ""])
+    table = Table(["", "state", *splits, "lies as"], rows, title=f"Data sets below {root}", styles=styles)
+    out.print(table.terminal())
     for report in reports:
         for problem in report.problems:
             out.print(f"{report.name}: {escape(problem)}", highlight=False)

@@ -50,7 +50,8 @@ def demo(output: Path, seed: int, fast: bool, transductive: bool, as_json: bool)
         print_json({"folder": str(output), "summary": content})
         return
     if not progress.is_quiet():
-        out.print(table(content, "Demo zoo: one base, six experts, one merged model", out.width))
+        shown = table(content, "Demo zoo: one base, six experts, one merged model")
+        out.print(shown.terminal(out.width))
         for line in verdict(scores_of(plan)):
             out.print(line)
     list_files(output, "*.*")

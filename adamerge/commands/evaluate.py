@@ -58,7 +58,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
     if as_json:
         print_json(content)
     else:
-        out.print(table(content, width=out.width))
+        out.print(table(content).terminal(out.width))
 
 
 def _row_name(checkpoint: Path) -> str:
@@ -82,7 +82,7 @@ def _evaluate_corrupted(
     if as_json:
         print_json(content)
         return
-    out.print(table(content))
+    out.print(table(content).terminal())
     for suffix in ("json", "png"):
         if (path := run_dir / f"{stem}.{suffix}").is_file():
             out.print(str(path), highlight=False)

@@ -10,7 +10,7 @@ from adamerge.commands.run.named_pools import chosen_pool
 from adamerge.commands.terminal import json_option, out, print_json, print_table, report
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.report import PoolReport
-from adamerge.results.report.charts import decimal
+from adamerge.results.numbers import decimal
 
 _ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning
 

@@ -4,16 +4,14 @@ A preset of ``adamerge compare`` with a section ``published`` says what was publ
 comparison, so that an interrupted reproduction goes on.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from omegaconf import DictConfig
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from adamerge.commands.compare import plan as comparison
 from adamerge.commands.data import print_how_to_get
@@ -23,6 +21,8 @@ from adamerge.commands.run.shipped import preset_content
 from adamerge.commands.terminal import err, escape, json_option, out, print_json, report
 from adamerge.data.benchmarks import checks
 from adamerge.errors import InputError, check_keys, did_you_mean
+from adamerge.results.evaluation import starred
+from adamerge.results.table import Table
 from adamerge.system import progress
 from adamerge.system.files import atomic_path, save_json
 
@@ -92,7 +92,7 @@ def reproduce(
         save_json(content, plan.folder / JSON)
         with atomic_path(plan.folder / MARKDOWN) as temporary:
             temporary.write_text(markdown(content), encoding="utf-8")
-        console.print(terminal(content))
+        console.print(table(content).terminal())
     if as_json:
         print_json({**content, "failed": failed})
     report([f"{row}: {message}" for row, message in failed.items()])
@@ -238,40 +238,38 @@ def _unknown_tasks(rows: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) 
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Lay a reproduction out as Markdown: here (published), by task and mean, and how each was obtained."""
+    """Return a reproduction as Markdown: here (published), by task and mean, and how each was obtained."""
     tasks = content["tasks"]
-    figures = [["row", *tasks, "mean", "difference"], ["---"] * (len(tasks) + 3)]
-    notes = [["row", "protocol here", "protocol published", "source"], ["---"] * 4]
+    accuracies, notes = [], []
     for name, row in content["rows"].items():
-        published = row["published"] or {"mean": None, "tasks": {}}
-        label = f"`{name}`" + (" *" if row["uses_labels"] else "")
-        cells = [_both(row["tasks"][task], published["tasks"].get(task)) for task in tasks]
-        figures.append([label, *cells, _both(row["mean"], published["mean"]), _signed(row["difference"])])
-        notes.append([label, row["protocol"], row["published_protocol"] or "-", row["source"] or "-"])
+        own = row["published"] or {"mean": None, "tasks": {}}
+        cells = [_both(row["tasks"][task], own["tasks"].get(task)) for task in tasks]
+        accuracies.append([name, *cells, _both(row["mean"], own["mean"]), _signed(row["difference"])])
+        notes.append([name, row["protocol"], row["published_protocol"] or "-", row["source"] or "-"])
+    marks = starred(content["rows"])
+    tables = [
+        Table(["row", *tasks, "mean", "difference"], accuracies, starred=marks),
+        Table(["row", "protocol here", "protocol published", "source"], notes, starred=marks),
+    ]
     return (
         f"# {content['title']}\n\nAccuracy in %: measured here (published). * uses labels.\n\n"
-        f"{_lines(figures)}\n\n{_lines(notes)}\n\nPublished figures were made with: {content['pool']}\n"
+        + "\n".join(table.markdown(code=(0,)) for table in tables)
+        + f"\nPublished figures were made with: {content['pool']}\n"
     )
 
 
-def _lines(rows: Iterable[Iterable[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def terminal(content: Mapping[str, Any]) -> Table:
-    """Lay a reproduction out for the terminal: means only."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title=content["title"], title_justify="left")
-    for column in ("row", "here", "published", "difference", "protocol here", "protocol published"):
-        table.add_column(column, justify="right" if column in ("here", "published", "difference") else "left")
-    for name, row in content["rows"].items():
-        table.add_row(
-            name + (" *" if row["uses_labels"] else ""), _number(row["mean"]),
-            _number(row["published"] and row["published"]["mean"]), _signed(row["difference"]), row["protocol"],
-            row["published_protocol"],
-        )  # fmt: skip
-    table.caption = "Mean accuracy, %. * uses labels. By task, with sources: reproduction.md."
-    table.caption_justify = "left"
-    return table
+def table(content: Mapping[str, Any]) -> Table:
+    """Return the table of a reproduction's means."""
+    rows = [
+        [
+            name, _number(row["mean"]), _number(row["published"] and row["published"]["mean"]),
+            _signed(row["difference"]), row["protocol"], row["published_protocol"],
+        ]
+        for name, row in content["rows"].items()
+    ]  # fmt: skip
+    header = ["row", "here", "published", "difference", "protocol here", "protocol published"]
+    caption = "Mean accuracy, %. * uses labels. By task, with sources: reproduction.md."
+    return Table(header, rows, caption=caption, title=content["title"], starred=starred(content["rows"]))
 
 
 def _number(value: float | None) -> str:

@@ -21,15 +21,17 @@ from rich.logging import RichHandler
 
 from adamerge import __version__
 from adamerge.errors import GuardError, InputError
+from adamerge.results.numbers import size
+from adamerge.results.table import Table
 from adamerge.system import progress, ranks
 
 EXIT_INPUT = 2
 EXIT_GUARD = 3
 
-_PIPED_WIDTH = 120  # characters, where there is no terminal to ask
+PIPED_WIDTH = 120  # characters, where there is no terminal to ask
 _RECORD = logging.getLogger("adamerge.record")  # for log files only: what the terminal is shown in another form
 
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -103,24 +105,7 @@ def print_files(files: Mapping[str, Path], as_json: bool) -> None:
 
 def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Print lines of texts under the names of their columns."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title=escape(title), title_justify="left")
-    for column in header:
-        table.add_column(column, overflow="fold")
-    for line in lines:
-        table.add_row(*map(escape, line))
-    out.print(table)
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    out.print(Table(header, lines, title=title).terminal())
 
 
 def fail(error: Exception, debug: bool) -> None:
@@ -220,7 +205,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 def record(shown: RenderableType) -> None:
     """Write into the log files what the terminal is shown as a table."""
-    plain = Console(file=io.StringIO(), width=_PIPED_WIDTH, color_system=None)
+    plain = Console(file=io.StringIO(), width=PIPED_WIDTH, color_system=None)
     with plain.capture() as captured:
         plain.print(shown)
     _RECORD.info("\n%s", captured.get().rstrip())

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
+from adamerge.results.numbers import percent
+from adamerge.results.table import Table
 from adamerge.system import progress
 from adamerge.system.files import save_json
 
@@ -236,47 +236,41 @@ def read_summary(path: Path) -> dict[str, Any]:
     return content
 
 
-def table(content: Mapping[str, Any], title: str | None = None, width: int = 120) -> Table:
-    """Lay a summary out for the terminal: accuracies in percent, rows that use labels marked with *.
+def table(content: Mapping[str, Any], title: str = "") -> Table:
+    """Return the table of a summary: accuracies in percent, rows that use labels marked with *.
 
     Args:
         content: What ``summary.json`` holds.
         title: Above the table.
-        width: Of the terminal in characters; the last columns are left out where they do not fit.
     """
-    rows: Mapping[str, Mapping[str, Any]] = content["rows"]
-    every = list(rows.values())
-    columns = [
-        ("accuracy, %", [name + (" *" if row["uses_labels"] else "") for name, row in rows.items()]),
-        *((task, [f"{100 * row['per_task'][task]:.1f}" for row in every]) for task in content["tasks"]),
-        ("mean", [f"{100 * row['mean']:.1f}" for row in every]),
-        *((f"{task} †", [_unseen(row, task) for row in every]) for task in content.get("unseen", [])),
-    ]
-    for column in (
-        ("95 %", [f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}" for row in every]),
-        ("gap", ["" if row["gap_closed"] is None else str(round(100 * row["gap_closed"])) for row in every]),
-        ("norm.", ["" if row["normalised"] is None else f"{100 * row['normalised']:.1f}" for row in every]),
-        ("ECE", [f"{100 * _mean(row['calibration_error']):.1f}" for row in every]),
-        ("s", [f"{row['seconds']:.1f}" for row in every]),
-    ):
-        if sum(2 + max(map(len, (header, *cells))) for header, cells in (*columns, column)) - 2 <= width:
-            columns.append(column)
-    result = Table(
-        title=title, caption=_caption(content), title_justify="left", caption_justify="left", header_style="bold",
-        box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True,
+    tasks, unseen = content["tasks"], content.get("unseen", [])
+    rows = list(content["rows"].values())
+    measures: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "95 %": lambda row: f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}",
+        "spread": lambda row: "" if row.get("spread") is None else f"±{100 * row['spread']:.1f}",
+        "gap": lambda row: percent(row.get("gap_closed"), 0),
+        "norm.": lambda row: percent(row.get("normalised")),
+        "ECE": lambda row: percent(_mean(row.get("calibration_error") or {})),
+        "s": lambda row: "" if row.get("seconds") is None else f"{row['seconds']:.1f}",
+    }
+    kept = {name: show for name, show in measures.items() if any(map(show, rows))}
+    lines = [
+        [
+            name, *(percent(row["per_task"][task]) for task in tasks), percent(row["mean"]),
+            *(percent(row.get("unseen", {}).get(task)) for task in unseen), *(show(row) for show in kept.values()),
+        ]
+        for name, row in content["rows"].items()
+    ]  # fmt: skip
+    return Table(
+        ["accuracy, %", *map(str, tasks), "mean", *(f"{task} †" for task in unseen), *kept], lines,
+        caption=_caption(content), title=title, starred=starred(content["rows"]), strong_columns=frozenset({"mean"}),
+        optional=len(kept),
     )  # fmt: skip
-    for number, (header, _) in enumerate(columns):
-        style = "bold" if header == "mean" else None
-        result.add_column(header, justify="right" if number else "left", no_wrap=True, style=style)
-    for line in zip(*(cells for _, cells in columns), strict=True):
-        result.add_row(*line)
-    return result
 
 
-def _unseen(row: Mapping[str, Any], task: str) -> str:
-    """Return a row's accuracy on an unseen task, nothing for the experts'."""
-    value = row.get("unseen", {}).get(task)
-    return "" if value is None else f"{100 * value:.1f}"
+def starred(rows: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
+    """Return the positions of the rows that use labels."""
+    return frozenset(at for at, row in enumerate(rows.values()) if row.get("uses_labels"))
 
 
 def _caption(content: Mapping[str, Any]) -> str:
@@ -284,19 +278,19 @@ def _caption(content: Mapping[str, Any]) -> str:
         "split": "Protocol: split, images that adapted are not scored.",
         "transductive": "Protocol: transductive, adapted on the scored images without their labels.",
     }
-    text = notes.get(content["protocol"], "")
+    text = notes.get(str(content.get("protocol")), f"Protocol: {content.get('protocol')}.")
     if left_out := sum(map(len, content.get("unreadable", {}).values())):
         text += f"\nNot scored: {left_out} images that cannot be read (summary.json names them)."
     if content.get("unseen"):
         text += "\n† unseen: no expert and no images to adapt on; all its labelled images are scored; not in the mean."
-    if any(row["uses_labels"] for row in content["rows"].values()):
+    if any(row.get("uses_labels") for row in content["rows"].values()):
         text += "\n* uses labels."
-    if any(row["gap_closed"] is not None for row in content["rows"].values()):
+    if any(row.get("gap_closed") is not None for row in content["rows"].values()):
         text += "\ngap: share of the way from task arithmetic (0.3) to the experts, %."
-    if any(row["normalised"] is not None for row in content["rows"].values()):
+    if any(row.get("normalised") is not None for row in content["rows"].values()):
         text += "\nnorm.: accuracy relative to the task's expert, %."
     return f"{text}\n95 %: bootstrap over the scored images; ECE: expected calibration error, %; s: seconds."
 
 
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)
+def _mean(values: Mapping[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from adamerge.data.corruptions import Corruption
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.evaluation import FORMAT, TableRow, summary
 from adamerge.results.figures import save_heat_map
+from adamerge.results.numbers import percent
 from adamerge.results.scoring import Made, score_run
+from adamerge.results.table import Table
 from adamerge.system.files import save_json
 
 log = logging.getLogger(__name__)
@@ -68,11 +67,11 @@ def score_corruptions(
 def save_robustness(content: Mapping[str, Any], folder: Path, stem: str = "robustness") -> None:
     """Write ``robustness.json`` and its picture; where matplotlib is not installed a warning stands for that."""
     save_json(content, folder / f"{stem}.json")
-    header, *lines = cells(content)
-    values = {line[0]: [float(cell) if cell else None for cell in line[1:]] for line in lines}
+    shown = table(content)
+    values = {name: [float(cell) if cell else None for cell in cells] for name, *cells in shown.rows}
     title = f"Accuracy of {content['checkpoint']}, %, adapted on {content['adapted_on']} images; right: means of others"
     try:
-        save_heat_map(header[1:], values, folder / f"{stem}.png", title=title, gap=_own(content) - 1)
+        save_heat_map(shown.header[1:], values, folder / f"{stem}.png", title=title, gap=_own(content) - 1)
     except ImportError:
         log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
 
@@ -82,38 +81,25 @@ def _own(content: Mapping[str, Any]) -> int:
     return 2 + len(content["tasks"]) + len(content["unseen"])
 
 
-def cells(content: Mapping[str, Any]) -> list[list[str]]:
-    """Return the header and a line for each corruption: the checkpoint's accuracies, and the means of the others."""
+def table(content: Mapping[str, Any]) -> Table:
+    """Return a row for each corruption: the checkpoint's accuracies, and the means of the others."""
     name, tasks, unseen = content["checkpoint"], content["tasks"], content["unseen"]
     first = next(iter(content["corruptions"].values()))["rows"]
     others = [row for row in first if row != name]
-    lines = [["images", *tasks, "mean", *(f"{task} (unseen)" for task in unseen), *others]]
+    lines = []
     for corruption, scored in content["corruptions"].items():
-        row = scored["rows"][name]
+        rows = scored["rows"]
         values = [
-            *(row["per_task"][task] for task in tasks),
-            row["mean"],
-            *(row["unseen"][task] for task in unseen),
-            *(scored["rows"][other]["mean"] for other in others),
+            *(rows[name]["per_task"][task] for task in tasks),
+            rows[name]["mean"],
+            *(rows[name]["unseen"][task] for task in unseen),
+            *(rows[row]["mean"] for row in others),
         ]
-        lines.append([corruption, *(f"{100 * value:.1f}" for value in values)])
-    return lines
-
-
-def table(content: Mapping[str, Any]) -> Table:
-    """Lay the accuracies out for the terminal."""
-    header, *lines = cells(content)
-    result = Table(
-        title=f"Accuracy of {content['checkpoint']}, %", title_justify="left", caption_justify="left",
-        header_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True,
-        caption=(
-            f"Adapted on {content['adapted_on']} images; protocol: {content['protocol']}. After mean: means of others, "
-            "on the same images. Severities: Hendrycks and Dietterich, arXiv:1903.12261."
-        ),
-    )  # fmt: skip
-    for number, name in enumerate(header):
-        style = "bold" if name == "mean" else None
-        result.add_column(name, justify="right" if number else "left", overflow="fold", style=style)
-    for line in lines:
-        result.add_row(*line)
-    return result
+        lines.append([corruption, *map(percent, values)])
+    caption = (
+        f"Adapted on {content['adapted_on']} images; protocol: {content['protocol']}. After mean: means of others, on "
+        "the same images. Severities: Hendrycks and Dietterich, arXiv:1903.12261."
+    )
+    header = ["images", *tasks, "mean", *(f"{task} (unseen)" for task in unseen), *others]
+    title = f"Accuracy of {name}, %"
+    return Table(header, lines, caption=caption, title=title, strong_columns=frozenset({"mean"}))

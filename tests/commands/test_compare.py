@@ -13,7 +13,7 @@ from adamerge.commands.compare import plan as comparison
 from adamerge.commands.compare import row as compare_row
 from adamerge.commands.compare.plan import plan_of
 from adamerge.commands.compare.row import make_row, read_row
-from adamerge.commands.compare.table import compared, markdown
+from adamerge.commands.compare.table import compared, table
 from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run.shipped import rule_names
 from adamerge.errors import GuardError, InputError
@@ -205,7 +205,7 @@ def test_measures_refer_to_the_same_seed():
     assert rows["mine"]["spread"] == pytest.approx(0.75 * 0.4 / 2**0.5)
     assert rows["experts"]["normalised"] == pytest.approx(1)
     assert "none yet" not in rows
-    lines = markdown(compared(found)).splitlines()
+    lines = table(compared(found)).markdown(code=(0,)).splitlines()
     assert lines[0].startswith("| row | a | b | norm. |")
     assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
     assert compared({"mine": found["mine"]})["rows"]["mine"]["normalised"] is None

@@ -219,7 +219,7 @@ def test_write_summary_then_read_gives_it_back(tmp_path):
 
 def rendered(content, width):
     console = Console(file=io.StringIO(), width=width)
-    console.print(table(content, "The title", width))
+    console.print(table(content, "The title").terminal(width))
     return console.file.getvalue()
 
 

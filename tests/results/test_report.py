@@ -14,10 +14,10 @@ from PIL import Image
 
 from adamerge.commands import cli
 from adamerge.results.report import places, plotly_figures, print_figures, report_run, write_report
-from adamerge.results.report.charts import Table
 from adamerge.results.report.facts import read_run
 from adamerge.results.report.run_charts import accuracies, coefficients, cosines, distribution, norms, trajectories
 from adamerge.results.report.run_page import expert_table, headline, sections
+from adamerge.results.table import Table
 from tests.support.report_runs import EXPERTS, PARAMETERS, save, summary, write_run
 
 HOSTILE = ("<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", '"><b onclick="x">{{7*7}}', "_$x^2$")
@@ -225,7 +225,7 @@ def test_cosines_have_a_fixed_scale_and_no_zero_with_a_minus(tmp_path, value, en
 
 
 def test_empty_columns_are_left_out(tmp_path):
-    table = Table("", ["name", "empty", "half"], [["a", "", ""], ["b", "", "1"]]).filled()
+    table = Table(["name", "empty", "half"], [["a", "", ""], ["b", "", "1"]]).filled()
     assert (table.header, table.rows) == (["name", "half"], [["a", ""], ["b", "1"]])
     run = write_run(tmp_path / "run")
     (run / "report.json").unlink()

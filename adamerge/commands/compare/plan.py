@@ -15,7 +15,7 @@ from rich.console import Console
 
 from adamerge import __version__
 from adamerge.commands.compare.row import Spec, make_row, read_row
-from adamerge.commands.compare.table import GOAL, START, compared, markdown, terminal
+from adamerge.commands.compare.table import GOAL, START, compared, table
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import held
 from adamerge.commands.run.shipped import preset_content
@@ -140,12 +140,12 @@ def _write(plan: Plan, results: Mapping[tuple[int, str], Any], console: Console)
     )
     save_json(content, plan.folder / "summary.json")
     with atomic_path(plan.folder / "table.md") as temporary:
-        temporary.write_text(markdown(content), encoding="utf-8")
+        temporary.write_text(table(content).markdown(code=(0,)), encoding="utf-8")
     try:
         save_comparison(content, plan.folder / "comparison.png")
     except ImportError:
         log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
-    console.print(terminal(content))
+    console.print(table(content).terminal())
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -4,10 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from adamerge.results.evaluation import FORMAT, gap_closed, ratios
+from adamerge.results.numbers import percent
+from adamerge.results.table import Table
 
 START, GOAL = "task_arithmetic_0.3", "experts"  # what the measures refer to
 
@@ -67,27 +66,33 @@ def _averaged(by_seed: Mapping[int, Result], every: Mapping[str, Mapping[int, Re
     }
 
 
-def terminal(content: Mapping[str, Any]) -> Table:
-    """Lay a comparison out for the terminal."""
-    header, *lines = _cells(content)
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    table.caption, table.caption_justify = caption(content), "left"
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    return table
+def table(content: Mapping[str, Any]) -> Table:
+    """Return the table of a comparison, its rows being code in Markdown."""
+    per_task = "normalised_per_task" if _is_normalised(content) else "per_task"
+    unseen = content.get("unseen", [])
+    lines = []
+    for name, row in content["rows"].items():
+        half = (row["interval"][1] - row["interval"][0]) / 2
+        lines.append(
+            [
+                name,
+                *(percent(row[per_task][task]) for task in content["tasks"]),
+                percent(row["normalised"]),
+                percent(row["mean"]),
+                percent(half) if row["spread"] is None else f"sd {percent(row['spread'])}",
+                percent(row["gap_closed"], 0),
+                *(percent(row.get("unseen", {}).get(task)) for task in unseen),
+                "labels" if row["uses_labels"] else "unlabeled" if row["uses_data"] else "none",
+                f"{row['seconds']:.1f}",
+                f"{row['peak_memory_bytes'] / 1e6:.0f}",
+            ]
+        )
+    marked = [f"{task} †" for task in unseen]
+    header = ["row", *content["tasks"], "norm.", "acc.", "±", "gap", *marked, "data", "s", "MB"]
+    return Table(header, lines, caption=_caption(content))
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """Lay a comparison out as Markdown."""
-    header, *lines = _cells(content)
-    names = [f"`{line[0]}`".replace("|", r"\|") for line in lines]
-    table = [header, ["---"] * len(header), *([name, *line[1:]] for name, line in zip(names, lines, strict=True))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table) + f"\n\n{caption(content)}\n"
-
-
-def caption(content: Mapping[str, Any]) -> str:
+def _caption(content: Mapping[str, Any]) -> str:
     """Say what the columns are."""
     measure = "accuracy relative to the task's expert" if _is_normalised(content) else "accuracy"
     return (
@@ -100,36 +105,6 @@ def caption(content: Mapping[str, Any]) -> str:
 
 def _is_normalised(content: Mapping[str, Any]) -> bool:
     return all(row["normalised"] is not None for row in content["rows"].values())
-
-
-def _cells(content: Mapping[str, Any]) -> list[list[str]]:
-    """Return the header and a line for each row."""
-    per_task = "normalised_per_task" if _is_normalised(content) else "per_task"
-    unseen = content.get("unseen", [])
-    marked = [f"{task} †" for task in unseen]
-    lines = [["row", *content["tasks"], "norm.", "acc.", "±", "gap", *marked, "data", "s", "MB"]]
-    for name, row in content["rows"].items():
-        half = (row["interval"][1] - row["interval"][0]) / 2
-        spread = f"{100 * half:.1f}" if row["spread"] is None else f"sd {100 * row['spread']:.1f}"
-        lines.append(
-            [
-                name,
-                *(_percent(row[per_task][task]) for task in content["tasks"]),
-                _percent(row["normalised"]),
-                _percent(row["mean"]),
-                spread,
-                _percent(row["gap_closed"], 0),
-                *(_percent(row.get("unseen", {}).get(task)) for task in unseen),
-                "labels" if row["uses_labels"] else "unlabeled" if row["uses_data"] else "none",
-                f"{row['seconds']:.1f}",
-                f"{row['peak_memory_bytes'] / 1e6:.0f}",
-            ]
-        )
-    return lines
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before zero
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ from adamerge.commands.run.compose import expanded
 from adamerge.commands.run.named_pools import register_resolvers
 from adamerge.commands.run.stages import running_stage
 from adamerge.commands.terminal import (
+    PIPED_WIDTH,
     Agreed,
     JobFailed,
     configure_logging,
@@ -168,7 +169,7 @@ def _run(config: DictConfig, folder: Path, *, resume: bool, as_json: bool) -> No
         print_json({"run_dir": str(folder), "files": files, "summary": content})
         return
     if content is not None and not progress.is_quiet():
-        out.print(table(content, width=out.width))
+        out.print(table(content).terminal(out.width))
     list_files(folder)
 
 
@@ -179,7 +180,7 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool) -> Any:
         with log_to(folder / "adapt.log") if ranks.is_first() else contextlib.nullcontext():
             content = road.adapt(config, folder, resume=resume)
             if content is not None:
-                record(table(content))
+                record(table(content).terminal(PIPED_WIDTH))
             return content
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error

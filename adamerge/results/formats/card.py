@@ -12,8 +12,11 @@ import torch
 
 from adamerge import __version__
 from adamerge.checkpoints.checkpoint import load_state_dict
+from adamerge.results.evaluation import starred
 from adamerge.results.figures import save_coefficients
 from adamerge.results.formats.usage import Usage
+from adamerge.results.numbers import percent
+from adamerge.results.table import Table
 from adamerge.system.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -134,11 +137,10 @@ def _summary(recipe: Mapping[str, Any]) -> str:
 
 def _use(usage: Usage, folder: Path) -> str:
     files = {**usage.files, **{file: what for file, what in _BESIDE.items() if (folder / file).is_file()}}
-    rows = "\n".join(f"| `{file}` | {what} |" for file, what in files.items())
     lines = [f"## Use\n\n```python\n{usage.code.rstrip()}\n```\n"]
     if usage.head:
         lines.append(f"The classes of a task:\n\n```python\n{usage.head}\n```\n")
-    lines.append(f"| file | what |\n|---|---|\n{rows}\n")
+    lines.append(Table(["file", "what"], list(files.items())).markdown(code=(0,)))
     if usage.preprocessing:
         settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in usage.preprocessing.items())
         lines.append(f"Preprocessing of images: {settings}.\n")
@@ -206,11 +208,12 @@ def _ingredients(recipe: Mapping[str, Any]) -> str:
     parts = ingredients(recipe)
     if not parts:
         return ""
-    told = {name: [part[key] or NOT_STATED for key in ("source", "licence", "sha256")] for name, part in parts.items()}
-    rows = [f"| {name} | {source} | {licence} | `{sha256}` |" for name, (source, licence, sha256) in told.items()]
-    table = "\n".join(["| | from | licence | SHA-256 |", "|---|---|---|---|", *rows])
+    rows = [
+        [name, *(part[key] or NOT_STATED for key in ("source", "licence", "sha256"))] for name, part in parts.items()
+    ]
+    table = Table(["", "from", "licence", "SHA-256"], rows).markdown(code=(3,))
     note = "A merge is derived from all of its ingredients: what their licences ask for holds for it too."
-    return f"## Ingredients\n\n{table}\n\n{note}\n"
+    return f"## Ingredients\n\n{table}\n{note}\n"
 
 
 def _accuracy(recipe: Mapping[str, Any]) -> str:
@@ -218,18 +221,17 @@ def _accuracy(recipe: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     tasks = list(next(iter(rows.values()))["per_task"])
-    lines = [f"| accuracy, % | {' | '.join(tasks)} | mean |", "|---" * (len(tasks) + 2) + "|"]
-    for name, row in rows.items():
-        values = [*(row["per_task"][task] for task in tasks), row["mean"]]
-        mark = " *" if row.get("uses_labels") else ""
-        lines.append(f"| {name}{mark} | {' | '.join(f'{100 * value:.1f}' for value in values)} |")
+    lines = [
+        [name, *(percent(row["per_task"][task]) for task in tasks), percent(row["mean"])] for name, row in rows.items()
+    ]
+    table = Table(["accuracy, %", *tasks, "mean"], lines, starred=starred(rows))
     notes = {
         "split": "Images that adapted were not scored.",
         "transductive": "Adapted on the scored images, without their labels.",
     }
     end = [notes.get(str(recipe.get("protocol")), "")]
     end += ["* uses labels."] if any(row.get("uses_labels") for row in rows.values()) else []
-    return "## Accuracy\n\n" + "\n".join(lines) + "\n\n" + " ".join(filter(None, end)) + "\n"
+    return f"## Accuracy\n\n{table.markdown()}\n{' '.join(filter(None, end))}\n"
 
 
 def _own_row(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:

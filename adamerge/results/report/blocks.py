@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adamerge.results.report.charts import Chart, Table
+from adamerge.results.report.charts import Chart
+from adamerge.results.table import Table
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """What a figure shows, apart from how it is drawn: on the page, on paper, or as a table for who cannot see it."""
 
-import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+
+from adamerge.results.numbers import number, percent
+from adamerge.results.table import Table
 
 COLORS = (  # mid-tones that stand out on white and on near-black
     *("#3b82c4", "#e0566b", "#2e9e6b", "#c98a12", "#9b6bd3", "#1a9fb3", "#d0668f", "#7d8f2a", "#a06a45", "#5f7d95"),
@@ -18,32 +18,7 @@ _REFERENCES = {  # look the same in every figure
     "weight_average": COLORS[4],
 }
 Cell = float | None
-_NUMBER = re.compile(r"([±+-]?[\d.,]+(e[+-]?\d+)?( ?(%|B|kB|MB|GB|ms|s|min|h))?( \d+ \w+)?)?")
 _MOST_CELLS = 4000  # of a table that stands for a heat map
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: its caption, header, and rows of texts; the first column names the row."""
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    strong: frozenset[int] = frozenset()  # rows
-    block: str = "table"
-
-    @property
-    def text_columns(self) -> list[bool]:
-        """Whether each column holds words rather than numbers."""
-        return [
-            not all(_NUMBER.fullmatch(row[at]) for row in self.rows if at < len(row)) for at in range(len(self.header))
-        ]
-
-    def filled(self) -> "Table":
-        """Return the table without the columns that are empty in every row."""
-        kept = [at for at in range(len(self.header)) if any(row[at] for row in self.rows)]
-        rows = [[row[at] for at in kept] for row in self.rows]
-        return replace(self, header=[self.header[at] for at in kept], rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +74,7 @@ class Lines(Chart):
             [name, number(ys[0]), number(ys[-1]), number(min(ys)), number(max(ys))]
             for name, (_, ys) in self.series.items()
         ]
-        return Table(f"{self.title}: {self.y}", ["", "first", "last", "lowest", "highest"], rows)
+        return Table(["", "first", "last", "lowest", "highest"], rows, f"{self.title}: {self.y}")
 
 
 @dataclass(frozen=True)
@@ -142,13 +117,13 @@ class Heat(Chart):
         header = [self.column, *self.rows]
         if cells > _MOST_CELLS:
             rows = [[p.title, *(number(_mean(row)) for row in p.values)] for p in self.panels]
-            return Table(f"{self.title}: mean {self.value}", header, rows)
+            return Table(header, rows, f"{self.title}: mean {self.value}")
         rows = [
             [column, *(number(row[at]) for row in panel.values)]
             for panel in self.panels
             for at, column in enumerate(panel.columns)
         ]
-        return Table(f"{self.title}: {self.value}", header, rows)
+        return Table(header, rows, f"{self.title}: {self.value}")
 
     def limits(self) -> tuple[float, float]:
         """Return the ends of the colour scale."""
@@ -179,7 +154,7 @@ class Bars(Chart):
         """Return all values, in percent."""
         every = {**({self.bar[0]: self.bar[1]} if self.bar else {}), **self.marks}
         rows = [[name, *(percent(values[at]) for values in every.values())] for at, name in enumerate(self.categories)]
-        return Table(f"{self.title}, %", ["task", *every], rows)
+        return Table(["task", *every], rows, f"{self.title}, %")
 
     def colors(self) -> dict[str, str]:
         """Return the colour of the bar and of each mark, by name: what runs are compared with has its own."""
@@ -198,33 +173,6 @@ class Bars(Chart):
 def scale_of(low: float, high: float) -> str:
     """Return the colour scale of values from low to high: around 0 where some are negative, but for rounding."""
     return "diverging" if low < -0.01 * abs(high) else "sequential"
-
-
-def number(value: Any) -> str:
-    """Return a number for people; nothing for what is none.
-
-    >>> number(0.123456), number(None), number(12345.6), number(3)
-    ('0.1235', '', '12,346', '3')
-    """
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return "" if value is None else str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def decimal(value: float, digits: int, sign: str = "") -> str:
-    """Return a number with so many decimals, and never a zero with a minus.
-
-    >>> decimal(-0.0004, 2), decimal(-0.04, 1, "+"), decimal(1.25, 1, "+")
-    ('0.00', '+0.0', '+1.2')
-    """
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
-
-
-def percent(value: Any, digits: int = 1) -> str:
-    """Return a share in percent, such as ``84.1``; nothing for None."""
-    return "" if value is None else decimal(100 * value, digits)
 
 
 def _mean(values: Sequence[Cell]) -> Cell:

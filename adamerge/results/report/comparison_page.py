@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adamerge.results.numbers import duration, number, percent, size
 from adamerge.results.recipes import PLACES
 from adamerge.results.recipes import flat as flattened
 from adamerge.results.report import run_charts
 from adamerge.results.report.blocks import Note, Section, built
-from adamerge.results.report.charts import Bars, Cell, Heat, Lines, Panel, Table, number, percent, scale_of
+from adamerge.results.report.charts import Bars, Cell, Heat, Lines, Panel, scale_of
 from adamerge.results.report.facts import Run, mapping
-from adamerge.results.report.run_page import duration, rows_by_task, size, table_of
+from adamerge.results.report.run_page import rows_by_task, table_of
+from adamerge.results.table import Table
 
 _FEW = 5  # runs that marks can still tell apart
 _APART = (*PLACES, "name")  # options that differ anyway
@@ -128,7 +130,7 @@ def differences(named: Mapping[str, Run]) -> Table | Note | None:
     ]
     if not rows:
         return Note("The runs have the same configuration.")
-    return Table("Options in which the runs differ", ["option", *flat], rows)
+    return Table(["option", *flat], rows, "Options in which the runs differ")
 
 
 def mean_coefficients(named: Mapping[str, Run]) -> Heat | None:
@@ -190,4 +192,4 @@ def costs(named: Mapping[str, Run]) -> Table:
             ]
         )  # fmt: skip
     header = ["run", "mean accuracy, %", "adaptation", "steps", "coefficients", "memory", "device memory", "device"]
-    return Table("What each run took", header, rows).filled()
+    return Table(header, rows, "What each run took").filled()

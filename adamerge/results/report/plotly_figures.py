@@ -3,7 +3,8 @@
 import html
 from typing import Any
 
-from adamerge.results.report.charts import COLORS, QUIET, Bars, Chart, Heat, Lines, Panel, decimal
+from adamerge.results.numbers import decimal
+from adamerge.results.report.charts import COLORS, QUIET, Bars, Chart, Heat, Lines, Panel
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "star", "triangle-up", "cross")

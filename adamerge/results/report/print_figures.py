@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.errors import InputError
+from adamerge.results.numbers import decimal
 from adamerge.results.report import comparison_page, run_page
-from adamerge.results.report.charts import COLORS, QUIET, Bars, Chart, Heat, Lines, decimal
+from adamerge.results.report.charts import COLORS, QUIET, Bars, Chart, Heat, Lines
 from adamerge.results.report.facts import Run
 from adamerge.system.files import atomic_path, ensure_writable
 

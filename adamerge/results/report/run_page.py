@@ -1,16 +1,20 @@
 """The sections of one run's page."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from adamerge.results.evaluation import table
+from adamerge.results.numbers import decimal, duration, number, percent, size
 from adamerge.results.report import run_charts as charts
 from adamerge.results.report.blocks import Block, Code, Facts, Note, Section, Tiles, built
-from adamerge.results.report.charts import Heat, Panel, Table, decimal, number, percent
+from adamerge.results.report.charts import Heat, Panel
 from adamerge.results.report.facts import Run, mapping
+from adamerge.results.table import Table
 
 _COLLAPSED = 0.7  # as CollapseGuard's default: below this share of what it was
 
@@ -112,34 +116,9 @@ def accuracy_table(run: Run) -> Table | None:
 
 
 def table_of(summary: Mapping[str, Any], own: str | None) -> Table:
-    """Return the table of a summary."""
-    tasks, rows = [str(task) for task in summary["tasks"]], summary["rows"]
-    every = list(rows.values())
-    header = ["", *tasks, "mean", "95 %"]
-    optional: list[tuple[str, str, Callable[[float], str]]] = [
-        ("gap closed", "gap_closed", lambda v: f"{percent(v, 0)} %"),
-        ("of the experts", "normalised", percent),
-        ("spread", "spread", lambda v: f"±{100 * v:.1f}"),
-    ]
-    kept = [column for column in optional if any(row.get(column[1]) is not None for row in every)]
-    header += [column[0] for column in kept] + ["ECE"]
-    lines = []
-    for name, row in rows.items():
-        line = [name + (" *" if row.get("uses_labels") else "")]
-        line += [percent(row["per_task"][task]) for task in tasks]
-        line += [percent(row["mean"]), f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}"]
-        line += ["" if row.get(key) is None else show(row[key]) for _, key, show in kept]
-        errors = list(row.get("calibration_error", {}).values())
-        lines.append([*line, percent(sum(errors) / len(errors)) if errors else ""])
-    protocol = {
-        "split": "protocol: split, images that adapted are not scored",
-        "transductive": "protocol: transductive, adapted on the scored images without their labels",
-    }.get(str(summary.get("protocol")), f"protocol: {summary.get('protocol')}")
-    stars = "; * uses labels" if any(row.get("uses_labels") for row in every) else ""
-    return Table(
-        f"Accuracy, % ({protocol}{stars}). 95 %: bootstrap over the scored images. ECE: expected calibration error.",
-        header, lines, frozenset({list(rows).index(own)} if own in rows else ()),
-    ).filled()  # fmt: skip
+    """Return the table of a summary, with the run's own row made strong."""
+    strong = frozenset({list(summary["rows"]).index(own)} if own in summary["rows"] else ())
+    return replace(table(summary), strong=strong)
 
 
 def setting(run: Run) -> Facts | None:
@@ -177,7 +156,7 @@ def expert_table(run: Run) -> Table | None:
             ]
         )  # fmt: skip
     header = ["expert", "file", "size", "SHA-256", "norm of its task vector", "relative to the base, %"]
-    return Table("Experts. Hashes are shortened; merge.json has them whole.", header, rows).filled()
+    return Table(header, rows, "Experts. Hashes are shortened; merge.json has them whole.").filled()
 
 
 def left_out(run: Run) -> Note | None:
@@ -197,7 +176,7 @@ def few_coefficients(run: Run) -> Table | None:
         return None
     ((label, values),) = learned.values.items()
     rows = [[name, number(float(value))] for name, (value,) in zip(learned.experts, values, strict=True)]
-    return Table("Coefficients", ["expert", label], rows)
+    return Table(["expert", label], rows, "Coefficients")
 
 
 def collapse_table(run: Run) -> list[Block] | None:
@@ -219,7 +198,7 @@ def collapse_table(run: Run) -> list[Block] | None:
         ", or a disagreement that grows." if apart else "."
     )
     warning = f"{', '.join(collapsed)}: predictions name ever fewer classes. See callbacks=collapse_guard."
-    return [*([Note(warning, is_warning=True)] if collapsed else []), Table(text, header, rows)]
+    return [*([Note(warning, is_warning=True)] if collapsed else []), Table(header, rows, text)]
 
 
 def support(run: Run) -> Table | None:
@@ -233,7 +212,7 @@ def support(run: Run) -> Table | None:
     ]
     kept = f"{percent(facts['start'])} % of the start is left"
     caption = f"Experts with weight after {facts['iterations']} iterations; {kept}."
-    return Table(caption, ["expert", "mean coefficient", "groups"], rows)
+    return Table(["expert", "mean coefficient", "groups"], rows, caption)
 
 
 def cost_table(run: Run) -> Table | None:
@@ -256,7 +235,7 @@ def cost_table(run: Run) -> Table | None:
         rows.append(["Device", f"{device}, {costs.get('threads')} thread(s)" if device == "cpu" else device])
     rows = [row for row in rows if row[1]]
     since = "; of all sessions for adapting, else since the run was last resumed" if costs.get("resumed") else ""
-    return Table(f"Time and memory{since}", ["", ""], rows) if rows else None
+    return Table(["", ""], rows, f"Time and memory{since}") if rows else None
 
 
 def commands(run: Run) -> list[Block] | None:
@@ -290,31 +269,6 @@ def configuration(run: Run) -> Code | None:
     return Code(
         "Configuration", yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), is_folded=True
     )
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people.
-
-    >>> duration(0.0213), duration(4.56), duration(75), duration(7300)
-    ('21 ms', '4.6 s', '1 min 15 s', '2 h 1 min')
-    """
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(count: float | None) -> str:
-    """Return a number of bytes for people; nothing for None."""
-    if count is None:
-        return ""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 def short_path(path: Any) -> str:
