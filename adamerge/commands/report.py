@@ -29,7 +29,7 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, figures: Path | None
 
     Runs write their own report when they end; this command is for runs that were stopped, and for comparisons.
     """  # noqa: D301
-    from adamerge.results.report import PAGE, read_runs, write_page_of
+    from adamerge.results.report import PAGE, read_runs, save_figures, write_page_of
 
     run_dirs, page = tuple(path.absolute() for path in run_dirs), output.absolute() if output else None
     figures = figures.absolute() if figures else None
@@ -42,8 +42,6 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, figures: Path | None
     runs = read_runs(run_dirs)
     write_page_of(runs, page)
     if figures is not None:
-        from adamerge.results.report.print_figures import save_figures
-
         for path in save_figures(runs, figures, suffix):
             out.print(f"  {path}", highlight=False)
     click.echo(str(page))

@@ -12,7 +12,7 @@ from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.evaluation import FORMAT, TableRow, summary
-from adamerge.results.figures import save_heat_map
+from adamerge.results.figures import save_accuracies
 from adamerge.results.numbers import percent
 from adamerge.results.scoring import Made, score_run
 from adamerge.results.table import Table
@@ -67,18 +67,11 @@ def score_corruptions(
 def save_robustness(content: Mapping[str, Any], folder: Path, stem: str = "robustness") -> None:
     """Write ``robustness.json`` and its picture; where matplotlib is not installed a warning stands for that."""
     save_json(content, folder / f"{stem}.json")
-    shown = table(content)
-    values = {name: [float(cell) if cell else None for cell in cells] for name, *cells in shown.rows}
     title = f"Accuracy of {content['checkpoint']}, %, adapted on {content['adapted_on']} images; right: means of others"
     try:
-        save_heat_map(shown.header[1:], values, folder / f"{stem}.png", title=title, gap=_own(content) - 1)
+        save_accuracies(table(content), folder / f"{stem}.png", title)
     except ImportError:
         log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
-
-
-def _own(content: Mapping[str, Any]) -> int:
-    """Return how many columns are the checkpoint's, with the one of names."""
-    return 2 + len(content["tasks"]) + len(content["unseen"])
 
 
 def table(content: Mapping[str, Any]) -> Table:

@@ -28,8 +28,8 @@ from adamerge.data import Task, UnlabeledTasks
 from adamerge.methods import GradientMerging
 from adamerge.objectives.entropy import Entropy
 from adamerge.results.evaluation import TableRow, score_tasks
-from adamerge.results.figures import save_lines
 from adamerge.system.files import save_json
+from tests.benchmarks.pictures import save_lines
 
 STREAMS = ("one_class", "tiny")
 ACTIONS = ("warn", "lower", "stop")  # warn changes nothing

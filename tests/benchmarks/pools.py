@@ -39,11 +39,11 @@ from adamerge.objectives import Objective
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.results.evaluation import TableRow, score_tasks
-from adamerge.results.figures import save_lines
 from adamerge.system.files import atomic_path, save_json
 from adamerge.system.progress import Stopwatch
 from adamerge.zoo.design import DEMO
 from adamerge.zoo.training import train_expert
+from tests.benchmarks.pictures import save_lines
 
 KINDS = {  # what the added experts are, in turn
     "irrelevant": ("shuffled", "noise"),

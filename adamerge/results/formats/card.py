@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adamerge import __version__
-from adamerge.checkpoints.checkpoint import load_state_dict
+from adamerge.checkpoints.model_folder import read_json
 from adamerge.results.evaluation import starred
-from adamerge.results.figures import save_coefficients
 from adamerge.results.formats.usage import Usage
 from adamerge.results.numbers import percent
+from adamerge.results.report import paper
+from adamerge.results.report.facts import learned_of
+from adamerge.results.report.run_charts import coefficient_map
 from adamerge.results.table import Table
 from adamerge.system.files import atomic_path
 
@@ -31,12 +31,6 @@ _BESIDE = {  # files that an export may have beside the model's own
     "adamerge.json": "ingredients with hashes and licences, versions, settings and accuracies",
 }
 _REFERENCE = re.compile(r"hf://(?P<name>[^@\s/]+/[^@\s/]+)")
-_HOMES = re.compile(r"(?<![\w./])(?:file:/+|/)(?:home|Users)/[^/'\"\]}),]+")
-# Folders that a path starts with; not what follows a scheme, as in hf://org/name.
-_FOLDERS = re.compile(
-    r"(?<![\w./~-])(?:file:/+|~[\w.-]*/|\.\./|[A-Za-z]:\\|(?<!:)/+|/(?!/))(?:[^/\\'\",:=\[\]{}]+[/\\])*(?=\S)"
-)
-_PLACE = re.compile(r"((?:[^=\s/\\~]+=)?['\"]?)((?:file:/|[~/]|[A-Za-z]:\\).*)", re.DOTALL)  # option=PATH, or PATH
 # Names that the Hub knows, of those that models and data sets usually have.
 _LICENCES = (
     *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"),
@@ -185,23 +179,25 @@ def _making(recipe: Mapping[str, Any], picture: bool) -> str:
 
 
 def _shown(command: Sequence[Any]) -> str:
-    """Return a command line without folders of this machine."""
+    """Return a command line with ``...`` in the place of paths, which are this machine's."""
     program, *arguments = map(str, command)
-    return f"{_masked(program)} {shlex.join(map(_masked, arguments))}"
+    return shlex.join([_name_of(program), *map(_without_path, arguments)]).replace("'...'", "...")
 
 
-def _masked(argument: str) -> str:
-    """Return an argument without the folders of this machine, which may have blanks: of a path its name is left.
+def _without_path(word: str) -> str:
+    """Return a word of a command line with ``...`` for its value, where that holds a path.
 
-    >>> _masked("pool.file=/home/al ice/zoo/pool.yaml"), _masked("--out=~/a"), _masked("{a: /x/y.pt, b: hf://o/n}")
-    ('pool.file=.../pool.yaml', '--out=.../a', '{a: .../y.pt, b: hf://o/n}')
+    >>> _without_path("pool.file=/home/al ice/pool.yaml"), _without_path("init=hf://o/n"), _without_path("~/a")
+    ('pool.file=...', 'init=hf://o/n', '...')
     """
-    text = _HOMES.sub("~", argument)
-    if match := _PLACE.fullmatch(text):
-        option, place = match.groups()
-        *folders, name = re.split(r"[/\\]", place.rstrip("/\\"))
-        return f"{option}.../{name}" if folders else f"{option}{name}"
-    return _FOLDERS.sub(".../", text)
+    option, sign, value = word.rpartition("=") if word.count("=") == 1 else ("", "", word)
+    has_path = bool(set("/\\~") & set(value)) and _REFERENCE.fullmatch(value) is None
+    return f"{option}{sign}..." if has_path else word
+
+
+def _name_of(path: str) -> str:
+    """Return the last name of a path of any system."""
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _ingredients(recipe: Mapping[str, Any]) -> str:
@@ -246,30 +242,13 @@ def _picture(source: Path, folder: Path) -> bool:
     path = source / "coefficients.json"
     if not path.is_file():
         return False
-    experts, names, values = coefficient_table(path)
+    learned = learned_of(read_json(path), source)
     try:
-        save_coefficients(experts, names, values, folder / PICTURE)
+        paper.save(coefficient_map(learned), folder / PICTURE)
     except ImportError:
         log.warning('No picture of the coefficients: matplotlib is not installed (pip install "adamerge[demo]").')
         return False
     return True
-
-
-def coefficient_table(path: Path) -> tuple[list[str], list[str], list[list[float]]]:
-    """Return experts, parameters or groups, and their coefficients, of a ``coefficients.json``.
-
-    Where a parameter has several coefficients, as with ``granularity=row``, their mean stands for them.
-    """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    experts: Sequence[str] = content["experts"]
-    if "tensors" in content:
-        tensors = load_state_dict(path.parent / Path(str(content["tensors"])).name)
-        means = {name: tensor.mean(1).tolist() for name, tensor in tensors.items()}
-        return list(experts), list(means), [[means[name][row] for name in means] for row in range(len(experts))]
-    stored: Mapping[str, Mapping[str, Any]] = content["coefficients"]
-    names = list(stored[experts[0]])
-    values = [[float(torch.tensor(stored[e][name], dtype=torch.float64).mean()) for name in names] for e in experts]
-    return list(experts), names, values
 
 
 def _tag(recipe: Mapping[str, Any]) -> str | None:
@@ -285,7 +264,7 @@ def _source(place: Any) -> str | None:
     if place is None:
         return None
     text = str(place)
-    return text if _REFERENCE.match(text) else re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+    return text if _REFERENCE.match(text) else _name_of(text)
 
 
 def _short(node: Any) -> str:
@@ -295,4 +274,4 @@ def _short(node: Any) -> str:
     options = {key: value for key, value in node.items() if not str(key).startswith("_") and value is not None}
     plain = {key: value for key, value in options.items() if isinstance(value, (int, float, str, bool))}
     name = str(node.get("_target_", "")).rsplit(".", 1)[-1]
-    return f"{name}({', '.join(f'{key}={_masked(str(value))}' for key, value in plain.items())})"
+    return f"{name}({', '.join(f'{key}={_without_path(str(value))}' for key, value in plain.items())})"

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from adamerge.errors import InputError
 from adamerge.pool.pool import ExpertPool
 from adamerge.results.report.record import save_record
+from adamerge.system.files import ensure_writable
 
 if TYPE_CHECKING:
+    from adamerge.results.report.blocks import Section
     from adamerge.results.report.facts import Run
 
 log = logging.getLogger(__name__)
@@ -44,17 +46,50 @@ def read_runs(folders: Sequence[Path]) -> "list[Run]":
 
 def write_page_of(runs: "Sequence[Run]", path: Path) -> None:
     """Write the page of a run that has been read, or the comparison of several."""
-    from adamerge.results.report import comparison_page, run_page
+    from adamerge.results.report.comparison_page import names_of
     from adamerge.results.report.page import write_page
 
     if len(runs) > 1:
-        names = comparison_page.names_of(runs)
-        write_page(path, f"{len(runs)} runs compared", ", ".join(names), comparison_page.sections(runs))
+        write_page(path, f"{len(runs)} runs compared", ", ".join(names_of(runs)), _sections(runs))
         return
     (run,) = runs
     title = str(run.config.get("name") or run.name)
     state = "" if run.is_finished else " · not finished"
-    write_page(path, title, f"{'/'.join(run.folder.parts[-3:])}{state}", run_page.sections(run))
+    write_page(path, title, f"{'/'.join(run.folder.parts[-3:])}{state}", _sections(runs))
+
+
+def save_figures(runs: "Sequence[Run]", folder: Path, suffix: str) -> list[Path]:
+    """Write each figure of the page of these runs into a file of its own; the same bytes each time.
+
+    Args:
+        runs: One, or several to compare.
+        folder: Made if needed.
+        suffix: ``pdf``, ``svg`` or ``png``.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: If matplotlib is missing, or the folder is not writable.
+    """
+    from adamerge.results.report import paper
+    from adamerge.results.report.charts import Chart
+
+    ensure_writable(folder)
+    charts = [block for section in _sections(runs) for block in section.blocks if isinstance(block, Chart)]
+    paths = {folder / f"{chart.key}.{suffix}": chart for chart in charts}
+    try:
+        for path, chart in paths.items():
+            paper.save(chart, path)
+    except ImportError as error:
+        raise InputError('Figures as files need the package matplotlib: pip install "adamerge[report]".') from error
+    return list(paths)
+
+
+def _sections(runs: "Sequence[Run]") -> "list[Section]":
+    from adamerge.results.report import comparison_page, run_page
+
+    return comparison_page.sections(runs) if len(runs) > 1 else run_page.sections(runs[0])
 
 
 def report_run(folder: Path, pool: ExpertPool | None, costs: Mapping[str, Any]) -> None:

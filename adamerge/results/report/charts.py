@@ -17,6 +17,7 @@ _REFERENCES = {  # look the same in every figure
     "task_arithmetic_0.3": COLORS[3],
     "weight_average": COLORS[4],
 }
+_LONGEST = 28  # characters of a name in a figure; tables have it whole
 Cell = float | None
 _MOST_CELLS = 4000  # of a table that stands for a heat map
 
@@ -47,8 +48,8 @@ class Chart(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lines(Chart):
-    """Lines over a common axis.
+class LineChart(Chart):
+    """LineChart over a common axis.
 
     Attributes:
         series: Name to positions and values.
@@ -67,6 +68,12 @@ class Lines(Chart):
     quiet: frozenset[str] = frozenset()
     hidden: frozenset[str] = frozenset()
     ticks: Mapping[float, str] = field(default_factory=dict)
+
+    def looks(self) -> dict[str, tuple[str, int]]:
+        """Return each line's colour and the number of its style: 0 is solid, 2 is dotted."""
+        loud = [name for name in self.series if name not in self.quiet]
+        looks = {name: (COLORS[at % len(COLORS)], at // len(COLORS) % 4) for at, name in enumerate(loud)}
+        return {name: looks.get(name, (QUIET, 2)) for name in self.series}
 
     def table(self) -> Table:
         """Return where each line begins and ends, and its extremes."""
@@ -91,14 +98,19 @@ class Panel:
     details: Mapping[str, Sequence[Sequence[Cell]]] = field(default_factory=dict)
     ticks: Mapping[int, str] = field(default_factory=dict)
 
+    def shown_ticks(self, most: int) -> dict[int, str]:
+        """Return at most so many columns and their names for the axis."""
+        ticks = list((self.ticks or dict(enumerate(self.columns))).items())
+        return dict(ticks[:: max(1, -(-len(ticks) // most))])
+
 
 @dataclass(frozen=True, kw_only=True)
-class Heat(Chart):
-    """Heat maps with the same rows and the same scale, one below the other.
+class HeatMap(Chart):
+    """HeatMap maps with the same rows and the same scale, one below the other.
 
     Attributes:
         scale: ``"sequential"`` from the lowest to the highest value, or ``"diverging"`` around 0.
-        shows_values: Whether the values are written into the cells.
+        shows_values: Whether the values are written into the cells, with ``digits`` decimals.
         reaches: Ends that a diverging scale may have, ascending, of which the first that holds all values counts; so
             that noise around 0 does not look like extremes.
     """
@@ -109,6 +121,7 @@ class Heat(Chart):
     column: str
     scale: str = "sequential"
     shows_values: bool = False
+    digits: int = 2
     reaches: Sequence[float] = ()
 
     def table(self) -> Table:
@@ -137,18 +150,22 @@ class Heat(Chart):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bars(Chart):
+class BarChart(Chart):
     """Accuracies by task: a bar for what the page is about, marks for what it is compared with.
 
     Attributes:
         categories: Names of the tasks.
         bar: Name and values in [0, 1], or None.
         marks: Name to values in [0, 1].
+        intervals: Ends in [0, 1] of the interval of each bar; empty for none.
+        x: Of what the values are.
     """
 
     categories: Sequence[str]
     bar: tuple[str, Sequence[float]] | None
     marks: Mapping[str, Sequence[float]]
+    intervals: Sequence[tuple[float, float]] = ()
+    x: str = "accuracy, %"
 
     def table(self) -> Table:
         """Return all values, in percent."""
@@ -168,6 +185,11 @@ class Bars(Chart):
         """Return how far from the middle of its row each mark is drawn, in rows, so that equal values are all seen."""
         step = min(0.2, 0.8 / max(1, len(self.marks)))
         return {name: (number - (len(self.marks) - 1) / 2) * step for number, name in enumerate(self.marks)}
+
+
+def short(name: str) -> str:
+    """Return a name, of a long one its start and its end."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 10]}…{name[-9:]}"
 
 
 def scale_of(low: float, high: float) -> str:

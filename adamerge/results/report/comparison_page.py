@@ -8,7 +8,7 @@ from adamerge.results.recipes import PLACES
 from adamerge.results.recipes import flat as flattened
 from adamerge.results.report import run_charts
 from adamerge.results.report.blocks import Note, Section, built
-from adamerge.results.report.charts import Bars, Cell, Heat, Lines, Panel, scale_of
+from adamerge.results.report.charts import BarChart, Cell, HeatMap, LineChart, Panel, scale_of
 from adamerge.results.report.facts import Run, mapping
 from adamerge.results.report.run_page import rows_by_task, table_of
 from adamerge.results.table import Table
@@ -85,7 +85,7 @@ def _hashes(run: Run) -> dict[str, Any]:
     return mapping(run.recipe.get("hashes"))
 
 
-def accuracies(named: Mapping[str, Run]) -> Bars | Heat | None:
+def accuracies(named: Mapping[str, Run]) -> BarChart | HeatMap | None:
     """Accuracy by task and run."""
     summary = _summary(named)
     if summary is None or not summary["tasks"]:
@@ -94,7 +94,7 @@ def accuracies(named: Mapping[str, Run]) -> Bars | Heat | None:
     if len(rows) > _FEW:
         return rows_by_task(summary)
     marks = {name: [row["per_task"][task] for task in summary["tasks"]] for name, row in rows.items()}
-    return Bars(
+    return BarChart(
         key="accuracies", title="Accuracy by task", text="Each run, and what they are compared with.",
         categories=summary["tasks"], bar=None, marks=marks,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def differences(named: Mapping[str, Run]) -> Table | Note | None:
     return Table(["option", *flat], rows, "Options in which the runs differ")
 
 
-def mean_coefficients(named: Mapping[str, Run]) -> Heat | None:
+def mean_coefficients(named: Mapping[str, Run]) -> HeatMap | None:
     """Mean coefficient of each expert in each run."""
     found: dict[str, dict[str, float]] = {}
     for name, run in named.items():
@@ -152,14 +152,14 @@ def mean_coefficients(named: Mapping[str, Run]) -> Heat | None:
         for means in found.values()
     ]
     known = [value for row in values for value in row if value is not None]
-    return Heat(
+    return HeatMap(
         key="means", title="Mean coefficient of each expert", text="Over all of a run's coefficients.",
         rows=list(found), panels=[Panel("", experts, values)], value="mean coefficient", column="expert",
         shows_values=len(experts) <= 12, scale=scale_of(min(known), max(known)),
     )  # fmt: skip
 
 
-def losses(named: Mapping[str, Run]) -> list[Lines] | None:
+def losses(named: Mapping[str, Run]) -> list[LineChart] | None:
     """The objective by run, one figure per kind of objective, as other kinds have other scales."""
     by_objective: dict[str, dict[str, Any]] = {}
     for name, run in named.items():
@@ -168,7 +168,7 @@ def losses(named: Mapping[str, Run]) -> list[Lines] | None:
             objective = str((run.config.get("objective") or {}).get("_target_", "objective")).rsplit(".", 1)[-1]
             by_objective.setdefault(objective, {})[name] = chart.series["all"]
     return [
-        Lines(
+        LineChart(
             key=f"losses-{number}", title=f"Objective: {objective}", text="All tasks together, by step.", series=series,
             y="objective",
         )

@@ -189,22 +189,32 @@ def _learned(run: Run) -> Learned | None:
     if not content:
         return None
     try:
-        experts = [str(name) for name in content["experts"]]
-        if "tensors" in content:
-            tensors = load_file(run.folder / Path(str(content["tensors"])).name)
-            values = {label: np.asarray(tensor, dtype=float) for label, tensor in tensors.items()}
-        else:
-            rows = [content["coefficients"][expert] for expert in experts]
-            values = {str(label): np.array([np.ravel(row[label]) for row in rows], dtype=float) for label in rows[0]}
-        if not values or any(array.shape[0] != len(experts) or array.ndim != 2 for array in values.values()):
-            raise ValueError("expected coefficients of every expert")
-        if not all(np.isfinite(array).all() for array in values.values()):
-            raise ValueError("NaN or infinite coefficients")
-        constraint, granularity = _described(content.get("constraint")), content.get("granularity")
-        granularity = str(granularity.get("name") if isinstance(granularity, Mapping) else granularity)
+        return learned_of(content, run.folder)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, SafetensorError) as error:
         run.notes.append(f"coefficients.json cannot be used ({type(error).__name__}: {error}).")
         return None
+
+
+def learned_of(content: Mapping[str, Any], folder: Path) -> Learned:
+    """Return the coefficients of a ``coefficients.json``; a damaged one raises one of many errors.
+
+    Args:
+        content: Of the file.
+        folder: Where the file lies, with the tensors beside it.
+    """
+    experts = [str(name) for name in content["experts"]]
+    if "tensors" in content:
+        tensors = load_file(folder / Path(str(content["tensors"])).name)
+        values = {label: np.asarray(tensor, dtype=float) for label, tensor in tensors.items()}
+    else:
+        rows = [content["coefficients"][expert] for expert in experts]
+        values = {str(label): np.array([np.ravel(row[label]) for row in rows], dtype=float) for label in rows[0]}
+    if not values or any(array.shape[0] != len(experts) or array.ndim != 2 for array in values.values()):
+        raise ValueError("expected coefficients of every expert")
+    if not all(np.isfinite(array).all() for array in values.values()):
+        raise ValueError("NaN or infinite coefficients")
+    constraint, granularity = _described(content.get("constraint")), content.get("granularity")
+    granularity = str(granularity.get("name") if isinstance(granularity, Mapping) else granularity)
     return Learned(experts, granularity, constraint, values)
 
 

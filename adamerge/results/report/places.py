@@ -22,7 +22,7 @@ _END = re.compile(r"^proj$|(^|[._])(post\w*|ln_final|head|fc|pooler|norm|fc_norm
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class ParameterPlace:
     """A parameter's place; places sort by depth.
 
     Attributes:
@@ -36,7 +36,7 @@ class Place:
     kind: str
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> ParameterPlace:
     """Read a parameter's name.
 
     >>> place_of("transformer.resblocks.11.attn.in_proj_weight").block
@@ -48,9 +48,9 @@ def place_of(name: str) -> Place:
     found = _STAGE.match(name) or _BLOCK.match(name + ".")
     if found is None:
         is_end = _END.search(name) is not None
-        return Place((2 if is_end else 0, ()), "end" if is_end else "stem", kind)
+        return ParameterPlace((2 if is_end else 0, ()), "end" if is_end else "stem", kind)
     numbers = tuple(map(int, re.findall(r"\d+", found[0])))
-    return Place((1, numbers), ".".join(map(str, numbers)), kind)
+    return ParameterPlace((1, numbers), ".".join(map(str, numbers)), kind)
 
 
 def by_depth(names: Iterable[str]) -> list[str]:

@@ -4,28 +4,26 @@ import html
 from typing import Any
 
 from adamerge.results.numbers import decimal
-from adamerge.results.report.charts import COLORS, QUIET, Bars, Chart, Heat, Lines, Panel
+from adamerge.results.report.charts import BarChart, Chart, HeatMap, LineChart, Panel, short
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "star", "triangle-up", "cross")
-_LONGEST = 26  # characters of a name in a figure; tables have it whole
 _LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "font": {"size": 12}}
 
 
 def figure(chart: Chart) -> dict[str, Any]:
     """Return a chart's ``data`` and ``layout``, whose height is without the legend: the page makes room for that."""
-    if isinstance(chart, Lines):
+    if isinstance(chart, LineChart):
         return _lines(chart)
-    if isinstance(chart, Heat):
+    if isinstance(chart, HeatMap):
         return _heat(chart)
-    assert isinstance(chart, Bars)
+    assert isinstance(chart, BarChart)
     return _bars(chart)
 
 
 def label(name: str) -> str:
     """Return a name as plotly shows it as it is: its texts are read as HTML."""
-    short = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 10]}…{name[-9:]}"
-    return html.escape(short, quote=False)
+    return html.escape(short(name), quote=False)
 
 
 def _layout(height: int, **more: Any) -> dict[str, Any]:
@@ -37,14 +35,11 @@ def _axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": html.escape(title, quote=False)}, "automargin": True, "fixedrange": True, **more}
 
 
-def _lines(chart: Lines) -> dict[str, Any]:
-    loud = [name for name in chart.series if name not in chart.quiet]
+def _lines(chart: LineChart) -> dict[str, Any]:
     data = []
-    for name, (xs, ys) in chart.series.items():
-        number = loud.index(name) if name in loud else 0
-        line = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number // len(COLORS) % 4], "width": 2}
-        if name in chart.quiet:
-            line = {"color": QUIET, "dash": "dot", "width": 1.5}
+    for name, (color, style) in chart.looks().items():
+        xs, ys = chart.series[name]
+        line = {"color": color, "dash": DASHES[style], "width": 1.5 if name in chart.quiet else 2}
         data.append(
             {
                 "type": "scatter", "mode": "lines" if len(xs) > 1 else "markers", "name": label(name), "x": list(xs),
@@ -63,7 +58,7 @@ def _lines(chart: Lines) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _heat(chart: Heat) -> dict[str, Any]:
+def _heat(chart: HeatMap) -> dict[str, Any]:
     low, high = chart.limits()
     size = 24 if len(chart.rows) <= 12 else 16
     gaps = [30 if panel.title else 8 for panel in chart.panels]
@@ -106,7 +101,7 @@ def _heat(chart: Heat) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _panel(chart: Heat, panel: Panel, axis: str) -> dict[str, Any]:
+def _panel(chart: HeatMap, panel: Panel, axis: str) -> dict[str, Any]:
     lines = ["%{hovertext}", f"{chart.value} %{{z:.4g}}"]
     lines += [f"{name} %{{customdata[{at}]:.4~g}}" for at, name in enumerate(panel.details)]
     names = [html.escape(name, quote=False) for name in panel.columns]
@@ -122,16 +117,14 @@ def _panel(chart: Heat, panel: Panel, axis: str) -> dict[str, Any]:
             [[values[row][at] for values in columns] for at in range(len(names))] for row in range(len(chart.rows))
         ]
     if chart.shows_values:
-        texts = [["" if value is None else decimal(value, 2) for value in row] for row in panel.values]
+        texts = [["" if value is None else decimal(value, chart.digits) for value in row] for row in panel.values]
         trace |= {"text": texts, "texttemplate": "%{text}"}
     return trace
 
 
-def _columns(chart: Heat, panel: Panel, axis: str, is_last: bool) -> dict[str, Any]:
+def _columns(chart: HeatMap, panel: Panel, axis: str, is_last: bool) -> dict[str, Any]:
     """Return the horizontal axis of a panel: few enough names to be read."""
-    ticks = dict(panel.ticks) or dict(enumerate(panel.columns))
-    step = -(-len(ticks) // 24)
-    shown = {at: name for number, (at, name) in enumerate(ticks.items()) if number % step == 0}
+    shown = panel.shown_ticks(24)
     title = ("block" if panel.ticks else chart.column) if is_last else ""
     return _axis(
         title, anchor=f"y{axis}", showgrid=False, zeroline=False, tickvals=list(shown), ticks="",
@@ -139,7 +132,7 @@ def _columns(chart: Heat, panel: Panel, axis: str, is_last: bool) -> dict[str, A
     )  # fmt: skip
 
 
-def _bars(chart: Bars) -> dict[str, Any]:
+def _bars(chart: BarChart) -> dict[str, Any]:
     places, colors, lanes = range(len(chart.categories)), chart.colors(), chart.lanes()
     data: list[dict[str, Any]] = []
     names = [html.escape(name, quote=False) for name in chart.categories]
@@ -162,7 +155,7 @@ def _bars(chart: Bars) -> dict[str, Any]:
             }
         )  # fmt: skip
     lowest = min([v for trace in data for v in trace["x"]], default=0)
-    x = _axis("accuracy, %", range=[0 if chart.bar else max(0, lowest - 5), 101], zeroline=False)
+    x = _axis(chart.x, range=[0 if chart.bar else max(0, lowest - 5), 101], zeroline=False)
     y = _axis(
         "", tickvals=list(places), ticktext=[label(n) for n in chart.categories], showgrid=False, zeroline=False,
         range=[len(places) - 0.4, -0.6],

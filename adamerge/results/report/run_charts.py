@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from adamerge.results.report.charts import Bars, Cell, Heat, Lines, Panel, scale_of
+from adamerge.results.report.charts import BarChart, Cell, HeatMap, LineChart, Panel, scale_of
 from adamerge.results.report.facts import Learned, Run, Series, Values
 from adamerge.results.report.places import KINDS, are_parameters, by_depth, place_of
 
@@ -16,7 +16,7 @@ _MOST_VALUES = 12  # rows of a matrix whose cells have room for their values
 Points = tuple[list[float], list[float]]
 
 
-def accuracies(run: Run) -> Bars | None:
+def accuracies(run: Run) -> BarChart | None:
     """Accuracy by task: the run's, beside those of base, task arithmetic and experts."""
     rows, own = run.summary.get("rows", {}), run.own_row
     if own is None:
@@ -26,7 +26,7 @@ def accuracies(run: Run) -> Bars | None:
     marks = {name: values for name, values in shares.items() if name != own}
     known = [name for name in marks if not rows[name].get("uses_labels")]
     few = [*known[:1], *known[1:][-3:]]  # the first is the pretrained model, the last the experts
-    return Bars(
+    return BarChart(
         key="accuracies",
         title="Accuracy by task",
         text="Bars: the merged checkpoint. Marks: what it is compared with, on the same images.",
@@ -36,15 +36,20 @@ def accuracies(run: Run) -> Bars | None:
     )
 
 
-def coefficients(run: Run) -> Heat | None:
-    """Coefficients by expert and depth, attention, MLP and norms apart; means where a tensor has several."""
+def coefficients(run: Run) -> HeatMap | None:
+    """Coefficients by expert and depth, where there are several of an expert."""
     learned = run.learned
     if learned is None or (len(learned.values) == 1 and not learned.is_fine):
         return None
+    return coefficient_map(learned)
+
+
+def coefficient_map(learned: Learned) -> HeatMap:
+    """Coefficients by expert and depth, attention, MLP and norms apart; means where a tensor has several."""
     text = "One row per expert, depth from left to right, one panel per kind of layer; hover for names and values."
     text += " A cell is the mean over a tensor's coefficients." if learned.is_fine else ""
     means = [array.mean(1) for array in learned.values.values()]
-    return Heat(
+    return HeatMap(
         key="coefficients",
         title="Coefficients by expert and depth",
         text=text,
@@ -56,12 +61,12 @@ def coefficients(run: Run) -> Heat | None:
     )
 
 
-def spread(run: Run) -> Heat | None:
+def spread(run: Run) -> HeatMap | None:
     """How much the coefficients within each tensor differ."""
     learned = run.learned
     if learned is None or not learned.is_fine:
         return None
-    return Heat(
+    return HeatMap(
         key="spread",
         title="Spread of the coefficients within each tensor",
         text="Standard deviation over a tensor's coefficients: where it is high, single rows (columns, chunks) of an "
@@ -73,11 +78,14 @@ def spread(run: Run) -> Heat | None:
     )
 
 
-def distribution(run: Run) -> Lines | None:
-    """How the coefficients of each expert are distributed."""
+def distribution(run: Run) -> LineChart | None:
+    """How the coefficients of each expert are distributed, where a tensor has several."""
     learned = run.learned
-    if learned is None or not learned.is_fine:
-        return None
+    return None if learned is None or not learned.is_fine else distribution_of(learned)
+
+
+def distribution_of(learned: Learned) -> LineChart:
+    """How the coefficients of each expert are distributed."""
     every = np.concatenate(list(learned.values.values()), axis=1)
     low, high = (float(np.quantile(every, share)) for share in (0.002, 0.998))
     edges = np.linspace(low, high if high > low else low + 1e-6, _BINS + 1)
@@ -86,7 +94,7 @@ def distribution(run: Run) -> Lines | None:
     for expert, row in zip(learned.experts, every, strict=True):
         counts, _ = np.histogram(np.clip(row, edges[0], edges[-1]), edges)
         series[expert] = (centres, _rounded(100 * counts / row.size))
-    return Lines(
+    return LineChart(
         key="distribution",
         title="Distribution of the coefficients",
         text=f"Share of each expert's {every.shape[1]:,} coefficients by value; the outermost bins hold what lies "
@@ -97,7 +105,7 @@ def distribution(run: Run) -> Lines | None:
     )
 
 
-def trajectories(run: Run) -> Lines | None:
+def trajectories(run: Run) -> LineChart | None:
     """The mean coefficient of each expert by step, and the extremes of all."""
     means = {name: _line(series) for name, series in _in_order(run.logged("coefficient/"), run.experts).items()}
     if not means and "adapt/coefficient" in run.metrics:
@@ -109,7 +117,7 @@ def trajectories(run: Run) -> Lines | None:
     }
     if not means:
         return None
-    return Lines(
+    return LineChart(
         key="trajectories",
         title="Coefficients over the steps",
         text="Mean coefficient of each expert. Names in the legend show and hide lines: lowest and highest of all too.",
@@ -120,7 +128,7 @@ def trajectories(run: Run) -> Lines | None:
     )
 
 
-def losses(run: Run) -> Lines | None:
+def losses(run: Run) -> LineChart | None:
     """The objective by task and step."""
     found = {name: _smooth(series) for name, series in _in_order(run.logged("adapt/loss/"), run.tasks).items()}
     if "adapt/loss" in run.metrics:
@@ -129,7 +137,7 @@ def losses(run: Run) -> Lines | None:
         found["held-out images"] = _line(run.metrics["holdout/loss"])
     if not found:
         return None
-    return Lines(
+    return LineChart(
         key="losses",
         title="Objective by task",
         text="What is minimized, on unlabeled images; a running mean over the nearest steps.",
@@ -144,7 +152,7 @@ def unlabeled(run: Run, kind: str) -> dict[str, Series]:
     return _in_order(run.logged(f"unlabeled/{kind}/") or run.logged(f"guard/{kind}/"), run.tasks)
 
 
-def criteria(run: Run) -> list[Lines]:
+def criteria(run: Run) -> list[LineChart]:
     """What can be seen of each task without labels, by step."""
     kinds = {
         "marginal": (
@@ -168,18 +176,18 @@ def criteria(run: Run) -> list[Lines]:
     for kind, (title, text, y) in kinds.items():
         if found := unlabeled(run, kind):
             series = {task: _line(values) for task, values in found.items()}
-            charts.append(Lines(key=kind, title=title, text=text, series=series, y=y))
+            charts.append(LineChart(key=kind, title=title, text=text, series=series, y=y))
     return charts
 
 
-def picks(run: Run) -> Heat | None:
+def picks(run: Run) -> HeatMap | None:
     """Frank-Wolfe: which share of the groups moved towards which vertex, by iteration."""
     found = run.logged("pick/")
     if not found:
         return None
     lines = {name: _line(series) for name, series in _in_order(found, run.experts).items()}
     steps = next(iter(lines.values()))[0]
-    return Heat(
+    return HeatMap(
         key="picks",
         title="Frank-Wolfe: picks",
         text="Share of the groups that an iteration moved towards each vertex.",
@@ -190,12 +198,12 @@ def picks(run: Run) -> Heat | None:
     )
 
 
-def gap(run: Run) -> Lines | None:
+def gap(run: Run) -> LineChart | None:
     """Frank-Wolfe: the duality gap by iteration."""
     series = run.metrics.get("adapt/gap")
     if series is None:
         return None
-    return Lines(
+    return LineChart(
         key="gap",
         title="Frank-Wolfe: duality gap",
         text="How far a linear loss would still fall, by iteration; noisy, as each is of one batch.",
@@ -205,7 +213,7 @@ def gap(run: Run) -> Lines | None:
     )
 
 
-def cosines(run: Run) -> Heat | None:
+def cosines(run: Run) -> HeatMap | None:
     """Cosines between the experts' task vectors."""
     matrix, names = run.pool.get("cosines"), run.experts
     if not matrix or len(matrix) != len(names):
@@ -213,7 +221,7 @@ def cosines(run: Run) -> Heat | None:
     values: list[list[Cell]] = [
         [None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)
     ]
-    return Heat(
+    return HeatMap(
         key="cosines",
         title="Cosines of the task vectors",
         text="Near 0: the experts changed the base in different directions and interfere little. High: they are alike.",
@@ -227,7 +235,7 @@ def cosines(run: Run) -> Heat | None:
     )
 
 
-def norms(run: Run) -> Lines | None:
+def norms(run: Run) -> LineChart | None:
     """Norms of the task vectors by block, relative to the base's."""
     by_name, base = run.pool.get("norms") or {}, run.pool.get("base_norms") or {}
     if not by_name or set(by_name) - set(base):
@@ -239,7 +247,7 @@ def norms(run: Run) -> Lines | None:
     for number, expert in enumerate(run.experts):
         ys = [_ratio([by_name[n][number] for n in names], [base[n] for n in names]) for names in blocks.values()]
         series[expert] = (list(map(float, range(len(blocks)))), ys)
-    return Lines(
+    return LineChart(
         key="norms",
         title="Size of the task vectors by depth",
         text="Norm of each expert's change to a block, relative to the norm of the base's weights there.",

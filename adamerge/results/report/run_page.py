@@ -12,7 +12,7 @@ from adamerge.results.evaluation import table
 from adamerge.results.numbers import decimal, duration, number, percent, size
 from adamerge.results.report import run_charts as charts
 from adamerge.results.report.blocks import Block, Code, Facts, Note, Section, Tiles, built
-from adamerge.results.report.charts import Heat, Panel
+from adamerge.results.report.charts import HeatMap, Panel
 from adamerge.results.report.facts import Run, mapping
 from adamerge.results.table import Table
 
@@ -91,20 +91,20 @@ def headline(run: Run) -> Tiles | None:
     return Tiles(tiles) if tiles else None
 
 
-def matrix(run: Run) -> Heat | None:
+def matrix(run: Run) -> HeatMap | None:
     """Accuracies of many rows by task, for comparisons."""
     if not run.summary or run.own_row is not None:
         return None
     return rows_by_task(run.summary)
 
 
-def rows_by_task(summary: Mapping[str, Any]) -> Heat:
+def rows_by_task(summary: Mapping[str, Any]) -> HeatMap:
     """Return a heat map of accuracies in percent, rows by tasks."""
     rows, tasks = summary["rows"], [str(task) for task in summary["tasks"]]
     values = [[round(100 * row["per_task"][task], 2) for task in tasks] for row in rows.values()]
-    return Heat(
+    return HeatMap(
         key="matrix", title="Accuracy by row and task", text="Each row's accuracy in percent.", rows=list(rows),
-        panels=[Panel("", tasks, values)], value="accuracy, %", column="task", shows_values=len(tasks) <= 10,
+        panels=[Panel("", tasks, values)], value="accuracy, %", column="task", shows_values=len(tasks) <= 10, digits=1,
     )  # fmt: skip
 
 
