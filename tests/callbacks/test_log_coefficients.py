@@ -10,9 +10,11 @@ from PIL import Image
 
 from adamerge import Coefficients, ExpertPool, InputError
 from adamerge.callbacks import LogCoefficients
-from adamerge.callbacks.log_coefficients import by_depth, heat_map, histograms, log_scores
+from adamerge.callbacks.log_coefficients import learned_of, log_scores
 from adamerge.commands.run.check import check_package
 from adamerge.model.granularity import Block
+from adamerge.results.report.paper import pixels
+from adamerge.results.report.run_charts import coefficient_map, distribution_of
 from tests.support.fits import QUIET, fit, make_data, make_method
 from tests.support.toy import EXPERTS
 
@@ -142,26 +144,28 @@ def small_pool(shapes):
     return ExpertPool.from_state_dicts(base, {e: {n: t + i for n, t in base.items()} for i, e in enumerate("ab", 1)})
 
 
-def test_by_depth_orders_tensors_as_the_encoder_and_takes_means():
-    order = ["conv.weight", "blocks.2.w", "blocks.10.w", "proj"]
-    pool = small_pool({"blocks.10.w": (2, 3), "blocks.2.w": (2, 3), "conv.weight": (3,), "proj": (2, 2)})
+def test_coefficients_are_ordered_by_depth_with_the_mean_of_each_tensor():
+    pool = small_pool({"blocks.10.w": (2, 3), "blocks.2.w": (2, 3), "conv": (3,), "proj": (2, 2)})
     coefficients = Coefficients(pool, "row", init=0.0, constraint="none")
     first, count = coefficients.index.labels["blocks.10.w"]
     coefficients.raw.data[1, first : first + count] = torch.tensor([0.2, 0.6])
-    values, columns, rows = by_depth(coefficients, order)
-    assert columns == order
-    assert rows == ("a", "b")
-    assert torch.allclose(values, torch.tensor([[0.0, 0, 0, 0], [0, 0, 0.4, 0]]))
+    chart = coefficient_map(learned_of(coefficients))
+    (panel,) = chart.panels
+    assert panel.columns == ["conv", "blocks.2.w", "blocks.10.w", "proj"]
+    assert chart.rows == ["a", "b"]
+    assert panel.values == [[0, 0, 0, 0], [0, 0, pytest.approx(0.4), 0]]
 
 
-def test_by_depth_puts_shared_groups_where_their_first_tensor_is():
+def test_shared_groups_stand_where_their_block_is():
     pool = small_pool({"blocks.10.w": (2,), "blocks.2.w": (2,), "stem.w": (3,), "head": (2,)})
-    _, columns, _ = by_depth(Coefficients(pool, Block()), ["stem.w", "blocks.2.w", "blocks.10.w", "head"])
-    assert columns == ["stem", "blocks.2", "blocks.10"]
+    (panel,) = coefficient_map(learned_of(Coefficients(pool, Block()))).panels
+    assert panel.columns == ["stem", "blocks.2", "blocks.10"]
 
 
 def test_pictures_of_one_value_and_of_many_columns_are_drawn():
-    assert heat_map(torch.full((1, 1), 0.3), ["all"], ["only"]).shape[2] == 3
-    wide = heat_map(torch.rand(3, 400), [f"blocks.{i}.w" for i in range(400)], ["a", "b", "c"], "step 1")
-    assert wide.shape[1] <= 2000
-    assert histograms({"a": torch.full((5,), 0.3)}).shape[2] == 3
+    one = learned_of(Coefficients(small_pool({"w": (2,)}), "task"))
+    many = learned_of(Coefficients(small_pool({f"blocks.{i}.weight": (2,) for i in range(400)}), "layer"))
+    for learned in (one, many):
+        for chart in (coefficient_map(learned), distribution_of(learned)):
+            height, width, colors = pixels(chart).shape
+            assert (width <= 2000, height >= 100, colors) == (True, True, 3)

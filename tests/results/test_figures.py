@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adamerge.results.evaluation import TableRow, TaskScore, summary
-from adamerge.results.figures import save_comparison, save_lines
+from adamerge.results.figures import save_comparison
+from tests.benchmarks.pictures import save_lines
 
 
 def content(tasks=("a", "b")):

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from adamerge.commands import cli
-from adamerge.results.report import places, plotly_figures, print_figures, report_run, write_report
+from adamerge.results.report import paper, places, plotly_figures, report_run, write_report
 from adamerge.results.report.facts import read_run
 from adamerge.results.report.run_charts import accuracies, coefficients, cosines, distribution, norms, trajectories
 from adamerge.results.report.run_page import expert_table, headline, sections
@@ -192,7 +192,7 @@ def test_norms_by_block_are_relative_to_the_bases(tmp_path):
 def test_names_have_the_same_colours_on_the_page_and_in_files(tmp_path):
     chart = accuracies(read_run(write_run(tmp_path / "run")))
     page = {trace["name"]: trace["marker"]["color"] for trace in plotly_figures.figure(chart)["data"]}
-    (axes,) = print_figures._draw(chart).axes
+    (axes,) = paper.draw(chart).axes
     printed = {line.get_label(): line.get_color() for line in axes.lines}
     assert printed == {name: color for name, color in page.items() if name != "adapt"}
     assert to_hex(axes.containers[0][0].get_facecolor()) == page["adapt"]
@@ -206,7 +206,7 @@ def test_marks_of_equal_values_are_drawn_apart(tmp_path):
         heights = [trace["y"][at] for trace in data]
         assert len(set(heights)) == len(data)
         assert max(abs(height - at) for height in heights) < 0.5
-    (axes,) = print_figures._draw(chart).axes
+    (axes,) = paper.draw(chart).axes
     assert [line.get_ydata() for line in axes.lines] == [pytest.approx(trace["y"]) for trace in data]
 
 
@@ -219,7 +219,7 @@ def test_cosines_have_a_fixed_scale_and_no_zero_with_a_minus(tmp_path, value, en
     figure = plotly_figures.figure(chart)
     text = "0.00" if value == -0.0004 else f"{value:.2f}"
     assert figure["data"][0]["text"] == [["", text], [text, ""]]
-    axes = print_figures._draw(chart).axes[0]
+    axes = paper.draw(chart).axes[0]
     assert [shown.get_text() for shown in axes.texts] == [text, text]
     assert {shown.get_color() for shown in axes.texts} == {"white" if abs(value) / end > 0.5 else "black"}
 

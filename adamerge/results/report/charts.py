@@ -49,7 +49,7 @@ class Chart(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class LineChart(Chart):
-    """LineChart over a common axis.
+    """Lines over a common axis.
 
     Attributes:
         series: Name to positions and values.
@@ -106,7 +106,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap(Chart):
-    """HeatMap maps with the same rows and the same scale, one below the other.
+    """Heat maps with the same rows and the same scale, one below the other.
 
     Attributes:
         scale: ``"sequential"`` from the lowest to the highest value, or ``"diverging"`` around 0.
