@@ -24,6 +24,7 @@ from adamerge.model.encoder import EncoderOptions, MicroBatch, Runner, check_nam
 from adamerge.model.merged_encoder import MergedEncoder
 from adamerge.model.teachers import TeacherCache
 from adamerge.model.weights import WholeWeights
+from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.pool import ExpertPool
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class MergedModel(nn.Module):
             parameters.__getitem__, self.pool.buffers(self._buffers_of_encoder, expert), with_fixed=True
         )
 
-    def merge(self) -> MutableMapping[str, Tensor]:
+    def merge(self) -> dict[str, Tensor] | LazyTensors:
         """Return the merged parameters, differentiable in the coefficients; call once per step.
 
         Of a sharded model: whole and without gradient, each merged when it is asked for.

@@ -67,7 +67,7 @@ class ShardedWeights:
         self._fixed_are_base = False
         self._loaded: Mapping[str, Tensor] | None = None  # what the encoder holds instead of a merge
 
-    def merge(self, coefficients: Coefficients) -> MutableMapping[str, Tensor]:
+    def merge(self, coefficients: Coefficients) -> LazyTensors:
         """Return the merged parameters, whole and without gradient, each merged when it is asked for."""
         values = coefficients().detach().to(self._pool.device)
 

@@ -33,7 +33,7 @@ class WholeWeights:
         self._fixed = [name for name, _ in encoder.named_parameters() if name in pool.fixed]
         self.leaves: dict[str, Tensor] = {}
 
-    def merge(self, coefficients: Coefficients) -> MutableMapping[str, Tensor]:
+    def merge(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """Return new merged parameters, differentiable in the coefficients."""
         return merge(self._pool, coefficients)
 

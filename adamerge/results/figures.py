@@ -34,20 +34,22 @@ def save_comparison(content: Mapping[str, Any], path: Path) -> None:
     paper.save(chart, path)
 
 
-def save_accuracies(table: Table, path: Path, title: str) -> None:
+def save_accuracies(table: Table, path: Path, title: str, gap: int) -> None:
     """Draw a table of percentages as a coloured one.
 
     Args:
         table: Its first column names the rows.
         path: A ``.png``, ``.svg`` or ``.pdf`` file, written atomically.
         title: Above it.
+        gap: Number of columns of accuracies that stand apart from those after them.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    values = [[float(cell) if cell else None for cell in cells] for _, *cells in table.rows]
+    lines = [[*cells[:gap], "", *cells[gap:]] for _, *cells in (table.header, *table.rows)]
+    values = [[float(cell) if cell else None for cell in cells] for cells in lines[1:]]
     chart = HeatMap(
         key="accuracies", title=title, text="Accuracies in percent.", rows=[name for name, *_ in table.rows],
-        panels=[Panel(title, table.header[1:], values)], value="accuracy, %", column="", shows_values=True, digits=1,
+        panels=[Panel(title, lines[0], values)], value="accuracy, %", column="", shows_values=True, digits=1,
     )  # fmt: skip
     paper.save(chart, path)

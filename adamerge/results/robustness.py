@@ -69,7 +69,8 @@ def save_robustness(content: Mapping[str, Any], folder: Path, stem: str = "robus
     save_json(content, folder / f"{stem}.json")
     title = f"Accuracy of {content['checkpoint']}, %, adapted on {content['adapted_on']} images; right: means of others"
     try:
-        save_accuracies(table(content), folder / f"{stem}.png", title)
+        columns_of_checkpoint = len(content["tasks"]) + 1 + len(content["unseen"])
+        save_accuracies(table(content), folder / f"{stem}.png", title, gap=columns_of_checkpoint)
     except ImportError:
         log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
 
