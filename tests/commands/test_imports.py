@@ -35,11 +35,12 @@ def test_command_does_without_heavy_packages(name, tmp_path):
     code = """
         import json, sys
         from adamerge.commands import cli
+        command, packages = map(json.loads, sys.argv[1:])  # Hydra changes the list
         try:
-            cli.main(json.loads(sys.argv[1]))
+            cli.main(command)
         except SystemExit as stopped:
             assert not stopped.code, stopped.code
-        loaded = {name.split(".")[0] for name in sys.modules} & set(json.loads(sys.argv[2]))
+        loaded = {name.split(".")[0] for name in sys.modules} & set(packages)
         sys.exit(", ".join(sorted(loaded)) or 0)
     """
     done = subprocess.run(
