@@ -61,9 +61,9 @@ class MergingMethod(LightningModule):
         super().__init_subclass__()
         parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
         if "__init__" in vars(cls) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-            options = inspect.signature(StepOptions).parameters.values()
-            options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
-            cls.__signature__ = inspect.Signature([*parameters[:-1], *options])
+            fields = inspect.signature(StepOptions).parameters.values()
+            options = [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields]
+            cls.__signature__ = inspect.Signature([*parameters[:-1], *options])  # type: ignore[attr-defined]
 
     def __init__(self, model: MergedModel, objective: Objective, options: StepOptions | None = None) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class MergingMethod(LightningModule):
             needs_gradient=needs_gradient, on_gradient=on_gradient,
         ) as merged:  # fmt: skip
             for inputs in merged.groups({task: data.inputs for task, data in batch.items()}):
-                total = 0
+                total = values.new_zeros(())
                 for task, outputs in merged(inputs).items():
                     loss = self._loss(task, batch[task], outputs, merged, len(shares), observers)
                     losses[task] = loss.detach()

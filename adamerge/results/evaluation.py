@@ -251,7 +251,7 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
         "spread": lambda row: "" if row.get("spread") is None else f"±{100 * row['spread']:.1f}",
         "gap": lambda row: percent(row.get("gap_closed"), 0),
         "norm.": lambda row: percent(row.get("normalised")),
-        "ECE": lambda row: percent(_mean(row.get("calibration_error") or {})),
+        "ECE": lambda row: percent(_mean(row["calibration_error"]) if row.get("calibration_error") else None),
         "s": lambda row: "" if row.get("seconds") is None else f"{row['seconds']:.1f}",
     }
     kept = {name: show for name, show in measures.items() if any(map(show, rows))}
@@ -293,5 +293,5 @@ def _caption(content: Mapping[str, Any]) -> str:
     return f"{text}\n95 %: bootstrap over the scored images; ECE: expected calibration error, %; s: seconds."
 
 
-def _mean(values: Mapping[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -41,7 +41,6 @@ SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)
 _RUN, _MERGED = "run", "merged.safetensors"
 _STARTED = "started.json"  # what an adapting row was begun with
-_FACTS = {"uses_data": "needs_data", "uses_labels": "uses_labels"}  # of a row, by the rule's attributes
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,10 @@ def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> 
     if spec.rule is None:
         return score_again(spec, assembly, folder)
     rule, seconds = _merge(spec.rule, assembly, folder / _MERGED)
-    facts = {fact: bool(getattr(rule, attribute, False)) for fact, attribute in _FACTS.items()}
-    return replace(score_again(spec, assembly, folder), seconds=seconds, **facts)
+    row = replace(score_again(spec, assembly, folder), seconds=seconds)
+    return replace(
+        row, uses_data=bool(getattr(rule, "needs_data", False)), uses_labels=bool(getattr(rule, "uses_labels", False))
+    )
 
 
 def score_again(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
