@@ -47,7 +47,7 @@ def test_holdout_divides_the_adaptation_images_and_numbers_them_apart():
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
 def test_holdout_share_is_checked(share):
-    with pytest.raises(InputError, match=r"data\.holdout: expected a share in \[0, 1\)"):
+    with pytest.raises(InputError, match=r"data\.holdout: expected a number in \[0, 1\)"):
         make_data(holdout=share)
     with pytest.raises(InputError, match=r"data\.holdout: 0\.9 of 2 images leaves none to adapt on"):
         make_data(count=4, holdout=0.9)

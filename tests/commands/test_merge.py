@@ -97,7 +97,7 @@ def test_recipe_with_a_changed_expert_is_refused(capsys, files, pool, tmp_path):
         (["--rule", "tsm"], "Did you mean 'tsvm'?"),
         (["--rule", "my_rules.Mine"], "cannot import 'my_rules.Mine'"),
         (["--rule", "ties", "--set", "densty=0.1"], "Did you mean 'density'?"),
-        (["--rule", "ties", "--set", "density=much"], "Ties.density: expected a number"),
+        (["--rule", "ties", "--set", "density=much"], "TiesMerge.density: expected a number"),
         (["--rule", "ties", "--set", "density"], "expected OPTION=VALUE"),
         (["--rule", "layer_swapping", "--set", "outer=red"], "inner must be given"),
         (["--rule", "ties", "data=zoo"], "reads no data"),

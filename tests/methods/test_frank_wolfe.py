@@ -295,7 +295,14 @@ def test_fit_imitation_of_one_of_several_experts_goes_to_that_expert(toy, tmp_pa
     assert values(method)[:, 0].tolist() == pytest.approx([0, 1, 0], abs=0.02)
 
 
-@pytest.mark.parametrize("options", [{"step_rule": "line_search"}, {"mode": "soft", "granularity": "task"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"step_rule": "line_search"}, marks=pytest.mark.slow),
+        {"mode": "soft", "granularity": "task"},
+    ],
+    ids=str,
+)
 def test_fit_irrelevant_experts_and_a_duplicate_change_little(toy, tmp_path, options):
     """Sixteen random experts and a copy: the weight stays with the experts of the tasks, the copy takes a share."""
 

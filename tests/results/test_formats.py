@@ -200,6 +200,7 @@ def test_torchvision_export_loads_strictly_in_torchvision_with_equal_logits(torc
     assert settings["interpolation"] == "bilinear"
 
 
+@pytest.mark.slow
 def test_onnx_export_of_a_network_with_batch_norm(torchvision_run, tmp_path):
     files, address = export_as(torchvision_run, "onnx", tmp_path / "out")
     assert address is None
@@ -208,6 +209,7 @@ def test_onnx_export_of_a_network_with_batch_norm(torchvision_run, tmp_path):
     assert session.get_inputs()[0].shape[1:] == [3, 224, 224]
 
 
+@pytest.mark.slow
 def test_onnx_export_with_weights_beside_it_lists_them(torchvision_run, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_format, "_LIMIT", 0)
     export_as(torchvision_run, "onnx", tmp_path / "out")
@@ -261,7 +263,7 @@ def test_merge_without_data_names_its_model_and_has_no_coefficients(torchvision_
 # timm encoders inside open_clip
 
 
-@pytest.mark.parametrize("encoder", ["test_vit", "test_resnet"])
+@pytest.mark.parametrize("encoder", ["test_vit", pytest.param("test_resnet", marks=pytest.mark.slow)])
 def test_timm_encoders_inside_open_clip_are_models_like_the_others(tmp_path, monkeypatch, encoder):
     vision = {"image_size": 32, "timm_model_name": encoder, "timm_model_pretrained": False, "timm_pool": "avg",
               "timm_proj": "linear"}  # fmt: skip

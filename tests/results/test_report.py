@@ -314,7 +314,7 @@ def test_report_of_a_comparison_shows_its_rows(tmp_path):
     assert "not finished" not in text
 
 
-@pytest.mark.parametrize("suffix", ["pdf", "png", "svg"])
+@pytest.mark.parametrize("suffix", ["png", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pdf", "svg"))])
 def test_figures_for_papers_are_files(tmp_path, capsys, suffix):
     run = write_run(tmp_path / "run", rows=3, frank_wolfe=True, experts=("a", "_b", "$x^2$"))
     assert call("report", run, "--figures", tmp_path / "first", "--format", suffix) == 0

@@ -69,8 +69,14 @@ def theme(page):
     return page.evaluate("[document.documentElement.dataset.drawn, getComputedStyle(document.body).backgroundColor]")
 
 
-@pytest.mark.parametrize("name", ["rows", "frank_wolfe", "both"])
-@pytest.mark.parametrize(("viewport", "scheme"), [(DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light")])
+@pytest.mark.parametrize(
+    ("viewport", "scheme", "name"),
+    [
+        pytest.param(*window, name, marks=[] if (*window, name) == (DESKTOP, "light", "both") else pytest.mark.slow)
+        for window in ((DESKTOP, "light"), (DESKTOP, "dark"), (PHONE, "light"))
+        for name in ("rows", "frank_wolfe", "both")
+    ],
+)
 def test_page_is_drawn_accessible_and_no_wider_than_the_window(visit, pages, name, viewport, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     page = visit(pages[name], viewport, scheme)
@@ -87,6 +93,7 @@ def test_page_is_drawn_accessible_and_no_wider_than_the_window(visit, pages, nam
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1200])
 def test_legend_has_room_above_the_plot_and_captions_wrap(visit, pages, width):
     page = visit(pages["few"], {"width": width, "height": 800})
@@ -106,6 +113,7 @@ def test_legend_has_room_above_the_plot_and_captions_wrap(visit, pages, width):
             assert span.bounding_box()["width"] < size
 
 
+@pytest.mark.slow
 def test_hover_shows_a_coefficients_value_and_names(visit, pages):
     page = visit(pages["rows"])
     plot = page.locator("#plot-coefficients")
@@ -119,6 +127,7 @@ def test_hover_shows_a_coefficients_value_and_names(visit, pages):
         assert said in text, text
 
 
+@pytest.mark.slow
 def test_theme_button_switches_colours_of_page_and_figures(visit, pages):
     page = visit(pages["frank_wolfe"])
     ink = "document.querySelector('#plot-losses .xtick text').style.fill"
@@ -143,6 +152,7 @@ def test_page_without_javascript_still_has_all_tables(browser, pages):
     context.close()
 
 
+@pytest.mark.slow
 def test_page_of_a_run_of_one_step_has_its_figures(visit, pages):
     page = visit(pages["one"])
     assert page.locator(".plot .main-svg").count() >= page.locator(".plot").count() > 2
