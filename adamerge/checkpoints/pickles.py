@@ -155,9 +155,10 @@ def _read_stream(data: memoryview, budget: Budget, nested: _Nested) -> tuple[Any
 
 def _fill(storage: Storage, stream: Stream) -> None:
     """Copy the bytes of a storage, and their count before them, from the end of a legacy file."""
-    count = int.from_bytes(stream.read(8), "little")
-    start, end = stream.position, stream.position + storage.nbytes
-    if count * storage.dtype.itemsize != storage.nbytes or end > len(stream.data):
+    size = stream.read(8)
+    count, start = int.from_bytes(size, "little"), stream.position
+    end = start + storage.nbytes
+    if len(size) < 8 or count * storage.dtype.itemsize != storage.nbytes or end > len(stream.data):
         raise Damaged("a storage is cut off or has another size than its tensor says")
     if storage.nbytes:
         storage.data.numpy().data[:] = stream.data[start:end]

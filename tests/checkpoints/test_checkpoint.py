@@ -182,6 +182,15 @@ def test_load_state_dict_other_values_are_named(tmp_path):
         load_state_dict(tmp_path / "x.pt")
 
 
+def test_load_state_dict_legacy_file_cut_in_the_count_of_an_empty_storage_is_refused(tmp_path):
+    torch.save({"a": torch.ones(2), "b": torch.empty(0)}, tmp_path / "x", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "x").read_bytes()
+    for cut in range(1, 8):  # storages stand in no fixed order: the empty one may or may not be the last
+        (tmp_path / "x").write_bytes(content[:-cut])
+        with pytest.raises(InputError, match="truncated or damaged"):
+            load_state_dict(tmp_path / "x")
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 @settings(max_examples=60)
 @given(fraction=st.floats(0, 1, exclude_max=True))
@@ -192,7 +201,7 @@ def test_load_state_dict_truncated_file_is_refused(tmp_path_factory, kind, fract
     else:
         torch.save(tensors(), folder / "whole", _use_new_zipfile_serialization=kind == "zip")
     content = (folder / "whole").read_bytes()
-    (folder / "x").write_bytes(content[: int(fraction * len(content))])
+    (folder / "x").write_bytes(content[: min(int(fraction * len(content)), len(content) - 1)])
     # cut inside the name of a class, a legacy file looks like one that asks for a foreign class
     also = "|holds pickled" if kind == "legacy" else ""
     with pytest.raises(InputError, match=rf"/x: (truncated or damaged|not a checkpoint{also})"):
