@@ -15,7 +15,14 @@ from tests.support.command_line import arguments as arguments
 from tests.support.command_line import configs as configs
 from tests.support.toy import Toy, make_toy
 
-hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=15, database=None)
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    max_examples=15,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a loaded machine is no fault of a test
+)
 hypothesis.settings.load_profile("repeatable")
 
 # On tensors this small, threads that wait for each other make a step up to ten times slower; in processes too.
