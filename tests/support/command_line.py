@@ -4,11 +4,10 @@ import os
 import sys
 
 import pytest
-import torch
-from PIL import Image
 
 from adamerge import zoo
 from adamerge.commands import cli, terminal
+from tests.support.small_tasks import POOL, write_images
 
 QUIET = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
@@ -31,27 +30,13 @@ batch_size: 4
 protocol: split
 seed: ${{seed}}
 """
-POOL = """
-base: ${zoo:base.safetensors}
-experts:
-  mnist: ${zoo:experts/mnist.safetensors}
-  digits: ${zoo:experts/digits.safetensors}
-storage: ram
-"""
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory):
     """A folder of a user's own yaml files, with two small ImageFolders."""
     folder = tmp_path_factory.mktemp("configs")
-    generator = torch.Generator().manual_seed(0)
-    for task in ("mnist", "digits"):
-        for label in range(10):
-            for number in range(2):
-                pixels = torch.randint(0, 256, (28, 28, 3), generator=generator, dtype=torch.uint8)
-                path = folder / "images" / task / f"class{label}" / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.numpy()).save(path)
+    write_images(folder)
     for group, name, text in (
         (
             "data",

@@ -11,9 +11,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from adamerge import zoo
+from tests.support.small_tasks import POOL, TASKS, write_images
 
 # Each run is forked from a server that has imported everything: a real process, without the seconds of its imports.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,14 +28,6 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
-TASKS = ("mnist", "digits")
-POOL = """
-base: ${zoo:base.safetensors}
-experts:
-  mnist: ${zoo:experts/mnist.safetensors}
-  digits: ${zoo:experts/digits.safetensors}
-storage: ram
-"""
 TASK = """
   {task}:
     _target_: adamerge.data.Task
@@ -47,15 +39,9 @@ TASK = """
 
 def write_configs(folder: Path, images: int = 2) -> Path:
     """Write a pool of two experts, and their tasks with ``images`` random images per class."""
-    generator = torch.Generator().manual_seed(0)
+    write_images(folder, images)
     data = "_target_: adamerge.data.UnlabeledTasks\nbatch_size: 2\nseed: ${seed}\ntasks:"
     for task in TASKS:
-        for label in range(10):
-            for number in range(images):
-                pixels = torch.randint(0, 256, (28, 28, 3), generator=generator, dtype=torch.uint8)
-                path = folder / "images" / task / f"class{label}" / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels.numpy()).save(path)
         data += TASK.format(task=task, root=folder / "images" / task, classes=list(zoo.CLASSES["mnist"]))
     for group, text in (("pool", POOL), ("data", data)):
         (folder / group).mkdir()
