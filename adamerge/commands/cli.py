@@ -69,7 +69,9 @@ def app(debug: bool, quiet: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; what is wrong with the input is one line and exit code 2."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is not None:
+        sys.argv = ["adamerge", *arguments]  # logs and recipes state the command
+    arguments = sys.argv[1:]
     for flag in ("--debug", "--quiet"):  # accepted anywhere, also among Hydra's overrides
         if flag in arguments:
             arguments = [flag, *(a for a in arguments if a != flag)]
