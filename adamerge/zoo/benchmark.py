@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from adamerge.data.benchmarks import definition, open_split
+from adamerge.data.task import Task
 from adamerge.errors import InputError
 from adamerge.zoo.design import SOURCES, Curriculum, Design, TrainingPlan, training_images
 from adamerge.zoo.glyphs import STYLES, random_affine
@@ -26,10 +27,8 @@ from adamerge.zoo.images import (
     pretraining_images,
     seeded,
 )
-from adamerge.zoo.model import BENCHMARK
-
-if TYPE_CHECKING:
-    from adamerge.data.task import Task
+from adamerge.zoo.model import BENCHMARK, clip_config
+from adamerge.zoo.tokenizer import CONTEXT_LENGTH
 
 DEBIAN = Path("/usr/share/datasets")
 """Where Debian's package ``dataset-fashion-mnist`` puts its files."""
@@ -37,7 +36,6 @@ DEBIAN = Path("/usr/share/datasets")
 FASHION: tuple[str, ...] = tuple(name.lower() for name in definition("fashion_mnist").classes)
 BENCHMARK_CLASSES: dict[str, tuple[str, ...]] = {"fashion": FASHION, **CLASSES}
 
-_CONTEXT_LENGTH = 16
 _VOCABULARY = 49408  # open_clip's, whole: prompts may have any word
 _PRETRAINING = slice(0, 5000)  # of Fashion-MNIST's 60,000 training images
 _EXPERT = slice(5000, 25_000)
@@ -94,8 +92,6 @@ def benchmark_tasks(root: str | Path, seed: int = 0) -> dict[str, Task]:
     Raises:
         InputError: If Fashion-MNIST is not there.
     """
-    from adamerge.data.unlabeled_tasks import Task  # imports Lightning
-
     images = {"fashion": FashionImages("test", root), **{name: ZooImages(name, "test", seed) for name in TASKS}}
     return {
         name: Task(dataset=images[name], classes=names, templates=TEMPLATES)
@@ -114,7 +110,7 @@ def benchmark_design(root: str | Path) -> Design:
         classes=BENCHMARK_CLASSES,
         pretraining_classes=(*PRETRAINING_CLASSES, *FASHION),
         templates=TEMPLATES,
-        config=_config,
+        config=lambda: clip_config(128, width=192, layers=6, head_width=64, vocabulary=_VOCABULARY),  # 2.7 M parameters
         tokenizer=_tokenizer,
         images=functools.partial(_images, Path(root)),
         pretraining=functools.partial(_pretraining, Path(root)),
@@ -143,18 +139,8 @@ def _pretraining(root: Path, style: str, count: int, seed: int) -> tuple[Tensor,
     return torch.cat([images, photographed]), torch.cat([labels, classes[chosen] + len(PRETRAINING_CLASSES)])
 
 
-def _config() -> dict[str, Any]:
-    """Return architecture and preprocessing: an image tower of 2.7 M parameters in 80 tensors."""
-    vision = {"image_size": 28, "patch_size": 7, "width": 192, "layers": 6, "head_width": 64}
-    text = {"context_length": _CONTEXT_LENGTH, "vocab_size": _VOCABULARY, "width": 64, "heads": 2, "layers": 2}
-    return {
-        "model_cfg": {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text},
-        "preprocess_cfg": {"size": 28, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-
-
 def _tokenizer() -> Callable[[list[str]], Tensor]:
     from open_clip.tokenizer import SimpleTokenizer  # imports slowly
 
-    tokenizer: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=_CONTEXT_LENGTH)
+    tokenizer: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=CONTEXT_LENGTH)
     return tokenizer

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,14 @@ from adamerge.zoo.training import train_base, train_expert
 
 if TYPE_CHECKING:
     from open_clip import CLIP
+    from rich.progress import Progress
 
 POOL_FILE = "pool.yaml"
 
-_BASE = "base"
+_BASE = "base.safetensors"
 _NUM_HELD_OUT = {"digits": 200}  # last images of the training split, never trained on; 500 for the other tasks
 _PACKAGES = ("torch", "numpy", "open_clip_torch", "mlxtend", "scikit-learn", "matplotlib")
 _CRITERION = "mean over tasks of held-out accuracy: expert + 0.25 * zero-shot base"
-
-Bar = Callable[[str, int], Callable[[], None]]
 
 
 def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: Design | None = None) -> dict[str, Any]:
@@ -62,51 +61,46 @@ def build(output: str | Path, seed: int = 0, progress: bool = True, *, design: D
     (output / "experts").mkdir(parents=True, exist_ok=True)
     remove_temporaries(output)
     save_json(design.config(), output / CONFIG_FILE)
-    with _bars(progress) as bar, torch.random.fork_rng(devices=[]):
+    with progress_bar("steps", draw=progress) as bars, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_from_config(design.config()).train()
-        _make_base(output, model, design, seed, record, bar)
+        _make_base(model, design, seed, record, bars)
         start = {name: value.clone() for name, value in model.visual.state_dict().items()}
-        experts = {}
         for task in design.classes:
             model.visual.load_state_dict(start)
-            experts[task] = _make_expert(output, model, design, task, seed, record, bar)
-    accuracy = {task: facts["accuracy"] for task, facts in experts.items()}
-    parts = {_BASE: record.done(_BASE, output / f"{_BASE}.safetensors") or {}, **experts}
+            _make_expert(model, design, task, seed, record, bars)
+    accuracy = {task: record.accuracy[task] for task in design.classes}
     facts = {
         **key,
         "held_out_accuracy": accuracy,
         "criterion": {"rule": _CRITERION, "value": _criterion(accuracy)},
-        "seconds": {part: entry["seconds"] for part, entry in parts.items()},
+        "seconds": {part: record.seconds[part] for part in ("base", *design.classes)},
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "sha256": _write_pool(output, design, record),
+        "sha256": _write_pool(design, record),
         "sources": dict(design.sources),
     }
     record.finish(facts)
     return facts
 
 
-def _make_base(output: Path, model: CLIP, design: Design, seed: int, record: BuildRecord, bar: Bar) -> None:
+def _make_base(model: CLIP, design: Design, seed: int, record: BuildRecord, bars: Progress) -> None:
     """Train and write the base, or read it where it is done; ``model`` becomes it."""
-    path = output / f"{_BASE}.safetensors"
-    if record.done(_BASE, path) is None:
+    if not record.is_written(_BASE):
         watch = Stopwatch()
-        train_base(model, design, seed, bar(_BASE, design.base.steps))
-        _save(path, model)
-        record.add(_BASE, path, {"seconds": round(watch.seconds(), 1)}, first=True)
-    model.load_state_dict(load_file(path))
+        train_base(model, design, seed, _advance(bars, "base", design.base.steps))
+        _save(record.folder / _BASE, model)
+        record.add(_BASE, watch.seconds())
+    model.load_state_dict(load_file(record.folder / _BASE))
 
 
-def _make_expert(
-    output: Path, model: CLIP, design: Design, task: str, seed: int, record: BuildRecord, bar: Bar
-) -> dict[str, Any]:
-    """Train and write one expert from the base in ``model``, unless it is done; accuracy before and after, seconds."""
+def _make_expert(model: CLIP, design: Design, task: str, seed: int, record: BuildRecord, bars: Progress) -> None:
+    """Train and write one expert from the base in ``model``, unless it is done; note its accuracy before and after."""
     from open_clip import build_zero_shot_classifier
 
-    path = output / "experts" / f"{task}.safetensors"
-    if (facts := record.done(task, path)) is not None:
-        return facts
+    file = _expert(task)
+    if record.is_written(file):
+        return
     data, watch = design.images(task, seed), Stopwatch()
     head: Tensor = build_zero_shot_classifier(
         model, design.tokenizer(), list(design.classes[task]), list(design.templates)
@@ -115,10 +109,19 @@ def _make_expert(
     held_out = data.images[cut:], data.labels[cut:]
     accuracy = {"base": _accuracy(model, head, *held_out)}
     train = data.images[:cut], data.labels[:cut]
-    train_expert(model, head, train, design.expert, seed, bar(task, design.expert.steps))
-    _save(path, model, prefix="visual.")
+    train_expert(model, head, train, design.expert, seed, _advance(bars, task, design.expert.steps))
+    _save(record.folder / file, model, prefix="visual.")
     accuracy["expert"] = _accuracy(model, head, *held_out)
-    return record.add(task, path, {"accuracy": accuracy, "seconds": round(watch.seconds(), 1)})
+    record.add(file, watch.seconds(), accuracy)
+
+
+def _expert(task: str) -> str:
+    return f"experts/{task}.safetensors"
+
+
+def _advance(bars: Progress, name: str, steps: int) -> Callable[[], None]:
+    """Open a progress bar and return what advances it."""
+    return functools.partial(bars.advance, bars.add_task(name, total=steps, detail=""))
 
 
 @torch.no_grad()
@@ -132,32 +135,16 @@ def _criterion(accuracy: Mapping[str, Mapping[str, float]]) -> float:
     return round(sum(row["expert"] + 0.25 * row["base"] for row in rows) / len(rows), 4)
 
 
-@contextmanager
-def _bars(show: bool) -> Iterator[Bar]:
-    """Yield a function that opens a progress bar and returns what advances it."""
-    with progress_bar("steps", draw=show) as bars:
-
-        def bar(name: str, steps: int) -> Callable[[], None]:
-            task = bars.add_task(name, total=steps, detail="")
-            return lambda: bars.advance(task)
-
-        yield bar
-
-
-def _write_pool(output: Path, design: Design, record: BuildRecord) -> dict[str, str]:
+def _write_pool(design: Design, record: BuildRecord) -> dict[str, str]:
     """Write the pool file, unless the user has edited it; return the hashes of all files, as a build writes them."""
-    names = [CONFIG_FILE, f"{_BASE}.safetensors", *(f"experts/{task}.safetensors" for task in design.classes)]
-    hashes = {name: sha256(output / name) for name in names}
-    entries = {
-        task: {"file": name, "task": task, "sha256": hashes[name]}
-        for task, name in zip(design.classes, names[2:], strict=True)
-    }
-    content = {
-        "base": {"file": names[1], "sha256": hashes[names[1]]}, "key_prefix": "visual.", "experts": entries,
-    }  # fmt: skip
+    files = [CONFIG_FILE, _BASE, *map(_expert, design.classes)]
+    hashes = {file: sha256(record.folder / file) for file in files}
+    experts = {task: {"file": _expert(task), "task": task, "sha256": hashes[_expert(task)]} for task in design.classes}
+    content = {"base": {"file": _BASE, "sha256": hashes[_BASE]}, "key_prefix": "visual.", "experts": experts}
     text = yaml.safe_dump(content, sort_keys=False).encode()
-    if not record.is_edited(POOL_FILE):
-        with atomic_path(output / POOL_FILE) as temporary:
+    path = record.folder / POOL_FILE
+    if not path.is_file() or POOL_FILE not in record.hashes or record.is_written(POOL_FILE):
+        with atomic_path(path) as temporary:
             temporary.write_bytes(text)
     return {**hashes, POOL_FILE: hashlib.sha256(text).hexdigest()}
 

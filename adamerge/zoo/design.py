@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from adamerge.zoo.images import CLASSES, PRETRAINING_CLASSES, TEMPLATES, ZooImages, pretraining_images
-from adamerge.zoo.model import open_clip_config
+from adamerge.zoo.model import clip_config
 from adamerge.zoo.tokenizer import Tokenizer
 
 
@@ -104,7 +104,7 @@ DEMO = Design(
     classes=CLASSES,
     pretraining_classes=PRETRAINING_CLASSES,
     templates=TEMPLATES,
-    config=open_clip_config,
+    config=lambda: clip_config(64, width=96, layers=4, head_width=32, vocabulary=Tokenizer().vocab_size),
     tokenizer=Tokenizer,
     images=training_images,
     pretraining=pretraining_images,

@@ -26,25 +26,13 @@ GLYPH_SIZE = 22  # longer side of a glyph in pixels, before the random affine ma
 
 FONTS: dict[str, tuple[str, ...]] = {
     "train": (
-        "DejaVuSans",
-        "DejaVuSans-Bold",
-        "DejaVuSans-Oblique",
-        "DejaVuSerif",
-        "DejaVuSerif-Bold",
-        "DejaVuSansMono-Bold",
-        "DejaVuSansMono-Oblique",
-        "STIXGeneral",
-        "STIXGeneralItalic",
-        "STIXGeneralBol",
+        "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
+        "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol",
     ),
     "test": (
-        "DejaVuSansMono",
-        "DejaVuSerif-Italic",
-        "DejaVuSans-BoldOblique",
-        "DejaVuSerif-BoldItalic",
-        "STIXGeneralBolIta",
+        "DejaVuSansMono", "DejaVuSerif-Italic", "DejaVuSans-BoldOblique", "DejaVuSerif-BoldItalic", "STIXGeneralBolIta",
     ),
-}
+}  # fmt: skip
 
 
 def require(module: str, package: str) -> ModuleType:

@@ -16,11 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean
 from adamerge.zoo.glyphs import FONTS, STYLES, draw_masks, require
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _CYRILLIC = ("be", "ghe", "de", "zhe", "i", "el", "ef", "tse", "yu", "ya")
+_SIGNS = (
+    "sum", "integral", "partial derivative", "square root", "infinity", "almost equal", "plus minus", "element of",
+    "for all", "right arrow",
+)  # fmt: skip
 _GREEK = ("alpha", "beta", "gamma", "delta", "theta", "lambda", "mu", "pi", "psi", "omega")
 
 TEMPLATES: tuple[str, ...] = (
@@ -47,18 +52,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "latin": tuple(f"latin letter {name}" for name in "abeghkmrsw"),
     "greek": tuple(f"greek letter {name}" for name in _GREEK),
     "cyrillic": tuple(f"cyrillic letter {name}" for name in _CYRILLIC),
-    "math": (
-        "sum sign",
-        "integral sign",
-        "partial derivative sign",
-        "square root sign",
-        "infinity sign",
-        "almost equal sign",
-        "plus minus sign",
-        "element of sign",
-        "for all sign",
-        "right arrow sign",
-    ),
+    "math": tuple(f"{name} sign" for name in _SIGNS),
 }
 """Class names of each task in label order, as they stand in prompts."""
 
@@ -117,6 +111,22 @@ class ZooImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one image, shape ``(3, 28, 28)``, and its label."""
         return self.images[index], int(self.labels[index])
+
+
+def tasks(split: str = "test", seed: int = 0) -> dict[str, Task]:
+    """Return the six tasks: images of a split, class names and prompts.
+
+    Args:
+        split: Which images, see :class:`ZooImages`; the protocol divides them.
+        seed: Of the images.
+    """
+    images = _images(split, seed)
+    return {name: Task(dataset=images[name], classes=CLASSES[name], templates=TEMPLATES) for name in TASKS}
+
+
+@functools.lru_cache(maxsize=1)  # runs in one process draw them once
+def _images(split: str, seed: int) -> dict[str, ZooImages]:
+    return {name: ZooImages(name, split, seed) for name in TASKS}
 
 
 def normalise(images: Tensor) -> Tensor:

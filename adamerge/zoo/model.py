@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adamerge.zoo.tokenizer import CONTEXT_LENGTH, Tokenizer
+from adamerge.zoo.tokenizer import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -38,18 +38,20 @@ def benchmark_folder(root: str | Path) -> Path:
     return Path(root) / BENCHMARK
 
 
-def open_clip_config() -> dict[str, Any]:
-    """Return the architecture and preprocessing in open_clip's own file format."""
-    vision = {"image_size": 28, "patch_size": 7, "width": 96, "layers": 4, "head_width": 32}
-    text = {
-        "context_length": CONTEXT_LENGTH,
-        "vocab_size": Tokenizer().vocab_size,
-        "width": 64,
-        "heads": 2,
-        "layers": 2,
-    }
+def clip_config(embed_dim: int, width: int, layers: int, head_width: int, vocabulary: int) -> dict[str, Any]:
+    """Return the architecture and preprocessing of a small CLIP in open_clip's own file format.
+
+    Args:
+        embed_dim: Features of both towers.
+        width: Of the image tower.
+        layers: Of the image tower.
+        head_width: Of the image tower's attention heads.
+        vocabulary: Number of token ids.
+    """
+    vision = {"image_size": 28, "patch_size": 7, "width": width, "layers": layers, "head_width": head_width}
+    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 64, "heads": 2, "layers": 2}
     return {
-        "model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text},
+        "model_cfg": {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text},
         "preprocess_cfg": {"size": 28, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3},
     }
 

@@ -12,11 +12,17 @@ from adamerge.system.files import save_json, sha256
 
 
 class BuildRecord:
-    """What of a zoo is done: its files, and what is known about each.
+    """Hashes, seconds and accuracies of the models that are made, in ``building.json``, and at the end in ``zoo.json``.
 
     Args:
         folder: Of the zoo.
         key: Seed and recipe, which decide the weights.
+
+    Attributes:
+        hashes: SHA-256 by file.
+        seconds: Of each model's training.
+        accuracy: Held-out accuracies by expert.
+        finished: The content of ``zoo.json`` where all files are as it says; else None.
 
     Raises:
         InputError: If the folder holds a zoo, finished or not, that was made in another way.
@@ -24,68 +30,51 @@ class BuildRecord:
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder = folder
+        self.hashes: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.accuracy: dict[str, dict[str, float]] = {}
         self.finished: dict[str, Any] | None = None
-        self._file = folder / "building.json"
         self._key = json.loads(json.dumps(key))
-        self._done: dict[str, Any] = {}
-        self._hashes: dict[str, str] = {}  # of a zoo that was finished once
-        for path in (folder / "zoo.json", self._file):
-            if path.is_file():
-                content = _read(path)
-                other = [name for name, value in self._key.items() if content.get(name) != value]
-                if other:
-                    raise InputError(
-                        f"{folder} holds a zoo with another {other[0]}: expected {self._key[other[0]]}, found "
-                        f"{content.get(other[0])} in {path.name}. Choose another folder, or remove this one."
-                    )
-                self._done = content.get("done") or _parts(content)
-                self._hashes |= content["sha256"]
-                self.finished = content if path.name == "zoo.json" and self._whole(content["sha256"]) else self.finished
+        self._unfinished, self._whole = folder / "building.json", folder / "zoo.json"
+        for path in filter(Path.is_file, (self._whole, self._unfinished)):
+            content = _content(path)
+            self._check(content, path.name)
+            self.hashes, self.seconds = content["sha256"], content["seconds"]
+            self.accuracy = content["held_out_accuracy"]
+            if path == self._whole and all(self.is_written(file) or file.endswith(".yaml") for file in self.hashes):
+                self.finished = content
 
-    def done(self, part: str, file: Path) -> dict[str, Any] | None:
-        """Return what is known about a part whose file is there as it was written; else None."""
-        facts: dict[str, Any] | None = self._done.get(part)
-        return facts if facts is not None and file.is_file() and sha256(file) == facts["sha256"] else None
+    def _check(self, content: Mapping[str, Any], name: str) -> None:
+        for key, expected in self._key.items():
+            if content.get(key) != expected:
+                raise InputError(
+                    f"{self.folder} holds a zoo with another {key}: expected {expected}, found {content.get(key)} in "
+                    f"{name}. Choose another folder, or remove this one."
+                )
 
-    def add(self, part: str, file: Path, facts: Mapping[str, Any], *, first: bool = False) -> dict[str, Any]:
-        """Note that a part is done; where the ``first`` has come out otherwise, what was trained from it is not."""
-        digest = sha256(file)
-        if first and self._done.get(part, {}).get("sha256") != digest:
-            self._done = {}
-        self._done[part] = {"sha256": digest, **facts}
-        save_json({**self._key, "done": self._done}, self._file)
-        return dict(self._done[part])
+    def is_written(self, file: str) -> bool:
+        """Whether a file is there as it was written; a user may edit the pool file."""
+        path = self.folder / file
+        return path.is_file() and sha256(path) == self.hashes.get(file)
 
-    def is_edited(self, name: str) -> bool:
-        """Whether a file of a zoo that was finished is no longer as it was written."""
-        path = self.folder / name
-        return name in self._hashes and path.is_file() and sha256(path) != self._hashes[name]
+    def add(self, file: str, seconds: float, accuracy: Mapping[str, float] | None = None) -> None:
+        """Note that a model is made; where the base has come out otherwise, the experts made from it are void."""
+        digest, part = sha256(self.folder / file), Path(file).stem
+        if accuracy is None and self.hashes.get(file) != digest:
+            self.hashes = {name: value for name, value in self.hashes.items() if name.endswith(".yaml")}
+        self.hashes[file], self.seconds[part] = digest, round(seconds, 1)
+        if accuracy is not None:
+            self.accuracy[part] = dict(accuracy)
+        facts = {"sha256": self.hashes, "seconds": self.seconds, "held_out_accuracy": self.accuracy}
+        save_json({**self._key, **facts}, self._unfinished)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write what is known about the whole zoo."""
-        save_json(facts, self.folder / "zoo.json")
-        self._file.unlink(missing_ok=True)
-
-    def _whole(self, hashes: Mapping[str, str]) -> bool:
-        """Whether all files are there, as they were written; a user may have edited the pool file."""
-        paths = {self.folder / name: digest for name, digest in hashes.items()}
-        return all(
-            path.is_file() and (path.suffix == ".yaml" or sha256(path) == digest) for path, digest in paths.items()
-        )
+        save_json(facts, self._whole)
+        self._unfinished.unlink(missing_ok=True)
 
 
-def _parts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a finished zoo's ``zoo.json`` says about each part, as :meth:`BuildRecord.add` has it."""
-    hashes = {Path(name).stem: digest for name, digest in content["sha256"].items() if name.endswith(".safetensors")}
-    accuracy, seconds = content.get("held_out_accuracy", {}), content.get("seconds", {})
-    return {
-        part: {"sha256": digest, "seconds": seconds[part]} | ({"accuracy": accuracy[part]} if part in accuracy else {})
-        for part, digest in hashes.items()
-        if part in seconds
-    }
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {**content, **{key: dict(content.get(key, {})) for key in ("sha256", "seconds", "held_out_accuracy")}}

@@ -186,28 +186,31 @@ def test_damaged_file_of_a_finished_zoo_is_made_anew_alone(tmp_path):
     names = ["open_clip_config.json", "base.safetensors", *(f"experts/{task}.safetensors" for task in TASKS)]
     for name in names:
         (tmp_path / name).write_text(name)
-    key = {"seed": 3}
-    hashes = build_module._write_pool(tmp_path, DEMO, BuildRecord(tmp_path, key))
+    key, record = {"seed": 3}, BuildRecord(tmp_path, {"seed": 3})
+    hashes = build_module._write_pool(DEMO, record)
     accuracy = {task: {"base": 0.5, "expert": 0.9} for task in TASKS}
     seconds = dict.fromkeys(("base", *TASKS), 1.0)
-    BuildRecord(tmp_path, key).finish({**key, "sha256": hashes, "held_out_accuracy": accuracy, "seconds": seconds})
+    record.finish({**key, "sha256": hashes, "held_out_accuracy": accuracy, "seconds": seconds})
     pool, expert = tmp_path / "pool.yaml", tmp_path / "experts" / "mnist.safetensors"
     pool.write_text("# mine\n" + pool.read_text())
     assert BuildRecord(tmp_path, key).finished["seed"] == 3
     expert.write_text("damaged")
     made = BuildRecord(tmp_path, key)
     assert made.finished is None
-    assert made.done("mnist", expert) is None
-    assert made.done("digits", expert.with_name("digits.safetensors"))["accuracy"] == accuracy["digits"]
+    assert not made.is_written("experts/mnist.safetensors")
+    assert made.is_written("experts/digits.safetensors")
+    assert made.accuracy["digits"] == accuracy["digits"]
     expert.write_text("experts/mnist.safetensors")  # made anew
-    assert build_module._write_pool(tmp_path, DEMO, made)["pool.yaml"] == hashes["pool.yaml"]
+    assert build_module._write_pool(DEMO, made)["pool.yaml"] == hashes["pool.yaml"]
     assert pool.read_text().startswith("# mine")
-    base = tmp_path / "base.safetensors"
-    made.add("base", base, {"seconds": 1.0}, first=True)
-    assert made.done("digits", expert.with_name("digits.safetensors"))
-    base.write_text("another")  # as other versions of packages make it
-    made.add("base", base, {"seconds": 1.0}, first=True)
-    assert made.done("digits", expert.with_name("digits.safetensors")) is None
+    made.add("base.safetensors", 1.0)
+    assert made.is_written("experts/digits.safetensors")
+    (tmp_path / "base.safetensors").write_text("another")  # as other versions of packages make it
+    made.add("base.safetensors", 1.0)
+    assert not made.is_written("experts/digits.safetensors")
+    made = BuildRecord(tmp_path, key)  # after an interruption
+    assert made.is_written("base.safetensors")
+    assert made.finished is None
 
 
 TINY = replace(
