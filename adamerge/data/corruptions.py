@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
+from adamerge.data.unreadable import in_whole
 from adamerge.errors import InputError, check_number, did_you_mean
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -226,7 +227,7 @@ class Corrupted(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         item = self._dataset[index]
         image = item[0] if isinstance(item, (tuple, list)) else item
-        key = f"{self._key}/{self._corruption.name}/{_original(self._dataset, index)}"
+        key = f"{self._key}/{self._corruption.name}/{in_whole(self._dataset, index)[1]}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         if isinstance(image, Tensor):
             corrupted: Any = self._tensor(image, generator)
@@ -266,13 +267,6 @@ def scale_of(preprocess: Any) -> tuple[Tensor, Tensor] | None:
         if mean is not None and deviation is not None:
             return torch.as_tensor(mean, dtype=torch.float32), torch.as_tensor(deviation, dtype=torch.float32)
     return None
-
-
-def _original(dataset: Dataset[Any], index: int) -> int:
-    """Return an image's number in the data set that a chain of subsets is of."""
-    while isinstance(dataset, Subset):
-        index, dataset = int(dataset.indices[index]), dataset.dataset
-    return index
 
 
 def _blurred(values: Tensor, sigma: float) -> Tensor:

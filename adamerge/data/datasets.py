@@ -1,7 +1,7 @@
 """Data sets as streams and scores see them: images without labels and their positions, or images with labels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,39 @@ from adamerge.data.views import Views
 from adamerge.errors import InputError
 
 
-class Store(Protocol):
-    """Inputs by position."""
+class InputCache:
+    """Inputs by position, decoded once by whichever process needs them first.
+
+    Args:
+        positions: Those that are kept.
+        example: An input (*S); inputs of another shape or dtype are not kept.
+        shared: Whether processes that load data shall see one another's inputs.
+    """
+
+    def __init__(self, positions: Sequence[int], example: Tensor, shared: bool) -> None:
+        shape = torch.Size((len(positions), *example.shape))
+        if shared:  # not share_memory_(), which would fill the memory by copying
+            storage = torch.UntypedStorage._new_shared(max(1, shape.numel() * example.element_size()))
+            strides = torch.empty(shape, device="meta").stride()
+            self._rows = torch.empty(0, dtype=example.dtype).set_(storage, 0, shape, strides)
+        else:
+            self._rows = torch.empty(shape, dtype=example.dtype)
+        self._filled = torch.zeros(len(positions), dtype=torch.bool)
+        if shared:
+            self._filled.share_memory_()
+        self._row_of = {position: row for row, position in enumerate(positions)}
 
     def get(self, position: int) -> Tensor | None:
-        """Return an input, or None."""
-        ...
+        """Return the input, or None where it is not kept."""
+        row = self._row_of.get(position)
+        return self._rows[row].clone() if row is not None and self._filled[row] else None
 
     def put(self, position: int, inputs: Tensor) -> None:
-        """Keep an input, or not."""
-        ...
+        """Keep an input, if it can be kept."""
+        row = self._row_of.get(position)
+        if row is not None and (inputs.shape, inputs.dtype) == (self._rows.shape[1:], self._rows.dtype):
+            self._rows[row] = inputs
+            self._filled[row] = True  # last: whoever sees it finds the whole input
 
 
 class Unlabeled(Dataset[TaskBatch]):
@@ -58,7 +81,7 @@ class Unlabeled(Dataset[TaskBatch]):
                 f"data.views: expected adamerge.data.views.Views (with _target_) or null, found {views!r}."
             )
         self.source = dataset
-        self.cache: Store | None = None
+        self.cache: InputCache | None = None
         self.readable = readable or Readable(dataset)
         self._preprocess = preprocess
         self._first = first

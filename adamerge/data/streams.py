@@ -6,6 +6,7 @@ The order of every stream is a function of (seed, task, step) alone.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -125,10 +126,6 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         self._draws = draws
         self._orders: dict[tuple[str, int], Tensor] = {}
 
-    def global_size(self, task: str) -> int:
-        """Inputs per step on all ranks together."""
-        return self._sizes[task]
-
     def per_pass(self, task: str) -> int:
         """Steps that one pass over a task's stream takes."""
         return len(self._streams[task]) // self._sizes[task]
@@ -148,14 +145,9 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         return self._world * len(self.part(task)) / self._sizes[task]
 
     def __getitem__(self, step: int) -> dict[str, TaskBatch]:
-        if not self._draws:
-            return self._batches(step)
-        with seeded(f"{self._seed}/draws/{step}/{self._rank}"):
-            return self._batches(step)
-
-    def _batches(self, step: int) -> dict[str, TaskBatch]:
         indices = {task: self._indices(task, step) for task in self._streams}
-        return {task: collate([self._streams[task][i] for i in chosen]) for task, chosen in indices.items() if chosen}
+        with seeded(f"{self._seed}/draws/{step}/{self._rank}") if self._draws else nullcontext():
+            return {task: collate([self._streams[task][i] for i in part]) for task, part in indices.items() if part}
 
     def visited(self, task: str, steps: int) -> list[int]:
         """Return the positions that this rank visits in the first ``steps`` steps, ascending."""

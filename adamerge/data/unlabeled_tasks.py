@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from adamerge.data.batch import TaskBatch
-from adamerge.data.cache import CACHES, Cache, keep_inputs, nature_of
+from adamerge.data.cache import CACHES, Cache, Visits, keep_inputs, nature_of
 from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
 from adamerge.data.datasets import Labelled, Unlabeled
 from adamerge.data.streams import Steps, StreamLoader, collate, collate_labelled
@@ -125,56 +125,53 @@ class UnlabeledTasks(LightningDataModule):
         self.holdout_streams: dict[str, Unlabeled] = {}
         self.evaluation: dict[str, Labelled] = {}
         self.unseen_evaluation: dict[str, Labelled] = {}
-        self._scale = scale_of(preprocess)
+        self._preprocess = preprocess
         self._max_unreadable = max_unreadable
         for name in self.unseen:
-            self.unseen_evaluation[name] = self._labelled(scored_only(name, self.tasks[name]), name, preprocess)
+            self.unseen_evaluation[name] = self._labelled(name, scored_only(name, self.tasks[name]))
         for name, task in self.tasks.items():
             if name not in self.unseen:
-                self._open(name, task, limit, holdout, preprocess, views)
+                self._open(name, task, limit, holdout, views)
 
-    def _open(
-        self, name: str, task: Task, limit: int | None, holdout: float, preprocess: Preprocess | None,
-        views: Views | None,
-    ) -> None:  # fmt: skip
+    def _open(self, name: str, task: Task, limit: int | None, holdout: float, views: Views | None) -> None:
         """Make a task's streams and scored images."""
         images, evaluate = divide(name, task, self.protocol, self.seed)
         images = sample(images, limit, f"{self.seed}/limit/{name}")
         held_out = None
         if holdout:
             images, held_out = hold_out(images, holdout, f"{self.seed}/holdout/{name}")
-        shared = self.num_workers > 0
-        account = self._account(images, name, shared=shared)
-        images = self._corrupted(images, name, self.corruption)
-        self.streams[name] = Unlabeled(images, preprocess, 0, account, views, f"{self.seed}/views/{name}")
+        self.streams[name] = self._unlabeled(name, images, 0, views)
         if held_out is not None:
-            account = self._account(held_out, name, shared=False)
-            held_out = self._corrupted(held_out, name, self.corruption)
-            self.holdout_streams[name] = Unlabeled(held_out, preprocess, len(self.streams[name]), account)
+            self.holdout_streams[name] = self._unlabeled(name, held_out, len(self.streams[name]), None)
         if evaluate is not None:
-            self.evaluation[name] = self._labelled(evaluate, name, preprocess)
+            self.evaluation[name] = self._labelled(name, evaluate)
 
-    def _labelled(self, images: Dataset[Any], task: str, preprocess: Preprocess | None) -> Labelled:
-        return Labelled(images, preprocess, self._account(images, task, shared=self.num_workers > 0))
+    def _unlabeled(self, task: str, images: Dataset[Any], first: int, views: Views | None) -> Unlabeled:
+        account = self._account(task, images)
+        images = self._corrupted(task, images, self.corruption)
+        return Unlabeled(images, self._preprocess, first, account, views, f"{self.seed}/views/{task}")
 
-    def _account(self, images: Dataset[Any], task: str, *, shared: bool) -> Readable:
-        return Readable(images, f"data.tasks.{task}", self._max_unreadable, shared=shared)
+    def _labelled(self, task: str, images: Dataset[Any]) -> Labelled:
+        return Labelled(images, self._preprocess, self._account(task, images))
 
-    def _corrupted(self, dataset: Dataset[Any], task: str, corruption: Corruption | None) -> Dataset[Any]:
+    def _account(self, task: str, images: Dataset[Any]) -> Readable:
+        return Readable(images, f"data.tasks.{task}", self._max_unreadable, shared=self.num_workers > 0)
+
+    def _corrupted(self, task: str, images: Dataset[Any], corruption: Corruption | None) -> Dataset[Any]:
         if corruption is None:
-            return dataset
-        return Corrupted(dataset, corruption, f"data.tasks.{task}, seed {self.seed}", self._scale)
+            return images
+        return Corrupted(images, corruption, f"data.tasks.{task}, seed {self.seed}", scale_of(self._preprocess))
 
     def with_corrupted_evaluation(self, corruption: Corruption) -> "UnlabeledTasks":
         """Return the same data with corrupted images to score; streams are shared."""
-        other = copy.copy(self)
+        data = copy.copy(self)
         for kind in ("evaluation", "unseen_evaluation"):
             scored = {
-                task: labelled.changed(lambda dataset, task=task: self._corrupted(dataset, task, corruption))
+                task: labelled.changed(lambda images, task=task: self._corrupted(task, images, corruption))
                 for task, labelled in getattr(self, kind).items()
             }
-            setattr(other, kind, scored)
-        return other
+            setattr(data, kind, scored)
+        return data
 
     @property
     def scored(self) -> dict[str, Labelled]:
@@ -183,21 +180,17 @@ class UnlabeledTasks(LightningDataModule):
 
     def unreadable(self) -> dict[str, list[str]]:
         """Return the images to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
-        names_of = {name: list(stream.readable.names) for name, stream in self.streams.items()}
-        for name, stream in self.holdout_streams.items():
-            names_of[name] += stream.readable.names
-        return {name: names for name, names in names_of.items() if names}
+        return _unreadable(self.streams, self.holdout_streams)
+
+    def unreadable_evaluation(self) -> dict[str, list[str]]:
+        """Return the images to score that could not be read so far, by task; {} for none."""
+        return _unreadable(self.scored)
 
     def gather_unreadable(self) -> None:
         """Let all devices know of the images to adapt on that any of them could not read; all must call."""
         for stream in (*self.streams.values(), *self.holdout_streams.values()):
             by_rank = ranks.everyones(stream.readable.unreadable)
             stream.readable.unreadable = sorted({index for part in by_rank for index in part})
-
-    def unreadable_evaluation(self) -> dict[str, list[str]]:
-        """Return the images to score that could not be read so far, by task; {} for none."""
-        names_of = {name: labelled.readable.names for name, labelled in self.scored.items()}
-        return {name: names for name, names in names_of.items() if names}
 
     def state_dict(self) -> dict[str, Any]:
         """Return which images could not be read so far, for checkpoints."""
@@ -212,40 +205,34 @@ class UnlabeledTasks(LightningDataModule):
         """Look at how inputs come about, and decide what is kept and read ahead."""
         if stage != "fit":
             return
-        natures = {name: nature_of(stream) for name, stream in self.streams.items()}
-        steps = self._steps(self.streams)
+        steps = self._steps()
         count = self._steps_per_epoch(steps) if self.trainer and self.trainer.max_steps > 0 else None
-        visited: dict[str, tuple[Unlabeled, Sequence[int]]] = {
-            name: (stream, stream.images(range(len(stream)) if count is None else steps.visited(name, count)))
-            for name, stream in self.streams.items()
-        }
+        visits = []
+        for name, stream in self.streams.items():
+            positions = range(len(stream)) if count is None else steps.visited(name, count)
+            visits.append(Visits(name, stream, stream.images(positions), nature_of(stream)))
+        natures = {visit.name: visit.nature for visit in visits}
         for name, stream in self.holdout_streams.items():
-            visited[f"{name}, held out"] = stream, range(len(stream))
-        keep_inputs(
-            visited,
-            natures | {f"{name}, held out": natures[name] for name in self.holdout_streams},
-            self._cache,
-            workers=self.num_workers,
-            processes=self.trainer.world_size if self.trainer else 1,
-        )
+            visits.append(Visits(f"{name}, held out", stream, range(len(stream)), natures[name]))
+        keep_inputs(visits, self._cache, self.num_workers, self._ranks()[0])
         # From generators that a thread must not touch; views too use the generator of the whole process.
         self._draws = any(nature.random for nature in natures.values())
         in_memory = all(nature.in_memory for nature in natures.values())
         if self.num_workers == 0:
             self._ahead = 0 if self._draws or self._has_views or in_memory else self._prefetch
 
-    def train_dataloader(self) -> "StreamLoader":
+    def train_dataloader(self) -> StreamLoader:
         """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""
-        steps = self._steps(self.streams)
+        steps = self._steps()
         return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers, self._ahead)
 
     def first_batch(self) -> dict[str, TaskBatch]:
         """Return what the first step of a run sees; on each of several devices its part of that."""
-        return self._steps(self.streams)[0]
+        return self._steps()[0]
 
     def shares(self) -> dict[str, float]:
         """Return, for every task, this device's part of a step's inputs, times the number of devices."""
-        steps = self._steps(self.streams)
+        steps = self._steps()
         return {task: steps.share(task) for task in self.streams}
 
     def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
@@ -288,22 +275,20 @@ class UnlabeledTasks(LightningDataModule):
         to the last bit after a resume.
         """
         stream = self.streams[task]
-        visited = list(range(len(stream)))
-        if steps is not None:
-            visited = self._steps(self.streams).visited(task, steps)
+        visited = range(len(stream)) if steps is None else self._steps().visited(task, steps)
         batch_size = max(self.batch_size, self.evaluation_batch_size)
         return DataLoader(Subset(stream, visited), batch_size, num_workers=self.num_workers, collate_fn=collate)
 
-    def _steps(self, streams: Mapping[str, Unlabeled]) -> "Steps":
+    def _steps(self) -> Steps:
         world, rank = self._ranks()
         size = self.batch_size * self.batches_per_step
-        return Steps(streams, size, self.seed, rank, world, self.distribute == "tasks", self._draws)
+        return Steps(self.streams, size, self.seed, rank, world, self.distribute == "tasks", self._draws)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of devices, and which of them this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    def _steps_per_epoch(self, steps: "Steps") -> int:
+    def _steps_per_epoch(self, steps: Steps) -> int:
         """One epoch is the whole run where the trainer counts steps, else one pass over the longest stream."""
         trainer = self.trainer
         if trainer is not None and trainer.max_steps > 0:
@@ -316,3 +301,12 @@ class UnlabeledTasks(LightningDataModule):
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)
+
+
+def _unreadable(*parts: Mapping[str, Unlabeled] | Mapping[str, Labelled]) -> dict[str, list[str]]:
+    """Return by task the names of images that could not be read, {} for none."""
+    names: dict[str, list[str]] = {}
+    for task, images in (item for part in parts for item in part.items()):
+        if images.readable.unreadable:
+            names.setdefault(task, []).extend(images.readable.names)
+    return names

@@ -32,10 +32,10 @@ class Readable:
     """
 
     def __init__(self, dataset: Dataset[Any], where: str = "data", limit: float = 0.0, *, shared: bool = False) -> None:
-        self._dataset, self._where, self._limit, self._shared = dataset, where, limit, shared
-        self._bad: torch.Tensor | None = None
-        if shared:  # before the processes start; else with the first, as most data sets have none
-            self._bad = torch.zeros(self._length, dtype=torch.bool).share_memory_()
+        self._dataset, self._where, self._limit = dataset, where, limit
+        self._bad = torch.zeros(len(cast(Sized, dataset)), dtype=torch.bool)
+        if shared:
+            self._bad.share_memory_()
 
     def get(self, index: int, read: Callable[[int], T]) -> T | None:
         """Return ``read(index)``, or None where that cannot be read.
@@ -43,7 +43,7 @@ class Readable:
         Raises:
             InputError: If that makes more than the limit.
         """
-        if self._bad is not None and self._bad[index]:
+        if self._bad[index]:
             return None
         try:
             return read(index)
@@ -57,47 +57,44 @@ class Readable:
         Raises:
             InputError: If there are more unreadable ones than the limit.
         """
-        for offset in range(self._length):
-            position = (index + offset) % self._length
+        count = len(self._bad)
+        for position in (number % count for number in range(index, index + count)):
             item = self.get(position, read)
             if item is not None:
                 return position, item
-        raise InputError(f"{self._where}: not one of {self._length} images can be read.")
+        raise InputError(f"{self._where}: not one of {count} images can be read.")
 
     @property
     def unreadable(self) -> list[int]:
         """Indices of the items that could not be read so far."""
-        return [] if self._bad is None else self._bad.nonzero().flatten().tolist()
+        return cast(list[int], self._bad.nonzero().flatten().tolist())
 
     @unreadable.setter
     def unreadable(self, indices: list[int]) -> None:
-        if indices:
-            self._mark(indices)
+        self._bad[indices] = True
 
     @property
     def names(self) -> list[str]:
         """Files, or numbers, of the items that could not be read so far."""
         return [_name(self._dataset, index) for index in self.unreadable]
 
-    @property
-    def _length(self) -> int:
-        return len(cast(Sized, self._dataset))
-
-    def _mark(self, indices: list[int]) -> None:
-        if self._bad is None:
-            self._bad = torch.zeros(self._length, dtype=torch.bool)
-        self._bad[indices] = True
-
     def _note(self, index: int, error: BaseException) -> None:
-        self._mark([index])
-        count, name = len(self.unreadable), _name(self._dataset, index)
+        self._bad[index] = True
+        count, length, name = len(self.unreadable), len(self._bad), _name(self._dataset, index)
         reason = " ".join(str(error).split()) or type(error).__name__
-        if count > self._limit * self._length:
+        if count > self._limit * length:
             raise InputError(
-                f"{self._where}: {count} of {self._length} images cannot be read, the latest {name} ({reason}); "
+                f"{self._where}: {count} of {length} images cannot be read, the latest {name} ({reason}); "
                 f"data.max_unreadable allows a share of {self._limit:g}. Mend or remove them, or raise it."
             ) from error
         log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self._where, name, reason, count)
+
+
+def in_whole(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int]:
+    """Return the data set that a chain of subsets is of, and an item's number in it."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    return dataset, index
 
 
 def listed_files(dataset: Dataset[Any]) -> list[Path]:
@@ -112,8 +109,6 @@ def listed_files(dataset: Dataset[Any]) -> list[Path]:
 
 def _name(dataset: Dataset[Any], index: int) -> str:
     """Return the file of an item where the data set tells, else its number."""
-    while isinstance(dataset, Subset):
-        index = dataset.indices[index]
-        dataset = dataset.dataset
+    dataset, index = in_whole(dataset, index)
     files = listed_files(dataset)
     return str(files[index]) if index < len(files) else f"image {index}"

@@ -22,7 +22,7 @@ from tests.support.data_files import make, put
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    opening._opened.cache_clear()
+    opening.open_at.cache_clear()
 
 
 def run(*arguments):

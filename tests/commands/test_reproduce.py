@@ -39,7 +39,7 @@ PUBLISHED = {
 @pytest.fixture
 def preset(tmp_path, monkeypatch):
     """A preset on two data sets in their authors' formats, and a tiny CLIP with two experts as a named pool."""
-    opening._opened.cache_clear()
+    opening.open_at.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ADAMERGE_POOLS", raising=False)
     for name in TASKS:

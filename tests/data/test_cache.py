@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.data import cache as caching
-from adamerge.data.cache import InputCache, nature_of
-from adamerge.data.datasets import Unlabeled
+from adamerge.data.cache import nature_of
+from adamerge.data.datasets import InputCache, Unlabeled
 from adamerge.objectives.imitation import Imitation
 from tests.support.fits import QUIET, every_step, fit, make_method, values, with_trainer
 from tests.support.toy import EXPERTS

@@ -29,7 +29,7 @@ for _package in ("mlxtend", "sklearn", "matplotlib"):
 @pytest.fixture(autouse=True)
 def _nowhere(tmp_path, monkeypatch):
     """Whether this machine has Debian's package must not matter."""
-    opening._opened.cache_clear()
+    opening.open_at.cache_clear()
     monkeypatch.setattr(benchmark, "DEBIAN", tmp_path / "usr")
 
 

@@ -83,7 +83,7 @@ def _split(
         return SplitReport(known.splits[split], None, (f"{split}: {listed}{' missing' if missing else ''}",))
     expected = expected_count(known, place.layout, split)
     try:
-        images = open_at(known, place, split)
+        images = open_at(known, place.layout, place.folder, split)
     except InputError as error:
         return SplitReport(expected, 0, (str(error),))
     problems = []

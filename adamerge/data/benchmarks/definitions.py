@@ -24,7 +24,7 @@ BENCHMARKS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DatasetLayout:
     """One way in which a data set lies on disk; all paths are below the folder of the data sets.
 
@@ -47,7 +47,7 @@ class DatasetLayout:
     needs: Mapping[str, Sequence[str]]
     at: Sequence[str] = (".",)
     requires: Sequence[str] = ()
-    strip: str | None = None
+    strip: str = ""
     divide: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, int | None] = field(default_factory=dict)
     first_label: int = 0
@@ -63,7 +63,7 @@ class Download:
     gives: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Definition:
     """What is known about a data set.
 
@@ -120,8 +120,7 @@ def definition(name: str) -> Definition:
     Raises:
         InputError: If there is none of that name.
     """
-    if name not in names():
-        raise InputError(f"No data set is called {name!r}.{did_you_mean(name, names())} Known: {', '.join(names())}.")
+    _check_name(name, names())
     text = (importlib.resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     layouts = tuple(DatasetLayout(**layout) for layout in content.pop("layouts"))
@@ -135,10 +134,13 @@ def chosen(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: If a word names neither.
     """
-    found: list[str] = []
+    chosen_names: list[str] = []
     for word in words or names():
-        if word not in BENCHMARKS and word not in names():
-            known = [*BENCHMARKS, *names()]
-            raise InputError(f"No data set is called {word!r}.{did_you_mean(word, known)} Known: {', '.join(known)}.")
-        found += BENCHMARKS.get(word, (word,))
-    return list(dict.fromkeys(found))
+        _check_name(word, [*BENCHMARKS, *names()])
+        chosen_names += BENCHMARKS.get(word, (word,))
+    return list(dict.fromkeys(chosen_names))
+
+
+def _check_name(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise InputError(f"No data set is called {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")

@@ -129,7 +129,7 @@ def open_split(name: str, split: str, root: str | Path) -> Split:
     """
     known = definition(name)
     place = place_of(known, split, Path(root).expanduser().absolute())
-    opened = open_at(known, place, split)
+    opened = open_at(known, place.layout, place.folder, split)
     expected = expected_count(known, place.layout, split)
     if expected is not None and len(opened) != expected:
         warn_once(
@@ -138,13 +138,19 @@ def open_split(name: str, split: str, root: str | Path) -> Split:
     return opened
 
 
-def open_at(known: Definition, place: DatasetPlace, split: str) -> Split:
-    """Open a split where it lies.
+@functools.lru_cache(maxsize=64)
+def open_at(known: Definition, layout: DatasetLayout, folder: Path, split: str) -> Split:
+    """Open a split where it lies; kept, because a run is checked before it starts and some files take long.
 
     Raises:
         InputError: If a package is missing, or the files or classes are not the ones known.
     """
-    return _opened(known.name, known.layouts.index(place.layout), place.folder, split)
+    where = f"{known.title} ({known.name}), {split}"
+    dataset = _read(layout, folder, split, where)
+    parts = divided(dataset, layout, known) if layout.divide else {}
+    indices = parts[split] if parts else range(len(dataset))  # type: ignore[arg-type]
+    order = order_of(dataset, layout, known, where)
+    return Split(dataset, indices, order, known.classes, where, layout.first_label)
 
 
 def expected_count(known: Definition, layout: DatasetLayout, split: str) -> int | None:
@@ -156,19 +162,6 @@ def expected_count(known: Definition, layout: DatasetLayout, split: str) -> int 
 def warn_once(text: str) -> None:
     """Log a warning, the first time: a run is checked before it starts."""
     log.warning("%s", text)
-
-
-@functools.lru_cache(maxsize=64)
-def _opened(name: str, number: int, folder: Path, split: str) -> Split:
-    """Read what a layout says; kept, because a run is checked before it starts and some files take long."""
-    known = definition(name)
-    layout = known.layouts[number]
-    where = f"{known.title} ({known.name}), {split}"
-    dataset = _read(layout, folder, split, where)
-    parts = divided(dataset, layout, known) if layout.divide else {}
-    indices = parts[split] if parts else range(len(dataset))  # type: ignore[arg-type]
-    order = order_of(dataset, layout, known, where)
-    return Split(dataset, indices, order, known.classes, where, layout.first_label)
 
 
 def _read(layout: DatasetLayout, folder: Path, split: str, where: str) -> Dataset[Any]:
@@ -225,7 +218,8 @@ def order_of(dataset: Dataset[Any], layout: DatasetLayout, known: Definition, wh
     """
     if known.labels == "numbers":
         return list(range(len(known.classes)))
-    own = [_plain(re.sub(layout.strip, "", str(name)) if layout.strip else str(name)) for name in _classes(dataset)]
+    classes = getattr(dataset, "classes", None) or []
+    own = [_plain(re.sub(layout.strip, "", str(name))) for name in classes]
     wanted = {_plain(name): label for label, name in enumerate(known.spelled or known.classes)}
     missing = [name for name in wanted if name not in own]
     unexpected = [name for name in own if name not in wanted]
@@ -235,10 +229,6 @@ def order_of(dataset: Dataset[Any], layout: DatasetLayout, known: Definition, wh
             f"unexpected {shorten(unexpected) or 'none'}. Are all its folders there, and no others?"
         )
     return [wanted[name] for name in own]
-
-
-def _classes(dataset: Dataset[Any]) -> Sequence[Any]:
-    return getattr(dataset, "classes", None) or []
 
 
 def _plain(name: str) -> str:

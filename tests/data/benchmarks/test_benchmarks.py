@@ -27,7 +27,7 @@ NUMBER_OF_CLASSES = {
 @pytest.fixture(autouse=True)
 def _fresh():
     """Data sets are kept once they have been opened."""
-    opening._opened.cache_clear()
+    opening.open_at.cache_clear()
     opening.warn_once.cache_clear()
 
 

@@ -13,7 +13,7 @@ from tests.support.data_files import make
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
     """Options of a run on all eight tasks."""
-    opening._opened.cache_clear()
+    opening.open_at.cache_clear()
     for name in BENCHMARKS["clip_8"]:
         make(name, tmp_path / "data", monkeypatch)
     write_benchmark_clip(tmp_path, BENCHMARKS["clip_8"], monkeypatch)
