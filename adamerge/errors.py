@@ -107,7 +107,8 @@ def check_choice(option: str, value: object, choices: Sequence[object]) -> None:
         InputError: If it is not.
     """
     if value not in choices:
-        raise InputError(f"{option}: expected {' or '.join(map(repr, choices))}, found {value!r}.")
+        nearest = did_you_mean(str(value), map(str, choices))
+        raise InputError(f"{option}: expected {' or '.join(map(repr, choices))}, found {value!r}.{nearest}")
 
 
 def check_globs(option: str, value: Sequence[str]) -> None:

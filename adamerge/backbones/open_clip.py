@@ -123,22 +123,27 @@ class OpenClip:
         return messages
 
     def base_problems(self, base: Checkpoint) -> list[str]:
-        """Compare the base's tensors with the visual tower, which is built without memory, before anything is read."""
-        import open_clip
-
-        with _quiet(), torch.device("meta"):
-            clip = open_clip.create_model(self._name, device="meta", load_weights=False, pretrained_text=False)
-        wanted = {self.prefix + name: tuple(tensor.shape) for name, tensor in clip.visual.named_parameters()}
-        shapes = {key: tuple(base.spec(key)[0]) for key in base.keys if key in wanted}
-        differing = [key for key, shape in wanted.items() if shapes.get(key) != shape]
-        if not differing:
+        """Compare the base's tensors with the model's, which is built without memory, before anything is read."""
+        with torch.device("meta"):
+            model = self._new(device="meta")
+        wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        shapes = {key: tuple(base.spec(key)[0]) for key in base.keys}
+        differences = {
+            "missing": [key for key in wanted if key not in shapes],
+            "unexpected": [key for key in shapes if key not in wanted],
+            "reshaped": [
+                f"{key}: expected {wanted[key]}, found {shapes[key]}"
+                for key in wanted
+                if shapes.get(key, wanted[key]) != wanted[key]
+            ],
+        }
+        if not any(differences.values()):
             return []
-        key = next((key for key in differing if key in shapes), differing[0])
+        listed = "; ".join(f"{kind} {shorten(keys, 2) or 'none'}" for kind, keys in differences.items())
         return [
-            f"{base.name}: not of backbone.model={self.model}: {len(differing)} of the {len(wanted)} tensors of its "
-            f"visual tower differ, such as {key!r}: expected {wanted[key]}, found {shapes.get(key, 'none')}. Name the "
-            "architecture of your checkpoints: backbone=open_clip backbone.model=NAME of open_clip's, or a folder with "
-            "an open_clip_config.json."
+            f"{base.name}: not a checkpoint of backbone.model={self.model}: {listed}. Name the architecture of your "
+            "checkpoints: backbone=open_clip backbone.model=NAME of open_clip's, or a folder with an "
+            "open_clip_config.json."
         ]
 
     def _other_activation(self, where: str, quick_gelu: bool) -> str:
@@ -160,12 +165,16 @@ class OpenClip:
         """What open_clip calls the model."""
         return f"local-dir:{self._folder}" if self._folder else self.model
 
-    @cached_property
-    def _clip(self) -> Any:
+    def _new(self, device: str = "cpu") -> Any:
+        """Build the model with weights that do not matter."""
         import open_clip
 
         with _quiet():
-            return open_clip.create_model(self._name, load_weights=False, pretrained_text=False)
+            return open_clip.create_model(self._name, device=device, load_weights=False, pretrained_text=False)
+
+    @cached_property
+    def _clip(self) -> Any:
+        return self._new()
 
     def whole(self, tensors: Mapping[str, Tensor]) -> Any:
         """Return a model of its own, both towers, with given weights, in float32 and eval mode.
@@ -173,10 +182,7 @@ class OpenClip:
         Raises:
             InputError: If they are not weights of this model.
         """
-        import open_clip
-
-        with _quiet():
-            model = open_clip.create_model(self._name, load_weights=False, pretrained_text=False)
+        model = self._new()
         try:
             model.load_state_dict(dict(tensors))
         except RuntimeError as error:
@@ -204,19 +210,8 @@ class OpenClip:
         Raises:
             InputError: If the base or an expert is not a checkpoint of this model, or a task has no class names.
         """
-        for problem in self.problems({"base": base, **experts}):
+        for problem in (*self.problems({"base": base, **experts}), *self.base_problems(base)):
             raise InputError(problem)
-        wanted = {key: tuple(tensor.shape) for key, tensor in self._clip.state_dict().items()}
-        shapes = {key: base.spec(key)[0] for key in base.keys}
-        reshaped = [key for key, shape in wanted.items() if shapes.get(key, shape) != shape]
-        problems = {
-            "missing": shorten(key for key in wanted if key not in shapes),
-            "unexpected": shorten(key for key in shapes if key not in wanted),
-            "reshaped": shorten(f"{key}: expected {wanted[key]}, found {shapes[key]}" for key in reshaped),
-        }
-        if any(problems.values()):
-            listed = "; ".join(f"{kind} {keys or 'none'}" for kind, keys in problems.items())
-            raise InputError(f"{base.name}: not a checkpoint of {self.model}: {listed}. Is backbone.model right?")
         heads: dict[str, nn.Module] = {}
         head_of = self._heads_of(base)
         for name, task in tasks.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from adamerge.data.task import Task
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import check_choice
 from adamerge.zoo.glyphs import FONTS, STYLES, draw_masks, require
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -91,8 +90,8 @@ class ZooImages(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, task: str, split: str = "test", seed: int = 0) -> None:
-        _check_choice("task", task, TASKS)
-        _check_choice("split", split, SPLITS)
+        check_choice("task of the demo zoo", task, TASKS)
+        check_choice("split of the demo zoo", split, SPLITS)
         self.task = task
         self.split = split
         self.classes = CLASSES[task]
@@ -150,14 +149,6 @@ def pretraining_images(style: str, count: int, seed: int = 0) -> tuple[Tensor, T
     labels = _balanced_labels(count, len(characters), rng)
     masks = draw_masks(characters, labels, FONTS["train"], rng, 30.0 if style == "generic" else 10.0)
     return normalise(STYLES[style](masks, rng)), labels
-
-
-def _check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(
-            f"Unknown {option} {value!r} of the demo zoo: expected one of {', '.join(allowed)}."
-            + did_you_mean(str(value), allowed)
-        )
 
 
 def seeded(task: str, part: str, seed: int) -> np.random.Generator:

@@ -7,11 +7,9 @@ from typing import Literal
 from adamerge.data.benchmarks.definitions import BENCHMARKS, Definition, definition, names
 from adamerge.data.benchmarks.opening import Split, open_split
 from adamerge.data.task import Task
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_choice
 
 __all__ = ["BENCHMARKS", "Definition", "Split", "definition", "names", "open_split", "task"]
-
-_NAMINGS = ("published", "plain")
 
 
 def task(
@@ -41,8 +39,7 @@ def task(
         InputError: If there is no such data set, or it is not complete.
     """
     known = definition(name)
-    if naming not in _NAMINGS:
-        raise InputError(f"{name}: naming: expected {' or '.join(map(repr, _NAMINGS))}, found {naming!r}.")
+    check_choice(f"{name}: naming", naming, ("published", "plain"))
     if adapt not in known.splits:
         raise InputError(f"{name}: adapt: {known.title} has {', '.join(known.splits)}, found {adapt!r}.")
     if classes is not None and len(classes) != len(known.classes):

@@ -166,8 +166,8 @@ def test_check_task_takes_fields_that_its_file_does_not_set(found):
 def test_check_default_backbone_of_a_foreign_base_is_called_by_its_name(found, tmp_path):
     base = load_file(zoo.files() / "base.safetensors")
     save_file({name: t for name, t in base.items() if "resblocks.1." not in name}, tmp_path / "base.safetensors")
-    (problem,) = (text for text in found("pool.base=base.safetensors") if "not of" in text)
-    assert "base.safetensors: not of backbone=zoo (the demo zoo's model, meant where no backbone is named): " in problem
+    (problem,) = (text for text in found("pool.base=base.safetensors") if "not a checkpoint of" in text)
+    assert "base.safetensors: not a checkpoint of backbone=zoo (the demo zoo's model" in problem
     assert "backbone=open_clip backbone.model=NAME" in problem
 
 
