@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adamerge.backbones.configurations import (
+    QUICK_GELU,
+    Configuration,
+    configuration_beside,
+    configuration_of,
+    differences,
+)
 from adamerge.backbones.head_cache import head_key, open_head_cache
 from adamerge.backbones.tags import Tag, find_tag
 from adamerge.checkpoints.checkpoint import Checkpoint
-from adamerge.checkpoints.clip_configs import quick_gelu_of
 from adamerge.checkpoints.hashes import digest
 from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
 from adamerge.data.task import Task
@@ -113,14 +119,28 @@ class OpenClip:
         return Path(self.pretrained) if tag is None else tag.weights(download=download)
 
     def problems(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-        """List the checkpoints, by name, whose own configuration says that they are another model's."""
+        """List where the configurations beside checkpoints, ``base`` among them, contradict the model that computes."""
+        expected = configuration_of(self.sidecar(), f"backbone.model={self.model}")
         messages = []
-        for checkpoint in checkpoints.values():
-            path = getattr(checkpoint, "config_file", None)
-            quick_gelu = None if path is None else quick_gelu_of(read_json(path), str(path))
-            if quick_gelu is not None and quick_gelu != self._quick_gelu:
-                messages.append(self._other_activation(f"{path}: hidden_act", quick_gelu))
+        for name, checkpoint in checkpoints.items():
+            stated = configuration_beside(checkpoint)
+            if stated is not None:
+                found = differences(stated, expected, texts=name == "base")
+                messages += [self._contradiction(stated, option, *values) for option, values in found.items()]
         return messages
+
+    def _contradiction(self, stated: Configuration, option: str, value: Any, own: Any) -> str:
+        """Say that a file and the model differ in an option, and how they are brought together."""
+        if option == QUICK_GELU:
+            return self._other_activation(stated.label(option), value)
+        folder = Path(stated.file).parent
+        remedy = f"backbone=open_clip backbone.model={folder}"
+        if stated.is_hugging_face:
+            remedy = f"adamerge convert {folder} --to open_clip --out FOLDER and backbone.model=FOLDER"
+        return (
+            f"{stated.label(option)}: found {value!r}, but backbone.model={self.model} computes with {own!r}, and the "
+            f"export would say so. Compute with that model: {remedy}; or correct the file."
+        )
 
     def base_problems(self, base: Checkpoint) -> list[str]:
         """Compare the base's tensors with the model's, which is built without memory, before anything is read."""
@@ -128,7 +148,7 @@ class OpenClip:
             model = self._new(device="meta")
         wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         shapes = {key: tuple(base.spec(key)[0]) for key in base.keys}
-        differences = {
+        kinds = {
             "missing": [key for key in wanted if key not in shapes],
             "unexpected": [key for key in shapes if key not in wanted],
             "reshaped": [
@@ -137,9 +157,9 @@ class OpenClip:
                 if shapes.get(key, wanted[key]) != wanted[key]
             ],
         }
-        if not any(differences.values()):
+        if not any(kinds.values()):
             return []
-        listed = "; ".join(f"{kind} {shorten(keys, 2) or 'none'}" for kind, keys in differences.items())
+        listed = "; ".join(f"{kind} {shorten(keys, 2) or 'none'}" for kind, keys in kinds.items())
         return [
             f"{base.name}: not a checkpoint of backbone.model={self.model}: {listed}. Name the architecture of your "
             "checkpoints: backbone=open_clip backbone.model=NAME of open_clip's, or a folder with an "

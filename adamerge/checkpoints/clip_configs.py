@@ -84,24 +84,48 @@ def to_open_clip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], whe
             f"{where}: model_type: expected 'clip', with both towers, found {config.get('model_type')!r}. An open_clip "
             "model needs both: convert the base, or name a file, --out NAME.safetensors, for the weights alone."
         )
-    vision, text = towers["vision_config"], towers["text_config"]
+    content = as_open_clip(config, preprocessor, where)
+    assert content is not None
+    size = towers["vision_config"]["image_size"]
+    return {**content, "preprocess_cfg": _to_preprocess_cfg(preprocessor, size)}
+
+
+def as_open_clip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """Return what a Hugging Face CLIP's configuration says, in the words of ``open_clip_config.json``.
+
+    Args:
+        config: The content of ``config.json``: of a whole CLIP or of one tower; of anything else None is returned.
+        preprocessor: The content of ``preprocessor_config.json``; without it nothing is said of the preprocessing.
+        where: What to call the configuration in messages.
+
+    Raises:
+        InputError: If it has an option that open_clip's lacks.
+    """
+    towers = _towers(config)
+    if not towers:
+        return None
     model: dict[str, Any] = {
         "embed_dim": int(config.get("projection_dim", 512)),
         "quick_gelu": bool(quick_gelu_of(config, where)),
-        "vision_cfg": {
+    }
+    content = {"model_cfg": model}
+    if vision := towers.get("vision_config"):
+        model["vision_cfg"] = {
             **{own: vision[theirs] for own, theirs in _VISION.items()},
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
             "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
-        },
-        "text_cfg": {
+        }
+        if preprocessor:
+            content["preprocess_cfg"] = _to_preprocess_cfg(preprocessor, vision["image_size"])
+    if text := towers.get("text_config"):
+        model["text_cfg"] = {
             **{own: text[theirs] for own, theirs in _TEXT.items()},
             "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
-        },
-    }
+        }
     for tower, cfg in ((vision, "vision_cfg"), (text, "text_cfg")):
-        if tower["layer_norm_eps"] != _EPSILON:
+        if tower and tower["layer_norm_eps"] != _EPSILON:
             model[cfg]["norm_kwargs"] = {"eps": tower["layer_norm_eps"]}
-    return {"model_cfg": model, "preprocess_cfg": _to_preprocess_cfg(preprocessor, vision["image_size"])}
+    return content
 
 
 def to_hugging_face(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from adamerge.data.images import as_seen
 from adamerge.data.unreadable import in_whole
 from adamerge.errors import InputError, check_number, did_you_mean
 
@@ -238,7 +239,7 @@ class Corrupted(Dataset[Any]):
     def _picture(self, image: Any, generator: torch.Generator) -> Any:
         from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image  # imports slowly
 
-        pixels = pil_to_tensor(image.convert("RGB")).float() / 255
+        pixels = pil_to_tensor(as_seen(image).convert("RGB")).float() / 255
         return to_pil_image(_as_bytes(self._corruption(pixels, generator)))
 
     def _tensor(self, image: Tensor, generator: torch.Generator) -> Tensor:

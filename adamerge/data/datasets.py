@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from adamerge.data.batch import TaskBatch
-from adamerge.data.unreadable import Readable
+from adamerge.data.images import as_seen
+from adamerge.data.unreadable import Readable, UnreadableError, item_name
 from adamerge.data.views import Views
 from adamerge.errors import InputError
 
@@ -120,7 +123,7 @@ class Unlabeled(Dataset[TaskBatch]):
 
     def load(self, number: int) -> Tensor:
         """Return an image from the data set itself."""
-        return _to_tensor(_split_item(self.source[number])[0], self._preprocess)
+        return input_tensor(split_item(self.source[number])[0], self._preprocess)
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
@@ -131,14 +134,16 @@ class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
         dataset: Dataset[Any],
         preprocess: Callable[[Any], Tensor] | None = None,
         readable: Readable | None = None,
+        classes: int | None = None,
     ) -> None:
         self._dataset = dataset
         self._preprocess = preprocess
+        self._classes = classes
         self.readable = readable or Readable(dataset)
 
     def changed(self, change: Callable[[Dataset[Any]], Dataset[Any]]) -> "Labelled":
         """Return the same images, labels and account of what cannot be read, with a change to the data set."""
-        return Labelled(change(self._dataset), self._preprocess, self.readable)
+        return Labelled(change(self._dataset), self._preprocess, self.readable, self._classes)
 
     def __len__(self) -> int:
         return length_of(self._dataset)
@@ -147,35 +152,93 @@ class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
         return self.readable.get(index, self._get)
 
     def _get(self, index: int) -> tuple[Tensor, Tensor]:
-        inputs, label = _split_item(self._dataset[index])
-        if label is None:
-            raise InputError(
-                f"Evaluation needs labels: item {index} of {self._dataset!r} is not a pair (input, label)."
-            )
-        return _to_tensor(inputs, self._preprocess), torch.tensor(int(label))
+        inputs, label = split_item(self._dataset[index])
+        try:
+            number = class_number(label, self._classes)
+        except InputError as error:
+            item = f"item {index} ({item_name(self._dataset, index)})"
+            raise InputError(f"{self.readable.where}: {item}: {error}") from error
+        return input_tensor(inputs, self._preprocess), torch.tensor(number)
 
 
-def _split_item(item: Any) -> tuple[Any, Any]:
-    """Take an item apart into input and label (None where it has none)."""
+def split_item(item: Any) -> tuple[Any, Any]:
+    """Take an item apart into input and label (None where it has none).
+
+    Raises:
+        InputError: If it is a mapping.
+    """
     if isinstance(item, (tuple, list)):
         return item[0], item[1] if len(item) > 1 else None
     if isinstance(item, Mapping):
         raise InputError(
-            f"Data sets of mappings (keys {', '.join(map(str, item))}) are ambiguous: wrap yours so that items are "
-            "(input, label) or the input alone."
+            f"a mapping with the keys {', '.join(map(str, item))}, which is ambiguous. Wrap the data set so that items "
+            "are (input, label) or the input alone."
         )
     return item, None
 
 
-def _to_tensor(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:
-    if isinstance(inputs, Tensor):
-        return inputs
+def class_number(label: Any, classes: int | None = None) -> int:
+    """Return a label as the number of its class.
+
+    Args:
+        label: A whole number, also as NumPy's or a tensor without axes.
+        classes: How many there are; None where that is not known.
+
+    Raises:
+        InputError: If it is anything else, or the number of no class.
+    """
+    size = getattr(label, "size", None) if isinstance(label, np.ndarray) else getattr(label, "numel", int)()
+    limit = "" if classes is None else f" from 0 to {classes - 1}"
+    remedy = "Give items (input, label), or a target_transform that returns the number."
+    if label is None:
+        raise InputError(f"expected a label to score by, found none. {remedy}")
+    if isinstance(label, (list, tuple, Mapping)) or size > 1:
+        raise InputError(f"expected the number of a class as label, found {_shown(label)}. For one-hot labels: argmax.")
+    try:
+        number = int(label)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"expected the number of a class{limit} as label, found {label!r}. {remedy}") from None
+    if isinstance(label, str) or number != float(label):
+        raise InputError(f"expected the number of a class{limit} as label, found {label!r}. {remedy}")
+    if number < 0 or (classes is not None and number >= classes):
+        begins = " Do they begin with 1? Subtract 1." if number == classes else " Are all classes named?"
+        raise InputError(f"expected the number of a class{limit} as label, found {number}.{begins}")
+    return number
+
+
+def _shown(label: Any) -> str:
+    shape = getattr(label, "shape", None)
+    return f"{type(label).__name__} of {len(label)} entries" if shape is None else f"numbers of shape {tuple(shape)}"
+
+
+def input_tensor(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:
+    """Return an input as a tensor: tensors as they are, images upright and with 8 bits through the preprocessing.
+
+    Raises:
+        InputError: If it can become none.
+        UnreadableError: If it has values that are not finite.
+    """
+    if not isinstance(inputs, Tensor):
+        inputs = _preprocessed(inputs, preprocess)
+    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+        raise UnreadableError("NaN or infinite values")
+    return inputs
+
+
+def _preprocessed(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:
+    kind = type(inputs).__name__ if not isinstance(inputs, np.ndarray) else f"NumPy array {inputs.shape}"
+    remedy = "Give PIL images, or a transform that ends in a float32 tensor (torch.from_numpy for NumPy arrays)."
     if preprocess is None:
-        raise InputError(
-            f"Data sets must give tensors, found {type(inputs).__name__}, and the backbone has no preprocessing. "
-            "Give the data set a transform that ends in a tensor."
-        )
-    return preprocess(inputs)
+        raise InputError(f"expected a tensor, found {kind}, and the backbone has no preprocessing. {remedy}")
+    if isinstance(inputs, Image.Image):
+        return preprocess(as_seen(inputs))
+    try:
+        tensor = preprocess(inputs)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"expected a tensor or a PIL image, found {kind}. {remedy}") from error
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"expected a tensor from the preprocessing, found {type(tensor).__name__}. {remedy}")
+    return tensor
 
 
 def length_of(dataset: Dataset[Any], where: str = "data") -> int:

@@ -17,6 +17,8 @@ from adamerge.data.batch import TaskBatch
 from adamerge.data.cache import CACHES, Cache, Visits, keep_inputs, nature_of
 from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
 from adamerge.data.datasets import Labelled, Unlabeled
+from adamerge.data.first_look import check_labels, check_task
+from adamerge.data.images import read_as_seen
 from adamerge.data.streams import Steps, StreamLoader, collate, collate_labelled
 from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
 from adamerge.data.task import Protocol as Protocol
@@ -127,14 +129,17 @@ class UnlabeledTasks(LightningDataModule):
         self.unseen_evaluation: dict[str, Labelled] = {}
         self._preprocess = preprocess
         self._max_unreadable = max_unreadable
-        for name in self.unseen:
-            self.unseen_evaluation[name] = self._labelled(name, scored_only(name, self.tasks[name]))
         for name, task in self.tasks.items():
-            if name not in self.unseen:
-                self._open(name, task, limit, holdout, views)
+            self._open(name, task, limit, holdout, views)
 
     def _open(self, name: str, task: Task, limit: int | None, holdout: float, views: Views | None) -> None:
-        """Make a task's streams and scored images."""
+        """Look at a task, and make its streams and scored images."""
+        for dataset in (task.dataset, task.adapt, task.evaluate):
+            read_as_seen(dataset)
+        check_task(name, task, self._preprocess)
+        if name in self.unseen:
+            self.unseen_evaluation[name] = self._labelled(name, scored_only(name, task))
+            return
         images, evaluate = divide(name, task, self.protocol, self.seed)
         images = sample(images, limit, f"{self.seed}/limit/{name}")
         held_out = None
@@ -152,7 +157,8 @@ class UnlabeledTasks(LightningDataModule):
         return Unlabeled(images, self._preprocess, first, account, views, f"{self.seed}/views/{task}")
 
     def _labelled(self, task: str, images: Dataset[Any]) -> Labelled:
-        return Labelled(images, self._preprocess, self._account(task, images))
+        names = self.tasks[task].class_names
+        return Labelled(images, self._preprocess, self._account(task, images), len(names) if names else None)
 
     def _account(self, task: str, images: Dataset[Any]) -> Readable:
         return Readable(images, f"data.tasks.{task}", self._max_unreadable, shared=self.num_workers > 0)
@@ -161,6 +167,15 @@ class UnlabeledTasks(LightningDataModule):
         if corruption is None:
             return images
         return Corrupted(images, corruption, f"data.tasks.{task}, seed {self.seed}", scale_of(self._preprocess))
+
+    def check_labels(self) -> None:
+        """Look at the labels of the images to score, which adaptation never reads.
+
+        Raises:
+            InputError: If one is no class number of its task.
+        """
+        for name in self.scored:
+            check_labels(name, self.tasks[name])
 
     def with_corrupted_evaluation(self, corruption: Corruption) -> "UnlabeledTasks":
         """Return the same data with corrupted images to score; streams are shared."""

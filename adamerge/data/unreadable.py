@@ -17,8 +17,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+
+class UnreadableError(ValueError):
+    """An image that is there and has no usable values."""
+
+
 # What PIL, and the codecs below it, raise for damaged files; also a file that is gone, or that may not be read.
-_DAMAGE = (OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGE = (UnreadableError, OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class Readable:
@@ -32,7 +37,7 @@ class Readable:
     """
 
     def __init__(self, dataset: Dataset[Any], where: str = "data", limit: float = 0.0, *, shared: bool = False) -> None:
-        self._dataset, self._where, self._limit = dataset, where, limit
+        self._dataset, self.where, self._limit = dataset, where, limit
         self._bad = torch.zeros(len(cast(Sized, dataset)), dtype=torch.bool)
         if shared:
             self._bad.share_memory_()
@@ -47,7 +52,7 @@ class Readable:
             return None
         try:
             return read(index)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             self._note(index, error)
             return None
 
@@ -62,7 +67,7 @@ class Readable:
             item = self.get(position, read)
             if item is not None:
                 return position, item
-        raise InputError(f"{self._where}: not one of {count} images can be read.")
+        raise InputError(f"{self.where}: not one of {count} images can be read.")
 
     @property
     def unreadable(self) -> list[int]:
@@ -76,18 +81,18 @@ class Readable:
     @property
     def names(self) -> list[str]:
         """Files, or numbers, of the items that could not be read so far."""
-        return [_name(self._dataset, index) for index in self.unreadable]
+        return [item_name(self._dataset, index) for index in self.unreadable]
 
     def _note(self, index: int, error: BaseException) -> None:
         self._bad[index] = True
-        count, length, name = len(self.unreadable), len(self._bad), _name(self._dataset, index)
+        count, length, name = len(self.unreadable), len(self._bad), item_name(self._dataset, index)
         reason = " ".join(str(error).split()) or type(error).__name__
         if count > self._limit * length:
             raise InputError(
-                f"{self._where}: {count} of {length} images cannot be read, the latest {name} ({reason}); "
+                f"{self.where}: {count} of {length} images cannot be read, the latest {name} ({reason}); "
                 f"data.max_unreadable allows a share of {self._limit:g}. Mend or remove them, or raise it."
             ) from error
-        log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self._where, name, reason, count)
+        log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self.where, name, reason, count)
 
 
 def in_whole(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int]:
@@ -107,7 +112,7 @@ def listed_files(dataset: Dataset[Any]) -> list[Path]:
     return []
 
 
-def _name(dataset: Dataset[Any], index: int) -> str:
+def item_name(dataset: Dataset[Any], index: int) -> str:
     """Return the file of an item where the data set tells, else its number."""
     dataset, index = in_whole(dataset, index)
     files = listed_files(dataset)

@@ -238,8 +238,9 @@ def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems
     backbone = parts.get("backbone")
     if not isinstance(getattr(data, "tasks", None), Mapping):
         return
-    for name, task in data.tasks.items():
-        _check_classes(name, task, problems)
+    if config.get("evaluate") is True and hasattr(data, "check_labels"):
+        with problems.naming("data"):
+            data.check_labels()
     unseen, need = getattr(data, "unseen", ()), None
     if isinstance(backbone, Torchvision):
         need = "A torchvision backbone, whose heads are the experts' own classifiers,"
@@ -263,18 +264,6 @@ def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems
     if isinstance(config.get("pool"), DictConfig) and "headers" in parts:
         for name, task in tasks.items():
             _check_expert(name, task, list(config.pool.experts), need, problems)
-
-
-def _check_classes(name: str, task: Task, problems: list[str]) -> None:
-    """Refuse class names that are not as many as the classes of the task's data set."""
-    key = next((key for key in ("evaluate", "dataset", "adapt") if getattr(task, key) is not None), "dataset")
-    classes = getattr(getattr(task, key), "classes", None)
-    if classes is not None and task.classes is not None and len(classes) != len(task.classes):
-        problems.append(
-            f"data.tasks.{name}.classes: expected as many names as {key} has classes, found {len(task.classes)} "
-            f"names, but the data set has {len(classes)} classes. Name each class once, in the order of the labels; "
-            "are all class folders there?"
-        )
 
 
 def _check_expert(name: str, task: Task, experts: Sequence[str], need: str | None, problems: list[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from adamerge.data.benchmarks.definitions import DatasetLayout, Definition, definition
+from adamerge.data.images import as_seen
 from adamerge.data.random_states import permutation
 from adamerge.errors import InputError, shorten
 
@@ -55,7 +56,7 @@ class Split(Subset[Any]):
         if not 0 <= number < len(self._order):
             last = self._first + len(self._order) - 1
             raise InputError(f"{self._where}: expected labels from {self._first} to {last}, found {label}.")
-        return image if isinstance(image, Tensor) else image.convert("RGB"), self._order[number]
+        return image if isinstance(image, Tensor) else as_seen(image).convert("RGB"), self._order[number]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """Return several items; torch's data loaders prefer this."""

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from adamerge.data.images import load_image
 from adamerge.errors import InputError
 
 
@@ -49,10 +50,8 @@ class ListedImages(Dataset[tuple[Any, int]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from torchvision.datasets.folder import default_loader
-
         path, label = self.samples[index]
-        return default_loader(path), label
+        return load_image(path), label
 
 
 class HubImages(Dataset[tuple[Any, int]]):

@@ -1,0 +1,212 @@
+"""A look at a task before a run: its class names, and a few items of each of its splits."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from adamerge.data.datasets import class_number, input_tensor, length_of, split_item
+from adamerge.data.random_states import seeded
+from adamerge.data.task import Task
+from adamerge.data.unreadable import DAMAGE, item_name
+from adamerge.errors import InputError, shorten
+
+T = TypeVar("T")
+
+_SPLITS = ("dataset", "adapt", "evaluate")
+_NO_CLASSES = {"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin"}  # what systems and tools leave behind
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "images"}
+
+
+def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None = None) -> None:
+    """Check a task's class names, and the inputs of a few items of each split; no label is looked at.
+
+    Args:
+        name: Of the task.
+        task: Its data.
+        preprocess: Applied to inputs that are not tensors yet.
+
+    Raises:
+        InputError: If something is wrong; the message names the task, the split, the item and the remedy.
+    """
+    check_class_names(name, task)
+    for key in _SPLITS:
+        if getattr(task, key) is not None:
+            _check_inputs(f"data.tasks.{name}.{key}", getattr(task, key), preprocess)
+
+
+def check_labels(name: str, task: Task) -> None:
+    """Check the labels that a task is scored by, before the work that scoring comes after.
+
+    All labels are looked at where the data set has them beside its images, else those of a few items.
+
+    Raises:
+        InputError: If one is no class number; the message names the task, the split, the item and the remedy.
+    """
+    key = "dataset" if task.evaluate is None else "evaluate"
+    dataset, names = getattr(task, key), task.class_names
+    if dataset is None:
+        return
+    where, classes = f"data.tasks.{name}.{key}", len(names) if names else None
+    list(_looks(where, dataset, lambda item: class_number(split_item(item)[1], classes)))
+    if classes is not None:
+        _check_all_labels(where, dataset, classes)
+
+
+def check_class_names(name: str, task: Task) -> None:
+    """Compare a task's class names with one another: those given, and those of each split's folders.
+
+    Raises:
+        InputError: If there is one class only, a folder that is no class, or names that contradict one another.
+    """
+    where = f"data.tasks.{name}"
+    for option in ("classes", "templates"):
+        if isinstance(getattr(task, option), str):
+            raise InputError(
+                f"{where}.{option}: expected a list, found the text {getattr(task, option)!r}; write [...]."
+            )
+    folders = {key: _names(getattr(task, key)) for key in _SPLITS}
+    for key, names in folders.items():
+        _check_folders(f"{where}.{key}", names or [], may_be_pile=key == "adapt")
+    adapt, evaluate = folders["adapt"], folders["evaluate"]
+    if adapt and evaluate and adapt != evaluate and len(adapt) > 1:
+        raise InputError(f"{where}: adapt and evaluate have other classes: {_difference(adapt, evaluate)}. {_ALIKE}")
+    key = next((key for key in ("evaluate", "dataset", "adapt") if folders[key]), "dataset")
+    if task.classes is not None and folders[key] and (key != "adapt" or len(folders[key] or []) > 1):
+        _check_given(where, key, [str(name) for name in task.classes], folders[key] or [])
+    names = task.class_names
+    if names is not None and len(names) < 2:
+        raise InputError(
+            f"{where}: expected at least two classes, found {shorten(names) or 'none'}: nothing to tell apart. Is the "
+            "root the folder of the class folders?"
+        )
+
+
+_ALIKE = (
+    "Give both the same class folders (a class without images: an empty folder, and allow_empty: true), or adapt on a "
+    "data set without classes."
+)
+
+
+def _names(dataset: Any) -> list[str] | None:
+    names = getattr(dataset, "classes", None)
+    is_list = isinstance(names, Iterable) and not isinstance(names, (str, Mapping))
+    return [str(name) for name in names] if is_list else None
+
+
+def _check_folders(where: str, names: Sequence[str], *, may_be_pile: bool) -> None:
+    """Refuse what does not look like the name of a class; images to adapt on may lie in one folder of any name."""
+    strange = [name for name in names if name.startswith(".") or name.lower() in _NO_CLASSES]
+    if strange:
+        raise InputError(
+            f"{where}: the folder {shorten(strange)} does not look like a class, and would be one. Remove it from the "
+            "data set's root."
+        )
+    if len(names) > may_be_pile and all(name.lower() in _SPLIT_NAMES for name in names):
+        raise InputError(
+            f"{where}: the classes are called {shorten(names)}, which look like splits: the root is one level too "
+            f"high. Name the folder of one split, such as root: .../{names[0]}."
+        )
+
+
+def _check_given(where: str, key: str, given: Sequence[str], folders: Sequence[str]) -> None:
+    """Refuse given names that are not as many as the data set's classes, or are its names in another order."""
+    if len(given) != len(folders):
+        raise InputError(
+            f"{where}.classes: expected as many names as {key} has classes, found {len(given)} names, but the data set "
+            f"has {len(folders)} classes ({shorten(folders)}). Name each class once, in the order of the labels; are "
+            "all class folders there?"
+        )
+    plain = [_plain(name) for name in folders]
+    for position, name in enumerate(map(_plain, given)):
+        if name in plain and plain[position] != name:
+            raise InputError(
+                f"{where}.classes: {given[position]!r} stands at position {position}, but label {position} of {key} is "
+                f"{folders[position]!r}. Name the classes in the order of the labels: {shorten(folders, 10)}."
+            )
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.split(r"[\W_]+", name.lower())).strip()
+
+
+def _difference(adapt: Sequence[str], evaluate: Sequence[str]) -> str:
+    """Say how two lists of names differ."""
+    only = [
+        f"only {key} has {shorten([name for name in names if name not in others], 3)}"
+        for key, names, others in (("adapt", adapt, evaluate), ("evaluate", evaluate, adapt))
+        if set(names) - set(others)
+    ]
+    return "; ".join(only) or f"their order differs, {shorten(adapt, 3)} and {shorten(evaluate, 3)}"
+
+
+def _looks(where: str, dataset: Dataset[Any], read: Callable[[Any], T]) -> Iterator[tuple[int, T]]:
+    """Yield what ``read`` makes of the first, middle and last item; damaged images are left for the run to count."""
+    count = length_of(dataset, where)
+    for index in sorted({0, count // 2, count - 1} if count else set()):
+        item = f"{where}: item {index} ({item_name(dataset, index)})"
+        try:
+            with seeded("look"):
+                value = read(dataset[index])
+        except DAMAGE:
+            continue
+        except InputError as error:
+            raise InputError(f"{item}: {error}") from error
+        except Exception as error:  # what data sets and transforms of others raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise InputError(f"{item}: {reason}. Mend the data set or its transform.") from error
+        yield index, value
+
+
+def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None) -> None:
+    """Read a few items as a run would."""
+    shapes: dict[tuple[int, ...], int] = {}
+    for index, inputs in _looks(where, dataset, lambda item: input_tensor(split_item(item)[0], preprocess)):
+        if inputs.dtype == torch.float64:
+            raise InputError(
+                f"{where}: item {index}: expected float32, found float64. Convert in the data set: inputs.float()."
+            )
+        shapes.setdefault(tuple(inputs.shape), index)
+    if len(shapes) > 1:
+        (first, of_first), (second, of_second) = list(shapes.items())[:2]
+        raise InputError(
+            f"{where}: item {of_first} has the shape {first}, item {of_second} {second}: no batch has both. Give "
+            "images, which the backbone's preprocessing resizes, or resize and crop in the data set's transform."
+        )
+
+
+def _check_all_labels(where: str, dataset: Dataset[Any], classes: int) -> None:
+    """Look at all labels where the data set has them beside its images."""
+    labels = _labels(dataset)
+    if labels is None or not labels.size or 0 <= labels.min() <= labels.max() < classes:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    remedy = "Subtract 1: labels begin with 0." if (low, high) == (1, classes) else "Are all classes named?"
+    raise InputError(
+        f"{where}: labels: expected class numbers from 0 to {classes - 1}, found {low} to {high}. {remedy}"
+    )
+
+
+def _labels(dataset: Any) -> np.ndarray | None:
+    """Return the whole numbers (N,) that a data set has as labels; None where it does not show them."""
+    if type(dataset) is Subset:
+        labels = _labels(dataset.dataset)
+        return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    if isinstance(dataset, TensorDataset):
+        candidates: list[Any] = list(dataset.tensors[1:2])
+    elif isinstance(dataset, (list, tuple)):
+        candidates = [[item[1] for item in dataset if isinstance(item, (list, tuple)) and len(item) > 1]]
+    else:
+        candidates = [getattr(dataset, name, None) for name in ("targets", "labels", "_labels")]
+    for labels in candidates:
+        if isinstance(labels, (list, tuple, np.ndarray, Tensor)) and len(labels) == length_of(dataset):
+            numbers = np.asarray(labels) if not isinstance(labels, Tensor) else labels.cpu().numpy()
+            if numbers.ndim == 1 and numbers.dtype.kind in "iu":
+                return numbers
+    return None
