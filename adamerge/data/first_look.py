@@ -23,7 +23,7 @@ _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "test
 
 
 def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None = None) -> None:
-    """Check a task's class names, and the inputs of a few items of each split; no label is looked at.
+    """Check a task's class names, and a few of the inputs to adapt on; labels and what is scored are left alone.
 
     Args:
         name: Of the task.
@@ -34,27 +34,33 @@ def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None
         InputError: If something is wrong; the message names the task, the split, the item and the remedy.
     """
     check_class_names(name, task)
-    for key in _SPLITS:
+    for key in ("dataset", "adapt"):
         if getattr(task, key) is not None:
             _check_inputs(f"data.tasks.{name}.{key}", getattr(task, key), preprocess)
 
 
-def check_labels(name: str, task: Task) -> None:
-    """Check the labels that a task is scored by, before the work that scoring comes after.
+def check_scored(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None = None) -> None:
+    """Check inputs and labels that a task is scored by, before the work that scoring comes after.
 
     All labels are looked at where the data set has them beside its images, else those of a few items.
 
+    Args:
+        name: Of the task.
+        task: Its data.
+        preprocess: Applied to inputs that are not tensors yet.
+
     Raises:
-        InputError: If one is no class number; the message names the task, the split, the item and the remedy.
+        InputError: If something is wrong; the message names the task, the split, the item and the remedy.
     """
     key = "dataset" if task.evaluate is None else "evaluate"
     dataset, names = getattr(task, key), task.class_names
     if dataset is None:
         return
     where, classes = f"data.tasks.{name}.{key}", len(names) if names else None
+    _check_inputs(where, dataset, preprocess)
     list(_looks(where, dataset, lambda item: class_number(split_item(item)[1], classes)))
     if classes is not None:
-        _check_all_labels(where, dataset, classes)
+        _check_labels(where, dataset, classes)
 
 
 def check_class_names(name: str, task: Task) -> None:
@@ -179,7 +185,7 @@ def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any],
         )
 
 
-def _check_all_labels(where: str, dataset: Dataset[Any], classes: int) -> None:
+def _check_labels(where: str, dataset: Dataset[Any], classes: int) -> None:
     """Look at all labels where the data set has them beside its images."""
     labels = _labels(dataset)
     if labels is None or not labels.size or 0 <= labels.min() <= labels.max() < classes:

@@ -17,7 +17,7 @@ from adamerge.data.batch import TaskBatch
 from adamerge.data.cache import CACHES, Cache, Visits, keep_inputs, nature_of
 from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
 from adamerge.data.datasets import Labelled, Unlabeled
-from adamerge.data.first_look import check_labels, check_task
+from adamerge.data.first_look import check_scored, check_task
 from adamerge.data.images import read_as_seen
 from adamerge.data.streams import Steps, StreamLoader, collate, collate_labelled
 from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
@@ -168,14 +168,14 @@ class UnlabeledTasks(LightningDataModule):
             return images
         return Corrupted(images, corruption, f"data.tasks.{task}, seed {self.seed}", scale_of(self._preprocess))
 
-    def check_labels(self) -> None:
-        """Look at the labels of the images to score, which adaptation never reads.
+    def check_scored(self) -> None:
+        """Look at some images to score and at their labels, which adaptation never reads.
 
         Raises:
-            InputError: If one is no class number of its task.
+            InputError: If an image is no input, or a label no class number of its task.
         """
         for name in self.scored:
-            check_labels(name, self.tasks[name])
+            check_scored(name, self.tasks[name], self._preprocess)
 
     def with_corrupted_evaluation(self, corruption: Corruption) -> "UnlabeledTasks":
         """Return the same data with corrupted images to score; streams are shared."""

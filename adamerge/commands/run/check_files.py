@@ -238,9 +238,9 @@ def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems
     backbone = parts.get("backbone")
     if not isinstance(getattr(data, "tasks", None), Mapping):
         return
-    if config.get("evaluate") is True and hasattr(data, "check_labels"):
+    if config.get("evaluate") is True and hasattr(data, "check_scored"):
         with problems.naming("data"):
-            data.check_labels()
+            data.check_scored()
     unseen, need = getattr(data, "unseen", ()), None
     if isinstance(backbone, Torchvision):
         need = "A torchvision backbone, whose heads are the experts' own classifiers,"
