@@ -187,7 +187,7 @@ def class_number(label: Any, classes: int | None = None) -> int:
     Raises:
         InputError: If it is anything else, or the number of no class.
     """
-    size = getattr(label, "size", None) if isinstance(label, np.ndarray) else getattr(label, "numel", int)()
+    size = label.numel() if isinstance(label, Tensor) else label.size if isinstance(label, np.ndarray) else 1
     limit = "" if classes is None else f" from 0 to {classes - 1}"
     remedy = "Give items (input, label), or a target_transform that returns the number."
     if label is None:

@@ -75,6 +75,9 @@ def check_class_names(name: str, task: Task) -> None:
             raise InputError(
                 f"{where}.{option}: expected a list, found the text {getattr(task, option)!r}; write [...]."
             )
+    bare = [template for template in task.templates if "{" not in template]
+    if bare:
+        raise InputError(f"{where}.templates: {bare[0]!r} has no {{}} in the place of the class name. Write it in.")
     folders = {key: _names(getattr(task, key)) for key in _SPLITS}
     for key, names in folders.items():
         _check_folders(f"{where}.{key}", names or [], may_be_pile=key == "adapt")

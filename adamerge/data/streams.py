@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from adamerge.data.batch import TaskBatch
 from adamerge.data.datasets import Unlabeled
 from adamerge.data.random_states import permutation, seeded
+from adamerge.errors import InputError
 
 
 class StreamLoader(DataLoader[dict[str, TaskBatch]]):
@@ -147,7 +148,11 @@ class Steps(Dataset[dict[str, TaskBatch]]):
     def __getitem__(self, step: int) -> dict[str, TaskBatch]:
         indices = {task: self._indices(task, step) for task in self._streams}
         with seeded(f"{self._seed}/draws/{step}/{self._rank}") if self._draws else nullcontext():
-            return {task: collate([self._streams[task][i] for i in part]) for task, part in indices.items() if part}
+            return {
+                task: collate([self._streams[task][i] for i in part], f"data.tasks.{task}")
+                for task, part in indices.items()
+                if part
+            }
 
     def visited(self, task: str, steps: int) -> list[int]:
         """Return the positions that this rank visits in the first ``steps`` steps, ascending."""
@@ -174,16 +179,23 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         return self._orders[key]
 
 
-def collate(items: Sequence[TaskBatch]) -> TaskBatch:
-    """Stack items into a batch."""
-    inputs, indices = default_collate([tuple(item) for item in items])
-    return TaskBatch(inputs, indices)
+def collate(items: Sequence[TaskBatch], where: str = "data") -> TaskBatch:
+    """Stack items into a batch; ``where`` names the data in messages."""
+    return TaskBatch(*_stacked([tuple(item) for item in items], where))
 
 
 def collate_labelled(items: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
     """Stack what could be read of a batch into inputs and labels; None where nothing could."""
     read = [item for item in items if item is not None]
-    if not read:
-        return None
-    inputs, labels = default_collate(read)
-    return inputs, labels
+    return _stacked(read, "data") if read else None
+
+
+def _stacked(items: Sequence[tuple[Tensor, ...]], where: str) -> tuple[Tensor, Tensor]:
+    shapes = list(dict.fromkeys(tuple(item[0].shape) for item in items))
+    if len(shapes) > 1:
+        raise InputError(
+            f"{where}: inputs of one batch have the shapes {shapes[0]} and {shapes[1]}. Give images, which the "
+            "backbone's preprocessing resizes, or resize and crop in the data set's transform."
+        )
+    inputs, numbers = default_collate(list(items))
+    return inputs, numbers

@@ -50,8 +50,9 @@ def test_open_clip_folder_that_says_otherwise_is_named_with_key_values_and_remed
         assert "the export would say so" in problem
         assert f"backbone.model={tmp_path / 'wrong'}" in problem
     assert backbone(tmp_path / "wrong").problems({"cars": wrong}) == []
-    with pytest.raises(InputError, match=rf"{change[1]}.*base/open_clip_config\.json"):
-        check_configurations(open_model(tmp_path / "base"), {"cars": wrong})
+    if change[1] != "interpolation":  # which the other file does not state
+        with pytest.raises(InputError, match=rf"{change[1]}.*base/open_clip_config\.json"):
+            check_configurations(open_model(tmp_path / "base"), {"cars": wrong})
 
 
 def test_the_same_in_other_words_is_no_difference(tmp_path):

@@ -110,6 +110,11 @@ def test_text_in_the_place_of_a_list_is_refused(option):
     assert f"data.tasks.pets.{option}: expected a list" in refused(task)
 
 
+def test_template_without_a_place_for_the_name_is_refused():
+    message = refused(Task(dataset=items(0, 1), templates=["a {}", "a photo"]))
+    assert message.startswith("data.tasks.pets.templates: 'a photo' has no {}")
+
+
 # Items and labels
 
 
@@ -195,6 +200,13 @@ def test_items_of_unequal_shapes_are_refused():
     images = [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]
     message = refused(Task(adapt=images))
     assert "data.tasks.pets.adapt: item 0 has the shape (3, 4, 4), item 2 (3, 4, 5)" in message
+
+
+def test_late_shape_is_named_in_its_batch():
+    images = [torch.zeros(3, 4, 5 if i == 1 else 4) for i in range(6)]
+    data = UnlabeledTasks({"pets": Task(adapt=images)}, batch_size=6)
+    with pytest.raises(InputError, match=r"data\.tasks\.pets: inputs of one batch .*\(3, 4, 5\)"):
+        data.first_batch()
 
 
 def test_error_of_a_data_set_is_named_after_its_item():
