@@ -226,8 +226,10 @@ def input_tensor(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Ten
 
 
 def _preprocessed(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:
-    kind = type(inputs).__name__ if not isinstance(inputs, np.ndarray) else f"NumPy array {inputs.shape}"
+    kind = type(inputs).__name__
     remedy = "Give PIL images, or a transform that ends in a float32 tensor (torch.from_numpy for NumPy arrays)."
+    if isinstance(inputs, np.ndarray):  # which torchvision's transforms pass on as they are
+        raise InputError(f"expected a tensor or a PIL image, found a NumPy array of shape {inputs.shape}. {remedy}")
     if preprocess is None:
         raise InputError(f"expected a tensor, found {kind}, and the backbone has no preprocessing. {remedy}")
     if isinstance(inputs, Image.Image):

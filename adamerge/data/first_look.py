@@ -177,7 +177,8 @@ def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any],
     for index, inputs in _looks(where, dataset, lambda item: input_tensor(split_item(item)[0], preprocess)):
         if inputs.dtype == torch.float64:
             raise InputError(
-                f"{where}: item {index}: expected float32, found float64. Convert in the data set: inputs.float()."
+                f"{where}: item {index} ({item_name(dataset, index)}): expected float32, found float64. Convert in the "
+                "data set: inputs.float()."
             )
         shapes.setdefault(tuple(inputs.shape), index)
     if len(shapes) > 1:

@@ -184,7 +184,7 @@ def test_late_label_is_named_where_it_is_scored():
     ("item", "message"),
     [
         ({"image": 1, "label": 2}, "a mapping with the keys image, label"),
-        ((np.zeros((4, 4, 3)), 0), "found NumPy array (4, 4, 3)"),
+        ((np.zeros((4, 4, 3)), 0), "found a NumPy array of shape (4, 4, 3)"),
         (("cat.jpg", 0), "found str"),
         ((torch.zeros(3, 4, 4).double(), 0), "expected float32, found float64"),
     ],

@@ -92,8 +92,10 @@ def test_wrong_item_is_no_unreadable_image(folder):
         def __getitem__(self, index):
             raise RuntimeError("a mistake in the data set")
 
+    with pytest.raises(InputError, match=r"data\.tasks\.a\.dataset: item 0 .*RuntimeError: a mistake in the data set"):
+        make(Wrong(folder.root))
     with pytest.raises(RuntimeError, match="a mistake"):
-        make(Wrong(folder.root)).streams["a"][0]
+        Unlabeled(Wrong(folder.root), TO_TENSOR)[0]
 
 
 def test_unreadable_images_are_not_scored(folder):
