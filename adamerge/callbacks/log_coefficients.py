@@ -12,8 +12,8 @@ from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
+from adamerge.results.report.drawing import pixels
 from adamerge.results.report.facts import Learned
-from adamerge.results.report.paper import pixels
 from adamerge.results.report.run_charts import coefficient_map, distribution_of
 
 _IMAGE, _VALUES = "coefficients/heat_map", "coefficients"  # names in the loggers

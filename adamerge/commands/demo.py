@@ -18,7 +18,7 @@ from adamerge.commands.compare.row import read_row, score_again, shared_assembly
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.run import record_metrics
 from adamerge.commands.terminal import json_option, list_files, out, print_json, report
-from adamerge.results.evaluation import TaskScore, bootstrap_difference, table
+from adamerge.results.evaluation import TaskScore, bootstrap, table
 from adamerge.results.report import report_run
 from adamerge.results.report.record import costs_of
 from adamerge.system import progress
@@ -113,7 +113,7 @@ def verdict(scores: Mapping[str, Mapping[str, TaskScore]]) -> list[str]:
     """Say whether the expected order came out, with paired bootstrap intervals of the steps between its rows."""
     lines = []
     for lower, higher in itertools.pairwise(ORDER):
-        low, high = bootstrap_difference(scores[higher], scores[lower])
+        low, high = bootstrap(scores[higher], scores[lower])
         means = [sum(score.accuracy for score in scores[row].values()) / len(scores[row]) for row in (lower, higher)]
         difference = means[1] - means[0]
         holds = "holds" if low > 0 else "within noise" if difference > 0 else "does not hold"

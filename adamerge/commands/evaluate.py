@@ -31,19 +31,21 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
     adamerge evaluate RUN_DIR --corruptions gaussian_noise:3,pixelate
     """  # noqa: D301
     from adamerge.callbacks.elapsed import seconds_of
+    from adamerge.checkpoints.model_folder import read_json
     from adamerge.commands.run.folder import LAST, load_config
     from adamerge.commands.run.run import assemble
     from adamerge.data.corruptions import read_corruptions
-    from adamerge.results.evaluation import read_summary, summary, table, write_summary
+    from adamerge.results.evaluation import summary, table
     from adamerge.results.scoring import Made, score_run
+    from adamerge.system.files import save_json
 
     chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
     run_dir = run_dir.absolute()
     file = (checkpoint or run_dir / "merged.safetensors").absolute()
     config = load_config(run_dir)
     assembly = assemble(config)
-    old = read_summary(run_dir / "summary.json")["rows"] if (run_dir / "summary.json").is_file() else {}
-    before = {} if checkpoint else old.get(str(config.name), {})
+    path = run_dir / "summary.json"
+    before = {} if checkpoint or not path.is_file() else read_json(path)["rows"].get(str(config.name), {})
     name = _row_name(file) if checkpoint else str(config.name)
     seconds = 0.0 if checkpoint else before.get("seconds") or seconds_of(run_dir / LAST)
     made = Made(name, file, seconds, int(config.seed), before.get("uses_labels", False))
@@ -51,10 +53,9 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
         _evaluate_corrupted(run_dir, assembly, made, chosen, as_json=as_json)
         return
     rows = score_run(assembly.model, assembly.data, made, assembly.batch_norm, references=True)
-    protocol = assembly.data.protocol
-    left_out = assembly.data.unreadable_evaluation()
-    path = run_dir / "summary.json"
-    content = summary(rows, protocol, left_out) if checkpoint else write_summary(rows, protocol, path, left_out)
+    content = summary(rows, assembly.data.protocol, assembly.data.unreadable_evaluation())
+    if not checkpoint:
+        save_json(content, path)
     if as_json:
         print_json(content)
     else:

@@ -107,7 +107,7 @@ def run(job: MergeJob, folder: Path) -> dict[str, Path]:
     from adamerge.merges import merged_state_dict
     from adamerge.model.batch_norm import BatchNormPolicy
     from adamerge.results import recipes
-    from adamerge.results.export import export_merge
+    from adamerge.results.export import export
     from adamerge.results.report import PAGE
     from adamerge.system.files import ensure_writable
 
@@ -139,7 +139,7 @@ def run(job: MergeJob, folder: Path) -> dict[str, Path]:
         **recipes.command_facts(watch.seconds()),
     }
     (folder / PAGE).unlink(missing_ok=True)  # of another merge, which this one replaces
-    return export_merge(pool, state_dict, folder, facts=decided, recipe=recipe, **extras)
+    return export(pool, state_dict, folder, facts=decided, recipe=recipe, **extras)
 
 
 def read_recipe(path: Path) -> MergeJob:

@@ -29,18 +29,19 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, figures: Path | None
 
     Runs write their own report when they end; this command is for runs that were stopped, and for comparisons.
     """  # noqa: D301
-    from adamerge.results.report import PAGE, read_runs, save_figures, write_page_of
+    from adamerge.results.report import PAGE, save_figures, write_report
+    from adamerge.results.report.facts import read_run
 
     run_dirs, page = tuple(path.absolute() for path in run_dirs), output.absolute() if output else None
     figures = figures.absolute() if figures else None
     if page is not None and page.suffix != ".html":
         raise InputError(f"--out: expected a file whose name ends in .html, found {output}.")
     page = page or (run_dirs[0] / PAGE if len(run_dirs) == 1 else Path(PAGE).absolute())
-    for run in read_runs(run_dirs):  # refuses what is no run before anything is written
+    for run in [read_run(folder) for folder in run_dirs]:  # refuses what is no run before anything is written
         if run.config and not run.pool:
             _record(run.folder)
-    runs = read_runs(run_dirs)
-    write_page_of(runs, page)
+    runs = [read_run(folder) for folder in run_dirs]
+    write_report(runs, page)
     if figures is not None:
         for path in save_figures(runs, figures, suffix):
             out.print(f"  {path}", highlight=False)

@@ -1,9 +1,7 @@
 """Score models on labelled images: accuracy, calibration, bootstrap intervals."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from adamerge.model.merged_model import MergedModel
 from adamerge.results.numbers import percent
 from adamerge.results.table import Table
 from adamerge.system import progress
-from adamerge.system.files import save_json
 
 FORMAT = 1
 _CHUNK = 100  # bootstrap resamples at a time, to bound memory
@@ -130,36 +127,29 @@ def score_tasks(
         }
 
 
-def bootstrap(scores: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    scores: Mapping[str, TaskScore], minus: Mapping[str, TaskScore] | None = None, samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
     """Return the 95 % interval of the mean accuracy, resampling images within each task.
 
     It covers the choice of test images, not of training seeds.
+
+    Args:
+        scores: Of the tasks.
+        minus: Scores to subtract, paired by image: the interval is that of the difference of the means.
+        samples: Number of resamples.
+        seed: Of the resamples.
     """
-    low, high = _resampled({task: score.correct.float() for task, score in scores.items()}, samples, seed).quantile(
-        torch.tensor([0.025, 0.975])
-    )
-    return low.item(), high.item()
-
-
-def bootstrap_difference(
-    first: Mapping[str, TaskScore], second: Mapping[str, TaskScore], samples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % interval of ``mean(first) - mean(second)``, paired by image."""
-    difference = {task: first[task].correct.float() - second[task].correct.float() for task in first}
-    low, high = _resampled(difference, samples, seed).quantile(torch.tensor([0.025, 0.975]))
-    return low.item(), high.item()
-
-
-def _resampled(values: Mapping[str, Tensor], samples: int, seed: int) -> Tensor:
-    """Means over tasks of means over resampled images, (samples,)."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(samples)
-    for per_image in values.values():
+    for task, score in scores.items():
+        values = score.correct.float() - (minus[task].correct.float() if minus else 0)
         for start in range(0, samples, _CHUNK):
             count = min(_CHUNK, samples - start)
-            picks = torch.randint(len(per_image), (count, len(per_image)), generator=generator)
-            total[start : start + count] += per_image[picks].mean(1)
-    return total / len(values)
+            picks = torch.randint(len(values), (count, len(values)), generator=generator)
+            total[start : start + count] += values[picks].mean(1)
+    low, high = (total / len(scores)).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
 
 
 def ratios(accuracies: Mapping[str, float], experts: Mapping[str, float]) -> dict[str, float] | None:
@@ -212,29 +202,10 @@ def summary(
             **row.extra,
         }
     tasks = list(next(iter(rows.values())).scores)
-    left_out = {"unreadable": dict(unreadable)} if unreadable else {}
     unseen = list(dict.fromkeys(task for row in rows.values() for task in row.unseen))
-    marked = {"unseen": unseen} if unseen else {}
-    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **marked, **left_out, "rows": content}
-
-
-def write_summary(
-    rows: Mapping[str, TableRow], protocol: str, path: Path, unreadable: Mapping[str, list[str]] | None = None
-) -> dict[str, Any]:
-    """Write ``summary.json``, atomically, and return its content."""
-    content = summary(rows, protocol, unreadable)
-    save_json(content, path)
-    return content
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """Read ``summary.json``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-    """
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    optional = {"unseen": unseen, "unreadable": dict(unreadable or {})}
+    stated = {key: value for key, value in optional.items() if value}
+    return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **stated, "rows": content}
 
 
 def table(content: Mapping[str, Any], title: str = "") -> Table:

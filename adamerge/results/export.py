@@ -32,11 +32,12 @@ FORMAT = 1
 
 def export(
     pool: ExpertPool,
-    coefficients: Coefficients,
+    merged: Coefficients | Mapping[str, Tensor],
     folder: Path,
     *,
     filename: str = "merged.safetensors",
     statistics: Mapping[str, Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
     heads: Mapping[str, nn.Module] | None = None,
     head_info: Mapping[str, Any] | None = None,
     sidecar: Mapping[str, Any] | None = None,
@@ -46,12 +47,13 @@ def export(
 
     Args:
         pool: Base and experts.
-        coefficients: What to merge with.
+        merged: Coefficients to merge with; or of a merge without any its state dict, every key of the base.
         folder: Made if needed; files of an earlier export are replaced one by one.
-        filename: Of the merged checkpoint: the base's keys, dtypes and values under the coefficients.
-            Its bytes depend on pool, coefficients and statistics only, so that a replay gives the same file.
+        filename: Of the merged checkpoint: the base's keys and dtypes. Its bytes depend on pool, coefficients and
+            statistics, or on pool and facts, only, so that a replay gives the same file.
         statistics: Of BatchNorm layers, by the encoder's names, where they are not the base's. They are kept beside the
             coefficients, in ``batch_norm.safetensors``.
+        facts: Of a merge without coefficients: what besides the pool decides the bytes, for the file's metadata.
         heads: Task to classifier, written to ``heads.safetensors``.
         head_info: JSON-ready facts about the heads by task, such as class names.
         sidecar: ``open_clip_config.json``'s content; with it, ``open_clip/`` loads in
@@ -68,85 +70,56 @@ def export(
         RuntimeError: If what was read back differs from what was merged.
     """
     ensure_writable(folder)
-    state_dict = with_statistics(merge(pool, coefficients, detach=True), pool, statistics or {})
-    _check_finite(state_dict, "The coefficients diverged: lower the learning rate, or set constraint=box.")
-    files = {"merged": folder / filename, "coefficients": folder / "coefficients.json", "recipe": folder / "merge.json"}
-    # One key: with several, their order in the file, and so its bytes, would change from run to run.
-    facts = {"format": FORMAT, "coefficients": digest(coefficients), "pool": combined_hash(pool.hashes())}
-    if statistics:
-        facts["batch_norm"] = MemoryCheckpoint(FILE, statistics).sha256()
-        files["batch_norm"] = folder / FILE
-        save_statistics(statistics, files["batch_norm"], {"coefficients": facts["coefficients"]})
+    files = {"merged": folder / filename, "recipe": folder / "merge.json"}
+    if isinstance(merged, Coefficients):
+        files |= _write_coefficients(pool, merged, files["merged"], statistics or {})
     else:
-        (folder / FILE).unlink(missing_ok=True)  # of an earlier export
-    save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(facts)})
-    _prove(files["merged"], state_dict)
-    save_coefficients(coefficients, files["coefficients"], pool)
-    return files | _write_rest(pool, folder, files["merged"], files["recipe"], heads, head_info, sidecar, recipe)
-
-
-def export_merge(
-    pool: ExpertPool,
-    state_dict: Mapping[str, Tensor],
-    folder: Path,
-    *,
-    facts: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    heads: Mapping[str, nn.Module] | None = None,
-    head_info: Mapping[str, Any] | None = None,
-    sidecar: Mapping[str, Any] | None = None,
-) -> dict[str, Path]:
-    """Write a merge that has no coefficients to a folder, and prove it by reading it back.
-
-    Args:
-        pool: Base and experts.
-        state_dict: The merge: every key of the base, in its dtypes.
-        folder: Made if needed; files of an earlier export are replaced one by one.
-        facts: What besides the pool decides the bytes, for the file's metadata.
-        recipe: Further JSON-ready content of ``merge.json``.
-        heads: As for :func:`export`.
-        head_info: As for :func:`export`.
-        sidecar: As for :func:`export`.
-
-    Returns:
-        Short name to file, of what was written.
-
-    Raises:
-        InputError: If the folder is not writable.
-        GuardError: If a merged tensor is not finite.
-        OSError: If a file cannot be written; an earlier version of it is then still there.
-        RuntimeError: If what was read back differs from what was merged.
-    """
-    ensure_writable(folder)
-    _check_finite(state_dict, "The rule does not suit these experts, or its scale is too large for this dtype.")
-    files = {"merged": folder / "merged.safetensors", "recipe": folder / "merge.json"}
-    content = {"format": FORMAT, **facts, "pool": combined_hash(pool.hashes())}
-    save_state_dict(state_dict, files["merged"], {"adamerge": json.dumps(content, sort_keys=True)})
-    _prove(files["merged"], state_dict)
-    return files | _write_rest(pool, folder, files["merged"], files["recipe"], heads, head_info, sidecar, recipe)
-
-
-def _write_rest(
-    pool: ExpertPool,
-    folder: Path,
-    merged: Path,
-    recipe_file: Path,
-    heads: Mapping[str, nn.Module] | None,
-    head_info: Mapping[str, Any] | None,
-    sidecar: Mapping[str, Any] | None,
-    recipe: Mapping[str, Any] | None,
-) -> dict[str, Path]:
-    """Write what belongs to a merged checkpoint."""
-    files = {}
+        _check_finite(merged, "The rule does not suit these experts, or its scale is too large for this dtype.")
+        content = {"format": FORMAT, **(facts or {}), "pool": combined_hash(pool.hashes())}
+        _write_checkpoint(files["merged"], merged, json.dumps(content, sort_keys=True))
     if heads:
         files["heads"] = folder / "heads.safetensors"
         save_heads(heads, files["heads"], head_info or {})
     if sidecar:
         files["open_clip"] = folder / "open_clip"
-        _write_open_clip(files["open_clip"], merged, sidecar)
+        _write_open_clip(files["open_clip"], files["merged"], sidecar)
     content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
-    save_json({**content, **(recipe or {})}, recipe_file)
+    save_json({**content, **(recipe or {})}, files["recipe"])
     return files
+
+
+def _write_coefficients(
+    pool: ExpertPool, coefficients: Coefficients, path: Path, statistics: Mapping[str, Tensor]
+) -> dict[str, Path]:
+    """Write the checkpoint of coefficients, and beside it these and the statistics of BatchNorm layers."""
+    state_dict = with_statistics(merge(pool, coefficients, detach=True), pool, statistics)
+    _check_finite(state_dict, "The coefficients diverged: lower the learning rate, or set constraint=box.")
+    files = {"coefficients": path.with_name("coefficients.json")}
+    facts = {"format": FORMAT, "coefficients": digest(coefficients), "pool": combined_hash(pool.hashes())}
+    beside = path.with_name(FILE)
+    if statistics:
+        facts["batch_norm"] = MemoryCheckpoint(FILE, statistics).sha256()
+        files["batch_norm"] = beside
+        save_statistics(statistics, beside, {"coefficients": facts["coefficients"]})
+    else:
+        beside.unlink(missing_ok=True)  # of an earlier export
+    _write_checkpoint(path, state_dict, json.dumps(facts))
+    save_coefficients(coefficients, files["coefficients"], pool)
+    return files
+
+
+def _write_checkpoint(path: Path, state_dict: Mapping[str, Tensor], facts: str) -> None:
+    """Write a merge, and prove it by reading it back.
+
+    All facts are one key of the metadata: the order of several, and so the file's bytes, would change from run to run.
+    """
+    save_state_dict(state_dict, path, {"adamerge": facts})
+    written = load_state_dict(path)
+    wrong = [key for key, tensor in state_dict.items() if key not in written or not _same(written[key], tensor)]
+    if wrong or len(written) != len(state_dict):
+        raise RuntimeError(
+            f"{path}: the tensor {(wrong or ['?'])[0]!r} read back differs from the merge. Is the disk sound?"
+        )
 
 
 def save_heads(heads: Mapping[str, nn.Module], path: Path, info: Mapping[str, Any]) -> None:
@@ -201,15 +174,6 @@ def _check_finite(state_dict: Mapping[str, Tensor], remedy: str) -> None:
                 f"The merged tensor {key!r} ({str(tensor.dtype).removeprefix('torch.')}) is not finite, so nothing was "
                 f"exported. {remedy}"
             )
-
-
-def _prove(path: Path, expected: Mapping[str, Tensor]) -> None:
-    written = load_state_dict(path)
-    wrong = [key for key, tensor in expected.items() if key not in written or not _same(written[key], tensor)]
-    if wrong or len(written) != len(expected):
-        raise RuntimeError(
-            f"{path}: the tensor {(wrong or ['?'])[0]!r} read back differs from the merge. Is the disk sound?"
-        )
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -11,9 +11,10 @@ from adamerge.data.corruptions import Corruption
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.merged_model import MergedModel
-from adamerge.results.evaluation import FORMAT, TableRow, summary
-from adamerge.results.figures import save_accuracies
+from adamerge.results.evaluation import summary
 from adamerge.results.numbers import percent
+from adamerge.results.report import drawing
+from adamerge.results.report.charts import HeatMap, Panel
 from adamerge.results.scoring import Made, score_run
 from adamerge.results.table import Table
 from adamerge.system.files import save_json
@@ -48,17 +49,12 @@ def score_corruptions(
         name = CLEAN if corruption is None else str(corruption)
         log.info("Scoring: %s", name)
         scored = data if corruption is None else data.with_corrupted_evaluation(corruption)
-        rows: Mapping[str, TableRow] = score_run(model, scored, made, batch_norm, references=True)
-        content[name] = summary(rows, scored.protocol)
+        content[name] = summary(score_run(model, scored, made, batch_norm, references=True), scored.protocol)
     first = content[CLEAN]
-    stream = data.corruption
     return {
-        "format": FORMAT,
-        "protocol": first["protocol"],
-        "tasks": first["tasks"],
-        "unseen": first.get("unseen", []),
+        **{key: first.get(key, []) for key in ("format", "protocol", "tasks", "unseen")},
         "checkpoint": made.name,
-        "adapted_on": CLEAN if stream is None else str(stream),
+        "adapted_on": CLEAN if data.corruption is None else str(data.corruption),
         "seed": data.seed,
         "corruptions": {name: {"rows": scored["rows"]} for name, scored in content.items()},
     }
@@ -68,11 +64,14 @@ def save_robustness(content: Mapping[str, Any], folder: Path, stem: str = "robus
     """Write ``robustness.json`` and its picture; where matplotlib is not installed a warning stands for that."""
     save_json(content, folder / f"{stem}.json")
     title = f"Accuracy of {content['checkpoint']}, %, adapted on {content['adapted_on']} images; right: means of others"
-    try:
-        columns_of_checkpoint = len(content["tasks"]) + 1 + len(content["unseen"])
-        save_accuracies(table(content), folder / f"{stem}.png", title, gap=columns_of_checkpoint)
-    except ImportError:
-        log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
+    shown, own = table(content), len(content["tasks"]) + 1 + len(content["unseen"])  # own columns stand apart
+    (_, *columns), *lines = [[*cells[: own + 1], "", *cells[own + 1 :]] for cells in (shown.header, *shown.rows)]
+    values = [[float(cell) if cell else None for cell in cells] for _, *cells in lines]
+    rows, panel = [name for name, *_ in lines], Panel(title, columns, values)
+    chart = HeatMap(
+        "accuracies", title, "Accuracies in percent.", rows, [panel], "accuracy, %", "", shows_values=True, digits=1
+    )
+    drawing.save_if_possible(chart, folder / f"{stem}.png")
 
 
 def table(content: Mapping[str, Any]) -> Table:

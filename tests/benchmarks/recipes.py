@@ -19,9 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
+from adamerge.checkpoints.model_folder import read_json
 from adamerge.commands.run import run as launch
 from adamerge.commands.run.compose import compose
-from adamerge.results.evaluation import read_summary
 from adamerge.system.files import save_json
 
 _COMBINED = "objective=combine +objective.terms.hidden._target_=adamerge.objectives.alignment.Alignment"
@@ -70,7 +70,7 @@ def run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict
     overrides += ["data.protocol=transductive"] if options.transductive else []
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     launch.adapt(compose(overrides), folder)
-    row = read_summary(folder / "summary.json")["rows"]["recommended"]
+    row = read_json(folder / "summary.json")["rows"]["recommended"]
     losses = []
     for path in folder.glob("metrics/*/metrics.csv"):
         with path.open(encoding="utf-8") as file:

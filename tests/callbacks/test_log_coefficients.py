@@ -13,7 +13,7 @@ from adamerge.callbacks import LogCoefficients
 from adamerge.callbacks.log_coefficients import learned_of, log_scores
 from adamerge.commands.run.check import check_package
 from adamerge.model.granularity import Block
-from adamerge.results.report.paper import pixels
+from adamerge.results.report.drawing import pixels
 from adamerge.results.report.run_charts import coefficient_map, distribution_of
 from tests.support.fits import QUIET, fit, make_data, make_method
 from tests.support.toy import EXPERTS

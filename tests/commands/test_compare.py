@@ -45,7 +45,7 @@ def made(monkeypatch):
         return result(0.8 if spec.text == "experts" else 0.4 + 0.1 * seed, seed)
 
     monkeypatch.setattr(comparison, "make_row", instantly)
-    monkeypatch.setattr(comparison, "save_comparison", lambda content, path: path.touch())
+    monkeypatch.setattr(comparison.drawing, "save", lambda chart, path: path.touch())
     return calls
 
 

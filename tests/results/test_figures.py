@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adamerge.results.evaluation import TableRow, TaskScore, summary
-from adamerge.results.figures import save_comparison
+from adamerge.results.report import drawing
+from adamerge.results.report.run_charts import rows_with_means
 from tests.benchmarks.pictures import save_lines
 
 
@@ -18,9 +19,9 @@ def content(tasks=("a", "b")):
     return summary({"pretrained": row(4), "mine": row(6, uses_data=True), "oracle": row(7, uses_labels=True)}, "split")
 
 
-def test_save_comparison_writes_a_picture(tmp_path):
+def test_comparison_writes_a_picture(tmp_path):
     path = tmp_path / "deep" / "comparison.png"
-    save_comparison(content(), path)
+    drawing.save(rows_with_means(content()), path)
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width > image.height > 100
@@ -28,35 +29,35 @@ def test_save_comparison_writes_a_picture(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["comparison.png"]
 
 
-def test_save_comparison_again_gives_the_same_bytes(tmp_path):
+def test_comparison_again_gives_the_same_bytes(tmp_path):
     for name in ("one.png", "two.png"):
-        save_comparison(content(), tmp_path / name)
+        drawing.save(rows_with_means(content()), tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_save_comparison_format_follows_the_suffix(tmp_path, suffix, start):
-    save_comparison(content(), tmp_path / f"x.{suffix}")
+def test_comparison_format_follows_the_suffix(tmp_path, suffix, start):
+    drawing.save(rows_with_means(content()), tmp_path / f"x.{suffix}")
     assert (tmp_path / f"x.{suffix}").read_bytes().startswith(start)
 
 
-def test_save_comparison_leaves_room_beside_a_very_long_name(tmp_path):
+def test_comparison_leaves_room_beside_a_very_long_name(tmp_path):
     long = content()
     row = next(iter(long["rows"].values()))
     long["rows"] = {**long["rows"], "metrics_weighted " + " ".join(f"scores.task{i}=1" for i in range(20)): row}
-    save_comparison(long, tmp_path / "x.png")  # matplotlib warns where there is none
+    drawing.save(rows_with_means(long), tmp_path / "x.png")  # matplotlib warns where there is none
 
 
-def test_save_comparison_more_tasks_than_markers_works(tmp_path):
-    save_comparison(content([f"t{i}" for i in range(11)]), tmp_path / "x.png")
+def test_comparison_more_tasks_than_markers_works(tmp_path):
+    drawing.save(rows_with_means(content([f"t{i}" for i in range(11)])), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
-def test_save_comparison_shows_all_tasks_means_and_intervals(tmp_path, monkeypatch):
+def test_comparison_shows_all_tasks_means_and_intervals(tmp_path, monkeypatch):
     figures = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: figures.append(self) or savefig(self, *args, **kw))
-    save_comparison(content(), tmp_path / "x.png")
+    drawing.save(rows_with_means(content()), tmp_path / "x.png")
     (axes,) = figures[0].axes
     low, high = axes.get_xlim()
     assert {"40.0", "60.0", "70.0"} <= {text.get_text() for text in axes.texts}
@@ -67,16 +68,16 @@ def test_save_comparison_shows_all_tasks_means_and_intervals(tmp_path, monkeypat
     assert low <= min(ends) < max(ends) <= high
 
 
-def test_save_comparison_interval_without_width_works(tmp_path):
+def test_comparison_interval_without_width_works(tmp_path):
     """In float32 the ends can lie on the wrong side of the mean, by rounding."""
     scores = {
         task: TaskScore(float(right), 0.1, torch.tensor([right])) for task, right in zip("abc", (1, 0, 1), strict=True)
     }
-    save_comparison(summary({"x": TableRow(scores)}, "split"), tmp_path / "x.png")
+    drawing.save(rows_with_means(summary({"x": TableRow(scores)}, "split")), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
-def test_save_comparison_failing_leaves_the_earlier_picture(tmp_path, monkeypatch):
+def test_comparison_failing_leaves_the_earlier_picture(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     path.write_bytes(b"earlier")
 
@@ -86,7 +87,7 @@ def test_save_comparison_failing_leaves_the_earlier_picture(tmp_path, monkeypatc
 
     monkeypatch.setattr(Figure, "savefig", breaks)
     with pytest.raises(OSError, match="disk full"):
-        save_comparison(content(), path)
+        drawing.save(rows_with_means(content()), path)
     assert path.read_bytes() == b"earlier"
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -82,7 +82,8 @@ def adapted(folder, base, backbone, *overrides, shape=(3, 16, 16), licences=(Non
     node = {"_target_": f"{__name__}.data", "shape": list(shape)}
     OmegaConf.save(OmegaConf.create(node), folder / "configs" / "data" / "random.yaml")
     options = ["--config-dir", folder / "configs", "data=random", "pool=files", f"pool.file={folder / 'pool.yaml'}"]
-    quick = ["steps=2", "trainer=cpu", "logger=none", "references=false", "constraint=none", "optimizer.lr=0.1"]
+    quick = ["steps=2", "trainer=cpu", "logger=none", "references=false", "report=false", "constraint=none"]
+    quick += ["optimizer.lr=0.1"]
     ends(0, "adapt", *options, *backbone, *quick, *overrides, f"run_dir={folder / 'run'}")
     return folder / "run"
 
@@ -392,8 +393,10 @@ def test_coefficients_are_read_by_label_from_either_file(tmp_path):
 
 
 def test_nothing_is_left_where_the_other_library_computes_something_else(clip_run, tmp_path, monkeypatch):
-    encoder = merged.Merged.encoder
-    monkeypatch.setattr(merged.Merged, "encoder", lambda self: torch.nn.Sequential(encoder(self), torch.nn.ReLU()))
+    encoder = merged.MergedFolder.encoder
+    monkeypatch.setattr(
+        merged.MergedFolder, "encoder", lambda self: torch.nn.Sequential(encoder(self), torch.nn.ReLU())
+    )
     with pytest.raises(
         GuardError, match=r"in open_clip, loaded back, differs from the merge by .* nothing was exported"
     ):

@@ -54,7 +54,8 @@ def configs(tmp_path_factory):
 def arguments(configs, tmp_path, monkeypatch):
     """Arguments of a small run; the working directory is empty, as the command must work from anywhere."""
     monkeypatch.chdir(tmp_path)
-    return ["--config-dir", str(configs), "pool=two", "data=tiny", "trainer=cpu", "steps=3", "run_dir=run"]
+    quick = ["pool=two", "data=tiny", "trainer=cpu", "report=false", "steps=3", "run_dir=run"]
+    return ["--config-dir", str(configs), *quick]
 
 
 def call(*arguments):

@@ -51,8 +51,8 @@ def write_configs(folder: Path, images: int = 2) -> Path:
 
 def arguments(configs: Path, folder: Path, *overrides: str) -> list[str]:
     """Arguments of a run."""
-    own = ["pool=small", "data=small", "trainer=cpu", "references=false", "evaluate=false", f"run_dir={folder}"]
-    return ["adapt", "--config-dir", str(configs), *own, *overrides]
+    quick = ["trainer=cpu", "references=false", "evaluate=false", "report=false"]
+    return ["adapt", "--config-dir", str(configs), "pool=small", "data=small", *quick, f"run_dir={folder}", *overrides]
 
 
 def start(*command: str, cwd: Path, kill: tuple[str, int, float] | None = None, file_size: int = 0) -> BaseProcess:

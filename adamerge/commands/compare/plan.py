@@ -20,7 +20,8 @@ from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import held
 from adamerge.commands.run.shipped import preset_content
 from adamerge.errors import GuardError, InputError
-from adamerge.results.figures import save_comparison
+from adamerge.results.report import drawing
+from adamerge.results.report.run_charts import rows_with_means
 from adamerge.system.files import atomic_path, save_json
 
 log = logging.getLogger(__name__)
@@ -141,10 +142,7 @@ def _write(plan: Plan, results: Mapping[tuple[int, str], Any], console: Console)
     save_json(content, plan.folder / "summary.json")
     with atomic_path(plan.folder / "table.md") as temporary:
         temporary.write_text(table(content).markdown(code=(0,)), encoding="utf-8")
-    try:
-        save_comparison(content, plan.folder / "comparison.png")
-    except ImportError:
-        log.warning("No picture: matplotlib is not installed (pip install 'adamerge[demo]').")
+    drawing.save_if_possible(rows_with_means(content), plan.folder / "comparison.png")
     console.print(table(content).terminal())
 
 

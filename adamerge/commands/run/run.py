@@ -46,7 +46,7 @@ from adamerge.model.teacher_files import TeacherFiles
 from adamerge.pool.describe import describe
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
-from adamerge.results.evaluation import write_summary
+from adamerge.results.evaluation import summary
 from adamerge.results.report import report_run
 from adamerge.results.report.record import costs_of
 from adamerge.results.scoring import Made, score_run
@@ -239,11 +239,11 @@ def _score(
     rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
     if not trainer.is_global_zero:
         return None
-    left_out = assembly.data.unreadable_evaluation()
-    summary = write_summary(rows, assembly.data.protocol, export.dirpath / "summary.json", left_out)
-    record_metrics(export.files["recipe"], summary, seconds)
-    log_scores(trainer.loggers, summary["rows"][merged.name], trainer.global_step)
-    return summary
+    content = summary(rows, assembly.data.protocol, assembly.data.unreadable_evaluation())
+    save_json(content, export.dirpath / "summary.json")
+    record_metrics(export.files["recipe"], content, seconds)
+    log_scores(trainer.loggers, content["rows"][merged.name], trainer.global_step)
+    return content
 
 
 def _provenance(config: DictConfig) -> dict[str, Any]:

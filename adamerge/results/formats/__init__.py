@@ -6,5 +6,5 @@ One module per format with ``write(merged, folder)``, which returns what the mod
 
 from adamerge.results.formats.export import FORMATS as FORMATS
 from adamerge.results.formats.export import export_as as export_as
-from adamerge.results.formats.merged import Merged as Merged
+from adamerge.results.formats.merged import MergedFolder as MergedFolder
 from adamerge.results.formats.merged import open_merged as open_merged

@@ -1,7 +1,6 @@
 """The model card: ``README.md`` with the Hub's header, and a picture of the coefficients."""
 
 import json
-import logging
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +9,13 @@ from typing import Any
 
 from adamerge import __version__
 from adamerge.checkpoints.model_folder import read_json
-from adamerge.results.evaluation import starred
-from adamerge.results.formats.usage import Usage
-from adamerge.results.numbers import percent
-from adamerge.results.report import paper
+from adamerge.results.evaluation import table as accuracy_table
+from adamerge.results.formats.merged import Usage
+from adamerge.results.report import drawing
 from adamerge.results.report.facts import learned_of
 from adamerge.results.report.run_charts import coefficient_map
 from adamerge.results.table import Table
 from adamerge.system.files import atomic_path
-
-log = logging.getLogger(__name__)
 
 NOT_STATED = "not stated"
 PICTURE = "coefficients.png"
@@ -216,18 +212,8 @@ def _accuracy(recipe: Mapping[str, Any]) -> str:
     rows: Mapping[str, Any] = recipe.get("metrics") or {}
     if not rows:
         return ""
-    tasks = list(next(iter(rows.values()))["per_task"])
-    lines = [
-        [name, *(percent(row["per_task"][task]) for task in tasks), percent(row["mean"])] for name, row in rows.items()
-    ]
-    table = Table(["accuracy, %", *tasks, "mean"], lines, starred=starred(rows))
-    notes = {
-        "split": "Images that adapted were not scored.",
-        "transductive": "Adapted on the scored images, without their labels.",
-    }
-    end = [notes.get(str(recipe.get("protocol")), "")]
-    end += ["* uses labels."] if any(row.get("uses_labels") for row in rows.values()) else []
-    return f"## Accuracy\n\n{table.markdown()}\n{' '.join(filter(None, end))}\n"
+    content = {"rows": rows, "tasks": list(next(iter(rows.values()))["per_task"]), "protocol": recipe.get("protocol")}
+    return f"## Accuracy\n\n{accuracy_table(content).markdown()}\n"
 
 
 def _own_row(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -242,13 +228,8 @@ def _picture(source: Path, folder: Path) -> bool:
     path = source / "coefficients.json"
     if not path.is_file():
         return False
-    learned = learned_of(read_json(path), source)
-    try:
-        paper.save(coefficient_map(learned), folder / PICTURE)
-    except ImportError:
-        log.warning('No picture of the coefficients: matplotlib is not installed (pip install "adamerge[demo]").')
-        return False
-    return True
+    chart = coefficient_map(learned_of(read_json(path), source))
+    return drawing.save_if_possible(chart, folder / PICTURE)
 
 
 def _tag(recipe: Mapping[str, Any]) -> str | None:

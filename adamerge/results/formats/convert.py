@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import torch
-
 from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
 from adamerge.checkpoints.clip_configs import to_open_clip
 from adamerge.checkpoints.clip_names import HF_CLIP, as_own, as_theirs
-from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, ModelFiles, find_model, read_json
+from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, find_model, read_json
 from adamerge.errors import InputError
 from adamerge.results.formats import hugging_face, open_clip
 from adamerge.system.files import atomic_folder, save_json
@@ -44,46 +42,23 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
         return [out]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: expected a new folder, or a file NAME.safetensors; found one with content.")
+    if model.config_file is None:
+        raise InputError(
+            f"{source}: no {HF_CONFIG if is_theirs else OPEN_CLIP_CONFIG} beside it, which says what model it is. Name "
+            "its folder, or give --out NAME.safetensors for the weights alone."
+        )
+    beside = model.config_file.parent
     with atomic_folder(out.absolute()) as folder:
         if is_theirs:
-            _to_open_clip(model, seen, source, folder)
+            preprocessor = beside / "preprocessor_config.json"
+            settings = read_json(preprocessor) if preprocessor.is_file() else {}
+            config = to_open_clip(read_json(model.config_file), settings, str(model.config_file))
+            save_json(config, folder / OPEN_CLIP_CONFIG)
+            save_state_dict({key: seen.get(key) for key in seen.keys}, folder / open_clip.WEIGHTS, {"format": "pt"})
+            hugging_face.prove_model(OpenClip(str(folder)), seen, beside)
         else:
-            _to_hugging_face(model, source, folder)
+            backbone = OpenClip(str(beside))
+            hugging_face.write_model(model.checkpoint, backbone.sidecar(), str(source), folder)
+            hugging_face.write_tokenizer(backbone.sidecar(), folder)
+            hugging_face.prove_model(backbone, model.checkpoint, folder)
     return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def _to_open_clip(model: ModelFiles, seen: Checkpoint, source: Path, folder: Path) -> None:
-    if model.config_file is None:
-        raise InputError(
-            f"{source}: no {HF_CONFIG} beside it, which says what model it is. Name its folder, or give --out "
-            "NAME.safetensors for the weights alone."
-        )
-    beside = model.config_file.parent / "preprocessor_config.json"
-    preprocessor = read_json(beside) if beside.is_file() else {}
-    config = to_open_clip(read_json(model.config_file), preprocessor, str(model.config_file))
-    save_json(config, folder / OPEN_CLIP_CONFIG)
-    save_state_dict({key: seen.get(key) for key in seen.keys}, folder / open_clip.WEIGHTS, {"format": "pt"})
-    _compare(folder, model.config_file.parent)
-
-
-def _to_hugging_face(model: ModelFiles, source: Path, folder: Path) -> None:
-    if model.config_file is None:
-        raise InputError(
-            f"{source}: no {OPEN_CLIP_CONFIG} beside it, which says what model it is. Name its folder, or give --out "
-            "NAME.safetensors for the weights alone."
-        )
-    sidecar = OpenClip(str(model.config_file.parent)).sidecar()
-    hugging_face.write_model(model.checkpoint, sidecar, str(source), folder)
-    hugging_face.write_tokenizer(sidecar, folder)
-    _compare(model.config_file.parent, folder)
-
-
-def _compare(own: Path, theirs: Path) -> None:
-    """Compare the folders of both libraries; open_clip's side always has to load."""
-    backbone = OpenClip(str(own))
-    checkpoint = find_model(own).checkpoint
-    tensors = {key: checkpoint.get(key) for key in checkpoint.keys}
-    size = backbone.sidecar()["preprocess_cfg"]["size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    hugging_face.prove_model(backbone, tensors, images, theirs)

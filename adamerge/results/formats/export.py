@@ -8,12 +8,15 @@ from typing import Any
 
 from adamerge.errors import InputError
 from adamerge.results.formats import card, upload
-from adamerge.results.formats.merged import BackboneOf, Merged, open_merged
+from adamerge.results.formats.merged import BackboneOf, MergedFolder, open_merged
 from adamerge.system.files import atomic_folder, save_json, sha256
 
 log = logging.getLogger(__name__)
 
 FORMATS = {"open_clip": "open_clip", "hf": "hugging_face", "torchvision": "torchvision", "onnx": "onnx"}
+_STATED = (  # of the recipe, as it is
+    *("format", "versions", "seed", "steps", "protocol", "rule", "uses_data", "uses_labels", "batch_norm", "metrics"),
+)
 _KEPT = ("coefficients.json", "coefficients.safetensors", "heads.safetensors", "batch_norm.safetensors")
 
 
@@ -60,7 +63,7 @@ def export_as(
     return files, None if repository is None else upload.upload(out, repository, public=public)
 
 
-def _write(merged: Merged, target: str, folder: Path, name: str, options: dict[str, Any]) -> None:
+def _write(merged: MergedFolder, target: str, folder: Path, name: str, options: dict[str, Any]) -> None:
     module = importlib.import_module(f"adamerge.results.formats.{FORMATS[target]}")
     usage = module.write(merged, folder, **options)
     module.prove(merged, folder, **options)
@@ -72,23 +75,11 @@ def _write(merged: Merged, target: str, folder: Path, name: str, options: dict[s
     card.write_card(folder, name, merged.recipe, usage, merged.folder)
 
 
-def _provenance(merged: Merged) -> dict[str, Any]:
+def _provenance(merged: MergedFolder) -> dict[str, Any]:
     """Return what is known of the merge for others: no paths of this machine."""
     recipe = merged.recipe
-    kept = (
-        "format",
-        "versions",
-        "seed",
-        "steps",
-        "protocol",
-        "rule",
-        "uses_data",
-        "uses_labels",
-        "batch_norm",
-        "metrics",
-    )
     return {
-        **{key: recipe[key] for key in kept if key in recipe},
+        **{key: recipe[key] for key in _STATED if key in recipe},
         "ingredients": card.ingredients(recipe),
         "merged_sha256": sha256(merged.path),
         "heads": {task: merged.info.get(task) for task in merged.heads},

@@ -15,9 +15,8 @@ from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
 from adamerge.checkpoints.clip_configs import to_hugging_face
 from adamerge.checkpoints.clip_names import HF_CLIP, as_theirs
 from adamerge.errors import InputError
-from adamerge.results.formats.merged import Merged, describe
+from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example, head_code
 from adamerge.results.formats.open_clip import sidecar_of, tokenizer_notes
-from adamerge.results.formats.usage import Usage, check_equal, head_code
 from adamerge.system.files import atomic_path, save_json
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ inputs = processor(images=image, return_tensors="pt")
 """
 
 
-def write(merged: Merged, folder: Path) -> Usage:
+def write(merged: MergedFolder, folder: Path) -> Usage:
     """Write configuration, weights, image processor, and OpenAI's tokenizer where the model uses that.
 
     Raises:
@@ -122,27 +121,28 @@ def write_tokenizer(sidecar: Mapping[str, Any], folder: Path) -> bool:
     return True
 
 
-def prove(merged: Merged, folder: Path) -> None:
-    """Load the folder in transformers, and compare logits of images and texts; without transformers, say so.
+def prove(merged: MergedFolder, folder: Path) -> None:
+    """Load the folder in transformers, and compare logits of images and texts.
 
     Raises:
         GuardError: If they differ.
     """
     assert isinstance(merged.backbone, OpenClip)
-    tensors = {key: merged.checkpoint.get(key) for key in merged.checkpoint.keys}
-    prove_model(merged.backbone, tensors, merged.example(2), folder)
+    prove_model(merged.backbone, merged.checkpoint, folder)
 
 
-def prove_model(backbone: OpenClip, tensors: Mapping[str, Tensor], images: Tensor, folder: Path) -> None:
-    """Compare a folder's logits, loaded in transformers, with those of an open_clip model.
+def prove_model(backbone: OpenClip, checkpoint: Checkpoint, folder: Path) -> None:
+    """Compare the logits of a folder, loaded in transformers, with those of an open_clip model; without it, say so.
 
     Args:
         backbone: The open_clip model.
-        tensors: Its weights.
-        images: (B, 3, H, W).
-        folder: What was written.
+        checkpoint: Its weights.
+        folder: Hugging Face's.
+
+    Raises:
+        GuardError: If they differ.
     """
-    own = backbone.whole(tensors)
+    own = backbone.whole({key: checkpoint.get(key) for key in checkpoint.keys})
     if importlib.util.find_spec("transformers") is None:
         log.warning(
             'transformers is not installed, so %s was not loaded back: pip install "adamerge[hf]".', folder.name
@@ -154,6 +154,7 @@ def prove_model(backbone: OpenClip, tensors: Mapping[str, Tensor], images: Tenso
         model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     model.eval()
     texts = _random_texts(backbone.sidecar()["model_cfg"]["text_cfg"])
+    images = example(backbone, 2)
     with torch.no_grad():
         expected = own.get_logits(images, texts)[0]
         found = model(input_ids=texts, pixel_values=images).logits_per_image

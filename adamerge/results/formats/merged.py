@@ -1,5 +1,6 @@
-"""A merged model as the folder of a run, or of ``adamerge merge``, holds it: weights, backbone, heads, recipe."""
+"""A merged model as the folder of a run, or of ``adamerge merge``, holds it; what a format says of it, and compares."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from adamerge.backbones import Backbone, ZeroShotHead
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.model_folder import read_json
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import GuardError, InputError, did_you_mean, shorten
 from adamerge.results.export import load_heads
 
 WEIGHTS = "merged.safetensors"
@@ -20,7 +21,7 @@ BackboneOf = Callable[[Path, Mapping[str, Any]], Backbone]  # of a folder and it
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedFolder:
     """A merged model, with all that an export needs to know of it.
 
     Attributes:
@@ -91,25 +92,26 @@ class Merged:
         head.load_state_dict(tensors)
         return head.eval().requires_grad_(False)
 
-    def example(self, count: int, seed: int = 0) -> Tensor:
-        """Return random inputs (count, ...) of the shape that the backbone's preprocessing gives.
 
-        Raises:
-            InputError: If the backbone has no preprocessing.
-        """
-        from PIL import Image
+def example(backbone: Backbone, count: int, seed: int = 0) -> Tensor:
+    """Return random inputs (count, ...) of the shape that a backbone's preprocessing gives.
 
-        transform = self.backbone.preprocess()
-        if transform is None:
-            raise InputError(
-                f"{describe(self.backbone)}: has no preprocessing, so that the shape of its inputs is not known. Give "
-                "the backbone a preprocess()."
-            )
-        shape = transform(Image.new("RGB", (320, 256))).shape
-        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+    Raises:
+        InputError: If it has no preprocessing.
+    """
+    from PIL import Image
+
+    transform = backbone.preprocess()
+    if transform is None:
+        raise InputError(
+            f"{describe(backbone)}: has no preprocessing, so that the shape of its inputs is not known. Give the "
+            "backbone a preprocess()."
+        )
+    shape = transform(Image.new("RGB", (320, 256))).shape
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def open_merged(folder: Path, backbone_of: BackboneOf) -> Merged:
+def open_merged(folder: Path, backbone_of: BackboneOf) -> MergedFolder:
     """Open what ``adamerge adapt``, ``adamerge merge`` or ``adamerge export`` wrote.
 
     Args:
@@ -126,9 +128,80 @@ def open_merged(folder: Path, backbone_of: BackboneOf) -> Merged:
         raise InputError(f"{folder}: expected a merge, {WEIGHTS}, found none.{hint}")
     recipe = read_json(recipe_file) if recipe_file.is_file() else {}
     heads, info = load_heads(folder / "heads.safetensors") if (folder / "heads.safetensors").is_file() else ({}, {})
-    return Merged(open_checkpoint(path), backbone_of(folder, recipe), path, recipe, heads, info)
+    return MergedFolder(open_checkpoint(path), backbone_of(folder, recipe), path, recipe, heads, info)
 
 
 def describe(backbone: Backbone) -> str:
     """Return what messages call a backbone."""
     return f"{type(backbone).__name__} {getattr(backbone, 'model', '')}".rstrip()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How an export is used.
+
+    Attributes:
+        library: Its name for the Hub's ``library_name``; None where the Hub knows none.
+        pipeline: The Hub's ``pipeline_tag``.
+        files: File name to what it holds.
+        code: Python that loads the model from the folder ``FOLDER`` and runs it.
+        head: Python that goes on from there to a task's classes; empty where no zero-shot head lies in the folder.
+        notes: Further sentences, such as what could not be written.
+        preprocessing: What images go through, ready for JSON.
+    """
+
+    library: str | None
+    pipeline: str
+    files: Mapping[str, str]
+    code: str
+    notes: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    head: str = ""
+
+
+def head_code(merged: MergedFolder, features: str = "") -> str:
+    """Return Python that applies the first task's zero-shot head to ``features``; empty where there is none.
+
+    Args:
+        merged: The merge.
+        features: Python that computes them; empty where :attr:`Usage.code` does.
+    """
+    task = next((task for task, head in merged.heads.items() if set(head) == {"weight", "scale"}), None)
+    if task is None:
+        return ""
+    classes = "classes" in (merged.info.get(task) or {})
+    lines = [
+        *(["import json", ""] if classes else []),
+        "from safetensors import safe_open",
+        "from torch.nn.functional import normalize",
+        "",
+        *([features] if features else []),
+        f"task = {json.dumps(task, ensure_ascii=False)}",
+        'with safe_open("FOLDER/heads.safetensors", "pt") as heads:',
+        '    weight, scale = (heads.get_tensor(f"{task}/{name}").float() for name in ("weight", "scale"))',
+        *(['    classes = json.loads(heads.metadata()["adamerge_tasks"])[task]["classes"]'] if classes else []),
+        "logits = scale * normalize(features, dim=-1) @ weight",
+        *(["print(classes[logits[0].argmax()])"] if classes else []),
+    ]
+    return "\n".join(lines)
+
+
+def check_equal(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
+    """Compare outputs of what was loaded back with those of the merge.
+
+    Args:
+        found: Of the foreign library.
+        expected: Of the merge, in float32.
+        what: Of what these are outputs, for the message.
+        tolerance: Largest difference, as a share of the largest expected value.
+
+    Raises:
+        GuardError: If they differ.
+    """
+    scale = float(expected.abs().max())
+    difference = float((found.float() - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    if not difference <= tolerance * max(scale, 1e-6):
+        raise GuardError(
+            f"{what}, loaded back, differs from the merge by {difference:.2g} where values reach {scale:.2g}, so "
+            "nothing was exported. Please report it, with the versions in merge.json."
+        )

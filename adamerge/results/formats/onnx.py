@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from adamerge import __version__
 from adamerge.errors import InputError
-from adamerge.results.formats.merged import Merged
+from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, example
 from adamerge.results.formats.torchvision import preprocessing_of
-from adamerge.results.formats.usage import Usage, check_equal
 from adamerge.system.files import save_json
 
 WEIGHTS = "model.onnx"
@@ -56,7 +55,7 @@ class Classifiers(nn.Module):
         return tuple(head(features) for head in self.heads)
 
 
-def write(merged: Merged, folder: Path) -> Usage:
+def write(merged: MergedFolder, folder: Path) -> Usage:
     """Write the graph: input ``images`` (batch, ...), one output (batch, classes) named after each task.
 
     Raises:
@@ -72,22 +71,19 @@ def write(merged: Merged, folder: Path) -> Usage:
         )
     if INPUT in merged.heads:
         raise InputError(f"--to onnx: a task is called {INPUT!r}, as the graph's input is; rename it.")
-    module, example = _module(merged), merged.example(2)
-    preprocessing = _preprocessing(merged)
+    module, images = _module(merged), example(merged.backbone, 2)
+    sidecar = merged.backbone.sidecar()
+    preprocessing = sidecar["preprocess_cfg"] if sidecar else preprocessing_of(merged.backbone.preprocess())
     classes = {task: (merged.info.get(task) or {}).get("classes") for task in merged.heads}
     save_json(classes, folder / "classes.json")
     save_json(preprocessing, folder / "preprocessing.json")
     size = sum(tensor.nbytes for tensor in module.state_dict().values())
-    program = _exported(module, example, list(merged.heads))
-    program.model.metadata_props.update(
-        {
-            "adamerge": __version__,
-            "classes": json.dumps(classes, ensure_ascii=False),
-            "preprocessing": json.dumps(preprocessing, ensure_ascii=False),
-        }
-    )
+    program = _exported(module, images, list(merged.heads))
+    facts = {"classes": classes, "preprocessing": preprocessing}
+    texts = {key: json.dumps(fact, ensure_ascii=False) for key, fact in facts.items()}
+    program.model.metadata_props.update({"adamerge": __version__, **texts})
     program.save(str(folder / WEIGHTS), external_data=size > _LIMIT)
-    shape = f"(batch, {', '.join(map(str, example.shape[1:]))})"
+    shape = f"(batch, {', '.join(map(str, images.shape[1:]))})"
     files = {
         WEIGHTS: f"the graph; input `{INPUT}` {shape}, an output of logits for each task",
         "classes.json": "class names by task, in the order of the logits",
@@ -99,7 +95,7 @@ def write(merged: Merged, folder: Path) -> Usage:
     return Usage("onnx", "image-classification", files, code, preprocessing=preprocessing)
 
 
-def prove(merged: Merged, folder: Path) -> None:
+def prove(merged: MergedFolder, folder: Path) -> None:
     """Run the graph in onnxruntime on batches of two sizes, and compare the logits of every task.
 
     Raises:
@@ -110,7 +106,7 @@ def prove(merged: Merged, folder: Path) -> None:
     session = onnxruntime.InferenceSession(str(folder / WEIGHTS), providers=["CPUExecutionProvider"])
     module = _module(merged)
     for count in (1, 3):
-        images = merged.example(count, seed=count)
+        images = example(merged.backbone, count, seed=count)
         found = session.run(list(merged.heads), {INPUT: images.numpy()})
         with torch.no_grad():
             expected = module(images)
@@ -118,33 +114,21 @@ def prove(merged: Merged, folder: Path) -> None:
             check_equal(torch.from_numpy(theirs), ours, f"{WEIGHTS}, task {task!r}, in onnxruntime", _TOLERANCE)
 
 
-def _module(merged: Merged) -> Classifiers:
+def _module(merged: MergedFolder) -> Classifiers:
     return Classifiers(merged.encoder(), [merged.head(task) for task in merged.heads]).eval()
 
 
-def _exported(module: nn.Module, example: Tensor, outputs: list[str]) -> Any:
-    batch = torch.export.Dim("batch")
-    with _quiet(), torch.no_grad():
-        return torch.onnx.export(
-            module, (example,), input_names=[INPUT], output_names=outputs, dynamic_shapes={INPUT: {0: batch}},
-            dynamo=True, verbose=False,
-        )  # fmt: skip
-
-
-def _preprocessing(merged: Merged) -> dict[str, Any]:
-    sidecar = merged.backbone.sidecar()
-    return dict(sidecar["preprocess_cfg"]) if sidecar else preprocessing_of(merged.backbone.preprocess())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's progress and its advice to other programs."""
+def _exported(module: nn.Module, images: Tensor, outputs: list[str]) -> Any:
+    """Export without the exporter's progress and its advice to other programs."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
-            yield
+            return torch.onnx.export(
+                module, (images,), input_names=[INPUT], output_names=outputs,
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}}, dynamo=True, verbose=False,
+            )  # fmt: skip
     finally:
         logger.setLevel(level)

@@ -9,8 +9,7 @@ import torch
 from adamerge.backbones import Backbone, OpenClip
 from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
 from adamerge.errors import InputError
-from adamerge.results.formats.merged import Merged, describe
-from adamerge.results.formats.usage import Usage, check_equal, head_code
+from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example, head_code
 from adamerge.system.files import save_json
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -38,7 +37,7 @@ def sidecar_of(backbone: Backbone, target: str) -> dict[str, Any]:
     return sidecar
 
 
-def write(merged: Merged, folder: Path) -> Usage:
+def write(merged: MergedFolder, folder: Path) -> Usage:
     """Write the weights, with the base's keys and dtypes, and the configuration.
 
     Raises:
@@ -54,7 +53,7 @@ def write(merged: Merged, folder: Path) -> Usage:
     )  # fmt: skip
 
 
-def prove(merged: Merged, folder: Path) -> None:
+def prove(merged: MergedFolder, folder: Path) -> None:
     """Load the folder in open_clip, and compare features of images.
 
     Raises:
@@ -63,7 +62,7 @@ def prove(merged: Merged, folder: Path) -> None:
     import open_clip
 
     model = open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
-    images = merged.example(2)
+    images = example(merged.backbone, 2)
     with torch.no_grad():
         check_equal(model.encode_image(images), merged.encoder()(images), f"{folder.name} in open_clip")
 

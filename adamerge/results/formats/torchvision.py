@@ -8,8 +8,8 @@ from torch import nn
 
 from adamerge.backbones import Torchvision
 from adamerge.errors import InputError
-from adamerge.results.formats.merged import Merged, describe
-from adamerge.results.formats.usage import Usage, check_equal
+from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example
+from adamerge.system.archives import stored_members
 from adamerge.system.files import save_json
 
 WEIGHTS = "model.pth"
@@ -28,7 +28,7 @@ _NO_TASK = (
 )
 
 
-def write(merged: Merged, folder: Path, task: str | None = None) -> Usage:
+def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
     """Write the whole model with the base's classifier, or with a task's.
 
     Raises:
@@ -62,7 +62,7 @@ def write(merged: Merged, folder: Path, task: str | None = None) -> Usage:
     )  # fmt: skip
 
 
-def prove(merged: Merged, folder: Path, task: str | None = None) -> None:
+def prove(merged: MergedFolder, folder: Path, task: str | None = None) -> None:
     """Load the file strictly in torchvision, and compare logits, or without a task what enters the classifier.
 
     Raises:
@@ -71,7 +71,10 @@ def prove(merged: Merged, folder: Path, task: str | None = None) -> None:
     from torchvision import models
 
     backbone = _backbone_of(merged)
-    tensors = torch.load(folder / WEIGHTS, weights_only=True)
+    with (folder / WEIGHTS).open("rb") as file:
+        stored_members(file)
+        file.seek(0)
+        tensors = torch.load(file, weights_only=True)
     model = models.get_model(backbone.model, weights=None, num_classes=len(tensors[f"{backbone.head}.weight"])).float()
     try:
         model.load_state_dict(tensors, strict=True)
@@ -80,7 +83,7 @@ def prove(merged: Merged, folder: Path, task: str | None = None) -> None:
     head = nn.Identity() if task is None else merged.head(task)
     if task is None:
         model.set_submodule(backbone.head, nn.Identity())
-    images = merged.example(2)
+    images = example(merged.backbone, 2)
     with torch.no_grad():
         check_equal(model.eval()(images), head(merged.encoder()(images)), f"{folder.name} in torchvision")
 
@@ -96,7 +99,7 @@ def preprocessing_of(transform: Any) -> dict[str, Any]:
     return {name: getattr(value, "value", value) for name, value in found.items()}
 
 
-def _backbone_of(merged: Merged) -> Torchvision:
+def _backbone_of(merged: MergedFolder) -> Torchvision:
     if not isinstance(merged.backbone, Torchvision):
         raise InputError(
             f"--to torchvision: expected a merge of torchvision models, found {describe(merged.backbone)}. Choose "

@@ -3,62 +3,43 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adamerge.errors import InputError
 from adamerge.pool.pool import ExpertPool
+from adamerge.results.report import comparison_page, drawing, run_page
+from adamerge.results.report.charts import Chart
+from adamerge.results.report.facts import Run, read_run
+from adamerge.results.report.page import Section, write_page
 from adamerge.results.report.record import save_record
 from adamerge.system.files import ensure_writable
-
-if TYPE_CHECKING:
-    from adamerge.results.report.blocks import Section
-    from adamerge.results.report.facts import Run
 
 log = logging.getLogger(__name__)
 
 PAGE = "report.html"
 
 
-def write_report(folders: Sequence[Path], path: Path) -> None:
+def write_report(runs: Sequence[Run], path: Path) -> None:
     """Write the page of a run, or the comparison of several.
 
     Args:
-        folders: That ``adapt``, ``merge``, ``compare`` or ``demo`` made.
+        runs: What they left in their folders.
         path: The page, written atomically.
 
     Raises:
-        InputError: If a folder is none of these, or a package of the extra ``report`` is missing.
+        InputError: If a package of the extra ``report`` is missing.
         OSError: If the page cannot be written.
     """
-    write_page_of(read_runs(folders), path)
-
-
-def read_runs(folders: Sequence[Path]) -> "list[Run]":
-    """Read what runs left in their folders.
-
-    Raises:
-        InputError: If a folder is no run's.
-    """
-    from adamerge.results.report.facts import read_run
-
-    return [read_run(folder) for folder in folders]
-
-
-def write_page_of(runs: "Sequence[Run]", path: Path) -> None:
-    """Write the page of a run that has been read, or the comparison of several."""
-    from adamerge.results.report.comparison_page import names_of
-    from adamerge.results.report.page import write_page
-
     if len(runs) > 1:
-        write_page(path, f"{len(runs)} runs compared", ", ".join(names_of(runs)), _sections(runs))
-        return
-    (run,) = runs
-    title = str(run.config.get("name") or run.name)
-    state = "" if run.is_finished else " · not finished"
-    write_page(path, title, f"{'/'.join(run.folder.parts[-3:])}{state}", _sections(runs))
+        title, subtitle = f"{len(runs)} runs compared", ", ".join(comparison_page.names_of(runs))
+    else:
+        (run,) = runs
+        title = str(run.config.get("name") or run.name)
+        subtitle = "/".join(run.folder.parts[-3:]) + ("" if run.is_finished else " · not finished")
+    write_page(path, title, subtitle, _sections(runs))
 
 
-def save_figures(runs: "Sequence[Run]", folder: Path, suffix: str) -> list[Path]:
+def save_figures(runs: Sequence[Run], folder: Path, suffix: str) -> list[Path]:
     """Write each figure of the page of these runs into a file of its own; the same bytes each time.
 
     Args:
@@ -72,23 +53,18 @@ def save_figures(runs: "Sequence[Run]", folder: Path, suffix: str) -> list[Path]
     Raises:
         InputError: If matplotlib is missing, or the folder is not writable.
     """
-    from adamerge.results.report import paper
-    from adamerge.results.report.charts import Chart
-
     ensure_writable(folder)
     charts = [block for section in _sections(runs) for block in section.blocks if isinstance(block, Chart)]
     paths = {folder / f"{chart.key}.{suffix}": chart for chart in charts}
     try:
         for path, chart in paths.items():
-            paper.save(chart, path)
+            drawing.save(chart, path)
     except ImportError as error:
         raise InputError('Figures as files need the package matplotlib: pip install "adamerge[report]".') from error
     return list(paths)
 
 
-def _sections(runs: "Sequence[Run]") -> "list[Section]":
-    from adamerge.results.report import comparison_page, run_page
-
+def _sections(runs: Sequence[Run]) -> list[Section]:
     return comparison_page.sections(runs) if len(runs) > 1 else run_page.sections(runs[0])
 
 
@@ -96,7 +72,7 @@ def report_run(folder: Path, pool: ExpertPool | None, costs: Mapping[str, Any]) 
     """Write the record and the page of a run that has ended; what goes wrong is told, and fails no run."""
     try:
         save_record(folder, pool, costs)
-        write_report([folder], folder / PAGE)
+        write_report([read_run(folder)], folder / PAGE)
     except InputError as error:
         log.info("No report: %s", error)
     except Exception as error:

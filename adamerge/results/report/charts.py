@@ -1,15 +1,15 @@
-"""What a figure shows, apart from how it is drawn: on the page, on paper, or as a table for who cannot see it."""
+"""What a figure shows, apart from how it is drawn, and as a table for those who cannot see it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from adamerge.results.numbers import number, percent
 from adamerge.results.table import Table
 
-COLORS = (  # mid-tones that stand out on white and on near-black
-    *("#3b82c4", "#e0566b", "#2e9e6b", "#c98a12", "#9b6bd3", "#1a9fb3", "#d0668f", "#7d8f2a", "#a06a45", "#5f7d95"),
-)
+# Mid-tones that stand out on white and on near-black.
+COLORS = ("#3b82c4", "#e0566b", "#2e9e6b", "#c98a12", "#9b6bd3", "#1a9fb3", "#d0668f", "#7d8f2a", "#a06a45", "#5f7d95")
 QUIET = "#8b95a3"
 _REFERENCES = {  # look the same in every figure
     "pretrained": QUIET,
@@ -22,7 +22,7 @@ Cell = float | None
 _MOST_CELLS = 4000  # of a table that stands for a heat map
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Chart(ABC):
     """What all figures have.
 
@@ -35,7 +35,7 @@ class Chart(ABC):
     key: str
     title: str
     text: str
-    block: str = "chart"
+    block: ClassVar[str] = "chart"
 
     @property
     def alternative(self) -> str:
@@ -47,7 +47,7 @@ class Chart(ABC):
         """Return the figure's numbers."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LineChart(Chart):
     """Lines over a common axis.
 
@@ -57,7 +57,7 @@ class LineChart(Chart):
         y: What the values are.
         is_log: Whether the vertical axis is logarithmic.
         quiet: Names of lines that are context.
-        hidden: Names of lines that are shown on demand only.
+        hidden: Names of lines that only the table has.
         ticks: Positions to name, where they are not numbers.
     """
 
@@ -70,10 +70,10 @@ class LineChart(Chart):
     ticks: Mapping[float, str] = field(default_factory=dict)
 
     def looks(self) -> dict[str, tuple[str, int]]:
-        """Return each line's colour and the number of its style: 0 is solid, 2 is dotted."""
+        """Return the colour of each line that is drawn, and the number of its style: 0 is solid, 2 is dotted."""
         loud = [name for name in self.series if name not in self.quiet]
         looks = {name: (COLORS[at % len(COLORS)], at // len(COLORS) % 4) for at, name in enumerate(loud)}
-        return {name: looks.get(name, (QUIET, 2)) for name in self.series}
+        return {name: looks.get(name, (QUIET, 2)) for name in self.series if name not in self.hidden}
 
     def table(self) -> Table:
         """Return where each line begins and ends, and its extremes."""
@@ -86,7 +86,7 @@ class LineChart(Chart):
 
 @dataclass(frozen=True)
 class Panel:
-    """A part of a heat map: columns, values (rows x columns), and further numbers of each cell for the hover text.
+    """A part of a heat map: columns, and values (rows x columns).
 
     Attributes:
         ticks: Column number to a shorter name for the axis; empty for all columns' own names.
@@ -95,7 +95,6 @@ class Panel:
     title: str
     columns: Sequence[str]
     values: Sequence[Sequence[Cell]]
-    details: Mapping[str, Sequence[Sequence[Cell]]] = field(default_factory=dict)
     ticks: Mapping[int, str] = field(default_factory=dict)
 
     def shown_ticks(self, most: int) -> dict[int, str]:
@@ -104,7 +103,7 @@ class Panel:
         return dict(ticks[:: max(1, -(-len(ticks) // most))])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HeatMap(Chart):
     """Heat maps with the same rows and the same scale, one below the other.
 
@@ -149,7 +148,7 @@ class HeatMap(Chart):
         return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BarChart(Chart):
     """Accuracies by task: a bar for what the page is about, marks for what it is compared with.
 

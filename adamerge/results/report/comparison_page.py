@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from adamerge.results.numbers import duration, number, percent, size
 from adamerge.results.recipes import PLACES
 from adamerge.results.recipes import flat as flattened
 from adamerge.results.report import run_charts
-from adamerge.results.report.blocks import Note, Section, built
 from adamerge.results.report.charts import BarChart, Cell, HeatMap, LineChart, Panel, scale_of
 from adamerge.results.report.facts import Run, mapping
-from adamerge.results.report.run_page import rows_by_task, table_of
+from adamerge.results.report.page import Note, Plan, Section, build_sections
+from adamerge.results.report.run_page import table_of
 from adamerge.results.table import Table
 
 _FEW = 5  # runs that marks can still tell apart
@@ -32,22 +34,14 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 def sections(runs: Sequence[Run]) -> list[Section]:
     """Return the page's sections."""
     named = dict(zip(names_of(runs), runs, strict=True))
-    notes: list[str] = []
-
-    def section(key: str, title: str, *makers: Any) -> Section:
-        return Section(key, title, built(*(lambda make=make: make(named) for make in makers), notes=notes))
-
-    found = [
-        section("result", "Result", accuracies, accuracy_table),
-        section("differences", "What differs", differences),
-        section("learned", "Coefficients", mean_coefficients),
-        section("adaptation", "Adaptation", losses),
-        section("costs", "Time and memory", costs),
+    plan: Plan = [
+        ("result", "Result", [accuracies, accuracy_table]),
+        ("differences", "What differs", [differences]),
+        ("learned", "Coefficients", [mean_coefficients]),
+        ("adaptation", "Adaptation", [losses]),
+        ("costs", "Time and memory", [costs]),
     ]
-    found = [section for section in found if section.blocks]
-    every = [f"{name}: {note}" for name, run in named.items() for note in run.notes] + notes
-    warnings = [Note(text, is_warning=True) for text in every]
-    return [Section("notes", "To know", [*warnings]), *found] if warnings else found
+    return build_sections(named, plan, [f"{name}: {note}" for name, run in named.items() for note in run.notes])
 
 
 def _summary(named: Mapping[str, Run]) -> dict[str, Any] | None:
@@ -55,34 +49,26 @@ def _summary(named: Mapping[str, Run]) -> dict[str, Any] | None:
 
     Runs of different pools have references of their own.
     """
-    rows: dict[str, Any] = {}
     scored = {name: run for name, run in named.items() if run.summary}
     if not scored:
         return None
-    differ = len({str(sorted(hashes.items())) for run in scored.values() if (hashes := _hashes(run))}) > 1
+    hashes = {str(sorted(mapping(run.recipe.get("hashes")).items())) for run in scored.values()}
+    differ = len(hashes - {"[]"}) > 1
     references: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     experts: dict[str, Any] = {}
     for name, run in scored.items():
         for row, content in run.summary["rows"].items():
-            if row == run.own_row:
-                rows[name] = content
-            elif run.own_row is None:
-                rows[f"{name}: {row}"] = content
+            if run.own_row in (row, None):
+                rows[name if row == run.own_row else f"{name}: {row}"] = content
             else:
                 of_kind = experts if row == "experts" else references
                 of_kind.setdefault(f"{name}: {row}" if differ else row, content)
     rows = {**references, **rows, **experts}
-    tasks = [
-        task for task in next(iter(scored.values())).summary["tasks"]
-        if all(task in row["per_task"] for row in rows.values())
-    ]  # fmt: skip
+    tasks = next(iter(scored.values())).summary["tasks"]
+    common = [task for task in tasks if all(task in row["per_task"] for row in rows.values())]
     protocols = {str(run.summary.get("protocol")) for run in scored.values()}
-    return {"rows": rows, "tasks": tasks, "protocol": " and ".join(sorted(protocols)), "pools_differ": differ}
-
-
-def _hashes(run: Run) -> dict[str, Any]:
-    """Return the hashes of what a run merged; {} where they are not known."""
-    return mapping(run.recipe.get("hashes"))
+    return {"rows": rows, "tasks": common, "protocol": " and ".join(sorted(protocols)), "pools_differ": differ}
 
 
 def accuracies(named: Mapping[str, Run]) -> BarChart | HeatMap | None:
@@ -92,12 +78,10 @@ def accuracies(named: Mapping[str, Run]) -> BarChart | HeatMap | None:
         return None
     rows = summary["rows"]
     if len(rows) > _FEW:
-        return rows_by_task(summary)
+        return run_charts.rows_by_task(summary)
     marks = {name: [row["per_task"][task] for task in summary["tasks"]] for name, row in rows.items()}
-    return BarChart(
-        key="accuracies", title="Accuracy by task", text="Each run, and what they are compared with.",
-        categories=summary["tasks"], bar=None, marks=marks,
-    )  # fmt: skip
+    text = "Each run, and what they are compared with."
+    return BarChart("accuracies", "Accuracy by task", text, summary["tasks"], None, marks)
 
 
 def accuracy_table(named: Mapping[str, Run]) -> list[Table | Note] | None:
@@ -135,31 +119,27 @@ def differences(named: Mapping[str, Run]) -> Table | Note | None:
 
 def mean_coefficients(named: Mapping[str, Run]) -> HeatMap | None:
     """Mean coefficient of each expert in each run."""
-    found: dict[str, dict[str, float]] = {}
+    means: dict[str, dict[str, float]] = {}
     for name, run in named.items():
         if run.learned is not None:
-            total = {expert: 0.0 for expert in run.learned.experts}
-            count = sum(array.shape[1] for array in run.learned.values.values())
-            for array in run.learned.values.values():
-                for expert, row in zip(total, array, strict=True):
-                    total[expert] += float(row.sum()) / count
-            found[name] = total
-    if not found:
+            every = np.concatenate(list(run.learned.values.values()), axis=1)
+            means[name] = dict(zip(run.learned.experts, every.mean(1).tolist(), strict=True))
+    if not means:
         return None
-    experts = list(dict.fromkeys(expert for means in found.values() for expert in means))
+    experts = list(dict.fromkeys(expert for of_run in means.values() for expert in of_run))
     values: list[list[Cell]] = [
-        [None if expert not in means else float(f"{means[expert]:.4g}") for expert in experts]
-        for means in found.values()
+        [float(f"{of_run[expert]:.4g}") if expert in of_run else None for expert in experts]
+        for of_run in means.values()
     ]
-    known = [value for row in values for value in row if value is not None]
+    shown = [value for of_run in means.values() for value in of_run.values()]
     return HeatMap(
-        key="means", title="Mean coefficient of each expert", text="Over all of a run's coefficients.",
-        rows=list(found), panels=[Panel("", experts, values)], value="mean coefficient", column="expert",
-        shows_values=len(experts) <= 12, scale=scale_of(min(known), max(known)),
+        "means", "Mean coefficient of each expert", "Over all of a run's coefficients.", list(means),
+        [Panel("", experts, values)], "mean coefficient", "expert", shows_values=len(experts) <= 12,
+        scale=scale_of(min(shown), max(shown)),
     )  # fmt: skip
 
 
-def losses(named: Mapping[str, Run]) -> list[LineChart] | None:
+def losses(named: Mapping[str, Run]) -> list[LineChart]:
     """The objective by run, one figure per kind of objective, as other kinds have other scales."""
     by_objective: dict[str, dict[str, Any]] = {}
     for name, run in named.items():
@@ -167,28 +147,25 @@ def losses(named: Mapping[str, Run]) -> list[LineChart] | None:
         if chart is not None and "all" in chart.series:
             objective = str((run.config.get("objective") or {}).get("_target_", "objective")).rsplit(".", 1)[-1]
             by_objective.setdefault(objective, {})[name] = chart.series["all"]
+    text = "All tasks together, by step."
     return [
-        LineChart(
-            key=f"losses-{number}", title=f"Objective: {objective}", text="All tasks together, by step.", series=series,
-            y="objective",
-        )
-        for number, (objective, series) in enumerate(by_objective.items())
-    ]  # fmt: skip
+        LineChart(f"losses-{at}", f"Objective: {objective}", text, series, y="objective")
+        for at, (objective, series) in enumerate(by_objective.items())
+    ]
 
 
 def costs(named: Mapping[str, Run]) -> Table:
     """Time and memory of each run."""
     rows = []
     for name, run in named.items():
-        recorded = run.record.get("costs") or {}
-        seconds = (recorded.get("seconds") or {}).get("adapt", run.recipe.get("seconds"))
-        memory = recorded.get("peak_memory_bytes", run.recipe.get("peak_memory_bytes"))
+        seconds = (run.costs.get("seconds") or {}).get("adapt", run.recipe.get("seconds"))
+        memory = run.costs.get("peak_memory_bytes", run.recipe.get("peak_memory_bytes"))
         row = run.summary.get("rows", {}).get(run.own_row or "", {})
         rows.append(
             [
                 name, percent(row.get("mean")), "" if seconds is None else duration(seconds),
                 number(run.recipe.get("steps")), f"{run.learned.count:,}" if run.learned else "", size(memory),
-                size(recorded.get("peak_device_memory_bytes")), str(recorded.get("device") or ""),
+                size(run.costs.get("peak_device_memory_bytes")), str(run.costs.get("device") or ""),
             ]
         )  # fmt: skip
     header = ["run", "mean accuracy, %", "adaptation", "steps", "coefficients", "memory", "device memory", "device"]

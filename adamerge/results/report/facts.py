@@ -6,10 +6,10 @@ A report is most wanted where something went wrong: files that are missing or br
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from adamerge.errors import InputError
 from adamerge.results.report.record import FILE as RECORD
 
+_T = TypeVar("_T")
 Values = npt.NDArray[np.floating[Any]]
 _ANY_OF = ("config.yaml", "merge.json", "summary.json")
 
@@ -101,6 +102,11 @@ class Run:
         return mapping(self.record.get("pool"))
 
     @property
+    def costs(self) -> dict[str, Any]:
+        """Times and memory; empty if not recorded."""
+        return mapping(self.record.get("costs"))
+
+    @property
     def experts(self) -> list[str]:
         """Names of the experts."""
         if self.learned is not None:
@@ -139,8 +145,8 @@ def read_run(folder: Path) -> Run:
     run.config = _mapping(run, "config.yaml")
     run.recipe = _mapping(run, "merge.json")
     run.record = _mapping(run, RECORD)
-    run.summary = _summary(run)
-    run.learned = _learned(run)
+    run.summary = _checked(run, "summary.json", _summary_of) or {}
+    run.learned = _checked(run, "coefficients.json", lambda content: learned_of(content, run.folder))
     for path in sorted(run.folder.glob("metrics/version_*/metrics.csv"), key=_version):
         _add_metrics(run, path)
     if not run.is_finished:
@@ -165,34 +171,23 @@ def _mapping(run: Run, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _summary(run: Run) -> dict[str, Any]:
-    content = _mapping(run, "summary.json")
-    if not content:
-        return {}
+def _checked(run: Run, name: str, read: Callable[[dict[str, Any]], _T]) -> _T | None:
+    """Read a file that adamerge wrote; what is wrong with its content is noted, and it counts as missing."""
     try:
-        tasks = [str(task) for task in content["tasks"]]
-        for row in content["rows"].values():
-            numbers = [row["mean"], *row["interval"], *(row["per_task"][task] for task in tasks)]
-            if (
-                not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-                or len(row["interval"]) != 2
-            ):
-                raise TypeError("accuracies are no numbers")
-    except (KeyError, TypeError, AttributeError) as error:
-        run.notes.append(f"summary.json is not as adamerge writes it ({type(error).__name__}: {error}).")
-        return {}
-    return content
-
-
-def _learned(run: Run) -> Learned | None:
-    content = _mapping(run, "coefficients.json")
-    if not content:
-        return None
-    try:
-        return learned_of(content, run.folder)
+        return read(content) if (content := _mapping(run, name)) else None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, SafetensorError) as error:
-        run.notes.append(f"coefficients.json cannot be used ({type(error).__name__}: {error}).")
+        run.notes.append(f"{name} is not as adamerge writes it ({type(error).__name__}: {error}).")
         return None
+
+
+def _summary_of(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a ``summary.json``, once all that is shown of it is found to be numbers."""
+    for row in content["rows"].values():
+        low, high = row["interval"]
+        for number in (row["mean"], low, high, *(row["per_task"][str(task)] for task in content["tasks"])):
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                raise TypeError("accuracies are no numbers")
+    return content
 
 
 def learned_of(content: Mapping[str, Any], folder: Path) -> Learned:

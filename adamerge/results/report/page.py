@@ -1,21 +1,99 @@
-"""One file with everything in it: text, tables, figures, and the library that draws them."""
+"""A page: what it is made of besides charts and tables, and one file with everything in it."""
 
-import base64
-import gzip
-import json
-import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from adamerge import __version__
 from adamerge.errors import InputError
-from adamerge.results.report.blocks import Section
+from adamerge.results.report import drawing
 from adamerge.results.report.charts import Chart
+from adamerge.results.table import Table
 from adamerge.system.files import atomic_path
 
 _HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The figures that matter most: label, value, and what it refers to."""
+
+    tiles: Sequence[tuple[str, str, str]]
+    block: ClassVar[str] = "tiles"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence; a warning where something is wrong."""
+
+    text: str
+    is_warning: bool = False
+    block: ClassVar[str] = "note"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and what they are."""
+
+    facts: Sequence[tuple[str, str]]
+    block: ClassVar[str] = "facts"
+
+
+@dataclass(frozen=True)
+class Code:
+    """A command or a file; folded where it is long."""
+
+    title: str
+    text: str
+    is_folded: bool = False
+    block: ClassVar[str] = "code"
+
+
+Block = Chart | Table | Tiles | Note | Facts | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        key: Its anchor.
+        title: Its heading.
+        blocks: What it holds, in order.
+    """
+
+    key: str
+    title: str
+    blocks: Sequence[Block]
+
+
+Plan = Sequence[tuple[str, str, Sequence[Callable[[Any], Any]]]]
+
+
+def build_sections(subject: Any, plan: Plan, notes: Sequence[str]) -> list[Section]:
+    """Build the sections for which something is known, after one that holds what to know before reading.
+
+    Args:
+        subject: What the page is about.
+        plan: Key and title of each section, and functions of the subject, each of which returns a block, a list of
+            blocks, or None. A block that cannot be made of a broken file becomes a note.
+        notes: Warnings.
+    """
+    warnings, sections = [*notes], []
+    for key, title, makers in plan:
+        blocks: list[Block] = []
+        for make in makers:
+            try:
+                made = make(subject)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+                warnings.append(f"A part of the report is missing, as a file is not as adamerge writes it ({error!r}).")
+                continue
+            blocks += made if isinstance(made, list) else [made] if made is not None else []
+        if blocks:
+            sections.append(Section(key, title, blocks))
+    first = [Section("notes", "To know", [Note(text, is_warning=True) for text in warnings])] if warnings else []
+    return first + sections
 
 
 def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> None:
@@ -25,69 +103,18 @@ def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section
         InputError: If a package of the extra ``report`` is missing.
         OSError: If the file cannot be written.
     """
-    from adamerge.results.report.plotly_figures import figure
-
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
-    template = _template()
-    text = template.render(
-        title=title,
-        subtitle=subtitle,
-        sections=sections,
-        figures={chart.key: figure(chart) for chart in charts},
-        version=__version__,
-        css=_safe((_HERE / "page.css").read_text(encoding="utf-8")),
-        javascript=_safe((_HERE / "page.js").read_text(encoding="utf-8")),
-        plotly=_plotly() if charts else "",
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _template() -> Any:
     try:
         import jinja2
+
+        figures = {chart.key: drawing.svg(chart) for chart in charts}
     except ImportError as error:
-        raise _missing("jinja2") from error
+        raise InputError(f'A report needs the package {error.name}: pip install "adamerge[report]".') from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["as_json"] = _as_json
-    return environment.get_template("page.html")
-
-
-@lru_cache(maxsize=1)
-def _plotly() -> str:
-    """Return plotly.js, compressed: 4.8 MB become 2."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise _missing("plotly") from error
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
-
-
-def _missing(package: str) -> InputError:
-    return InputError(f'A report needs the package {package}: pip install "adamerge[report]".')
-
-
-def _safe(text: str) -> Any:
-    """Mark a text of this package as one that needs no escaping."""
-    import markupsafe
-
-    return markupsafe.Markup(text)
-
-
-def _finite(content: Any) -> Any:
-    """Return figures with null for what is NaN or infinite, which JSON has not."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _as_json(content: Any) -> Any:
-    """Return JSON that can end no script element and begin no comment."""
-    text = json.dumps(_finite(content), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return _safe(text)
+    text = environment.get_template("page.html").render(
+        title=title, subtitle=subtitle, sections=sections, figures=figures, version=__version__
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
