@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import unicodedata
 
 import pytest
 
@@ -125,6 +126,7 @@ def test_printed_page_has_its_figures_and_whole_tables(tmp_path, wide_page):
             ends.append((matrix[4] + matrix[0] * text_matrix[4], text))
 
     text = " ".join(sheet.extract_text(visitor_text=place) for sheet in sheets)
+    text = unicodedata.normalize("NFKC", text)  # ligatures
     for said in ("% of coefficients", "accuracy, %", "relative norm", "attention"):  # words inside of figures
         assert said in text, said
     assert "task_19" in text.replace("\n", "").replace(" ", "")
