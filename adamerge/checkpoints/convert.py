@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adamerge.checkpoints.checkpoint import checkpoint_head, save_state_dict
+from adamerge.checkpoints.composed import wrappers
 from adamerge.checkpoints.pickles import read_pickle
 from adamerge.errors import InputError, shorten
-
-_WRAPPERS = ("module.", "model.")  # DataParallel's name, and that of task_vectors' ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,5 @@ def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
         inert=pickled.inert,
         left_out=(*pickled.left_out, *dropped),
-        prefix=_common_wrapper(list(tensors)),
+        prefix=wrappers(tensors)[-1],
     )
-
-
-def _common_wrapper(names: list[str]) -> str:
-    """Return the wrappers' names that all tensors begin with, such as ``module.model.``."""
-    prefix = ""
-    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(prefix + w) for n in names)), None):
-        prefix += wrapper
-    return prefix

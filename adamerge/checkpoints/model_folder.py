@@ -7,14 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from adamerge.checkpoints.clip_names import KeyTable, as_own, table_of
+from adamerge.checkpoints.clip_names import as_own, is_hugging_face
+from adamerge.checkpoints.composed import ComposedCheckpoint, Piece
 from adamerge.checkpoints.hub import located
 from adamerge.errors import InputError, shorten
-from adamerge.system.files import combined_hash
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +27,8 @@ _WEIGHTS = {
 }
 
 
-class ShardedCheckpoint:
-    """Tensors that are divided among several files, by the index that Hugging Face writes beside them.
+def open_shards(index: Path) -> ComposedCheckpoint:
+    """Open tensors that are divided among several files, by the index that Hugging Face writes beside them.
 
     Args:
         index: The index, JSON with a ``weight_map`` from tensor name to file name.
@@ -40,35 +37,15 @@ class ShardedCheckpoint:
         FileNotFoundError: If a file is missing.
         InputError: If the index or a file is damaged, or a file lacks a tensor.
     """
-
-    def __init__(self, index: Path) -> None:
-        self.name = str(index)
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-            raise InputError(f"{index}: weight_map: expected a mapping from tensor names to file names. Copy it again.")
-        # Names only: an index must not lead out of its folder.
-        self._files = {file: open_checkpoint(index.parent / Path(file).name) for file in sorted(set(places.values()))}
-        self._places = {str(key): str(file) for key, file in places.items()}
-        missing = [key for key, file in self._places.items() if key not in set(self._files[file].keys)]
-        if missing:
-            raise InputError(f"{index}: {shorten(missing)} not in the files that it names. Copy the folder again.")
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Return the tensor names in the index's order."""
-        return tuple(self._places)
-
-    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Return shape and dtype of a tensor."""
-        return self._files[self._places[key]].spec(key)
-
-    def get(self, key: str) -> Tensor:
-        """Return a tensor on the CPU, zero-copy where the format allows."""
-        return self._files[self._places[key]].get(key)
-
-    def sha256(self) -> str:
-        """Hash the files' bytes into one."""
-        return combined_hash({name: file.sha256() for name, file in self._files.items()})
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise InputError(f"{index}: weight_map: expected a mapping from tensor names to file names. Copy it again.")
+    # Names only: an index must not lead out of its folder.
+    files = {file: open_checkpoint(index.parent / Path(file).name) for file in sorted(set(places.values()))}
+    present = {file: set(checkpoint.keys) for file, checkpoint in files.items()}
+    if missing := [key for key, file in places.items() if key not in present[file]]:
+        raise InputError(f"{index}: {shorten(missing)} not in the files that it names. Copy the folder again.")
+    return ComposedCheckpoint(str(index), {key: Piece(files[file], (key,)) for key, file in places.items()}, files)
 
 
 @dataclass(frozen=True)
@@ -78,12 +55,12 @@ class ModelFiles:
     Attributes:
         checkpoint: The weights, under their own names.
         config_file: The configuration of their library that lies in the folder, or beside the file, if any does.
-        table: Of the names, where they are not open_clip's.
+        is_hugging_face: Whether the names are Hugging Face's.
     """
 
     checkpoint: Checkpoint
     config_file: Path | None
-    table: KeyTable | None
+    is_hugging_face: bool
 
 
 def find_model(path: Path | str) -> ModelFiles:
@@ -105,27 +82,31 @@ def find_model(path: Path | str) -> ModelFiles:
         weights = next((path / name for name in _WEIGHTS[config.name] if (path / name).is_file()), None)
         if weights is None:
             raise FileNotFoundError(f"{path}: no weights: expected one of {', '.join(_WEIGHTS[config.name])} there.")
-        checkpoint = ShardedCheckpoint(weights) if weights.suffix == ".json" else open_checkpoint(weights)
-        return ModelFiles(checkpoint, config, table_of(checkpoint))
+        checkpoint = open_shards(weights) if weights.suffix == ".json" else open_checkpoint(weights)
+        return ModelFiles(checkpoint, config, is_hugging_face(checkpoint))
     checkpoint = open_checkpoint(path)
-    table = table_of(checkpoint)
-    beside = path.parent / (OPEN_CLIP_CONFIG if table is None else HF_CONFIG)
-    return ModelFiles(checkpoint, beside if beside.is_file() else None, table)
+    is_theirs = is_hugging_face(checkpoint)
+    beside = path.parent / (HF_CONFIG if is_theirs else OPEN_CLIP_CONFIG)
+    return ModelFiles(checkpoint, beside if beside.is_file() else None, is_theirs)
 
 
-def open_model(path: Path | str) -> Checkpoint:
-    """Open a checkpoint file or a model's folder; one of another library is seen under open_clip's names.
+def open_model(path: Path | str, base: Checkpoint | None = None) -> Checkpoint:
+    """Open a checkpoint file or a model's folder; a Hugging Face CLIP is seen under open_clip's names.
+
+    Args:
+        path: The file or folder, or a reference to the Hub.
+        base: An expert's, of which it takes what its format may lack.
 
     Raises:
         FileNotFoundError: If there is no such file.
         InputError: See :func:`find_model`; or if a tensor of several parts lacks one.
     """
     model = find_model(path)
-    if model.table is None:
+    if not model.is_hugging_face:
         return model.checkpoint
-    seen = as_own(model.checkpoint, model.table)
+    _tell(model.checkpoint.name)
+    seen = as_own(model.checkpoint, base)
     seen.config_file = model.config_file
-    _tell(model.checkpoint.name, model.table.name)
     return seen
 
 
@@ -145,6 +126,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @cache
-def _tell(name: str, kind: str) -> None:
+def _tell(name: str) -> None:
     """Say once of each file how it is read."""
-    log.info("%s: a %s checkpoint, read under open_clip's names.", name, kind)
+    log.info("%s: a Hugging Face CLIP checkpoint, read under open_clip's names.", name)

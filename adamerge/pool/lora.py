@@ -15,20 +15,13 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from adamerge.checkpoints.clip_names import (
-    TABLES,
-    Completed,
-    KeyTable,
-    MappedCheckpoint,
-    as_own,
-    as_theirs,
-    own_key,
-    table_of,
-)
+from adamerge.checkpoints.clip_names import PREFIX, as_own, as_theirs, own_key
+from adamerge.checkpoints.composed import ComposedCheckpoint
 from adamerge.checkpoints.hub import located
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.pool.low_rank import LowRank, matrix_shape
+from adamerge.pool.places import BIAS, WEIGHT, Place, places_of
 from adamerge.system.files import combined_hash, sha256
 
 CONFIG = "adapter_config.json"
@@ -37,6 +30,8 @@ _PREFIX = "base_model.model."
 _PAIR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.default)?(?:\.(?P<kind>weight|bias))?$"
 )
+# What a base has before the names of a model that an adapter was trained on, by the model's class.
+_STARTS = {"CLIP": "", "CustomTextCLIP": "", "CLIPModel": "", "VisionTransformer": "visual."}
 # Initialisations that leave the base as it is; the others move part of it into the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Variants of LoRA that change more than the product of two matrices says, where set.
@@ -77,7 +72,10 @@ class AdapterCheckpoint:
     Args:
         folder: The adapter's.
         base: The checkpoint that it was trained on.
-        prefix: Of the encoder's keys in ``base``, tried where an adapter was trained on the encoder alone.
+        prefix: Of the encoder's keys in ``base``: an adapter may have been trained on the encoder alone.
+
+    Attributes:
+        changed: The tensors that are not the base's.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -86,35 +84,39 @@ class AdapterCheckpoint:
 
     def __init__(self, folder: Path, base: Checkpoint, prefix: str = "") -> None:
         self.name = str(folder)
-        self._base = base
-        self._prefix = prefix
+        self._base, self._base_keys = base, frozenset(base.keys)
         self._config_file = folder / CONFIG
         self._config = _read_config(self._config_file)
-        weights = _weights_file(folder)
-        self._file = open_checkpoint(weights)
-        self._base_keys = set(base.keys)
-        self._pairs: dict[str, _Pair] = {}
-        self._biases: dict[str, tuple[str, float]] = {}
-        self._full: dict[str, str] = {}
+        self._file = open_checkpoint(_weights_file(folder))
+        pairs: dict[str, _Pair] = {}  # by the adapter's own names, as the next two
+        biases: dict[str, str] = {}
+        whole: dict[str, str] = {}
         for key in self._file.keys:
-            self._place(key)
-        if not self._pairs:
-            raise InputError(f"{weights}: no LoRA weights: expected keys such as '{_PREFIX}NAME.lora_A.weight'.")
+            self._sort(key, pairs, biases, whole)
+        if not pairs:
+            raise InputError(
+                f"{self._file.name}: no LoRA weights: expected keys such as '{_PREFIX}NAME.lora_A.weight'."
+            )
+        place = self._place(pairs, biases, prefix)
+        self._pairs = {str(place.key(name, WEIGHT)): pair for name, pair in pairs.items()}
+        self._biases = {str(place.key(name, BIAS)): (key, self._scale(name, key)) for name, key in biases.items()}
+        self._whole = {place.name(name): key for name, key in whole.items()}
+        self.changed = tuple(dict.fromkeys((*self._pairs, *self._biases, *self._whole)))
         for key, pair in self._pairs.items():
-            self._check_pair(key, pair)
+            self._complete(key, pair)
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Return the base's tensor names, and those that only the adapter has."""
-        return (*self._base.keys, *(key for key in self._full if key not in self._base_keys))
+        return (*self._base.keys, *(key for key in self._whole if key not in self._base_keys))
 
     def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return shape and dtype of a tensor, from the headers; adapted weights are computed in at least float32."""
-        return self._file.spec(self._full[key]) if key in self._full else self._base.spec(key)
+        return self._file.spec(self._whole[key]) if key in self._whole else self._base.spec(key)
 
     def get(self, key: str) -> Tensor:
         """Return a tensor of the adapted model."""
-        tensor = self._file.get(self._full[key]) if key in self._full else self._base.get(key)
+        tensor = self._file.get(self._whole[key]) if key in self._whole else self._base.get(key)
         if key not in self._pairs and key not in self._biases:
             return tensor
         product = self._product(key)
@@ -123,7 +125,7 @@ class AdapterCheckpoint:
 
     def change(self, key: str) -> Tensor | LowRank:
         """Return the task vector of a tensor as a product, or the tensor itself where the adapter replaces it."""
-        return self.get(key) if key in self._full else self._product(key)
+        return self.get(key) if key in self._whole else self._product(key)
 
     def sha256(self) -> str:
         """Hash both files' bytes into one."""
@@ -143,45 +145,61 @@ class AdapterCheckpoint:
         up = up * pair.scale
         return LowRank(down.t().contiguous(), up.t().contiguous()) if pair.is_transposed else LowRank(up, down)
 
-    def _place(self, key: str) -> None:
+    def _sort(self, key: str, pairs: dict[str, _Pair], biases: dict[str, str], whole: dict[str, str]) -> None:
         """Sort one tensor of the file: a factor, the bias of one, or a tensor that replaces the base's."""
         name = _clean(key)
         if name is None:
             raise InputError(f"{self._file.name}: tensor {key!r}: expected a key that begins with {_PREFIX!r}.")
         match = _PAIR.match(name)
-        if match is None:
-            if "lora_" in name or "trainable_tokens" in name:
-                raise InputError(
-                    f"{self._file.name}: tensor {key!r} belongs to a variant of LoRA that is not supported. {_REMEDY}"
-                )
-            self._full[self._resolve(name.replace(".base_layer", ""), ()) or name] = key
-            return
-        module, part = match["module"], match["part"]
-        plain = module.replace(".base_layer", "")
-        if match["kind"] == "bias":
-            target = self._resolve(plain, (".bias",))
-            if part != "B" or target is None:
-                raise self._unknown(key, f"{plain}.bias")
-            self._biases[target] = (key, self._scale(module, key))
-            return
-        target = self._resolve(plain, (".weight", ".in_proj_weight"))
-        if target is None:
-            raise self._unknown(key, f"{plain}.weight")
-        pair = self._pairs.setdefault(target, _Pair(module, is_embedding="embedding" in part))
-        setattr(pair, "down" if part.endswith("A") else "up", key)
+        is_bias = match is not None and match["kind"] == "bias"
+        if match is None and "lora_" not in name and "trainable_tokens" not in name:
+            whole[name] = key
+        elif match is None or (is_bias and match["part"] != "B"):
+            raise InputError(
+                f"{self._file.name}: tensor {key!r} belongs to a variant of LoRA that is not supported. {_REMEDY}"
+            )
+        elif is_bias:
+            biases[match["module"]] = key
+        else:
+            pair = pairs.setdefault(match["module"], _Pair(match["module"], is_embedding="embedding" in match["part"]))
+            setattr(pair, "down" if match["part"].endswith("A") else "up", key)
 
-    def _resolve(self, name: str, endings: tuple[str, ...]) -> str | None:
-        """Return the base's key of a name, or of a module's parameter."""
-        candidates = (start + name + ending for start in ("", self._prefix) for ending in endings or ("",))
-        return next((key for key in candidates if key in self._base_keys), None)
+    def _place(self, pairs: Mapping[str, _Pair], biases: Mapping[str, str], prefix: str) -> Place:
+        """Find where the base has all names; of several places that of the class trained on, then the encoder's."""
+        wanted = [(name, WEIGHT) for name in pairs] + [(name, BIAS) for name in biases]
 
-    def _unknown(self, key: str, wanted: str) -> InputError:
-        return InputError(
-            f"{self._file.name}: tensor {key!r} adapts {wanted!r}, which {self._base.name} lacks."
-            f"{did_you_mean(wanted, self._base.keys)} Was the adapter trained on this base?"
-        )
+        def fits(place: Place) -> bool:
+            shapes = [(self._base.spec(str(place.key(name, WEIGHT)))[0], pair) for name, pair in pairs.items()]
+            return all(sorted(matrix_shape(shape)) == sorted(self._product_shape(pair)) for shape, pair in shapes)
 
-    def _check_pair(self, key: str, pair: _Pair) -> None:
+        places = places_of(wanted, self._base_keys, fits)
+        trained = (self._config.get("auto_mapping") or {}).get("base_model_class")
+        for start in (_STARTS.get(trained), prefix or None):
+            places = [place for place in places if place.start == start] or places
+        if not places:
+            nowhere = [item for item in wanted if not places_of([item], self._base_keys, lambda _: True)]
+            name, endings = (nowhere or wanted)[0]
+            parameter = Place(()).name(name) + endings[0]
+            raise InputError(
+                f"{self._file.name}: tensor {_PREFIX + name!r} adapts {parameter!r}, which {self._base.name} lacks."
+                f"{did_you_mean(prefix + parameter, self._base.keys)} Was the adapter trained on this base?"
+            )
+        if len(places) > 1:
+            raise InputError(
+                f"{self._file.name}: its names, such as {wanted[0][0]!r}, fit {self._base.name} behind "
+                f"{shorten(place.start for place in places)}. Name the encoder's prefix, such as --key-prefix visual.; "
+                f"or: {_REMEDY}"
+            )
+        return places[0]
+
+    def _product_shape(self, pair: _Pair) -> tuple[int, int]:
+        """Return the rows and row length of a product; zeros where a factor is missing."""
+        if not pair.down or not pair.up:
+            return 0, 0
+        down, up = (matrix_shape(self._file.spec(name)[0]) for name in (pair.down, pair.up))
+        return up[0], down[1]
+
+    def _complete(self, key: str, pair: _Pair) -> None:
         """Find scale and orientation of one product, and hold its shape against the base's."""
         where = f"{self._file.name}: tensor {pair.down or pair.up!r}"
         if not pair.down or not pair.up:
@@ -238,26 +256,19 @@ def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpo
     """
     path = located(path)
     if not (path / CONFIG).is_file():
-        expert = open_model(path)
-        table = table_of(expert.source) if isinstance(expert, MappedCheckpoint) else None
-        return Completed(expert, base, table) if isinstance(expert, MappedCheckpoint) and table else expert
-    table = _foreign_names(path)
-    if table is None:
+        return open_model(path, base)
+    if not _has_their_names(path):
         return AdapterCheckpoint(path, base, prefix)
-    start = next(iter(table.bare), "")
-    return as_own(AdapterCheckpoint(path, as_theirs(base, table), start), table)
+    return as_own(AdapterCheckpoint(path, as_theirs(base), PREFIX))
 
 
-def _foreign_names(folder: Path) -> KeyTable | None:
-    """Return the table of the names that an adapter uses, where it was trained on another library's model."""
+def _has_their_names(folder: Path) -> bool:
+    """Return whether an adapter was trained on a Hugging Face CLIP, or on its vision tower."""
     weights = _weights_file(folder)
     keys = open_checkpoint(weights).keys if weights.exists() else ()
     matches = [_PAIR.match(_clean(key) or "") for key in keys]
     names = [f"{match['module']}.weight" for match in matches if match]
-    for table in TABLES:
-        if any(own_key(start + name, table) for start in ("", *table.bare) for name in names):
-            return table
-    return None
+    return any(own_key(start + name) is not None for start in ("", PREFIX) for name in names)
 
 
 def _weights_file(folder: Path) -> Path:
@@ -267,6 +278,18 @@ def _weights_file(folder: Path) -> Path:
 def change_of(expert: Checkpoint, key: str) -> Tensor | LowRank:
     """Return what an expert says of a tensor: its own value, or its task vector as a product."""
     return expert.change(key) if isinstance(expert, AdapterCheckpoint) else expert.get(key)
+
+
+def changed_by(expert: Checkpoint) -> tuple[str, ...] | None:
+    """Return the tensors that an adapter changes or adds; None for a whole model."""
+    if isinstance(expert, AdapterCheckpoint):
+        return expert.changed
+    if not isinstance(expert, ComposedCheckpoint):
+        return None
+    pieces = {key: piece for key, piece in expert.pieces.items() if isinstance(piece.checkpoint, AdapterCheckpoint)}
+    return (
+        tuple(key for key, p in pieces.items() if {*p.keys} & {*(changed_by(p.checkpoint) or ())}) if pieces else None
+    )
 
 
 _REMEDY = "Merge it into a full checkpoint with peft's merge_and_unload, and use that as the expert."

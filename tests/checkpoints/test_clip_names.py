@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 from adamerge import InputError
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.checkpoints.clip_configs import quick_gelu_of, to_hugging_face, to_open_clip
-from adamerge.checkpoints.clip_names import HF_CLIP, as_own, as_theirs, table_of
+from adamerge.checkpoints.clip_names import as_own, as_theirs, is_hugging_face
 from tests.support.clips import (
     CONFIG,
     IMAGES,
@@ -41,7 +41,7 @@ def tensors(checkpoint) -> dict[str, torch.Tensor]:
 def test_as_own_weights_of_transformers_give_the_same_logits_in_open_clip(tmp_path):
     theirs = hugging_face()
     own = open_clip_model(open_clip_folder(tmp_path), seed=1)
-    own.load_state_dict(tensors(as_own(of(theirs), HF_CLIP)), strict=True)
+    own.load_state_dict(tensors(as_own(of(theirs))), strict=True)
     expected = logits_of_hugging_face(theirs, IMAGES)
     assert expected.std() > 0.1
     torch.testing.assert_close(logits_of_open_clip(own, IMAGES), expected, rtol=1e-5, atol=1e-5)
@@ -50,7 +50,7 @@ def test_as_own_weights_of_transformers_give_the_same_logits_in_open_clip(tmp_pa
 def test_as_theirs_weights_of_open_clip_give_the_same_logits_in_transformers(tmp_path):
     own = open_clip_model(open_clip_folder(tmp_path))
     theirs = hugging_face(seed=1)
-    theirs.load_state_dict(tensors(as_theirs(of(own), HF_CLIP)), strict=True)
+    theirs.load_state_dict(tensors(as_theirs(of(own))), strict=True)
     expected = logits_of_open_clip(own, IMAGES)
     assert expected.std() > 0.1
     torch.testing.assert_close(logits_of_hugging_face(theirs, IMAGES), expected, rtol=1e-5, atol=1e-5)
@@ -67,10 +67,10 @@ def test_models_of_the_benchmarks_proportions_give_the_same_logits_both_ways(tmp
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     own = open_clip_model(tmp_path, seed=1)
     into_theirs = hugging_face(seed=2, config=shaped(name, activation))
-    into_theirs.load_state_dict(tensors(as_theirs(of(own), HF_CLIP)), strict=True)  # fused to split
+    into_theirs.load_state_dict(tensors(as_theirs(of(own))), strict=True)  # fused to split
     expected = logits_of_open_clip(own, images)
     torch.testing.assert_close(logits_of_hugging_face(into_theirs, images), expected, rtol=1e-5, atol=1e-5)
-    own.load_state_dict(tensors(as_own(of(theirs), HF_CLIP)), strict=True)  # split to fused
+    own.load_state_dict(tensors(as_own(of(theirs))), strict=True)  # split to fused
     expected = logits_of_hugging_face(theirs, images)
     torch.testing.assert_close(logits_of_open_clip(own, images), expected, rtol=1e-5, atol=1e-5)
     other = hugging_face(seed=2, config=shaped(name, "gelu" if activation == "quick_gelu" else "quick_gelu"))
@@ -80,8 +80,8 @@ def test_models_of_the_benchmarks_proportions_give_the_same_logits_both_ways(tmp
 
 def test_as_theirs_of_as_own_is_the_identity():
     source = of(hugging_face())
-    there = as_own(source, HF_CLIP)
-    back = as_theirs(there, HF_CLIP)
+    there = as_own(source)
+    back = as_theirs(there)
     assert set(back.keys) == set(source.keys)
     for checkpoint in (there, back):
         assert all(checkpoint.spec(key) == (tuple(t.shape), t.dtype) for key, t in tensors(checkpoint).items())
@@ -97,9 +97,9 @@ def test_maps_of_the_benchmarks_models_fit_both_libraries_names_and_shapes(name)
         own = random_open_clip(name, device="meta")
         theirs = CLIPModel(CLIPConfig(**config))
     shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
-    seen = as_theirs(Meta(own), HF_CLIP)
+    seen = as_theirs(Meta(own))
     assert {key: seen.spec(key)[0] for key in seen.keys} == shapes
-    back = as_own(Meta(theirs), HF_CLIP)
+    back = as_own(Meta(theirs))
     assert {key: back.spec(key)[0] for key in back.keys} == {k: t.shape for k, t in own.state_dict().items()}
     layers = {"ViT-L-14": 24}.get(name, 12)
     assert theirs.config.vision_config.num_hidden_layers == layers
@@ -116,17 +116,15 @@ class Meta(MemoryCheckpoint):
 # Which files these are
 
 
-def test_table_of_tells_hugging_face_from_open_clip(tmp_path):
+def test_is_hugging_face_tells_hugging_face_from_open_clip(tmp_path):
     theirs, own = hugging_face(), open_clip_model(open_clip_folder(tmp_path))
-    assert table_of(of(theirs)) is HF_CLIP
-    assert table_of(of(own)) is None
+    assert is_hugging_face(of(theirs))
+    assert not is_hugging_face(of(own))
     vision = theirs.vision_model.state_dict()
-    assert table_of(MemoryCheckpoint("v5", vision)) is HF_CLIP
-    assert (
-        table_of(MemoryCheckpoint("v4", {f"vision_model.{key}": tensor for key, tensor in vision.items()})) is HF_CLIP
-    )
+    assert is_hugging_face(MemoryCheckpoint("v5", vision))
+    assert is_hugging_face(MemoryCheckpoint("v4", {f"vision_model.{key}": tensor for key, tensor in vision.items()}))
     siglip = {"vision_model.embeddings.patch_embedding.weight": torch.zeros(1), "logit_scale": torch.zeros(())}
-    assert table_of(MemoryCheckpoint("siglip", siglip)) is None
+    assert not is_hugging_face(MemoryCheckpoint("siglip", siglip))
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
@@ -137,8 +135,8 @@ def test_as_own_of_a_vision_tower_alone_has_its_tensors_only(prefix):
     vision["classifier.weight"] = torch.zeros(3, 32)
     if not prefix:
         del vision["vision_model.embeddings.position_ids"]
-    seen = as_own(MemoryCheckpoint("expert", vision), HF_CLIP)
-    whole = as_own(of(theirs), HF_CLIP)
+    seen = as_own(MemoryCheckpoint("expert", vision))
+    whole = as_own(of(theirs))
     expected = {key for key in whole.keys if key.startswith("visual.")} - {"visual.proj"}
     assert set(seen.keys) == expected | {"classifier.weight"}
     assert all(torch.equal(seen.get(key), whole.get(key)) for key in expected)
@@ -149,7 +147,7 @@ def test_as_own_with_a_part_missing_names_it():
     del vision["encoder.layers.1.self_attn.k_proj.bias"]
     message = r"model\.pt: lacks 'encoder\.layers\.1\.self_attn\.k_proj\.bias', a part of open_clip's .*in_proj_bias'"
     with pytest.raises(InputError, match=message):
-        as_own(MemoryCheckpoint("model.pt", vision), HF_CLIP)
+        as_own(MemoryCheckpoint("model.pt", vision))
 
 
 def test_as_theirs_of_what_has_no_place_is_refused(tmp_path):
@@ -157,9 +155,9 @@ def test_as_theirs_of_what_has_no_place_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"x: cannot be written as Hugging Face CLIP: it has no place for 'visual\.attn"
     ):
-        as_theirs(MemoryCheckpoint("x", {**own, "visual.attnpool.q": torch.zeros(1)}), HF_CLIP)
+        as_theirs(MemoryCheckpoint("x", {**own, "visual.attnpool.q": torch.zeros(1)}))
     with pytest.raises(InputError, match=r"Expected the keys of an open_clip ViT such as 'visual\.class_embedding'"):
-        as_theirs(MemoryCheckpoint("x", {"logit_scale": torch.zeros(())}), HF_CLIP)
+        as_theirs(MemoryCheckpoint("x", {"logit_scale": torch.zeros(())}))
 
 
 # Configurations

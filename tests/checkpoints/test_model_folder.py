@@ -11,7 +11,7 @@ from transformers import CLIPVisionModel
 
 from adamerge import Coefficients, ExpertPool, InputError, merge
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
-from adamerge.checkpoints.clip_names import HF_CLIP, as_own
+from adamerge.checkpoints.clip_names import as_own
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.pool.headers import read_headers
 from adamerge.pool.lora import open_expert
@@ -37,7 +37,7 @@ def saved(tmp_path_factory):
 
 def own(model) -> dict[str, torch.Tensor]:
     """A model's tensors under open_clip's names."""
-    seen = as_own(MemoryCheckpoint("model", model.state_dict()), HF_CLIP)
+    seen = as_own(MemoryCheckpoint("model", model.state_dict()))
     return {key: seen.get(key) for key in seen.keys}
 
 
@@ -46,7 +46,7 @@ def test_pool_of_hugging_face_folders_merges_what_open_clip_files_of_the_same_we
     base = own(hugging_face())
     tower = {f"vision_model.{k.removeprefix('vision_model.')}": t for k, t in
              load_file(saved / "expert" / "model.safetensors").items()}  # fmt: skip
-    seen = as_own(MemoryCheckpoint("expert", tower), HF_CLIP)
+    seen = as_own(MemoryCheckpoint("expert", tower))
     expert = base | {key: seen.get(key) for key in seen.keys}
     save_file(base, tmp_path / "base.safetensors")
     save_file(expert, tmp_path / "cars.safetensors")

@@ -5,7 +5,7 @@ from pathlib import Path
 from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
 from adamerge.checkpoints.clip_configs import to_open_clip
-from adamerge.checkpoints.clip_names import HF_CLIP, as_own, as_theirs
+from adamerge.checkpoints.clip_names import as_own, as_theirs
 from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, find_model, read_json
 from adamerge.errors import InputError
 from adamerge.results.formats import hugging_face, open_clip
@@ -31,10 +31,10 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
         GuardError: If the two compute something else.
     """
     model = find_model(source)
-    is_theirs = model.table is not None
+    is_theirs = model.is_hugging_face
     if is_theirs == (target == "hf"):
         raise InputError(f"{source}: has the names of {TARGETS[target]} already; nothing to convert.")
-    seen: Checkpoint = as_own(model.checkpoint, HF_CLIP) if is_theirs else as_theirs(model.checkpoint, HF_CLIP)
+    seen: Checkpoint = as_own(model.checkpoint) if is_theirs else as_theirs(model.checkpoint)
     if out.suffix == ".safetensors":
         if out.exists():
             raise InputError(f"--out {out}: expected a new file, found one. Choose another, or remove it.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
 from adamerge.checkpoints.clip_configs import to_hugging_face
-from adamerge.checkpoints.clip_names import HF_CLIP, as_theirs
+from adamerge.checkpoints.clip_names import as_theirs
 from adamerge.errors import InputError
 from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example, head_code
 from adamerge.results.formats.open_clip import sidecar_of, tokenizer_notes
@@ -85,7 +85,7 @@ def write_model(checkpoint: Checkpoint, sidecar: Mapping[str, Any], where: str, 
         raise InputError(
             f"{checkpoint.name}: expected both towers of a CLIP, found no {missing[0]!r}. Export to onnx instead."
         )
-    seen = as_theirs(checkpoint, HF_CLIP)
+    seen = as_theirs(checkpoint)
     tensors = {key: seen.get(key) for key in seen.keys}
     dtype = str(tensors["visual_projection.weight"].dtype).removeprefix("torch.")
     config = {"architectures": ["CLIPModel"], "model_type": "clip", "dtype": dtype, **content}

@@ -1,0 +1,99 @@
+"""Checkpoints made of the tensors of others: renamed, put together, cut apart, or from several files."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.system.files import combined_hash
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, and modules around one ``self.model``
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor comes from.
+
+    Attributes:
+        checkpoint: What has it.
+        keys: Its name there, or those of its parts, stacked along dimension 0.
+        transposed: Whether it is the transpose of what is there.
+        part: Which of several parts of what is there it is, along dimension 0.
+        parts: How many there are.
+    """
+
+    checkpoint: Checkpoint
+    keys: tuple[str, ...]
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+class ComposedCheckpoint:
+    """Tensors of other checkpoints, read and put together when asked for.
+
+    Args:
+        name: For messages.
+        pieces: Name to where the tensor comes from.
+        sources: The checkpoints that its hash is made of; of a single one it is that one's.
+        config_file: The configuration that lies beside the weights, where one is known.
+
+    Attributes:
+        pieces: As given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pieces: Mapping[str, Piece],
+        sources: Mapping[str, Checkpoint],
+        config_file: Path | None = None,
+    ) -> None:
+        self.name, self.config_file = name, config_file
+        self.pieces, self._sources = pieces, sources
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names, in the order of the pieces."""
+        return tuple(self.pieces)
+
+    def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of a tensor, from those of its parts."""
+        piece = self.pieces[key]
+        shape, dtype = piece.checkpoint.spec(piece.keys[0])
+        if piece.transposed:
+            shape = shape[::-1]
+        if len(piece.keys) > 1:
+            shape = (sum(piece.checkpoint.spec(part)[0][0] for part in piece.keys), *shape[1:])
+        return (shape[0] // piece.parts, *shape[1:]) if piece.parts > 1 else shape, dtype
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor on the CPU; what is neither stacked nor turned is as its checkpoint gives it."""
+        piece = self.pieces[key]
+        tensors = [piece.checkpoint.get(part) for part in piece.keys]
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if piece.transposed:
+            return tensor.t().contiguous()
+        return tensor.chunk(piece.parts)[piece.part] if piece.parts > 1 else tensor
+
+    def sha256(self) -> str:
+        """Return the source's hash; of several, one of all."""
+        hashes = {name: source.sha256() for name, source in self._sources.items()}
+        return combined_hash(hashes) if len(hashes) > 1 else next(iter(hashes.values()))
+
+
+def wrappers(names: Collection[str]) -> list[str]:
+    """Return what wrappers of models put before all of the names: nothing, then one prefix longer than the other.
+
+    >>> wrappers(["module._orig_mod.w", "module._orig_mod.b"])
+    ['', 'module.', 'module._orig_mod.']
+    """
+    prefixes = [""]
+    while names and (
+        name := next((w for w in _WRAPPERS if all(key.startswith(prefixes[-1] + w) for key in names)), None)
+    ):
+        prefixes.append(prefixes[-1] + name)
+    return prefixes
