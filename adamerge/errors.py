@@ -111,11 +111,11 @@ def check_choice(option: str, value: object, choices: Sequence[object]) -> None:
         raise InputError(f"{option}: expected {' or '.join(map(repr, choices))}, found {value!r}.{nearest}")
 
 
-def check_globs(option: str, value: Sequence[str]) -> None:
+def check_globs(option: str, value: object) -> None:
     """Check that an option is a list of globs.
 
     Raises:
         InputError: If it is a single text, or holds something else.
     """
-    if isinstance(value, str) or not all(isinstance(glob, str) for glob in value):
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(glob, str) for glob in value):
         raise InputError(f"{option}: expected a list of globs, found {value!r}; write ['GLOB'].")

@@ -6,15 +6,14 @@ Nothing here unpickles Python objects: files are safetensors, or torch files rea
 
 import hashlib
 import json
-import os
-import re
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adamerge.checkpoints.hashes import file_hash
@@ -22,22 +21,26 @@ from adamerge.checkpoints.pickles import read_pickle
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.system.files import atomic_path
 
+log = logging.getLogger(__name__)
+
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
 _HEADER_LIMIT = 16_000_000  # bytes, over 100,000 tensors; reading a header as JSON takes many times its size
 # Classes that a state dict may hold values of, beside its tensors, as torch's own safe reader allows.
 _HARMLESS = {"builtins.bytearray", "builtins.complex", "collections.Counter", "torch.device"}
+# In the order of safetensors' own writer, which begins with the last; so every tensor lies where its size divides.
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Checkpoint(Protocol):
@@ -117,6 +120,13 @@ class FileCheckpoint(MemoryCheckpoint):
             raise InputError(
                 f"{path}: expected only tensors, found other values under {shorten(pickled.left_out)}. "
                 "Save the state dict alone."
+            )
+        if pickled.beside:
+            log.warning(
+                "%s: tensors under %s are not read, beside those of the model. To use these: "
+                "adamerge convert FILE --entry NAME --out NAME.safetensors.",
+                path,
+                shorten(pickled.beside),
             )
         super().__init__(str(path), _strip_module(pickled.tensors))
         self.path = path
@@ -224,30 +234,48 @@ def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> 
 
 
 def save_state_dict(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically.
+    """Write tensors as safetensors, atomically; the same tensors and metadata give the same bytes.
 
     Args:
-        tensors: Name to tensor; shared or non-contiguous memory is cloned (the format refuses it).
+        tensors: Name to tensor; those that share memory are written each.
         path: The file; an existing one is replaced only once the new one is complete.
         metadata: Strings for the file's header.
 
     Raises:
+        InputError: If the format, as it is read here, has no place for a dtype.
         OSError: If the file cannot be written; an earlier one is then still there.
     """
-    seen: set[int] = set()
-    clean: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        clean[name] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    with atomic_path(path) as temporary:
-        try:
-            save_file(clean, temporary, metadata=dict(metadata or {}))
-        except SafetensorError as error:
-            if found := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, say
-                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
-            raise
+    order = list(_DTYPES.values())
+    if others := [name for name, tensor in tensors.items() if tensor.dtype not in order]:
+        raise InputError(f"{path}: {shorten(others)}: {tensors[others[0]].dtype} has no place in the file.")
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
+    header, _ = safetensors_header(
+        {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in names}, metadata
+    )
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def safetensors_header(
+    specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None = None, align: int = 8
+) -> tuple[bytes, dict[str, int]]:
+    """Return what a safetensors file begins with, and where each tensor begins in the file.
+
+    Args:
+        specs: Name to shape and dtype, in the order of the file.
+        metadata: Strings besides ``format``, without which transformers refuses a file.
+        align: Bytes of which the first tensor begins at a multiple.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    begins, end = {}, 0
+    for name, (shape, dtype) in specs.items():
+        begins[name], end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % align)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
 
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:

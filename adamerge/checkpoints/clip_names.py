@@ -5,6 +5,7 @@ The table is all that is known of the two. ``{n}`` in a pattern is the number of
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -65,9 +66,9 @@ PREFIX = "vision_model."  # CLIPVisionModel as transformers 5 writes it leaves i
 _OPTIONAL = ("visual.proj",)  # CLIPVisionModel has no projection: it was fine-tuned without, or with it frozen
 
 
-def is_hugging_face(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint has the names of Hugging Face's CLIP."""
-    return not {_SIGNATURE, _SIGNATURE.removeprefix(PREFIX)}.isdisjoint(checkpoint.keys)
+def is_hugging_face(names: Collection[str]) -> bool:
+    """Return whether tensors are named as in Hugging Face's CLIP."""
+    return _SIGNATURE in names or _SIGNATURE.removeprefix(PREFIX) in names
 
 
 def as_own(checkpoint: Checkpoint, base: Checkpoint | None = None) -> ComposedCheckpoint:

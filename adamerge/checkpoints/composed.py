@@ -1,7 +1,9 @@
 """Checkpoints made of the tensors of others: renamed, put together, cut apart, or from several files."""
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.system.files import combined_hash
 
+log = logging.getLogger(__name__)
+
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, and modules around one ``self.model``
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # of torch, wherever in a name
 
 
 @dataclass(frozen=True)
@@ -97,3 +102,31 @@ def wrappers(names: Collection[str]) -> list[str]:
     ):
         prefixes.append(prefixes[-1] + name)
     return prefixes
+
+
+def unwrapped(checkpoint: Checkpoint, fits: Callable[[Collection[str]], bool]) -> Checkpoint:
+    """See a checkpoint without what wrappers of models put into its names, where they fit so and not as they are.
+
+    Args:
+        checkpoint: Any.
+        fits: Whether names are the wanted ones.
+    """
+    inner = [".".join(part for part in key.split(".") if part not in _INNER) for key in checkpoint.keys]
+    for names in (list(checkpoint.keys), inner):
+        for wrapper in wrappers(names):
+            plain = {name.removeprefix(wrapper): key for name, key in zip(names, checkpoint.keys, strict=True)}
+            if len(plain) < len(names) or not fits(plain):
+                continue
+            if list(plain) == list(checkpoint.keys):
+                return checkpoint
+            key, name = next(iter(plain.values())), next(iter(plain))
+            tell_once(f"{checkpoint.name}: its names are read without what wrappers add: {key!r} as {name!r}.")
+            pieces = {name: Piece(checkpoint, (key,)) for name, key in plain.items()}
+            return ComposedCheckpoint(checkpoint.name, pieces, {"": checkpoint})
+    return checkpoint
+
+
+@cache
+def tell_once(text: str, level: int = logging.INFO) -> None:
+    """Say how a file is read, however often it is opened."""
+    log.log(level, "%s", text)

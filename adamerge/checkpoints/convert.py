@@ -31,12 +31,13 @@ class Conversion:
     prefix: str
 
 
-def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
+def convert(source: Path, out: Path, key_prefix: str = "", entry: str | None = None) -> Conversion:
     """Write a pickled checkpoint's tensors as safetensors, atomically; dtypes stay.
 
     Args:
         source: What :func:`adamerge.checkpoints.pickles.read_pickle` reads.
         out: The file to write; weights that share memory are written in full, each under its name.
+        entry: See :func:`~adamerge.checkpoints.pickles.read_pickle`.
         key_prefix: Taken off the names; tensors without it are left out.
 
     Raises:
@@ -50,17 +51,17 @@ def convert(source: Path, out: Path, key_prefix: str = "") -> Conversion:
         raise InputError(f"--out {out}: is the source itself; choose another name.")
     if head[8:9] == b"{":
         raise InputError(f"{source}: is a safetensors file already; nothing to convert.")
-    pickled = read_pickle(source)
+    pickled = read_pickle(source, entry)
     tensors = {name.removeprefix(key_prefix): t for name, t in pickled.tensors.items() if name.startswith(key_prefix)}
     dropped = [name for name in pickled.tensors if not name.startswith(key_prefix)]
     if not tensors or "" in tensors:
         raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(pickled.tensors)}.")
-    save_state_dict(tensors, out, {"format": "pt"})
+    save_state_dict(tensors, out)
     return Conversion(
         of=f"{pickled.holder}, {pickled.format}",
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
         inert=pickled.inert,
-        left_out=(*pickled.left_out, *dropped),
+        left_out=(*pickled.left_out, *dropped, *pickled.beside),
         prefix=wrappers(tensors)[-1],
     )

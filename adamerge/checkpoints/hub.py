@@ -166,10 +166,10 @@ def located_all(places: Mapping[str, str | os.PathLike[str] | HubReference]) -> 
     missing: list[str] = []
     for name, place in places.items():
         reference = reference_of(place)
-        path = Path(os.fspath(place)) if not isinstance(place, HubReference) and reference is None else None
-        if reference is not None and (path := reference.cached()) is None:
+        path = Path(str(place)) if reference is None else reference.cached()
+        if path is None:
             missing.append(str(reference))
-        elif path is not None:
+        else:
             found[name] = path
     if missing:
         raise InputError(_missing(missing))

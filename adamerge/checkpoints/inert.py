@@ -42,7 +42,7 @@ _STORAGES = {
 # Names whose call makes a record although they are the standard library's, or not written as classes are.
 _PLAIN = {
     f"{module}.{name}"
-    for module, names in {
+    for modules, names in {
         "argparse": "Namespace",
         "builtins": "object int float bool str bytes bytearray complex slice range list tuple dict",
         "collections": "Counter defaultdict deque",
@@ -52,9 +52,10 @@ _PLAIN = {
         "types": "SimpleNamespace",
         "torch": "device Generator",
         "numpy": "dtype ndarray",
-        **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "_reconstruct scalar"),
-        **dict.fromkeys(("numpy.core.numeric", "numpy._core.numeric"), "_frombuffer"),
+        "numpy.core.multiarray numpy._core.multiarray": "_reconstruct scalar",
+        "numpy.core.numeric numpy._core.numeric": "_frombuffer",
     }.items()
+    for module in modules.split()
     for name in names.split()
 }
 

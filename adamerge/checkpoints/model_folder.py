@@ -2,18 +2,16 @@
 
 import json
 import logging
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.clip_names import as_own, is_hugging_face
-from adamerge.checkpoints.composed import ComposedCheckpoint, Piece
+from adamerge.checkpoints.composed import ComposedCheckpoint, Piece, tell_once, unwrapped
 from adamerge.checkpoints.hub import located
 from adamerge.errors import InputError, shorten
-
-log = logging.getLogger(__name__)
 
 HF_CONFIG = "config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -83,19 +81,26 @@ def find_model(path: Path | str) -> ModelFiles:
         if weights is None:
             raise FileNotFoundError(f"{path}: no weights: expected one of {', '.join(_WEIGHTS[config.name])} there.")
         checkpoint = open_shards(weights) if weights.suffix == ".json" else open_checkpoint(weights)
-        return ModelFiles(checkpoint, config, is_hugging_face(checkpoint))
-    checkpoint = open_checkpoint(path)
-    is_theirs = is_hugging_face(checkpoint)
-    beside = path.parent / (HF_CONFIG if is_theirs else OPEN_CLIP_CONFIG)
-    return ModelFiles(checkpoint, beside if beside.is_file() else None, is_theirs)
+        _tell_unread(path, config)
+    else:
+        checkpoint, config = open_checkpoint(path), None
+    checkpoint = unwrapped(checkpoint, is_hugging_face)
+    is_theirs = is_hugging_face(checkpoint.keys)
+    if config is None:
+        beside = path.parent / (HF_CONFIG if is_theirs else OPEN_CLIP_CONFIG)
+        config = beside if beside.is_file() else None
+    return ModelFiles(checkpoint, config, is_theirs)
 
 
-def open_model(path: Path | str, base: Checkpoint | None = None) -> Checkpoint:
+def open_model(
+    path: Path | str, base: Checkpoint | None = None, fits: Callable[[Collection[str]], bool] | None = None
+) -> Checkpoint:
     """Open a checkpoint file or a model's folder; a Hugging Face CLIP is seen under open_clip's names.
 
     Args:
         path: The file or folder, or a reference to the Hub.
         base: An expert's, of which it takes what its format may lack.
+        fits: Whether names are those of the model; what wrappers put before them is taken off where that helps.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -103,11 +108,22 @@ def open_model(path: Path | str, base: Checkpoint | None = None) -> Checkpoint:
     """
     model = find_model(path)
     if not model.is_hugging_face:
-        return model.checkpoint
-    _tell(model.checkpoint.name)
+        fits = fits or _is_clip
+        checkpoint = unwrapped(model.checkpoint, fits)
+        return checkpoint if fits(checkpoint.keys) else unwrapped(checkpoint, _is_plain)
+    tell_once(f"{model.checkpoint.name}: a Hugging Face CLIP checkpoint, read under open_clip's names.")
     seen = as_own(model.checkpoint, base)
     seen.config_file = model.config_file
     return seen
+
+
+def _is_clip(names: Collection[str]) -> bool:
+    return any(name.startswith("visual.") for name in names)
+
+
+def _is_plain(names: Collection[str]) -> bool:
+    """Return whether torch's own wrappers have put nothing into names; ``model.`` may be the model's."""
+    return all(not name.startswith("module.") and "_orig_mod." not in name for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -125,7 +141,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-@cache
-def _tell(name: str) -> None:
-    """Say once of each file how it is read."""
-    log.info("%s: a Hugging Face CLIP checkpoint, read under open_clip's names.", name)
+def _tell_unread(folder: Path, config: Path) -> None:
+    """Warn of weights in a model's folder that belong to it and are not read, as sentence-transformers has them."""
+    own = [path for name in _WEIGHTS[HF_CONFIG] for path in sorted(folder.glob(f"*/{name}"))]
+    parts = [path for path in own if not _is_model(path.parent / HF_CONFIG)]
+    if parts:
+        names = shorten(str(path.relative_to(folder)) for path in parts)
+        text = f"{folder}: {names} beside the model of {config.name} is not read, and no part of what is merged."
+        tell_once(text, logging.WARNING)
+
+
+def _is_model(config: Path) -> bool:
+    """Return whether a configuration is that of a model of its own, such as an earlier checkpoint."""
+    return config.is_file() and "model_type" in read_json(config)

@@ -2,7 +2,7 @@
 
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ class PickledTensors:
         holder: What held them, in words.
         is_module: Whether that is a module, not a dictionary.
         left_out: Names beside them that hold something else.
+        beside: Names, in the file, of other dictionaries or modules with tensors, such as averaged weights.
         inert: Classes and functions that the pickle names and that were not imported.
         format: In words.
     """
@@ -46,17 +47,19 @@ class PickledTensors:
     holder: str
     is_module: bool
     left_out: tuple[str, ...]
+    beside: tuple[str, ...]
     inert: tuple[str, ...]
     format: str
 
 
-def read_pickle(path: Path) -> PickledTensors:
+def read_pickle(path: Path, entry: str | None = None) -> PickledTensors:
     """Read a pickled checkpoint's state dict: a dictionary or a module, or either under ``state_dict`` or ``model``.
 
     Nothing that the file names is imported or called, see :mod:`adamerge.checkpoints.inert`.
 
     Args:
         path: A file of ``torch.save``, in either of its formats, or a plain pickle of tensors or modules.
+        entry: The name in the file that the state dict is under, instead of these.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -71,7 +74,7 @@ def read_pickle(path: Path) -> PickledTensors:
         try:
             read = partial(_read_zip, file) if head == ZIP_MAGIC else _read_stream
             root, inert, form = read(mapped, budget, partial(_read_nested, budget))
-            holder, entries, is_module = _state_dict(root)
+            holder, entries, is_module, beside = _state_dict(root, entry)
         except Refused as error:
             raise InputError(
                 f"{path}: refused, nothing was run: {error}. Trust no such file; ask its author for safetensors."
@@ -81,10 +84,10 @@ def read_pickle(path: Path) -> PickledTensors:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-    _check(path, tensors, holder, len(mapped))
+    _check(path, tensors, holder, beside, len(mapped))
     others = [name for name in entries if name not in tensors]
     left_out = tuple(str(name)[:80] if isinstance(name, (str, int)) else type(name).__name__ for name in others)
-    return PickledTensors(tensors, holder, is_module, left_out, tuple(sorted(inert)), form)
+    return PickledTensors(tensors, holder, is_module, left_out, beside, tuple(sorted(inert)), form)
 
 
 def _read_zip(file: IO[bytes], mapped: memoryview, budget: Budget, nested: _Nested) -> tuple[Any, set[str], str]:
@@ -187,23 +190,39 @@ def _check_byte_order(is_little: bool) -> None:
         )
 
 
-def _state_dict(root: Any) -> tuple[str, Mapping[Any, Any], bool]:
-    """Return what holds the tensors in words, name to tensor among other entries, and whether it is a module."""
-    for nest in _NESTS:
+def _state_dict(root: Any, entry: str | None) -> tuple[str, Mapping[Any, Any], bool, tuple[str, ...]]:
+    """Return what holds the tensors, name to tensor among others, whether it is a module, and what else has any."""
+    beside: list[str] = []
+    for nest in _NESTS if entry is None else (entry,):
         if isinstance(root, dict) and (isinstance(root.get(nest), dict) or _is_module(root.get(nest))):
+            beside += [str(name)[:80] for name, value in root.items() if name != nest and _has_tensors(value)]
             root = root[nest]
+        elif entry is not None:
+            raise InputError(f"no entry {entry!r} with tensors; there are {shorten(map(str, _entries(root)))}.")
     if _is_module(root):
-        return f"module {root.kind}", dict(_of_module(root)), True
+        return f"module {root.kind}", dict(_of_module(root)), True, tuple(beside)
     entries = _entries(root)
     if isinstance(entries, dict) and any(isinstance(value, Tensor) for value in entries.values()):
-        return "state dict", entries, False
-    return str(root.kind) if isinstance(root, Record) else type(root).__name__, {}, False
+        return "state dict", entries, False, tuple(beside)
+    if isinstance(entries, dict):
+        beside += [str(name)[:80] for name, value in entries.items() if _has_tensors(value)]
+    return str(root.kind) if isinstance(root, Record) else type(root).__name__, {}, False, tuple(beside)
 
 
-def _check(path: Path, tensors: Mapping[Any, Tensor], holder: str, size: int) -> None:
+def _has_tensors(value: Any) -> bool:
+    """Return whether an entry is a state dict or module itself."""
+    named = isinstance(value, dict) and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    return named or _is_module(value)
+
+
+def _check(path: Path, tensors: Mapping[Any, Tensor], holder: str, beside: Sequence[str], size: int) -> None:
     """Refuse names that are none, and tensors that repeat the same memory too often."""
     if not tensors:
-        raise InputError(f"{path}: expected a state dict (name to tensor) or a module, found {holder} without tensors.")
+        remedy = f"adamerge convert {path} --entry {beside[0]} --out NAME.safetensors" if beside else ""
+        hint = f" There are tensors under {shorten(beside)}: {remedy}." if beside else ""
+        raise InputError(
+            f"{path}: expected a state dict (name to tensor) or a module, found {holder} without tensors.{hint}"
+        )
     bad = [ascii(name)[:80] for name in tensors if not isinstance(name, str) or not name or not name.isprintable()]
     if bad:
         raise InputError(f"{path}: expected tensors with printable names, found {shorten(bad)}.")

@@ -15,9 +15,10 @@ from adamerge.results.numbers import size
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="NAME.safetensors, or with --to a folder.")
 @click.option("--key-prefix", default="", help="Take it off the names, such as model.; other tensors are left out.")
+@click.option("--entry", help="Where the weights are in the file, such as state_dict_ema.  [state_dict or model]")
 @click.option("--to", "target", type=click.Choice(["open_clip", "hf"]), help="A CLIP in the other library's format.")
 @json_option
-def convert(source: Path, out: Path, key_prefix: str, target: str | None, as_json: bool) -> None:
+def convert(source: Path, out: Path, key_prefix: str, entry: str | None, target: str | None, as_json: bool) -> None:
     """Write a pickled checkpoint's tensors as safetensors, nothing in it is run; or a CLIP in another format.
 
     \b
@@ -28,8 +29,8 @@ def convert(source: Path, out: Path, key_prefix: str, target: str | None, as_jso
     if target is not None:
         from adamerge.results.formats.convert import convert_model  # imports the other libraries
 
-        if key_prefix:
-            raise InputError("--key-prefix: only without --to.")
+        if key_prefix or entry:
+            raise InputError("--key-prefix, --entry: only without --to.")
         files = convert_model(source, target, out)
         if as_json:
             print_json({"files": [str(path) for path in files]})
@@ -37,7 +38,7 @@ def convert(source: Path, out: Path, key_prefix: str, target: str | None, as_jso
         for path in files:
             click.echo(str(path))
         return
-    done = conversion.convert(source, out, key_prefix)
+    done = conversion.convert(source, out, key_prefix, entry)
     if as_json:
         print_json({"file": str(out), **asdict(done)})
         return

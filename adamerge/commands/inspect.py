@@ -7,7 +7,7 @@ import click
 import torch
 
 from adamerge.commands.run.named_pools import chosen_pool
-from adamerge.commands.terminal import json_option, out, print_json, print_table, report
+from adamerge.commands.terminal import GLOB_OPTIONS, json_option, out, print_json, print_table, report
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.report import PoolReport
 from adamerge.results.numbers import decimal
@@ -20,8 +20,8 @@ _ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning
 @click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
 @click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
 @click.option("--prefix", default=None, help="Key prefix of the encoder, such as visual. (the zoo's default).")
-@click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out, such as a head's; repeat.")
+@GLOB_OPTIONS[0]
+@GLOB_OPTIONS[1]
 @json_option
 def inspect(
     base: Path | None,

@@ -20,7 +20,7 @@ from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_f
 from adamerge.system.files import atomic_path
 
 _VISUAL = "visual."
-_DEFAULTS = {"storage": "auto", "duplicates": "refuse"}
+_DEFAULTS = {"storage": "auto", "duplicates": "refuse", "unplaced": "auto"}
 
 
 @click.group(short_help="Keep pool files: a base, its experts, their tasks, licences and hashes.")

@@ -62,6 +62,12 @@ json_option = click.option(
 )
 
 
+GLOB_OPTIONS = (
+    click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out, such as a head's; repeat."),
+)
+
+
 def rule_options(rule: str, recipe: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the options that name a rule and the pool that it works on.
 
@@ -78,6 +84,8 @@ def rule_options(rule: str, recipe: str) -> Callable[[Callable[..., None]], Call
         click.option("--recipe", type=path, help=f"Instead of all else: a {recipe} to run again."),
         click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat."),
         click.option("--key-prefix", help="Key prefix of the encoder in the files, such as visual."),
+        *GLOB_OPTIONS,
+        click.option("--unplaced", type=click.Choice(["auto", "refuse", "list"]), help="As pool.unplaced.  [auto]"),
     )
     return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 

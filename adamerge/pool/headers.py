@@ -1,11 +1,11 @@
-"""What the headers of a pool's files say: which tensors merge, which do not and why, what is wrong.
+"""What the headers of a pool's files say: which tensors merge, which do not and why, how experts differ from the base.
 
 No tensor is read here, so that a pool of large models is checked in milliseconds.
 """
 
 import fnmatch
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from adamerge.checkpoints.hub import HubReference, located_all
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.pool.lora import CONFIG as ADAPTER
-from adamerge.pool.lora import open_expert
+from adamerge.pool.lora import REMEDY, changed_by, open_expert
+from adamerge.pool.options import PoolOptions
 
 _BASE = ""  # of the base among the experts' names, here where an expert may have any
+ModelPlace = str | Path | HubReference
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -71,12 +73,21 @@ class KeyMap:
 
 @dataclass(frozen=True)
 class PoolLayout:
-    """What the headers say: which parameters merge, which do not and why, and all that is wrong."""
+    """What the headers say.
+
+    Attributes:
+        merged: Parameters that merge.
+        fixed: Parameters that are left out by ``include`` and ``exclude``.
+        skipped: Tensor of the base to why it is not merged.
+        problems: All that is wrong.
+        remarks: What is left unmerged of the experts, and is no error.
+    """
 
     merged: tuple[str, ...]
     fixed: tuple[str, ...]
     skipped: Mapping[str, str]
     problems: tuple[str, ...]
+    remarks: tuple[str, ...]
 
     def refuse(self) -> None:
         """Raise the first problem, if there is any.
@@ -90,62 +101,47 @@ class PoolLayout:
             raise InputError(self.problems[0] + more)
 
 
-def check_layout(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    keys: KeyMap,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    tied: Mapping[str, str],
-) -> PoolLayout:
+def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyMap, options: PoolOptions) -> PoolLayout:
     """Compare names, shapes and dtypes without reading a tensor; collect everything that is wrong."""
     merged, fixed, skipped = [], [], {}
-    is_excluded = _matcher(exclude)
-    is_included = _matcher(include) if include is not None else lambda name: True
-
-    def is_ignored(name: str) -> bool:
-        return is_excluded(name) or not is_included(name) or name in tied
-
+    tied = options.tied or {}
     for key in base.keys:
         name = keys.name(key)
         if name is None:
             skipped[key] = "not part of the encoder"
         elif name in tied:
             skipped[key] = f"tied to {tied[name]}"
-        elif name.rsplit(".", 1)[-1] in _STATISTICS:
+        elif _is_statistic(name):
             skipped[key] = "normalisation statistics: see batch_norm"
-        elif is_excluded(name) or not is_included(name):
+        elif options.leaves_out(name):
             skipped[key] = "excluded"
             fixed.append(name)
         elif not base.spec(key)[1].is_floating_point:
             skipped[key] = f"integer tensor ({str(base.spec(key)[1]).removeprefix('torch.')})"
         else:
             merged.append(name)
-    problems = _option_problems(base, keys, include, exclude, tied)
+    problems = _option_problems(base, keys, options)
     if not merged:
         problems.append(
             f"{base.name}: no tensor to merge: none of its {len(base.keys)} keys, such as "
-            f"{next(iter(base.keys), None)!r}, is left by key_map={keys.map!r}, include and exclude."
+            f"{next(iter(base.keys), None)!r}, is left by the key prefix {keys.map!r}, include and exclude."
         )
+    remarks = []
     for expert, checkpoint in experts.items():
-        problems += _compare(base, expert, checkpoint, keys, merged, is_ignored)
-    return PoolLayout(tuple(merged), tuple(fixed), skipped, tuple(problems))
-
-
-def check_names(experts: Mapping[str, object]) -> None:
-    """Refuse an empty pool, the reserved name ``base``, and one file under two names."""
-    if not experts:
-        raise InputError("experts: expected at least one expert (name to file), found none.")
-    if "base" in experts:
-        raise InputError("experts: the name 'base' is reserved for the pretrained model; rename that expert.")
-    by_file: dict[str, str] = {}
-    for name, path in experts.items():
-        if isinstance(path, (str, Path)) and os.path.exists(path):
-            other = by_file.setdefault(os.path.realpath(path), name)
-            if other != name:
-                raise InputError(
-                    f"Experts {other!r} and {name!r} are the same file: {path}. Remove one or name its own file."
-                )
+        where = f"Expert {expert!r} ({checkpoint.name})" if checkpoint.name != expert else f"Expert {expert!r}"
+        changed = changed_by(checkpoint)
+        is_adapter = changed is not None
+        candidates = checkpoint.keys if changed is None else changed
+        extra, outside = _unplaced(base, keys, options, candidates, is_adapter=is_adapter)
+        problems += _differences(base, where, checkpoint, [keys.file_key(name) for name in merged], extra)
+        if outside:
+            is_refused = options.unplaced == "refuse" or (options.unplaced == "auto" and is_adapter)
+            (problems if is_refused else remarks).append(
+                f"{where}: {len(outside)} tensors have no place in the encoder (key prefix {keys.map!r}), and are not "
+                f"merged: {shorten(outside)}. If that is meant: pool.unplaced=list (unplaced: list in a pool file)."
+                + (f" Or: {REMEDY}" if is_adapter else "")
+            )
+    return PoolLayout(tuple(merged), tuple(fixed), skipped, tuple(problems), tuple(remarks))
 
 
 def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -160,21 +156,33 @@ def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return result
 
 
-def _compare(
-    base: Checkpoint,
-    expert: str,
-    checkpoint: Checkpoint,
-    keys: KeyMap,
-    merged: Sequence[str],
-    is_ignored: Callable[[str], bool],
+def _unplaced(
+    base: Checkpoint, keys: KeyMap, options: PoolOptions, candidates: Sequence[str], *, is_adapter: bool
+) -> tuple[list[str], list[str]]:
+    """Return which tensors of an expert the base's encoder lacks, and which have no place in an encoder.
+
+    What a whole checkpoint has beside the encoder, as the base does too, is taken for the base's, such as a text tower;
+    what an adapter changes there is not.
+    """
+    extra, outside = [], []
+    present, tied = set(base.keys), options.tied or {}
+    for key in candidates:
+        name = keys.name(key)
+        if name is None:
+            outside += [key] if is_adapter or key not in present else []
+        elif name in tied:
+            outside += [key] if is_adapter and keys.file_key(tied[name]) not in candidates else []
+        elif key not in present and not options.leaves_out(name) and not _is_statistic(name):
+            extra.append(key)
+    return extra, outside
+
+
+def _differences(
+    base: Checkpoint, where: str, checkpoint: Checkpoint, expected: Sequence[str], extra: Sequence[str]
 ) -> list[str]:
-    """List how one expert's header differs from the base's."""
-    where = f"Expert {expert!r} ({checkpoint.name})" if checkpoint.name != expert else f"Expert {expert!r}"
+    """List how one expert's header differs from the base's, where its own tensors are ``extra``."""
     present = set(checkpoint.keys)
-    expected = {keys.file_key(name): name for name in merged}
     missing = [key for key in expected if key not in present]
-    known = set(base.keys)
-    extra = [key for key in checkpoint.keys if key not in known and _is_own(keys, key, is_ignored)]
     reshaped, integer = [], []
     for key in (key for key in expected if key in present):
         shape, dtype = checkpoint.spec(key)
@@ -194,12 +202,12 @@ def _compare(
         hint = did_you_mean(missing[0], extra or present)
         problems.append(
             f"{where} lacks {len(missing)} of {len(expected)} tensors of the base: {shorten(missing)}.{hint} "
-            "Was it made from the same architecture, and is key_map right?"
+            "Was it made from the same architecture?"
         )
     if extra:
         problems.append(
-            f"{where} has {len(extra)} tensors that the base lacks: {shorten(extra)}. "
-            "Leave them out with exclude=[...] if they are not part of the encoder."
+            f"{where} has {len(extra)} tensors that the base lacks: {shorten(extra)}. If they are not part of the "
+            "encoder, such as a head, leave them out: exclude (--exclude GLOB, pool.exclude)."
         )
     if integer:
         key, dtype = integer[0]
@@ -210,30 +218,13 @@ def _compare(
     return problems
 
 
-def _is_own(keys: KeyMap, key: str, is_ignored: Callable[[str], bool]) -> bool:
-    """Whether a key that only the expert has belongs to the encoder, so that ignoring it would lose something."""
-    name = keys.name(key)
-    return name is not None and not is_ignored(name) and name.rsplit(".", 1)[-1] not in _STATISTICS
+def _is_statistic(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in _STATISTICS
 
 
-def _matcher(globs: Sequence[str] | None) -> Callable[[str], bool]:
-    patterns = tuple(globs or ())
-    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _option_problems(
-    base: Checkpoint,
-    keys: KeyMap,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    tied: Mapping[str, str],
-) -> list[str]:
+def _option_problems(base: Checkpoint, keys: KeyMap, options: PoolOptions) -> list[str]:
     """List what the options name that is not there."""
-    problems = [
-        f"pool.{option}: expected a list of globs, found the text {globs!r}; write [{globs!r}]."
-        for option, globs in (("include", include), ("exclude", exclude))
-        if isinstance(globs, str)
-    ]
+    problems: list[str] = []
     by_name: dict[str, str] = {}
     for key in base.keys:
         name = keys.name(key)
@@ -242,6 +233,7 @@ def _option_problems(
     if isinstance(keys.map, Mapping):
         unknown = [key for key in keys.map if key not in set(base.keys)]
         problems += [f"key_map: {base.name} has no tensor {key!r}.{did_you_mean(key, base.keys)}" for key in unknown]
+    tied = options.tied or {}
     problems += [
         f"pool.tied: {alias!r} is tied to {name!r}, which is no untied tensor of {base.name}."
         f"{did_you_mean(name, by_name)}"
@@ -250,9 +242,25 @@ def _option_problems(
     ]
     return problems + [
         f"pool.include: the pattern {pattern!r} matches no tensor of {base.name}.{did_you_mean(pattern, by_name)}"
-        for pattern in include or ()
+        for pattern in options.include or ()
         if not fnmatch.filter(by_name, pattern)
     ]
+
+
+def check_names(experts: Mapping[str, object]) -> None:
+    """Refuse an empty pool, the reserved name ``base``, and one file under two names."""
+    if not experts:
+        raise InputError("experts: expected at least one expert (name to file), found none.")
+    if "base" in experts:
+        raise InputError("experts: the name 'base' is reserved for the pretrained model; rename that expert.")
+    by_file: dict[str, str] = {}
+    for name, path in experts.items():
+        if isinstance(path, (str, Path)) and os.path.exists(path):
+            other = by_file.setdefault(os.path.realpath(path), name)
+            if other != name:
+                raise InputError(
+                    f"Experts {other!r} and {name!r} are the same file: {path}. Remove one or name its own file."
+                )
 
 
 @dataclass(frozen=True)
@@ -260,16 +268,18 @@ class Headers:
     """As much of a pool as the headers of its files tell.
 
     Attributes:
-        source: The base, where its file could be opened.
         experts: The experts whose files could be opened.
         shapes: Name to shape, of the parameters that merge; empty where the base could not be opened.
         problems: All that is wrong.
+        remarks: What is left unmerged of the experts, and is no error.
         compute_dtype: As the pool's.
+        source: The base, where its file could be opened.
     """
 
     experts: Mapping[str, Checkpoint] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     compute_dtype: torch.dtype = torch.float32
     source: Checkpoint | None = None
 
@@ -279,43 +289,53 @@ class Headers:
         return tuple(self.experts)
 
 
-def read_headers(
-    base: str | Path | HubReference | None,
-    experts: Mapping[str, str | Path | HubReference],
-    prefix: str,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-) -> Headers:
-    """Open a pool's files and compare their headers; what is wrong is collected, not raised.
+def open_files(
+    base: ModelPlace | None, experts: Mapping[str, ModelPlace], options: PoolOptions
+) -> tuple[Checkpoint | None, dict[str, Checkpoint], list[InputError | OSError]]:
+    """Open a pool's base and experts; what cannot be opened is left out, and the errors are returned.
 
     A base of None is one that is yet to be downloaded.
     """
-    problems: list[str] = []
+    errors: list[InputError | OSError] = []
+    prefix, mapped = "", frozenset(options.key_map or ())
+    if isinstance(options.key_map, str):
+        prefix, mapped = options.key_map, frozenset()
+
+    def fits(names: Collection[str]) -> bool:
+        return not mapped.isdisjoint(names) if mapped else any(name.startswith(prefix) for name in names)
+
     try:
         check_names(experts)
     except InputError as error:
-        problems.append(str(error))
+        errors.append(error)
     try:
         places = located_all({**experts, **({} if base is None else {_BASE: base})})
+        check_names({name: path for name, path in places.items() if name != _BASE})
     except InputError as error:
-        return Headers(problems=(*problems, str(error)))
-    base, experts = places.pop(_BASE, None), places
-    opened: dict[str, Checkpoint] = {}
-    source: Checkpoint | None = None
-    try:
-        source = None if base is None else open_model(base)
-    except (InputError, OSError) as error:
-        problems.append(str(error))
-    for name, path in experts.items():
-        if source is None and (Path(path) / ADAPTER).is_file():
+        return None, {}, [*errors, error]
+    source, opened = None, {}
+    if base is not None:
+        try:
+            source = open_model(places.pop(_BASE), fits=fits if options.key_map else None)
+        except (InputError, OSError) as error:
+            errors.append(error)
+    for name, path in places.items():
+        if source is None and (path / ADAPTER).is_file():
             continue  # it cannot be held against a base that is not there
         try:
             opened[name] = open_model(path) if source is None else open_expert(path, source, prefix)
         except (InputError, OSError) as error:
-            problems.append(str(error))
+            errors.append(error)
+    return source, opened, errors
+
+
+def read_headers(base: ModelPlace | None, experts: Mapping[str, ModelPlace], options: PoolOptions) -> Headers:
+    """Open a pool's files and compare their headers; what is wrong is collected, not raised."""
+    source, opened, errors = open_files(base, experts, options)
+    problems = tuple(map(str, errors))
     if source is None:
-        return Headers(opened, problems=tuple(problems))
-    keys = KeyMap(source.keys, prefix or None)
-    layout = check_layout(source, opened, keys, include, exclude, {})
+        return Headers(opened, problems=problems)
+    keys = KeyMap(source.keys, options.key_map)
+    layout = check_layout(source, opened, keys, options)
     shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
-    return Headers(opened, shapes, (*problems, *layout.problems), source=source)
+    return Headers(opened, shapes, (*problems, *layout.problems), layout.remarks, source=source)

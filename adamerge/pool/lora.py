@@ -36,17 +36,8 @@ _STARTS = {"CLIP": "", "CustomTextCLIP": "", "CLIPModel": "", "VisionTransformer
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Variants of LoRA that change more than the product of two matrices says, where set.
 _VARIANTS = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "megatron_config",
-    "monteclora_config",
+    *("use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "trainable_token_indices"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "monteclora_config"),
     "velora_config",
 )
 
@@ -156,7 +147,7 @@ class AdapterCheckpoint:
             whole[name] = key
         elif match is None or (is_bias and match["part"] != "B"):
             raise InputError(
-                f"{self._file.name}: tensor {key!r} belongs to a variant of LoRA that is not supported. {_REMEDY}"
+                f"{self._file.name}: tensor {key!r} belongs to a variant of LoRA that is not supported. {REMEDY}"
             )
         elif is_bias:
             biases[match["module"]] = key
@@ -188,7 +179,7 @@ class AdapterCheckpoint:
             raise InputError(
                 f"{self._file.name}: its names, such as {wanted[0][0]!r}, fit {self._base.name} behind "
                 f"{shorten(place.start for place in places)}. Name the encoder's prefix, such as --key-prefix visual.; "
-                f"or: {_REMEDY}"
+                f"or: {REMEDY}"
             )
         return places[0]
 
@@ -256,7 +247,8 @@ def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpo
     """
     path = located(path)
     if not (path / CONFIG).is_file():
-        return open_model(path, base)
+        encoder = {key for key in base.keys if key.startswith(prefix)}
+        return open_model(path, base, lambda names: not encoder.isdisjoint(names))
     if not _has_their_names(path):
         return AdapterCheckpoint(path, base, prefix)
     return as_own(AdapterCheckpoint(path, as_theirs(base), PREFIX))
@@ -292,7 +284,7 @@ def changed_by(expert: Checkpoint) -> tuple[str, ...] | None:
     )
 
 
-_REMEDY = "Merge it into a full checkpoint with peft's merge_and_unload, and use that as the expert."
+REMEDY = "Merge it into a full checkpoint with peft's merge_and_unload, and use that as the expert."
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -303,17 +295,17 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path}: not readable as JSON ({error}). Save the adapter again.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise InputError(f"{path}: peft_type: expected 'LORA', found {kind!r}. {_REMEDY}")
+        raise InputError(f"{path}: peft_type: expected 'LORA', found {kind!r}. {REMEDY}")
     for option in _VARIANTS:
         if config.get(option):
             raise InputError(
-                f"{path}: {option}: this variant of LoRA is not supported, found {config[option]!r}. {_REMEDY}"
+                f"{path}: {option}: this variant of LoRA is not supported, found {config[option]!r}. {REMEDY}"
             )
     init = config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise InputError(
             f"{path}: init_lora_weights: {init!r} moved part of the base into the adapter, expected one of "
-            f"{shorten([str(kind) for kind in _PLAIN_INITS])}. {_REMEDY}"
+            f"{shorten([str(kind) for kind in _PLAIN_INITS])}. {REMEDY}"
         )
     for option in ("rank_pattern", "alpha_pattern"):
         _check_patterns(path, option, config.get(option))

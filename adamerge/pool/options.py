@@ -1,15 +1,16 @@
 """How a pool is read, and which of these options go together."""
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_choice, check_globs
 from adamerge.pool.packed import PackedFile
-from adamerge.pool.task_vectors import DTYPES, Storage, check_storage
+from adamerge.pool.task_vectors import DTYPES, Storage
 from adamerge.transforms import Transform
 
 
@@ -30,6 +31,8 @@ class PoolOptions:
         transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; not with ``stream``.
         task_vectors: A file of packed task vectors, see :mod:`adamerge.pool.pack`; the experts stay the teachers.
         duplicates: Whether two files with the same weights are an error; one file twice always is.
+        unplaced: What becomes of an expert whose tensors have no place in the encoder: ``refuse`` it, ``list`` them in
+            the log, or ``auto``: refuse adapters, which say what they change, and list those of whole checkpoints.
         mapped: Keep nothing in memory, and read from the mapped files whatever is asked for: for pools of which
             each process holds a part (:class:`~adamerge.pool.part.PoolPart`); ``storage`` is that of the part.
 
@@ -46,12 +49,15 @@ class PoolOptions:
     transform: Transform | None = None
     task_vectors: Path | str | None = None
     duplicates: Literal["refuse", "allow"] = "refuse"
+    unplaced: Literal["auto", "refuse", "list"] = "auto"
     mapped: bool = False
 
     def __post_init__(self) -> None:
-        if self.duplicates not in ("refuse", "allow"):
-            raise InputError(f"pool.duplicates: expected refuse or allow, found {self.duplicates!r}.")
-        check_storage(self.storage)
+        check_choice("pool.duplicates", self.duplicates, ("refuse", "allow"))
+        check_choice("pool.unplaced", self.unplaced, ("auto", "refuse", "list"))
+        check_choice("pool.storage", self.storage, get_args(Storage))
+        check_globs("pool.include", self.include or ())
+        check_globs("pool.exclude", self.exclude or ())
         if self.dtype is not None and self.dtype not in DTYPES.values():
             raise InputError(f"pool.dtype: expected float32, bfloat16, float16 or int8, found {self.dtype}.")
         if self.transform is not None and self.storage == "stream":
@@ -59,6 +65,14 @@ class PoolOptions:
                 "pool.storage: transformed task vectors are kept in memory; use ram, no transform, or pack them and "
                 "name the file as pool.task_vectors."
             )
+
+    def leaves_out(self, name: str) -> bool:
+        """Return whether a parameter is not to be merged, by ``include`` and ``exclude``."""
+
+        def matches(globs: Sequence[str] | None) -> bool:
+            return any(fnmatch.fnmatchcase(name, glob) for glob in globs or ())
+
+        return matches(self.exclude) or (self.include is not None and not matches(self.include))
 
     @property
     def after(self) -> str:

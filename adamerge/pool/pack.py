@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from adamerge.checkpoints.checkpoint import safetensors_header
 from adamerge.errors import InputError
 from adamerge.pool.describe import describe, describe_transform
 from adamerge.pool.low_rank import matrix_shape
@@ -19,13 +20,7 @@ from adamerge.system.files import atomic_path
 from adamerge.transforms import Prepared
 
 _BYTES = ALIGN * 4  # where stacks begin, as far as their sizes allow
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 def write_packed(
@@ -56,7 +51,7 @@ def write_packed(
             or the transform leaves nothing of an expert.
     """
     path, dtype = Path(path), dtype or pool.compute_dtype
-    if dtype not in _NAMES:
+    if dtype not in _DTYPES:
         raise InputError(f"dtype: expected float32, bfloat16, float16 or int8, found {dtype}.")
     if transform is not None and (pool.transform is not None or pool.packed is not None):
         raise InputError(
@@ -130,16 +125,8 @@ def _header(pool: ExpertPool, dtype: torch.dtype, transform: Any) -> tuple[bytes
         shape, kept = tensors[name]
         return (math.prod(shape[1:]) * kept.itemsize) % _BYTES != 0, -kept.itemsize
 
-    entries, begins, at = {}, {}, 0
-    for name in sorted(tensors, key=order):
-        shape, kept = tensors[name]
-        begins[name], end = at, at + math.prod(shape) * kept.itemsize
-        entries[name] = {"dtype": _NAMES[kept], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps({"__metadata__": {METADATA: json.dumps(_facts(pool, dtype, transform))}, **entries}).encode()
-    text += b" " * (-(8 + len(text)) % _BYTES)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+    metadata = {METADATA: json.dumps(_facts(pool, dtype, transform))}
+    return safetensors_header({name: tensors[name] for name in sorted(tensors, key=order)}, metadata, _BYTES)
 
 
 def _facts(pool: ExpertPool, dtype: torch.dtype, transform: Any) -> dict[str, object]:

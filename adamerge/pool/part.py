@@ -50,7 +50,7 @@ class PoolPart:
             stack = Dense.empty(experts, len(entries), dtype, self.device)
             for where, tile in pool.pieces(name, entries):
                 stack.data[:, where.start - entries.start : where.stop - entries.start].copy_(tile)
-            self._task_vectors.keep(name, stack)
+            self._task_vectors.stacks[name] = stack
 
     @property
     def nbytes(self) -> int:

@@ -26,16 +26,16 @@ class Place:
 
 
 def places_of(names: Names, keys: Collection[str], fits: Callable[[Place], bool]) -> list[Place]:
-    """Return where the base has all of an adapter's names, the shortest start first.
+    """Return where the base has all of an adapter's names.
 
     Args:
         names: That the adapter's factors belong to.
         keys: Of the base.
         fits: Whether shapes agree in a place; where they do in none, all are returned.
     """
-    starts = sorted({"", *(key[: dot.end()] for key in keys for dot in re.finditer(r"\.", key))}, key=len)
+    starts = {"", *(key[: dot.end()] for key in keys for dot in re.finditer(r"\.", key))}
     places: dict[str | None, Place] = {}  # by where the first name leads
-    for wrapper, start in itertools.product(wrappers([name for name, _ in names]), starts):
+    for wrapper, start in itertools.product(wrappers([name for name, _ in names]), sorted(starts)):
         place = Place(keys, wrapper, start)
         if all(place.key(*name) for name in names):
             places.setdefault(place.key(*names[0]), place)

@@ -11,32 +11,28 @@ import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint
 from adamerge.checkpoints.hashes import check_hash
-from adamerge.checkpoints.hub import HubReference, located_all
-from adamerge.checkpoints.model_folder import open_model
+from adamerge.checkpoints.hub import HubReference
 from adamerge.errors import InputError
-from adamerge.pool.content import check_differ, check_finite, check_norms, norms_of
-from adamerge.pool.headers import KeyMap, check_layout, check_names, shared_names
+from adamerge.pool.headers import KeyMap, check_layout, check_names, open_files, shared_names
 from adamerge.pool.lazy import LazyTensors
-from adamerge.pool.lora import change_of, open_expert
+from adamerge.pool.lora import change_of
 from adamerge.pool.low_rank import Factors
 from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
-from adamerge.pool.report import PoolReport, pool_report
+from adamerge.pool.report import PoolReport, check_differ, check_finite, check_norms, norms_of, pool_report
 from adamerge.pool.task_vectors import TaskVectors, choose_storage
 from adamerge.pool.tiles import READ, tiles
 from adamerge.system.memory import return_freed_memory
-from adamerge.transforms import Prepared, Transform
+from adamerge.transforms import Prepared
 
 log = logging.getLogger(__name__)
-
-_BASE = "base"  # the name of the base among the experts', which none of them may have
 
 
 class ExpertPool:
@@ -75,8 +71,10 @@ class ExpertPool:
         self.source, self._experts, self.expert_names = base, dict(experts), tuple(experts)
         self.transform, self.mapped, self.tied = options.transform, options.mapped, dict(options.tied or {})
         self.keys = KeyMap(base.keys, options.key_map)
-        layout = check_layout(base, experts, self.keys, options.include, options.exclude, self.tied)
+        layout = check_layout(base, experts, self.keys, options)
         layout.refuse()
+        for remark in layout.remarks:
+            log.warning("%s", remark)
         self.skipped, self._every_name = dict(layout.skipped), sorted((*layout.merged, *layout.fixed))
         specs = {name: base.spec(self.keys.file_key(name)) for name in layout.merged}
         shapes = {name: shape for name, (shape, _) in specs.items()}
@@ -144,12 +142,10 @@ class ExpertPool:
             InputError: If anything does not fit; the message names file and tensor.
         """
         checked = PoolOptions(**options)
-        check_names(experts)
-        places = located_all({_BASE: base, **experts})
-        source, prefix = open_model(places.pop(_BASE)), checked.key_map if isinstance(checked.key_map, str) else ""
-        check_names(places)
-        opened = {name: open_expert(path, source, prefix) for name, path in places.items()}
-        for name, checkpoint in {_BASE: source, **opened}.items():
+        source, opened, errors = open_files(base, experts, checked)
+        if errors or source is None:
+            raise errors[0]
+        for name, checkpoint in {"base": source, **opened}.items():
             check_hash(checkpoint.name, name, (hashes or {}).get(name), checkpoint.sha256)
         return cls(source, opened, checked)
 
@@ -158,32 +154,22 @@ class ExpertPool:
         cls,
         base: Mapping[str, Tensor],
         experts: Mapping[str, Mapping[str, Tensor]],
-        *,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
-        transform: Transform | None = None,
-        duplicates: Literal["refuse", "allow"] = "refuse",
+        **options: Any,
     ) -> "ExpertPool":
         """Make a pool of state dicts in memory; names that share memory in ``base`` are tied.
 
         Args:
             base: Parameter name to tensor.
             experts: Expert name to state dict.
-            include: Globs of parameter names to merge (default all).
-            exclude: Globs of parameter names to leave at the base's values.
-            transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`.
-            duplicates: Whether two experts with the same weights are an error.
+            **options: See :class:`~adamerge.pool.options.PoolOptions`: ``include``, ``exclude``, ``transform``, ...
 
         Raises:
             InputError: If anything does not fit.
         """
         check_names(experts)
-        options = PoolOptions(
-            storage="device", include=include, exclude=exclude, tied=shared_names(base), transform=transform,
-            duplicates=duplicates,
-        )  # fmt: skip
         opened = {name: MemoryCheckpoint(name, tensors) for name, tensors in experts.items()}
-        return cls(MemoryCheckpoint("base", base), opened, options)
+        checked = PoolOptions(**{"storage": "device", "tied": shared_names(base), **options})
+        return cls(MemoryCheckpoint("base", base), opened, checked)
 
     def task_vectors(self, name: str) -> Tensor:
         """Return the task vectors of one parameter, (E, *S) in ``compute_dtype``."""
@@ -341,7 +327,7 @@ class ExpertPool:
     def _set_aside(self, name: str) -> None:
         """Keep a parameter at the base's values, as no expert changed it."""
         self.fixed[name] = self.base.pop(name)
-        self._task_vectors.drop(name)
+        self._task_vectors.stacks.pop(name, None)
         self.skipped[self.keys.file_key(name)] = self.UNCHANGED + self.options.after
 
     def _log_storage(self) -> None:

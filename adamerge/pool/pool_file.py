@@ -23,17 +23,19 @@ from omegaconf import OmegaConf
 from adamerge.checkpoints.hashes import check_hash, file_hash
 from adamerge.checkpoints.hub import HubReference, located, located_all, reference_of
 from adamerge.checkpoints.model_folder import open_model
-from adamerge.errors import InputError, check_keys, did_you_mean
+from adamerge.errors import InputError, check_globs, check_keys, did_you_mean
 from adamerge.pool.headers import Headers, read_headers
 from adamerge.pool.lora import open_expert
+from adamerge.pool.options import PoolOptions
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
 from adamerge.system.files import sha256
 
 _KEYS = (
     *("base", "experts", "key_prefix", "storage", "dtype", "include", "exclude"),
-    *("task_vectors", "duplicates", "sha256"),
+    *("task_vectors", "duplicates", "unplaced", "sha256"),
 )
+_OPTIONS = ("storage", "dtype", "include", "exclude", "duplicates", "unplaced")
 _FILE_KEYS = ("file", "task", "licence", "sha256")
 
 
@@ -72,6 +74,7 @@ class PoolFiles:
     exclude: tuple[str, ...] | None = None
     task_vectors: PoolFile | None = None
     duplicates: str = "refuse"
+    unplaced: str = "auto"
 
     @property
     def models(self) -> dict[str, PoolFile]:
@@ -96,7 +99,7 @@ class PoolFiles:
     @property
     def options(self) -> dict[str, Any]:
         """What the file says besides, ready for yaml."""
-        values = {key: getattr(self, key) for key in ("storage", "dtype", "include", "exclude", "duplicates")}
+        values = {key: getattr(self, key) for key in _OPTIONS}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def narrowed(self, include: Sequence[str], exclude: Sequence[str]) -> "PoolFiles":
@@ -111,15 +114,17 @@ class PoolFiles:
 
     def open(self, **options: Any) -> ExpertPool:
         """Open the pool; ``options`` are those of ``ExpertPool.from_files`` that stand in for the file's."""
-        own = {
-            **self.options,
-            "dtype": dtype_of(self.dtype),
-            "key_map": self.key_prefix or None,
-            "task_vectors": self.task_vectors and self.task_vectors.file,
-            "hashes": self.hashes,
-        }
-        experts = {name: entry.file for name, entry in self.experts.items()}
-        return ExpertPool.from_files(self.base.file, experts, **{**own, **options})
+        packed = self.task_vectors and self.task_vectors.file
+        own = {**self._pool_options, "task_vectors": packed, "hashes": self.hashes}
+        return ExpertPool.from_files(self.base.file, self._expert_files, **{**own, **options})
+
+    @property
+    def _pool_options(self) -> dict[str, Any]:
+        return {**self.options, "dtype": dtype_of(self.dtype), "key_map": self.key_prefix or None}
+
+    @property
+    def _expert_files(self) -> dict[str, Path | HubReference]:
+        return {name: entry.file for name, entry in self.experts.items()}
 
     def node(self) -> dict[str, Any]:
         """Return the files and options as the group ``pool`` of the configuration has them."""
@@ -169,8 +174,7 @@ class PoolFiles:
 
     def headers(self) -> Headers:
         """Return what the headers of the files say: names and shapes of what merges, and all that is wrong."""
-        experts = {name: entry.file for name, entry in self.experts.items()}
-        return read_headers(self.base.file, experts, self.key_prefix or "", self.include, self.exclude or ())
+        return read_headers(self.base.file, self._expert_files, PoolOptions(**self._pool_options))
 
     def hash_of(self, path: Path) -> str:
         """Return the SHA-256 of a checkpoint of the pool: of its file, or for a folder of all that is read there."""
@@ -212,9 +216,11 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
             raise InputError(f"{where}: {key}: must be given; such as {key}: {_EXAMPLES[key]}.")
     if not isinstance(content["experts"], Mapping):
         raise InputError(f"{where}: experts: expected {_EXAMPLES['experts']}, found {content['experts']!r}.")
-    for key in ("key_prefix", "storage", "dtype", "duplicates"):
+    for key in ("key_prefix", "storage", "dtype", "duplicates", "unplaced"):
         if not isinstance(content.get(key) or "", str):
             raise InputError(f"{where}: {key}: expected a text, found {content[key]!r}.")
+    for key in ("include", "exclude"):
+        check_globs(f"{where}: {key}", content.get(key) or ())
     packed, hashes = content.get("task_vectors"), content.get("sha256") or {}
     if not isinstance(hashes, Mapping) or not all(isinstance(found, str) for found in hashes.values()):
         raise InputError(f"{where}: sha256: expected a mapping from base and experts to SHA-256, found {hashes!r}.")
@@ -224,10 +230,10 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
         key_prefix=content.get("key_prefix"),
         storage=content.get("storage") or "auto",
         dtype=content.get("dtype"),
-        include=_globs(content.get("include"), f"{where}: include"),
-        exclude=_globs(content.get("exclude"), f"{where}: exclude"),
+        **{key: content[key] and tuple(content[key]) for key in ("include", "exclude") if key in content},
         task_vectors=_entry(packed, f"{where}: task_vectors", folder) if packed else None,
         duplicates=content.get("duplicates") or "refuse",
+        unplaced=content.get("unplaced") or "auto",
     )
     return files.pinned({**hashes, **files.hashes}) if hashes else files
 
@@ -295,11 +301,3 @@ def _entry(content: Any, where: str, folder: Path) -> PoolFile:
 def _described(entry: PoolFile) -> dict[str, str]:
     file = entry.file if isinstance(entry.file, HubReference) else entry.file.absolute()
     return replace(entry, file=file).facts()
-
-
-def _globs(content: Any, where: str) -> tuple[str, ...] | None:
-    if content is None:
-        return None
-    if not isinstance(content, list) or not all(isinstance(glob, str) for glob in content):
-        raise InputError(f"{where}: expected a list of globs, found {content!r}; write ['GLOB'].")
-    return tuple(content)

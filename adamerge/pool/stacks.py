@@ -4,8 +4,8 @@ Legend: E experts, n entries of the flattened parameter. Every kind can write an
 (E, stop - start), into a tile on the compute device.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,28 +18,28 @@ _LEVELS = 127  # of int8, to either side of zero
 _SHORT = 16  # entries of a row, below which a scale per row would take too large a share
 
 
-class Stack(Protocol):
+class Stack(ABC):
     """The task vectors of one parameter."""
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of memory held; mapped files count as none."""
-        ...
 
     def view(self, start: int, stop: int, like: Tensor) -> Tensor | None:
         """Return entries ``start:stop`` without a copy, if they lie there in dtype and device of ``like``."""
-        ...
+        return None
 
+    @abstractmethod
     def fill(self, out: Tensor, start: int, stop: int, base: Tensor) -> None:
         """Write entries ``start:stop`` into ``out`` (E, stop - start); ``base`` is the flattened parameter (n,)."""
-        ...
 
+    @abstractmethod
     def to(self, device: torch.device, *, pin: bool = False) -> "Stack":
         """Return the same on a device, or in page-locked memory of the host."""
-        ...
 
 
-class Dense:
+class Dense(Stack):
     """Task vectors (E, n) in memory or in a mapped file, in any floating-point dtype."""
 
     def __init__(self, data: Tensor, *, is_mapped: bool = False) -> None:
@@ -82,7 +82,7 @@ class Dense:
         return self if moved is self.data else Dense(moved)
 
 
-class Int8:
+class Int8(Stack):
     """Task vectors as integers (E, n) with one scale per expert and index of dimension 0, (E, d)."""
 
     def __init__(self, codes: Tensor, scales: Tensor, *, is_mapped: bool = False) -> None:
@@ -109,10 +109,6 @@ class Int8:
         self.codes[expert].copy_(codes.view(-1))
         self.scales[expert].copy_(scales)
 
-    def view(self, start: int, stop: int, like: Tensor) -> Tensor | None:
-        """Return None: integers are always decoded."""
-        return None
-
     def fill(self, out: Tensor, start: int, stop: int, base: Tensor) -> None:
         """Decode."""
         _copy_rows(out, self.codes, start, stop)
@@ -128,7 +124,7 @@ class Int8:
         return Int8(_moved(self.codes, device, pin), _moved(self.scales, device, pin))
 
 
-class Mapped:
+class Mapped(Stack):
     """The experts' own tensors (n,), wherever they lie; the base is subtracted from a tile when it is read."""
 
     def __init__(self, experts: Sequence[Source]) -> None:
@@ -138,10 +134,6 @@ class Mapped:
     def nbytes(self) -> int:
         """Bytes of the factors of low-rank experts; those of the files are the kernel's."""
         return sum(expert.nbytes for expert in self.experts if isinstance(expert, LowRank))
-
-    def view(self, start: int, stop: int, like: Tensor) -> Tensor | None:
-        """Return None: task vectors are formed anew each time."""
-        return None
 
     def fill(self, out: Tensor, start: int, stop: int, base: Tensor) -> None:
         """Subtract the base."""
@@ -154,7 +146,7 @@ class Mapped:
         return Mapped([e.to(device) if isinstance(e, LowRank) else e for e in self.experts])
 
 
-class Factored:
+class Factored(Stack):
     """Task vectors that stay products of thin matrices."""
 
     def __init__(self, factors: Factors) -> None:
@@ -164,10 +156,6 @@ class Factored:
     def nbytes(self) -> int:
         """Bytes of memory held."""
         return self.factors.nbytes
-
-    def view(self, start: int, stop: int, like: Tensor) -> Tensor | None:
-        """Return None: the products are not in memory."""
-        return None
 
     def fill(self, out: Tensor, start: int, stop: int, base: Tensor) -> None:
         """Multiply."""

@@ -27,7 +27,6 @@ from adamerge.system.memory import free_memory
 from adamerge.transforms import Prepared
 
 Storage = Literal["auto", "device", "ram", "stream"]
-_STORAGES = ("auto", "device", "ram", "stream")
 _SHARE = 0.5  # of the free memory of host or device that task vectors may take before `auto` looks further
 _CPU = torch.device("cpu")
 DTYPES = {
@@ -55,6 +54,7 @@ class TaskVectors:
         compute_dtype: Of tiles.
 
     Attributes:
+        stacks: Parameter to its task vectors.
         storage: Where they are now: ``device`` (an accelerator), ``ram``, ``stream`` or ``packed``.
     """
 
@@ -67,14 +67,14 @@ class TaskVectors:
         self._dtype = dtype
         self._compute_dtype = compute_dtype
         self._device = _CPU
-        self._stacks: dict[str, Stack] = {}
+        self.stacks: dict[str, Stack] = {}
         self._scratch: Tensor | None = None
         self.storage = start
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the task vectors hold; mapped files count as none."""
-        return sum(stack.nbytes for stack in self._stacks.values())
+        return sum(stack.nbytes for stack in self.stacks.values())
 
     def add(self, name: str, experts: Iterable[Source], base: Tensor, transform: Prepared | None = None) -> None:
         """Form, or map, one parameter's task vectors.
@@ -89,30 +89,22 @@ class TaskVectors:
         sources = [s.to(dtype=dtype) if isinstance(s, LowRank) else s.reshape(-1) for s in experts]
         products = [source for source in sources if isinstance(source, LowRank)]
         if len(products) == len(sources) and transform is None:
-            self._stacks[name] = Factored(Factors(products))
+            self.stacks[name] = Factored(Factors(products))
         elif self.storage == "stream":
-            self._stacks[name] = Mapped(sources)
+            self.stacks[name] = Mapped(sources)
         else:
-            self._stacks[name] = self._formed(name, sources, base, transform)
+            self.stacks[name] = self._formed(name, sources, base, transform)
 
     def add_packed(self, name: str, stack: Dense | Int8) -> None:
         """Take one parameter's task vectors from a packed file; they stay mapped unless ``ram`` was asked for."""
         if self._wanted == "ram":
-            self._stacks[name] = _in_memory(stack)
+            self.stacks[name] = _in_memory(stack)
         else:
-            self._stacks[name], self.storage = stack, "packed"
-
-    def keep(self, name: str, stack: Stack) -> None:
-        """Take one parameter's task vectors as they are."""
-        self._stacks[name] = stack
-
-    def drop(self, name: str) -> None:
-        """Forget a parameter that no expert changed."""
-        self._stacks.pop(name, None)
+            self.stacks[name], self.storage = stack, "packed"
 
     def factors(self, name: str) -> Factors | None:
         """Return the factors of a parameter that is kept as such, else None."""
-        stack = self._stacks[name]
+        stack = self.stacks[name]
         return stack.factors if isinstance(stack, Factored) else None
 
     def tile(self, name: str, start: int, stop: int, base: Tensor, reuse: bool) -> Tensor:
@@ -125,7 +117,7 @@ class TaskVectors:
             base: The parameter in the base, flattened (n,), for streamed experts.
             reuse: Whether the result may be overwritten by the next call.
         """
-        stack = self._stacks[name]
+        stack = self.stacks[name]
         tile = stack.view(start, stop, base)
         if tile is None:
             tile = self._buffer(start, stop, reuse)
@@ -145,14 +137,14 @@ class TaskVectors:
         self._device, self._scratch = device, None
         is_host = device.type == "cpu"
         along = not is_host and self._goes_along(device)
-        for name in list(self._stacks):
-            stack = self._stacks[name]
+        for name in list(self.stacks):
+            stack = self.stacks[name]
             if isinstance(stack, Mapped) and along:
-                self._stacks[name] = self._formed(name, stack.experts, base[name])
+                self.stacks[name] = self._formed(name, stack.experts, base[name])
             elif along or isinstance(stack, (Factored, Mapped)):
-                self._stacks[name] = stack.to(device)
+                self.stacks[name] = stack.to(device)
             else:
-                self._stacks[name] = stack.to(_CPU, pin=device.type == "cuda")
+                self.stacks[name] = stack.to(_CPU, pin=device.type == "cuda")
         if along:
             self.storage = "device"
         elif self.storage == "device":
@@ -212,18 +204,9 @@ class TaskVectors:
 
 def choose_storage(storage: str, size: int) -> str:
     """Return ``ram`` or ``stream`` for so many bytes; ``auto`` and ``device`` go by the free memory."""
-    check_storage(storage)
     if storage in ("ram", "stream"):
         return storage
     return "ram" if size <= _SHARE * free_memory() else "stream"
-
-
-def check_storage(storage: str) -> None:
-    """Refuse an unknown storage mode."""
-    if storage not in _STORAGES:
-        raise InputError(
-            f"pool.storage: expected auto, device, ram or stream, found {storage!r}.{did_you_mean(storage, _STORAGES)}"
-        )
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        mode = _usual_mode(temporary)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        _set_mode(temporary, mode)
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:  # a failing write or sync does not say which file it was
@@ -62,32 +59,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
-        mode = _usual_mode(temporary / "file")
         yield temporary
         for file in (*temporary.rglob("*"), temporary):
-            if file.is_file():
-                _set_mode(file, mode)
             _sync(file)
         temporary.replace(path)
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _usual_mode(path: Path) -> int:
-    """Return the permissions that a new file gets here, by the umask and the folder; makes and removes it."""
-    path.touch()
-    try:
-        return stat.S_IMODE(path.stat().st_mode)
-    finally:
-        path.unlink()
-
-
-def _set_mode(path: Path, mode: int) -> None:
-    """Give a file the usual permissions, where the file system has any: safetensors writes for the owner alone."""
-    if stat.S_IMODE(path.stat().st_mode) != mode:
-        with contextlib.suppress(OSError):
-            path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pickle
 import zipfile
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from adamerge import InputError, load_state_dict
 from adamerge.checkpoints.checkpoint import (
@@ -363,18 +364,40 @@ def test_save_state_dict_tied_and_strided_tensors_are_written_in_full(tmp_path):
         "empty": torch.zeros(0),
         "empty_too": torch.zeros(0, 3),
     }
-    save_state_dict(content, tmp_path / "x.safetensors", {"format": "adamerge"})
+    save_state_dict(content, tmp_path / "x.safetensors", {"adamerge": "1"})
     loaded = load_file(tmp_path / "x.safetensors")
     assert equal(loaded, {key: tensor.detach() for key, tensor in content.items()})
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "adamerge"}
+        assert file.metadata() == {"format": "pt", "adamerge": "1"}  # transformers refuses files without the format
     assert (content["tied"] == torch.arange(12.0).view(3, 4)).all(), "the caller's tensors stay as they are"
 
 
-def test_save_state_dict_same_content_gives_same_bytes(tmp_path):
-    save_state_dict(tensors(), tmp_path / "a.safetensors", {"k": "v"})
-    save_state_dict(tensors(), tmp_path / "b.safetensors", {"k": "v"})
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+def test_save_state_dict_same_content_gives_the_bytes_of_safetensors_with_its_metadata_in_our_order(tmp_path):
+    dtypes = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32,
+              torch.float32, torch.float64, torch.int64)  # fmt: skip
+    content = {f"{size}.{dtype}": torch.ones(size, dtype=dtype) for dtype in dtypes for size in ((), (3,), (0, 2))}
+    content['größe\n"'] = torch.ones(2)
+    save_state_dict(content, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == save(content, {"format": "pt"})
+    save_state_dict(content, tmp_path / "b.safetensors", {"k": "v", "a": "w"})
+    header = (tmp_path / "b.safetensors").read_bytes()[8:]
+    assert header.startswith(b'{"__metadata__":{"format":"pt","k":"v","a":"w"},')
+
+
+def test_save_state_dict_dtype_that_is_not_read_either_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"x\.safetensors: 'c': torch\.complex64 has no place"):
+        save_state_dict({"c": torch.ones(1, dtype=torch.complex64)}, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_file_with_averaged_weights_beside_says_that_these_are_not_read(tmp_path, caplog):
+    content = {"state_dict": {"w": torch.ones(1)}, "state_dict_ema": {"w": torch.zeros(1)}, "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "x.pt")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(load_state_dict(tmp_path / "x.pt")["w"], torch.ones(1))
+    assert "'state_dict_ema'" in caplog.text
+    assert "--entry" in caplog.text
+    assert "optimizer" not in caplog.text
 
 
 def test_save_json_floats_and_text_are_kept(tmp_path):

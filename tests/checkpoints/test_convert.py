@@ -121,6 +121,22 @@ def test_convert_other_values_and_prefixes_are_named(tmp_path):
     assert set(load_file(tmp_path / "x.safetensors")) == {"a"}
 
 
+def test_convert_entry_takes_averaged_weights(tmp_path, monkeypatch):
+    content = {"model": {"w": torch.ones(1)}, "model_ema": {"module.w": torch.zeros(1)}}
+    torch.save(content, tmp_path / "x.pt")
+    assert convert(tmp_path / "x.pt", tmp_path / "x.safetensors").left_out == ("model_ema",)
+    command(
+        monkeypatch, tmp_path / "x.pt", "--entry", "model_ema", "--key-prefix", "module.", "--out",
+        tmp_path / "x.safetensors",
+    )  # fmt: skip
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["w"], torch.zeros(1))
+    with pytest.raises(InputError, match=r"x\.pt: no entry 'ema' with tensors; there are 'model', 'model_ema'"):
+        convert(tmp_path / "x.pt", tmp_path / "x.safetensors", entry="ema")
+    torch.save({"net": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "y.pt")
+    with pytest.raises(InputError, match=r"found dict without tensors. There are tensors under 'net': .* --entry net"):
+        open_checkpoint(tmp_path / "y.pt")
+
+
 def test_convert_bad_input_is_refused_and_leaves_nothing(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from adamerge import ExpertPool, InputError
 from adamerge.checkpoints.hub import HubReference, located, reference_of
 from adamerge.pool.headers import read_headers
+from adamerge.pool.options import PoolOptions
 from tests.support.hub_cache import add_model, commit_of
 from tests.support.toy import make_toy, save_files
 
@@ -91,7 +92,7 @@ def test_missing_models_are_one_error_that_says_how_to_get_them(cache, models):
         ExpertPool.from_files("hf://org/base", experts)
     assert str(cache) in str(caught.value)
     assert "hf://org/red" not in str(caught.value)
-    problems = read_headers("hf://org/base", experts, "", None, None).problems
+    problems = read_headers("hf://org/base", experts, PoolOptions()).problems
     assert problems == (str(caught.value),)
     with pytest.raises(InputError, match=r"hf://org/red/none\.bin"):
         located("hf://org/red/none.bin")

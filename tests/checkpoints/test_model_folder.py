@@ -12,9 +12,10 @@ from transformers import CLIPVisionModel
 from adamerge import Coefficients, ExpertPool, InputError, merge
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.checkpoints.clip_names import as_own
-from adamerge.checkpoints.model_folder import open_model
+from adamerge.checkpoints.model_folder import find_model, open_model
 from adamerge.pool.headers import read_headers
 from adamerge.pool.lora import open_expert
+from adamerge.pool.options import PoolOptions
 from adamerge.pool.pool_file import PoolFile, PoolFiles
 from tests.support.adapters import random_adapter
 from tests.support.clips import IMAGES, hugging_face, logits_of_hugging_face, open_clip_folder, open_clip_model
@@ -126,13 +127,13 @@ def test_open_model_of_a_folder_without_a_model_is_refused(tmp_path, saved):
 
 
 def test_read_headers_of_hugging_face_folders_finds_no_problem_and_names_a_missing_part(saved, tmp_path):
-    headers = read_headers(saved / "base", {"cars": saved / "expert"}, "visual.", None, None)
+    headers = read_headers(saved / "base", {"cars": saved / "expert"}, PoolOptions(key_map="visual."))
     assert headers.problems == ()
     assert headers.shapes["transformer.resblocks.0.attn.in_proj_weight"] == (96, 32)
     tensors = load_file(saved / "expert" / "model.safetensors")
     name = next(key for key in tensors if key.endswith("layers.0.self_attn.v_proj.weight"))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "broken.safetensors")
-    headers = read_headers(saved / "base", {"cars": tmp_path / "broken.safetensors"}, "visual.", None, None)
+    headers = read_headers(saved / "base", {"cars": tmp_path / "broken.safetensors"}, PoolOptions(key_map="visual."))
     (problem,) = headers.problems
     assert "v_proj.weight', a part of open_clip's 'visual.transformer.resblocks.0.attn.in_proj_weight'" in problem
 
@@ -179,3 +180,18 @@ def test_adapter_of_a_hugging_face_tower_is_the_tower_with_its_products(saved, t
 def test_logits_of_the_fixture_tell_models_apart():
     first, second = (logits_of_hugging_face(hugging_face(seed), IMAGES) for seed in (0, 1))
     assert (first - second).abs().max() > 0.1
+
+
+def test_weights_beside_a_model_that_are_no_model_are_named(tmp_path, caplog):
+    for folder, config in (
+        ("", {"model_type": "clip"}),
+        ("2_Dense", {"in_features": 4}),
+        ("old", {"model_type": "clip"}),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        save_file({"w": torch.ones(1)}, tmp_path / folder / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        find_model(tmp_path)
+    assert "'2_Dense/model.safetensors' beside the model" in caplog.text
+    assert "old/" not in caplog.text

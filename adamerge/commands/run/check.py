@@ -34,7 +34,7 @@ _SETTINGS = (*_LIMITS, *_SWITCHES, "name")
 _LOGGERS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # to their packages
 _POOL_KEYS = (
     *("file", "base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates"),
-    *("licences", "sha256"),
+    *("unplaced", "licences", "sha256"),
 )
 
 

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from adamerge.model.encoder import EncoderOptions, select
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.refinement import Refinement
 from adamerge.pool.headers import Headers, read_headers
+from adamerge.pool.options import PoolOptions
 from adamerge.pool.packed import PackedFile
-from adamerge.pool.task_vectors import check_storage, dtype_of
+from adamerge.pool.task_vectors import dtype_of
 from adamerge.system.memory import free_memory
 
 log = logging.getLogger(__name__)
@@ -59,16 +61,18 @@ def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> H
     place = base if base is not None else own_base(backbone, download=False)
     if place is None:
         log.info("backbone.pretrained=%s: its weights are not in the cache; the run downloads them first.", tag)
-    check_storage(str(node.get("storage") or "auto"))
+    exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
+    named = {key: node.get(key) for key in ("storage", "duplicates", "unplaced") if node.get(key) is not None}
     try:
-        dtype_of(node.get("dtype"))
+        options = PoolOptions(dtype=dtype_of(node.get("dtype")), **named)
     except InputError as error:
         problems.append(str(error))
-    if node.get("duplicates") not in (None, "refuse", "allow"):
-        problems.append(f"pool.duplicates: expected refuse or allow, found {node.duplicates!r}.")
-    exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
-    headers = read_headers(place, experts, backbone.prefix, strings(node.get("include")), exclude)
+        options = PoolOptions()
+    options = replace(options, include=strings(node.get("include")), exclude=exclude, key_map=backbone.prefix)
+    headers = read_headers(place, experts, options)
     problems += headers.problems
+    for remark in headers.remarks:
+        log.warning("%s", remark)
     of_base = {} if headers.source is None else {"base": headers.source}
     for find, files in (("base_problems", headers.source), ("problems", {**of_base, **headers.experts})):
         if files is not None and hasattr(backbone, find):

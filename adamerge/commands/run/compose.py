@@ -189,7 +189,7 @@ def _with_pool_file(config: DictConfig) -> DictConfig:
         if options.get(key) not in (None, "???"):
             raise InputError(f"pool.{key}: pool.file={node.file} says it already; leave one of the two out.")
     files = load_pool_file(Path(str(options.pop("file"))).absolute())
-    defaults = {"storage": "auto", "duplicates": "refuse"}
+    defaults = {"storage": "auto", "duplicates": "refuse", "unplaced": "auto"}
     chosen = {
         key: value
         for key, value in options.items()

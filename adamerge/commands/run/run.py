@@ -162,6 +162,7 @@ def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
         transform=build_optional(config, "transform"),
         task_vectors=node.get("task_vectors"),
         duplicates=node.get("duplicates") or "refuse",
+        unplaced=node.get("unplaced") or "auto",
         mapped=is_sharded(config),
         hashes=dict(node.get("sha256") or {}),
     )

@@ -38,7 +38,7 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
     if out.suffix == ".safetensors":
         if out.exists():
             raise InputError(f"--out {out}: expected a new file, found one. Choose another, or remove it.")
-        save_state_dict({key: seen.get(key) for key in seen.keys}, out, {"format": "pt"})
+        save_state_dict({key: seen.get(key) for key in seen.keys}, out)
         return [out]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: expected a new folder, or a file NAME.safetensors; found one with content.")
@@ -54,7 +54,7 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
             settings = read_json(preprocessor) if preprocessor.is_file() else {}
             config = to_open_clip(read_json(model.config_file), settings, str(model.config_file))
             save_json(config, folder / OPEN_CLIP_CONFIG)
-            save_state_dict({key: seen.get(key) for key in seen.keys}, folder / open_clip.WEIGHTS, {"format": "pt"})
+            save_state_dict({key: seen.get(key) for key in seen.keys}, folder / open_clip.WEIGHTS)
             hugging_face.prove_model(OpenClip(str(folder)), seen, beside)
         else:
             backbone = OpenClip(str(beside))

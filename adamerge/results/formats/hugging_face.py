@@ -91,7 +91,7 @@ def write_model(checkpoint: Checkpoint, sidecar: Mapping[str, Any], where: str, 
     config = {"architectures": ["CLIPModel"], "model_type": "clip", "dtype": dtype, **content}
     save_json(config, folder / "config.json")
     save_json({**preprocessor, "processor_class": "CLIPProcessor"}, folder / "preprocessor_config.json")
-    save_state_dict(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_state_dict(tensors, folder / WEIGHTS)
     return {
         WEIGHTS: "the weights, both towers",
         "config.json": "the architecture",
