@@ -138,7 +138,7 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
             is_refused = options.unplaced == "refuse" or (options.unplaced == "auto" and is_adapter)
             (problems if is_refused else remarks).append(
                 f"{where}: {len(outside)} tensors have no place in the encoder (key prefix {keys.map!r}), and are not "
-                f"merged: {shorten(outside)}. If that is meant: pool.unplaced=list (unplaced: list in a pool file)."
+                f"merged: {shorten(outside)}. If that is meant: unplaced=list (--unplaced list, pool.unplaced=list)."
                 + (f" Or: {REMEDY}" if is_adapter else "")
             )
     return PoolLayout(tuple(merged), tuple(fixed), skipped, tuple(problems), tuple(remarks))
