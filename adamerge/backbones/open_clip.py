@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adamerge.backbones.configurations import (
+from adamerge.backbones.head_cache import head_key, open_head_cache
+from adamerge.backbones.tags import Tag, find_tag
+from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.checkpoints.configurations import (
     QUICK_GELU,
     Configuration,
     configuration_beside,
     configuration_of,
     differences,
 )
-from adamerge.backbones.head_cache import head_key, open_head_cache
-from adamerge.backbones.tags import Tag, find_tag
-from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.hashes import digest
 from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
 from adamerge.data.task import Task

@@ -102,7 +102,6 @@ def run(job: MergeJob, folder: Path) -> dict[str, Path]:
     """
     from omegaconf import OmegaConf
 
-    from adamerge.backbones.configurations import check_configurations
     from adamerge.commands.run.build import build
     from adamerge.merges import merged_state_dict
     from adamerge.model.batch_norm import BatchNormPolicy
@@ -126,7 +125,6 @@ def run(job: MergeJob, folder: Path) -> dict[str, Path]:
         pool, model, data = assembly.pool, assembly.model, assembly.data
     else:
         pool, model, data = job.pool.open(), None, None
-        check_configurations(pool.source, {name: pool.checkpoint(name) for name in pool.expert_names})
     with progress.phase(f"Merging: {type(rule).__name__}", len(pool.names), "tensors") as advance:
         state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: advance(1))
     state_dict = policy.complete(state_dict, model, pool, data)

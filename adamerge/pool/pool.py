@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint
+from adamerge.checkpoints.configurations import check_configurations
 from adamerge.checkpoints.hashes import check_hash
 from adamerge.checkpoints.hub import HubReference
 from adamerge.errors import InputError
@@ -147,6 +148,7 @@ class ExpertPool:
             raise errors[0]
         for name, checkpoint in {"base": source, **opened}.items():
             check_hash(checkpoint.name, name, (hashes or {}).get(name), checkpoint.sha256)
+        check_configurations(source, opened)
         return cls(source, opened, checked)
 
     @classmethod

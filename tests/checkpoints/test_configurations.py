@@ -8,9 +8,9 @@ import torch
 
 from adamerge import InputError, zoo
 from adamerge.backbones import OpenClip
-from adamerge.backbones.configurations import check_configurations, configuration_of, differences
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.checkpoints.clip_configs import to_hugging_face
+from adamerge.checkpoints.configurations import check_configurations, configuration_of, differences
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose

@@ -63,19 +63,14 @@ class Configuration:
 
 
 def configuration_of(content: Mapping[str, Any], file: Path | str, is_hugging_face: bool = False) -> Configuration:
-    """Return what the content of an ``open_clip_config.json`` says, with open_clip's defaults."""
-    from open_clip import CLIPTextCfg, CLIPVisionCfg
-
-    model = content.get("model_cfg", {})
+    """Return what the content of an ``open_clip_config.json`` says."""
+    model, preprocessing = content.get("model_cfg", {}), content.get("preprocess_cfg", {})
     options: dict[str, Any] = {QUICK_GELU: bool(model.get("quick_gelu", False))}
-    for tower, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        if tower in model:
-            defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-            for key, value in {**defaults, **model[tower]}.items():
-                if key not in _UNHEARD:
-                    options[f"model_cfg.{tower}.{key}"] = value
-    given = content.get("preprocess_cfg", {})
-    options |= {f"preprocess_cfg.{key}": given[key] for key in _PREPROCESSING if given.get(key) is not None}
+    for tower in ("vision_cfg", "text_cfg"):
+        values = {key: value for key, value in model.get(tower, {}).items() if key not in _UNHEARD}
+        options |= {f"model_cfg.{tower}.{key}": value for key, value in values.items()}
+    stated = {key: preprocessing.get(key) for key in _PREPROCESSING}
+    options |= {f"preprocess_cfg.{key}": value for key, value in stated.items() if value is not None}
     return Configuration(file, options, is_hugging_face)
 
 
@@ -102,13 +97,27 @@ def differences(stated: Configuration, expected: Configuration, *, texts: bool =
         expected: By another, or by the model that computes.
         texts: Whether the text towers matter: those of the experts are not used.
     """
+    if stated.options == expected.options:
+        return {}
+    values, others = _filled(stated.options), _filled(expected.options)
     return {
-        option: (value, expected.options[option])
-        for option, value in stated.options.items()
-        if option in expected.options
-        and (texts or not option.startswith("model_cfg.text_cfg."))
-        and not _alike(value, expected.options[option])
+        option: (value, others[option])
+        for option, value in values.items()
+        if option in others and (texts or not option.startswith("model_cfg.text_cfg."))
+        if not _alike(value, others[option])
     }
+
+
+def _filled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with open_clip's defaults for what is left out of a tower."""
+    from open_clip import CLIPTextCfg, CLIPVisionCfg
+
+    filled = dict(options)
+    for tower, kind in (("model_cfg.vision_cfg.", CLIPVisionCfg), ("model_cfg.text_cfg.", CLIPTextCfg)):
+        if any(option.startswith(tower) for option in options):
+            defaults = {tower + field.name: field.default for field in dataclasses.fields(kind)}
+            filled = {**{key: value for key, value in defaults.items() if key[len(tower) :] not in _UNHEARD}, **filled}
+    return filled
 
 
 def check_configurations(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> None:
