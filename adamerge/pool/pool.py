@@ -321,8 +321,7 @@ class ExpertPool:
             changes = (change_of(checkpoint, key) for checkpoint in self._experts.values())
             self._task_vectors.add(name, changes, base, self._prepared)
             return True
-        stack = self.packed.stack(name)
-        if stack is not None:
+        if (stack := self.packed.stack(name)) is not None:
             self._task_vectors.add_packed(name, stack)
         return stack is not None
 
