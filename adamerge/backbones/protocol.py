@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.data.first_look import check_labels
 from adamerge.data.task import Task
 from adamerge.errors import InputError
 
@@ -62,7 +63,7 @@ def own_base(backbone: Backbone, *, download: bool) -> Path | None:
 
 
 def check_classes(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module], features: int) -> None:
-    """Check that every head has as many classes as its task's data.
+    """Check that every head has as many classes as its task's data, and that no label is beyond them.
 
     Args:
         tasks: Task name to its data.
@@ -82,3 +83,4 @@ def check_classes(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module], fea
                 f"data.tasks.{name}: the data set has {len(names)} classes, but its head has {classes}. "
                 "Is it the expert's own data set, and are all class folders there?"
             )
+        check_labels(name, task, classes)

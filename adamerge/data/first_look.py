@@ -1,7 +1,9 @@
 """A look at a task before a run: its class names, and a few items of each of its splits."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,7 +62,25 @@ def check_scored(name: str, task: Task, preprocess: Callable[[Any], Tensor] | No
     _check_inputs(where, dataset, preprocess)
     list(_looks(where, dataset, lambda item: class_number(split_item(item)[1], classes)))
     if classes is not None:
-        _check_labels(where, dataset, classes)
+        check_labels(name, task, classes)
+
+
+def check_labels(name: str, task: Task, classes: int) -> None:
+    """Look at all labels that a task is scored by where the data set has them beside its images.
+
+    Raises:
+        InputError: If one is the number of none of so many classes.
+    """
+    key = "dataset" if task.evaluate is None else "evaluate"
+    labels = _labels(getattr(task, key))
+    if labels is None or not labels.size or 0 <= labels.min() <= labels.max() < classes:
+        return
+    low, high = int(labels.min()), int(labels.max())
+    remedy = "Subtract 1: labels begin with 0." if (low, high) == (1, classes) else "Are all classes named?"
+    raise InputError(
+        f"data.tasks.{name}.{key}: labels: expected class numbers from 0 to {classes - 1}, found {low} to {high}. "
+        f"{remedy}"
+    )
 
 
 def check_class_names(name: str, task: Task) -> None:
@@ -81,6 +101,7 @@ def check_class_names(name: str, task: Task) -> None:
     folders = {key: _names(getattr(task, key)) for key in _SPLITS}
     for key, names in folders.items():
         _check_folders(f"{where}.{key}", names or [], may_be_pile=key == "adapt")
+        _check_depth(f"{where}.{key}", getattr(task, key))
     adapt, evaluate = folders["adapt"], folders["evaluate"]
     if adapt and evaluate and adapt != evaluate and len(adapt) > 1:
         raise InputError(f"{where}: adapt and evaluate have other classes: {_difference(adapt, evaluate)}. {_ALIKE}")
@@ -122,6 +143,22 @@ def _check_folders(where: str, names: Sequence[str], *, may_be_pile: bool) -> No
         )
 
 
+def _check_depth(where: str, dataset: Any) -> None:
+    """Refuse folders of classes that all hold the same folders, and no images beside them."""
+    root, below = getattr(dataset, "root", None), defaultdict[str, set[str]](set)
+    for path, _ in getattr(dataset, "samples", None) or []:
+        inside = isinstance(root, (str, Path)) and isinstance(path, (str, Path)) and Path(path).is_relative_to(root)
+        if not inside or len(parts := Path(path).relative_to(root).parts) < 3:
+            return
+        below[parts[0]].add(parts[1])
+    names = next(iter(below.values()), set())
+    if len(below) > 1 and len(names) > 1 and all(folders == names for folders in below.values()):
+        raise InputError(
+            f"{where}: the folders {shorten(sorted(below))} hold the same folders {shorten(sorted(names))}: the root "
+            f"is one level too high. Name one of them, such as root: {Path(str(root), min(below))}."
+        )
+
+
 def _check_given(where: str, key: str, given: Sequence[str], folders: Sequence[str]) -> None:
     """Refuse given names that are not as many as the data set's classes, or are its names in another order."""
     if len(given) != len(folders):
@@ -153,52 +190,48 @@ def _difference(adapt: Sequence[str], evaluate: Sequence[str]) -> str:
     return "; ".join(only) or f"their order differs, {shorten(adapt, 3)} and {shorten(evaluate, 3)}"
 
 
-def _looks(where: str, dataset: Dataset[Any], read: Callable[[Any], T]) -> Iterator[tuple[int, T]]:
-    """Yield what ``read`` makes of the first, middle and last item; damaged images are left for the run to count."""
+def _looks(where: str, dataset: Dataset[Any], read: Callable[[Any], T]) -> Iterator[tuple[str, T]]:
+    """Yield what ``read`` makes of the first, middle and last item, and their names.
+
+    The run counts the damaged among them, and these are left out here, unless that leaves none.
+    """
     count = length_of(dataset, where)
-    for index in sorted({0, count // 2, count - 1} if count else set()):
-        item = f"{where}: item {index} ({item_name(dataset, index)})"
+    positions = sorted({0, count // 2, count - 1}) if count else []
+    damaged: list[Exception] = []
+    for index in positions:
+        item = f"item {index} ({item_name(dataset, index)})"
         try:
             with seeded("look"):
                 value = read(dataset[index])
-        except DAMAGE:
+        except DAMAGE as error:
+            damaged.append(error)
             continue
         except InputError as error:
-            raise InputError(f"{item}: {error}") from error
+            raise InputError(f"{where}: {item}: {error}") from error
         except Exception as error:  # what data sets and transforms of others raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise InputError(f"{item}: {reason}. Mend the data set or its transform.") from error
-        yield index, value
+            raise InputError(f"{where}: {item}: {reason}. Mend the data set or its transform.") from error
+        yield item, value
+    if damaged and len(damaged) == len(positions):
+        reason = " ".join(str(damaged[-1]).split()) or type(damaged[-1]).__name__
+        raise InputError(f"{where}: none of the items {positions} can be read ({reason}). Mend the data set.")
 
 
 def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None) -> None:
     """Read a few items as a run would."""
-    shapes: dict[tuple[int, ...], int] = {}
-    for index, inputs in _looks(where, dataset, lambda item: input_tensor(split_item(item)[0], preprocess)):
+    shapes: dict[tuple[int, ...], str] = {}
+    for item, inputs in _looks(where, dataset, lambda item: input_tensor(split_item(item)[0], preprocess)):
         if inputs.dtype == torch.float64:
             raise InputError(
-                f"{where}: item {index} ({item_name(dataset, index)}): expected float32, found float64. Convert in the "
-                "data set: inputs.float()."
+                f"{where}: {item}: expected float32, found float64. Convert in the data set: inputs.float()."
             )
-        shapes.setdefault(tuple(inputs.shape), index)
+        shapes.setdefault(tuple(inputs.shape), item)
     if len(shapes) > 1:
         (first, of_first), (second, of_second) = list(shapes.items())[:2]
         raise InputError(
-            f"{where}: item {of_first} has the shape {first}, item {of_second} {second}: no batch has both. Give "
+            f"{where}: {of_first} has the shape {first}, {of_second} {second}: no batch has both. Give "
             "images, which the backbone's preprocessing resizes, or resize and crop in the data set's transform."
         )
-
-
-def _check_labels(where: str, dataset: Dataset[Any], classes: int) -> None:
-    """Look at all labels where the data set has them beside its images."""
-    labels = _labels(dataset)
-    if labels is None or not labels.size or 0 <= labels.min() <= labels.max() < classes:
-        return
-    low, high = int(labels.min()), int(labels.max())
-    remedy = "Subtract 1: labels begin with 0." if (low, high) == (1, classes) else "Are all classes named?"
-    raise InputError(
-        f"{where}: labels: expected class numbers from 0 to {classes - 1}, found {low} to {high}. {remedy}"
-    )
 
 
 def _labels(dataset: Any) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.data.first_look import check_class_names, check_task
+from adamerge.data.first_look import check_class_names, check_labels, check_task
 
 TO_TENSOR = v2.Compose([v2.Resize((4, 4)), v2.ToImage(), v2.ToDtype(torch.float32, True)])
 
@@ -94,6 +94,14 @@ def test_root_one_level_too_high_is_refused(tmp_path, names):
     assert f"root: .../{sorted(names)[0]}" in message
 
 
+def test_root_of_folders_that_hold_the_same_classes_is_refused(tmp_path):
+    message = refused(Task(dataset=folder(tmp_path, "2023/cat", "2023/dog", "2024/cat", "2024/dog")))
+    assert message.startswith("data.tasks.pets.dataset: the folders '2023', '2024' hold the same folders 'cat', 'dog'")
+    assert f"root: {tmp_path / '2023'}" in message
+    nested = folder(tmp_path / "nested", "cat/tabby", "cat/siamese", "dog/poodle", "dog/collie")
+    check_class_names("pets", Task(dataset=nested))
+
+
 def test_class_called_train_among_others_is_one():
     check_class_names("vehicles", Task(dataset=Named(items(0, 1), ["train", "bus"])))
 
@@ -161,6 +169,13 @@ def test_labels_that_begin_with_1_are_refused(dataset):
     assert "Subtract 1" in message
 
 
+def test_label_beyond_the_head_is_found_without_class_names():
+    task = Task(adapt=items(0), evaluate=items(0, 1, 3))
+    check_labels("pets", task, 4)
+    with pytest.raises(InputError, match=r"data\.tasks\.pets\.evaluate: labels: .* from 0 to 2, found 0 to 3"):
+        check_labels("pets", task, 3)
+
+
 class Shy:
     """Shows its labels item by item alone."""
 
@@ -199,7 +214,7 @@ def test_item_that_is_no_input_is_refused(item, message):
 def test_items_of_unequal_shapes_are_refused():
     images = [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]
     message = refused(Task(adapt=images))
-    assert "data.tasks.pets.adapt: item 0 has the shape (3, 4, 4), item 2 (3, 4, 5)" in message
+    assert "data.tasks.pets.adapt: item 0 (image 0) has the shape (3, 4, 4), item 2 (image 2) (3, 4, 5)" in message
 
 
 def test_late_shape_is_named_in_its_batch():
@@ -218,13 +233,16 @@ def test_error_of_a_data_set_is_named_after_its_item():
 
 
 def test_look_draws_no_random_numbers_and_passes_over_damaged_images(tmp_path):
-    dataset = folder(tmp_path, "cat", "dog")
-    for path, _ in dataset.samples:
-        open(path, "wb").close()
+    dataset = folder(tmp_path, "cat", "dog", images=2)
+    open(dataset.samples[0][0], "wb").close()
     state = torch.get_rng_state()
     check_task("pets", Task(dataset=dataset), lambda image: torch.rand(3, 4, 4))
-    check_task("pets", Task(adapt=[torch.zeros(3, 4, 4) + torch.nan] * 3), None)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_data_set_of_damaged_images_is_refused():
+    message = refused(Task(adapt=[torch.full((3, 4, 4), torch.nan)] * 9))
+    assert message.startswith("data.tasks.pets.adapt: none of the items [0, 4, 8] can be read (NaN")
 
 
 def test_images_without_preprocessing_are_refused_with_their_type():
