@@ -125,8 +125,8 @@ class OpenClip:
         for name, checkpoint in checkpoints.items():
             stated = configuration_beside(checkpoint)
             if stated is not None:
-                found = differences(stated, expected, texts=name == "base")
-                messages += [self._contradiction(stated, option, *values) for option, values in found.items()]
+                contradictions = differences(stated, expected, texts=name == "base")
+                messages += [self._contradiction(stated, option, *values) for option, values in contradictions.items()]
         return messages
 
     def _contradiction(self, stated: Configuration, option: str, value: Any, own: Any) -> str:

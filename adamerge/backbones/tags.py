@@ -67,8 +67,8 @@ class Tag:
             name, _, file = str(repository).rpartition("/")
             file = file or HF_WEIGHTS_NAME
             safe = HF_SAFE_WEIGHTS_NAME if file == HF_WEIGHTS_NAME else str(Path(file).with_suffix(".safetensors"))
-            found = (try_to_load_from_cache(name, candidate) for candidate in (safe, file))
-            yield from (Path(path) for path in found if isinstance(path, str))
+            cached = (try_to_load_from_cache(name, candidate) for candidate in (safe, file))
+            yield from (Path(path) for path in cached if isinstance(path, str))
         else:
             yield Path("~/.cache/clip").expanduser() / Path(str(self.config.get("url"))).name
 

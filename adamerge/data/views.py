@@ -64,8 +64,8 @@ class Views:
             torch.default_generator.manual_seed(zlib.crc32(f"{key}/{index}".encode()))
             view = self._transformed(image(index % length))
             if self.mix and float(torch.rand(())) < self.mix:
-                other = self._transformed(image(int(torch.randint(length, ()))))
-                view = torch.lerp(view, other, float(torch.rand(())))
+                second = self._transformed(image(int(torch.randint(length, ()))))
+                view = torch.lerp(view, second, float(torch.rand(())))
         return view
 
     def _transformed(self, image: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ class Views:
             return image
         view = self.transform(image)
         if not isinstance(view, Tensor) or view.shape != image.shape:
-            found = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
+            shape = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
             raise InputError(
-                f"data.views.transform: expected a tensor of the input's shape {tuple(image.shape)}, found {found}."
+                f"data.views.transform: expected a tensor of the input's shape {tuple(image.shape)}, found {shape}."
             )
         return view
 

@@ -38,19 +38,19 @@ def task(
     Raises:
         InputError: If there is no such data set, or it is not complete.
     """
-    known = definition(name)
+    facts = definition(name)
     check_choice(f"{name}: naming", naming, ("published", "plain"))
-    if adapt not in known.splits:
-        raise InputError(f"{name}: adapt: {known.title} has {', '.join(known.splits)}, found {adapt!r}.")
-    if classes is not None and len(classes) != len(known.classes):
-        raise InputError(f"{name}: classes: expected {len(known.classes)} names, found {len(classes)}.")
-    published = known.published_classes if naming == "published" else None
-    facts = {
-        "classes": list(classes or published or known.classes),
-        "templates": list(templates or known.templates),
+    if adapt not in facts.splits:
+        raise InputError(f"{name}: adapt: {facts.title} has {', '.join(facts.splits)}, found {adapt!r}.")
+    if classes is not None and len(classes) != len(facts.classes):
+        raise InputError(f"{name}: classes: expected {len(facts.classes)} names, found {len(classes)}.")
+    published = facts.published_classes if naming == "published" else None
+    options = {
+        "classes": list(classes or published or facts.classes),
+        "templates": list(templates or facts.templates),
         "expert": expert,
     }
     scored = open_split(name, "test", root)
     if adapt == "test":
-        return Task(dataset=scored, **facts)  # type: ignore[arg-type]
-    return Task(adapt=open_split(name, adapt, root), evaluate=scored, **facts)  # type: ignore[arg-type]
+        return Task(dataset=scored, **options)  # type: ignore[arg-type]
+    return Task(adapt=open_split(name, adapt, root), evaluate=scored, **options)  # type: ignore[arg-type]

@@ -56,18 +56,18 @@ def check(name: str, root: Path, sample: int | None = 20) -> DatasetReport:
         root: Folder of the data sets.
         sample: Images of each split to decode, spread over it; None for all.
     """
-    known = definition(name)
-    found = places(known, root)
-    if not root.is_dir() or not found[0].found:
+    facts = definition(name)
+    candidates = places(facts, root)
+    if not root.is_dir() or not candidates[0].found:
         return DatasetReport(name, "missing")
-    there: dict[str, DatasetPlace] = {}
-    for split in known.splits:
+    place_by_split: dict[str, DatasetPlace] = {}
+    for split in facts.splits:
         try:
-            there[split] = place_of(known, split, root)
+            place_by_split[split] = place_of(facts, split, root)
         except InputError:
             continue
-    place = next(iter(there.values()), found[0])
-    splits = {split: _split(known, there.get(split), place, split, sample) for split in known.splits}
+    place = next(iter(place_by_split.values()), candidates[0])
+    splits = {split: _split(facts, place_by_split.get(split), place, split, sample) for split in facts.splits}
     wrong = [report for report in splits.values() if report.problems and report.found is not None]
     absent = [report for report in splits.values() if report.found is None]
     state = "wrong" if wrong else "incomplete" if absent else "complete"
@@ -75,15 +75,15 @@ def check(name: str, root: Path, sample: int | None = 20) -> DatasetReport:
 
 
 def _split(
-    known: Definition, place: DatasetPlace | None, nearest: DatasetPlace, split: str, sample: int | None
+    facts: Definition, place: DatasetPlace | None, nearest: DatasetPlace, split: str, sample: int | None
 ) -> SplitReport:
     if place is None:
         missing = nearest.missing.get(split)
         listed = shorten((str(path) for path in missing), 3) if missing else "not part of this copy"
-        return SplitReport(known.splits[split], None, (f"{split}: {listed}{' missing' if missing else ''}",))
-    expected = expected_count(known, place.layout, split)
+        return SplitReport(facts.splits[split], None, (f"{split}: {listed}{' missing' if missing else ''}",))
+    expected = expected_count(facts, place.layout, split)
     try:
-        images = open_at(known, place.layout, place.folder, split)
+        images = open_at(facts, place.layout, place.folder, split)
     except InputError as error:
         return SplitReport(expected, 0, (str(error),))
     problems = []
@@ -115,20 +115,20 @@ def _unreadable(images: Split, split: str, sample: int | None) -> list[str]:
     return [f"{split}: {len(bad)} of {len(chosen)} images looked at cannot be read, first {bad[0]}"] if bad else []
 
 
-def how_to_get(known: Definition, root: Path) -> Sequence[str]:
+def how_to_get(facts: Definition, root: Path) -> Sequence[str]:
     """Return what a person has to do to have a data set, one step a line."""
     lines = []
-    if known.torchvision or known.get:
-        rest = ", all but the images" if known.get and known.hub and not _has_images(known) else f", {known.size}"
-        lines.append(f"adamerge data get {known.name} --root {root}   (from its authors{rest})")
-    if known.hub:
-        lines.append(f"adamerge data get {known.name} --hub --root {root}   (the copy {known.hub} at the Hub)")
-    if known.manual:
-        lines.append(f"by hand, below {root}: {known.manual}")
-    lines.append(f"homepage: {known.homepage}   licence: {known.licence}")
+    if facts.torchvision or facts.get:
+        size = ", all but the images" if facts.get and facts.hub and not _has_images(facts) else f", {facts.size}"
+        lines.append(f"adamerge data get {facts.name} --root {root}   (from its authors{size})")
+    if facts.hub:
+        lines.append(f"adamerge data get {facts.name} --hub --root {root}   (the copy {facts.hub} at the Hub)")
+    if facts.manual:
+        lines.append(f"by hand, below {root}: {facts.manual}")
+    lines.append(f"homepage: {facts.homepage}   licence: {facts.licence}")
     return lines
 
 
-def _has_images(known: Definition) -> bool:
+def _has_images(facts: Definition) -> bool:
     """Whether the files to fetch are more than lists."""
-    return any(not download.url.endswith(".txt") for download in known.get)
+    return any(not download.url.endswith(".txt") for download in facts.get)

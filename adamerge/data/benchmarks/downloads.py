@@ -8,11 +8,11 @@ from adamerge.data.benchmarks.definitions import Definition, Download
 from adamerge.errors import InputError
 
 
-def fetch(known: Definition, root: Path, *, hub: bool = False) -> None:
+def fetch(facts: Definition, root: Path, *, hub: bool = False) -> None:
     """Fetch a data set from its authors' servers, or its copy at the Hub; what is there already is not fetched again.
 
     Args:
-        known: The data set.
+        facts: About the data set.
         root: Folder of the data sets, made if needed.
         hub: Take the copy at the Hub.
 
@@ -20,33 +20,33 @@ def fetch(known: Definition, root: Path, *, hub: bool = False) -> None:
         InputError: If it cannot be fetched; the message says what to do by hand.
     """
     if hub:
-        _fetch_hub(known, root)
+        _fetch_hub(facts, root)
         return
-    if not known.torchvision and not known.get:
+    if not facts.torchvision and not facts.get:
         raise InputError(
-            f"{known.title} ({known.name}) cannot be fetched from its authors. {_by_hand(known, 'By hand')}"
+            f"{facts.title} ({facts.name}) cannot be fetched from its authors. {_by_hand(facts, 'By hand')}"
         )
     try:
-        _fetch_torchvision(known, root)
-        for download in known.get:
+        _fetch_torchvision(facts, root)
+        for download in facts.get:
             _fetch_file(download, root)
     except InputError:
         raise
     except Exception as error:  # whatever torchvision, urllib and the archives raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{known.title} ({known.name}) could not be fetched: {reason}. Files that came whole are kept, so try "
-            f"again. {_by_hand(known, 'Else')}"
+            f"{facts.title} ({facts.name}) could not be fetched: {reason}. Files that came whole are kept, so try "
+            f"again. {_by_hand(facts, 'Else')}"
         ) from error
 
 
-def _fetch_torchvision(known: Definition, root: Path) -> None:
+def _fetch_torchvision(facts: Definition, root: Path) -> None:
     """Let torchvision's class fetch what it reads, with its checksums and progress bars."""
-    for layout in known.layouts:
+    for layout in facts.layouts:
         module, _, reader = layout.reader.rpartition(".")
         if module != "torchvision.datasets" or reader == "ImageFolder":
             continue
-        for options in known.torchvision:
+        for options in facts.torchvision:
             getattr(importlib.import_module(module), reader)(root / layout.at[0], download=True, **options)
 
 
@@ -59,25 +59,25 @@ def _fetch_file(download: Download, root: Path) -> None:
     get(download.url, str(root / download.folder), md5=download.md5)
 
 
-def _fetch_hub(known: Definition, root: Path) -> None:
+def _fetch_hub(facts: Definition, root: Path) -> None:
     """Copy a data set's parquet files from the Hub to where its layout looks for them; resumes by itself."""
-    if known.hub is None:
-        raise InputError(f"{known.title} ({known.name}): no copy at the Hub is known. Leave out --hub.")
+    if facts.hub is None:
+        raise InputError(f"{facts.title} ({facts.name}): no copy at the Hub is known. Leave out --hub.")
     if importlib.util.find_spec("datasets") is None:
-        raise InputError(f'{known.title}: reading the copy needs a package: pip install "adamerge[hub]".')
+        raise InputError(f'{facts.title}: reading the copy needs a package: pip install "adamerge[hub]".')
     import huggingface_hub
 
     try:
         huggingface_hub.snapshot_download(
-            known.hub,
+            facts.hub,
             repo_type="dataset",
-            local_dir=root / "hub" / known.name,
+            local_dir=root / "hub" / facts.name,
             allow_patterns=["README.md", "data/train-*.parquet", "data/test-*.parquet"],
         )
     except Exception as error:  # its own errors and those of the HTTP client below
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{known.title} ({known.name}): {known.hub} could not be fetched: {reason}") from error
+        raise InputError(f"{facts.title} ({facts.name}): {facts.hub} could not be fetched: {reason}") from error
 
 
-def _by_hand(known: Definition, start: str) -> str:
-    return f"{start}: {known.manual}" if known.manual else f"{start}: see {known.homepage}."
+def _by_hand(facts: Definition, start: str) -> str:
+    return f"{start}: {facts.manual}" if facts.manual else f"{start}: see {facts.homepage}."

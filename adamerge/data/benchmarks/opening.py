@@ -73,10 +73,10 @@ class DatasetPlace:
     found: int
 
 
-def places(known: Definition, root: Path) -> list[DatasetPlace]:
+def places(facts: Definition, root: Path) -> list[DatasetPlace]:
     """Return the ways in which a data set could lie below a folder: with a whole split, with something, the others."""
     result = []
-    for layout in known.layouts:
+    for layout in facts.layouts:
         candidates = [_place(layout, (root / at).resolve() if at != "." else root) for at in layout.at]
         result.append(max(candidates, key=lambda place: place.found))
     return sorted(result, key=lambda place: (all(place.missing.values()), not place.found))
@@ -91,7 +91,7 @@ def _place(layout: DatasetLayout, folder: Path) -> DatasetPlace:
     return DatasetPlace(layout, folder, missing, found)
 
 
-def place_of(known: Definition, split: str, root: Path) -> DatasetPlace:
+def place_of(facts: Definition, split: str, root: Path) -> DatasetPlace:
     """Return where a split lies.
 
     Raises:
@@ -102,17 +102,17 @@ def place_of(known: Definition, split: str, root: Path) -> DatasetPlace:
             f"data.root: expected the folder of the data sets, found none at {root}. Name it: data.root=DIR, --root "
             "DIR or the environment variable ADAMERGE_DATA."
         )
-    candidates = [place for place in places(known, root) if split in place.layout.options]
+    candidates = [place for place in places(facts, root) if split in place.layout.options]
     if not candidates:
-        raise InputError(f"{known.title} ({known.name}): expected one of {', '.join(known.splits)}, found {split!r}.")
+        raise InputError(f"{facts.title} ({facts.name}): expected one of {', '.join(facts.splits)}, found {split!r}.")
     for place in candidates:
         if not place.missing[split]:
             return place
     nearest = candidates[0]
     missing = shorten((str(path) for path in nearest.missing[split]), 2)
-    what = f"is not complete below {root}: {missing} missing" if nearest.found else f"is not below {root}"
+    state = f"is not complete below {root}: {missing} missing" if nearest.found else f"is not below {root}"
     raise InputError(
-        f"{known.title} ({known.name}), {split}, {what}. How to get it: adamerge data check {known.name} "
+        f"{facts.title} ({facts.name}), {split}, {state}. How to get it: adamerge data check {facts.name} "
         f"--root {root}; or name another folder: data.root=DIR."
     )
 
@@ -128,35 +128,35 @@ def open_split(name: str, split: str, root: str | Path) -> Split:
     Raises:
         InputError: If it is not there, a package is missing, or its classes are not the ones known.
     """
-    known = definition(name)
-    place = place_of(known, split, Path(root).expanduser().absolute())
-    opened = open_at(known, place.layout, place.folder, split)
-    expected = expected_count(known, place.layout, split)
+    facts = definition(name)
+    place = place_of(facts, split, Path(root).expanduser().absolute())
+    opened = open_at(facts, place.layout, place.folder, split)
+    expected = expected_count(facts, place.layout, split)
     if expected is not None and len(opened) != expected:
         warn_once(
-            f"{known.title} ({name}), {split}: expected {expected} images, found {len(opened)} in {place.folder}."
+            f"{facts.title} ({name}), {split}: expected {expected} images, found {len(opened)} in {place.folder}."
         )
     return opened
 
 
 @functools.lru_cache(maxsize=64)
-def open_at(known: Definition, layout: DatasetLayout, folder: Path, split: str) -> Split:
+def open_at(facts: Definition, layout: DatasetLayout, folder: Path, split: str) -> Split:
     """Open a split where it lies; kept, because a run is checked before it starts and some files take long.
 
     Raises:
         InputError: If a package is missing, or the files or classes are not the ones known.
     """
-    where = f"{known.title} ({known.name}), {split}"
+    where = f"{facts.title} ({facts.name}), {split}"
     dataset = _read(layout, folder, split, where)
-    parts = divided(dataset, layout, known) if layout.divide else {}
+    parts = divided(dataset, layout, facts) if layout.divide else {}
     indices = parts[split] if parts else range(len(dataset))  # type: ignore[arg-type]
-    order = order_of(dataset, layout, known, where)
-    return Split(dataset, indices, order, known.classes, where, layout.first_label)
+    order = order_of(dataset, layout, facts, where)
+    return Split(dataset, indices, order, facts.classes, where, layout.first_label)
 
 
-def expected_count(known: Definition, layout: DatasetLayout, split: str) -> int | None:
+def expected_count(facts: Definition, layout: DatasetLayout, split: str) -> int | None:
     """Return how many images a split has, None where that is not known."""
-    return layout.counts.get(split, known.splits[split])
+    return layout.counts.get(split, facts.splits[split])
 
 
 @functools.cache
@@ -188,7 +188,7 @@ def _read(layout: DatasetLayout, folder: Path, split: str, where: str) -> Datase
     return dataset
 
 
-def divided(dataset: Dataset[Any], layout: DatasetLayout, known: Definition) -> dict[str, list[int]]:
+def divided(dataset: Dataset[Any], layout: DatasetLayout, facts: Definition) -> dict[str, list[int]]:
     """Divide a data set without splits of its own: so many images of each class by a fixed draw, the rest to train.
 
     Raises:
@@ -200,10 +200,10 @@ def divided(dataset: Dataset[Any], layout: DatasetLayout, known: Definition) -> 
         members = (targets == label).nonzero().flatten()
         if len(members) <= sum(layout.divide.values()):
             raise InputError(
-                f"{known.title} ({known.name}): expected more than {sum(layout.divide.values())} images of class "
-                f"{known.classes[label]!r} to divide, found {len(members)}. Is the data set complete?"
+                f"{facts.title} ({facts.name}): expected more than {sum(layout.divide.values())} images of class "
+                f"{facts.classes[label]!r} to divide, found {len(members)}. Is the data set complete?"
             )
-        drawn, start = members[permutation(len(members), f"{known.name}/{label}")].tolist(), 0
+        drawn, start = members[permutation(len(members), f"{facts.name}/{label}")].tolist(), 0
         for split, count in layout.divide.items():
             parts[split] += drawn[start : start + count]
             start += count
@@ -211,25 +211,25 @@ def divided(dataset: Dataset[Any], layout: DatasetLayout, known: Definition) -> 
     return {split: sorted(indices) for split, indices in parts.items()}
 
 
-def order_of(dataset: Dataset[Any], layout: DatasetLayout, known: Definition, where: str) -> list[int]:
+def order_of(dataset: Dataset[Any], layout: DatasetLayout, facts: Definition, where: str) -> list[int]:
     """Return the task's label for each label of a data set, by the names of its classes.
 
     Raises:
         InputError: If the classes are others than the definition's.
     """
-    if known.labels == "numbers":
-        return list(range(len(known.classes)))
+    if facts.labels == "numbers":
+        return list(range(len(facts.classes)))
     classes = getattr(dataset, "classes", None) or []
-    own = [_plain(re.sub(layout.strip, "", str(name))) for name in classes]
-    wanted = {_plain(name): label for label, name in enumerate(known.spelled or known.classes)}
-    missing = [name for name in wanted if name not in own]
-    unexpected = [name for name in own if name not in wanted]
-    if missing or unexpected or len(own) != len(wanted):
+    names = [_plain(re.sub(layout.strip, "", str(name))) for name in classes]
+    wanted = {_plain(name): label for label, name in enumerate(facts.spelled or facts.classes)}
+    missing = [name for name in wanted if name not in names]
+    unexpected = [name for name in names if name not in wanted]
+    if missing or unexpected or len(names) != len(wanted):
         raise InputError(
-            f"{where}: expected its {len(wanted)} classes, found {len(own)}: missing {shorten(missing) or 'none'}; "
+            f"{where}: expected its {len(wanted)} classes, found {len(names)}: missing {shorten(missing) or 'none'}; "
             f"unexpected {shorten(unexpected) or 'none'}. Are all its folders there, and no others?"
         )
-    return [wanted[name] for name in own]
+    return [wanted[name] for name in names]
 
 
 def _plain(name: str) -> str:
