@@ -233,11 +233,11 @@ def _preprocessed(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Te
     if preprocess is None:
         raise InputError(f"expected a tensor, found {kind}, and the backbone has no preprocessing. {remedy}")
     if isinstance(inputs, Image.Image):
-        return preprocess(as_seen(inputs))
+        inputs = as_seen(inputs)
     try:
         tensor = preprocess(inputs)
     except (TypeError, AttributeError) as error:
-        raise InputError(f"expected a tensor or a PIL image, found {kind}. {remedy}") from error
+        raise InputError(f"found {kind}, which the preprocessing cannot take ({error}). {remedy}") from error
     if not isinstance(tensor, Tensor):
         raise InputError(f"expected a tensor from the preprocessing, found {type(tensor).__name__}. {remedy}")
     return tensor

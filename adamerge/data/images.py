@@ -1,6 +1,5 @@
 """Image files as people see them: upright, in 8 bits; torchvision's own loader cuts deeper ones off at 255."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ def read_as_seen(dataset: Dataset[Any] | None) -> None:
     """Let a data set of image files that has torchvision's own loader read them by :func:`load_image`."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    loader: Callable[[str], Any] | None = getattr(dataset, "loader", None)
-    if getattr(loader, "__module__", "") == "torchvision.datasets.folder" and loader.__name__ == "default_loader":
+    loader = getattr(dataset, "loader", None)
+    names = getattr(loader, "__module__", None), getattr(loader, "__name__", None)
+    if names == ("torchvision.datasets.folder", "default_loader"):
         dataset.loader = load_image  # type: ignore[union-attr]

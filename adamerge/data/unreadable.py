@@ -98,7 +98,7 @@ class Readable:
 def in_whole(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int]:
     """Return the data set that a chain of subsets is of, and an item's number in it."""
     while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
+        index, dataset = int(dataset.indices[index]), dataset.dataset
     return dataset, index
 
 
