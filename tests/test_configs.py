@@ -1,5 +1,6 @@
 """Every yaml file that ships composes, and names classes that exist and take its options."""
 
+import itertools
 from pathlib import Path
 
 import adamerge.configs
@@ -19,18 +20,28 @@ FOLDER = Path(adamerge.configs.__file__).parent
 REQUIRED = {
     "backbone=open_clip": ["backbone.model=ViT-B-32"],
     "backbone=torchvision": ["backbone.model=resnet18"],
-    "pool=offline_benchmark": ["data=offline_benchmark"],
-    "backbone=offline_benchmark": ["data=offline_benchmark"],
     "pool=files": ["pool.base=base.safetensors", "pool.experts={cars: cars.safetensors}"],
     "data=folders": ["data.tasks={cars: {_target_: adamerge.data.Task}}"],
     "transform=chain": ["transform.transforms=[{_target_: adamerge.transforms.Trim}]"],
     "granularity=pattern": [r"granularity.groups={attention: \.attn\.}"],
 }
-CHOICES = sorted(
-    f"{path.parent.relative_to(FOLDER)}={path.stem}"
-    for path in FOLDER.rglob("*.yaml")
-    if path.parent not in (FOLDER, FOLDER / "merge", FOLDER / "compare")  # of other commands
-)
+GROUPS: dict[str, list[str]] = {}
+for path in sorted(FOLDER.rglob("*.yaml")):
+    if path.parent not in (FOLDER, FOLDER / "merge", FOLDER / "compare"):  # of other commands
+        GROUPS.setdefault(str(path.parent.relative_to(FOLDER)), []).append(path.stem)
+WHOLE = ("experiment", "benchmark")  # these set many groups, so each is composed alone
+
+
+def combinations():
+    """Return lists of choices that compose together, in which each choice of each group stands once."""
+    alone = [[f"{group}={choice}"] for group in WHOLE for choice in GROUPS[group]]
+    rest = {group: list(choices) for group, choices in GROUPS.items() if group not in WHOLE}
+    together = [[f"{group}=offline_benchmark" for group in rest if "offline_benchmark" in rest[group]]]
+    for choices in rest.values():
+        choices[:] = [choice for choice in choices if choice != "offline_benchmark"]
+    for row in itertools.zip_longest(*rest.values()):
+        together.append([f"{group}={choice}" for group, choice in zip(rest, row, strict=True) if choice])
+    return alone + together
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +64,9 @@ def nodes(config, path=""):
             yield from nodes(value, f"{where}.")
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_config_choice_composes_and_its_targets_take_its_options(choice):
-    config = compose([choice, *REQUIRED.get(choice, [])])
+@pytest.mark.parametrize("choices", combinations(), ids="+".join)
+def test_config_choices_compose_and_their_targets_take_their_options(choices):
+    config = compose([*choices, *(override for choice in choices for override in REQUIRED.get(choice, []))])
     assert unknown_keys(config) == []
     found = dict(nodes(config))
     assert found

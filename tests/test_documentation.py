@@ -12,7 +12,7 @@ from adamerge.commands.cli import app
 from adamerge.commands.run.compose import compose
 from tests.support.documents import PAGES, ROOT, blocks, commands, unknown_imports, written_files
 
-COMMANDS = [command for page in PAGES for command in commands(page)]
+COMMANDS = {tuple(command.arguments): command for page in PAGES for command in commands(page)}  # each once
 SHOWN_ONLY = {"--help", "-h", "--version"}
 
 
@@ -47,7 +47,7 @@ def readers_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=str)
 def test_commands_of_the_pages_exist_with_their_options(command, readers_folder, monkeypatch):
     monkeypatch.chdir(readers_folder)
     monkeypatch.delenv("ADAMERGE_DATA", raising=False)

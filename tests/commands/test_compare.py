@@ -84,6 +84,7 @@ def test_wrong_row_is_refused_before_anything_runs(row, message, tmp_path, made)
     assert made == []
 
 
+@pytest.mark.slow
 def test_shipped_preset_has_every_merge_and_every_transform(tmp_path):
     plan = plan_of([], "demo", [], [0], tmp_path)
     texts = [spec.text for spec in plan.rows.values()]

@@ -271,7 +271,7 @@ def test_line_search_is_exact_within_its_sections_and_never_goes_up():
 def test_fit_keeps_the_simplex_a_gap_and_lowers_the_loss(toy, tmp_path, options, groups):
     recorder = Recorder()
     method = make(toy, groups=groups, **options)
-    fit(method, batches(toy, 25), tmp_path, steps=25, callbacks=[recorder])
+    fit(method, batches(toy, 10), tmp_path, steps=10, callbacks=[recorder])
     for point in recorder.values:
         assert point.min() >= 0
         torch.testing.assert_close(point.sum(0), torch.ones(point.shape[1]), rtol=0, atol=1e-5)
@@ -284,7 +284,7 @@ def test_fit_keeps_the_simplex_a_gap_and_lowers_the_loss(toy, tmp_path, options,
 
 def test_fit_line_search_gap_falls_by_task(toy, tmp_path):
     recorder = Recorder()
-    fit(make(toy, groups="task", step_rule="line_search"), batches(toy, 30), tmp_path, 30, callbacks=[recorder])
+    fit(make(toy, groups="task", step_rule="line_search"), batches(toy, 15), tmp_path, 15, callbacks=[recorder])
     gaps = [metrics["adapt/gap"] for metrics in recorder.metrics]
     assert min(gaps[-5:]) < 0.2 * gaps[0]
 
@@ -310,7 +310,7 @@ def test_fit_irrelevant_experts_and_a_duplicate_change_little(toy, tmp_path, opt
         pool = ExpertPool.from_state_dicts(toy.base, toy.experts | added, duplicates="allow")
         model = MergedModel(toy.encoder, pool, Coefficients(pool, "task", 0.0, "none"), toy.heads)
         method = FrankWolfeMerging(model, Imitation(), **options)
-        trainer = fit(method, batches(toy, 60, tasks=["green"]), tmp_path, steps=60)
+        trainer = fit(method, batches(toy, 40, tasks=["green"]), tmp_path, steps=40)
         return dict(zip(pool.expert_names, values(method)[:, 0].tolist(), strict=True)), trainer
 
     alone, before = fitted()

@@ -167,7 +167,7 @@ def test_check_objective_refuses_what_cannot_be_called_with_a_step(toy, objectiv
         make_method(toy, objective)
 
 
-def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(configs, tmp_path, monkeypatch, capsys):
     """A package on PYTHONPATH with its own yaml, through the command line."""
     package = tmp_path / "elsewhere" / "my_package"
     package.mkdir(parents=True)
@@ -181,12 +181,12 @@ def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(tmp_
         "class Broken(Confidence):\n    def __call__(self, step):\n        return step.outputs.logit.mean()\n\n"
         "class Signature(Confidence):\n    def __call__(self, logits, labels):\n        return logits.sum()\n"
     )
-    yaml = tmp_path / "my_configs" / "objective" / "confidence.yaml"
-    yaml.parent.mkdir(parents=True)
+    (configs / "objective").mkdir()
+    yaml = configs / "objective" / "confidence.yaml"
     yaml.write_text("_target_: my_package.objectives.Confidence\npower: 3.0\n")
     arguments = [
-        "--config-dir", str(tmp_path / "my_configs"), "objective=confidence", "trainer=cpu", "steps=1",
-        "evaluate=false", "data.limit=4", "data.batch_size=4",
+        "--config-dir", str(configs), "pool=two", "data=tiny", "objective=confidence", "trainer=cpu", "steps=1",
+        "evaluate=false",
     ]  # fmt: skip
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     monkeypatch.chdir(tmp_path)

@@ -273,6 +273,7 @@ def test_merge_writes_the_policys_statistics_and_its_recipe_gives_the_same_bytes
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_compare_scores_merges_with_the_policy(setup, tmp_path):
     out = tmp_path / "compare"
     means = {}

