@@ -206,6 +206,8 @@ def _to_preprocess_cfg(preprocessor: Mapping[str, Any], image_size: int) -> dict
         "interpolation": names.get(preprocessor.get("resample", 3)),
         "resize_mode": "squash" if squashed else "shortest",
     }
+    if preprocessor.get("do_normalize", True) is False:
+        found |= {"mean": [0.0] * 3, "std": [1.0] * 3}
     return {"size": image_size, **{key: value for key, value in found.items() if value is not None}}
 
 

@@ -13,6 +13,7 @@ from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
 from adamerge.errors import InputError
 
 QUICK_GELU = "model_cfg.quick_gelu"
+_ACTIVATIONS = ("gelu", "quick_gelu")  # as Hugging Face's files call what quick_gelu is false and true of
 _PREPROCESSOR = "preprocessor_config.json"
 _PREPROCESSING = ("size", "mean", "std", "interpolation", "resize_mode")
 _UNHEARD = {  # options of open_clip that change no feature of a model that is evaluated
@@ -60,6 +61,11 @@ class Configuration:
             return f"{self.file}: {option}"
         file = Path(self.file).parent / _PREPROCESSOR if option.startswith("preprocess_cfg.") else self.file
         return f"{file}: {_NAMES.get(option, option)}"
+
+    def value(self, option: str) -> Any:
+        """Return an option's value as the file has it."""
+        value = self.options.get(option)
+        return _ACTIVATIONS[bool(value)] if self.is_hugging_face and option == QUICK_GELU else value
 
 
 def configuration_of(content: Mapping[str, Any], file: Path | str, is_hugging_face: bool = False) -> Configuration:
@@ -129,9 +135,10 @@ def check_configurations(base: Checkpoint, experts: Mapping[str, Checkpoint]) ->
     files = [configuration_beside(checkpoint) for checkpoint in (base, *experts.values())]
     stated = [configuration for configuration in files if configuration is not None]
     for configuration in stated[1:]:
-        for option, (value, first) in differences(configuration, stated[0]).items():
+        for option in differences(configuration, stated[0]):
+            found, first = configuration.value(option), stated[0].value(option)
             raise InputError(
-                f"{configuration.label(option)}: found {value!r}, but {stated[0].label(option)} is {first!r}. Models "
+                f"{configuration.label(option)}: found {found!r}, but {stated[0].label(option)} is {first!r}. Models "
                 "that compute otherwise cannot be merged: leave one out, or correct the file that is wrong."
             )
 

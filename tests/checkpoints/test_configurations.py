@@ -76,12 +76,13 @@ def test_text_towers_of_experts_do_not_matter(tmp_path):
     ("file", "change", "label"),
     [
         ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3]}, "image_mean: found [0.1, 0.2, 0.3]"),
+        ("preprocessor_config.json", {"do_normalize": False}, "image_mean: found [0.0, 0.0, 0.0]"),
         ("preprocessor_config.json", {"resample": 2}, "resample: found 'bilinear'"),
         ("config.json", {"vision_config": {"image_size": 56}}, "vision_config.image_size: found 56"),
         ("config.json", {"vision_config": {"hidden_act": "quick_gelu"}, "text_config": {"hidden_act": "quick_gelu"}},
          "hidden_act: these weights were trained with quick_gelu"),
     ],
-    ids=["mean", "resample", "image size", "activation"],
+    ids=["mean", "not normalised", "resample", "image size", "activation"],
 )  # fmt: skip
 @pytest.mark.parametrize("towers", ["both", "vision"])
 def test_hugging_face_folder_that_says_otherwise_is_named(tmp_path, file, change, label, towers):
