@@ -168,14 +168,13 @@ class UnlabeledTasks(LightningDataModule):
             return images
         return Corrupted(images, corruption, f"data.tasks.{task}, seed {self.seed}", scale_of(self._preprocess))
 
-    def check_scored(self) -> None:
-        """Look at some images to score and at their labels, which adaptation never reads.
+    def check_scored(self, task: str) -> None:
+        """Look at some of a task's images to score and at their labels, which adaptation never reads.
 
         Raises:
-            InputError: If an image is no input, or a label no class number of its task.
+            InputError: If an image is no input, or a label no class number.
         """
-        for name in self.scored:
-            check_scored(name, self.tasks[name], self._preprocess)
+        check_scored(task, self.tasks[task], self._preprocess)
 
     def with_corrupted_evaluation(self, corruption: Corruption) -> "UnlabeledTasks":
         """Return the same data with corrupted images to score; streams are shared."""

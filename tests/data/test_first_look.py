@@ -27,7 +27,7 @@ def folder(root, *classes, images: int = 1) -> ImageFolder:
 def refused(task: Task, name: str = "pets") -> str:
     """Return what a run would be refused with."""
     with pytest.raises(InputError) as caught:
-        UnlabeledTasks({name: task}, preprocess=TO_TENSOR).check_scored()
+        UnlabeledTasks({name: task}, preprocess=TO_TENSOR).check_scored(name)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

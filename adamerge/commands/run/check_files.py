@@ -18,6 +18,7 @@ from adamerge import zoo
 from adamerge.backbones import Backbone, Torchvision, own_base
 from adamerge.commands.run.build import build, build_init, check_node, strings
 from adamerge.commands.run.stages import start_file
+from adamerge.data.first_look import check_task
 from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model import starts
@@ -187,7 +188,8 @@ def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> An
         count = len(problems)
         for name in nodes:
             with problems.naming(f"data.tasks.{name}"):
-                build(config, f"data.tasks.{name}")
+                if isinstance(task := build(config, f"data.tasks.{name}"), Task):
+                    check_task(name, task, backbone.preprocess())
         problems[:] = dict.fromkeys(problems)  # a folder that is not there is the same problem for all
         if len(problems) > count:
             return None
@@ -242,9 +244,9 @@ def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems
     backbone = parts.get("backbone")
     if not isinstance(getattr(data, "tasks", None), Mapping):
         return
-    if config.get("evaluate") is True and hasattr(data, "check_scored"):
-        with problems.naming("data"):
-            data.check_scored()
+    for name in data.scored if config.get("evaluate") is True and hasattr(data, "check_scored") else ():
+        with problems.naming(f"data.tasks.{name}"):
+            data.check_scored(name)
     unseen, need = getattr(data, "unseen", ()), None
     if isinstance(backbone, Torchvision):
         need = "A torchvision backbone, whose heads are the experts' own classifiers,"

@@ -159,6 +159,13 @@ def test_pool_files_experts_that_are_no_mapping_of_files_are_refused(experts):
         pool_files(None, "pool")
 
 
+def test_check_says_what_is_wrong_with_each_task_at_once(found):
+    problems = found("data.tasks.mnist.classes=[a, b]", "data.tasks.digits.templates=['{}', 'a photo']")
+    assert [problem.split(":")[0] for problem in problems] == [
+        "data.tasks.mnist.classes", "data.tasks.digits.templates",
+    ]  # fmt: skip
+
+
 def test_check_task_takes_fields_that_its_file_does_not_set(found):
     assert found("data.tasks.mnist.expert=digits", "data.tasks.mnist.templates=['a {}.']") == []
 
