@@ -218,11 +218,10 @@ def input_tensor(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Ten
         InputError: If it can become none.
         UnreadableError: If it has values that are not finite.
     """
-    if not isinstance(inputs, Tensor):
-        inputs = _preprocessed(inputs, preprocess)
-    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+    tensor = inputs if isinstance(inputs, Tensor) else _preprocessed(inputs, preprocess)
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise UnreadableError("NaN or infinite values")
-    return inputs
+    return tensor
 
 
 def _preprocessed(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:

@@ -224,10 +224,5 @@ def generic(masks: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 STYLES: dict[str, Callable[[Tensor, np.random.Generator], Tensor]] = {
-    "clean": clean,
-    "sign": sign,
-    "paper": paper,
-    "noisy": noisy,
-    "edge": edge,
-    "generic": generic,
+    style.__name__: style for style in (clean, sign, paper, noisy, edge, generic)
 }
