@@ -112,7 +112,7 @@ def unwrapped(checkpoint: Checkpoint, fits: Callable[[Collection[str]], bool]) -
         fits: Whether names are the wanted ones.
     """
     inner = [".".join(part for part in key.split(".") if part not in _INNER) for key in checkpoint.keys]
-    for names in (list(checkpoint.keys), inner):
+    for names in (inner, list(checkpoint.keys)):
         for wrapper in wrappers(names):
             plain = {name.removeprefix(wrapper): key for name, key in zip(names, checkpoint.keys, strict=True)}
             if len(plain) < len(names) or not fits(plain):

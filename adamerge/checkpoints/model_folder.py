@@ -61,8 +61,21 @@ class ModelFiles:
     is_hugging_face: bool
 
 
-def find_model(path: Path | str) -> ModelFiles:
+def _is_clip(names: Collection[str]) -> bool:
+    return any(name.startswith("visual.") for name in names)
+
+
+def _is_plain(names: Collection[str]) -> bool:
+    """Return whether torch's own wrappers have put nothing into names; ``model.`` may be the model's."""
+    return all(not name.startswith("module.") and "_orig_mod." not in name for name in names)
+
+
+def find_model(path: Path | str, fits: Callable[[Collection[str]], bool] = _is_clip) -> ModelFiles:
     """Open a checkpoint file, or the folder of an open_clip or Hugging Face model, as it is; also in the Hub's cache.
+
+    Args:
+        path: The file or folder, or a reference to the Hub.
+        fits: Whether names are the model's; what wrappers put before them is taken off where that helps.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -84,7 +97,10 @@ def find_model(path: Path | str) -> ModelFiles:
         _tell_unread(path, config)
     else:
         checkpoint, config = open_checkpoint(path), None
-    checkpoint = unwrapped(checkpoint, is_hugging_face)
+    for is_wanted in (lambda names: is_hugging_face(names) or fits(names), _is_plain):
+        checkpoint = unwrapped(checkpoint, is_wanted)
+        if is_wanted(checkpoint.keys):
+            break
     is_theirs = is_hugging_face(checkpoint.keys)
     if config is None:
         beside = path.parent / (HF_CONFIG if is_theirs else OPEN_CLIP_CONFIG)
@@ -93,37 +109,26 @@ def find_model(path: Path | str) -> ModelFiles:
 
 
 def open_model(
-    path: Path | str, base: Checkpoint | None = None, fits: Callable[[Collection[str]], bool] | None = None
+    path: Path | str, base: Checkpoint | None = None, fits: Callable[[Collection[str]], bool] = _is_clip
 ) -> Checkpoint:
     """Open a checkpoint file or a model's folder; a Hugging Face CLIP is seen under open_clip's names.
 
     Args:
         path: The file or folder, or a reference to the Hub.
         base: An expert's, of which it takes what its format may lack.
-        fits: Whether names are those of the model; what wrappers put before them is taken off where that helps.
+        fits: See :func:`find_model`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         InputError: See :func:`find_model`; or if a tensor of several parts lacks one.
     """
-    model = find_model(path)
+    model = find_model(path, fits)
     if not model.is_hugging_face:
-        fits = fits or _is_clip
-        checkpoint = unwrapped(model.checkpoint, fits)
-        return checkpoint if fits(checkpoint.keys) else unwrapped(checkpoint, _is_plain)
+        return model.checkpoint
     tell_once(f"{model.checkpoint.name}: a Hugging Face CLIP checkpoint, read under open_clip's names.")
     seen = as_own(model.checkpoint, base)
     seen.config_file = model.config_file
     return seen
-
-
-def _is_clip(names: Collection[str]) -> bool:
-    return any(name.startswith("visual.") for name in names)
-
-
-def _is_plain(names: Collection[str]) -> bool:
-    """Return whether torch's own wrappers have put nothing into names; ``model.`` may be the model's."""
-    return all(not name.startswith("module.") and "_orig_mod." not in name for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:

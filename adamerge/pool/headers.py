@@ -136,10 +136,10 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
         problems += _differences(base, where, checkpoint, [keys.file_key(name) for name in merged], extra)
         if outside:
             is_refused = options.unplaced == "refuse" or (options.unplaced == "auto" and is_adapter)
+            meant = "" if options.unplaced == "list" else " If that is meant: --unplaced list (pool.unplaced=list)."
             (problems if is_refused else remarks).append(
                 f"{where}: {len(outside)} tensors have no place in the encoder (key prefix {keys.map!r}), and are not "
-                f"merged: {shorten(outside)}. If that is meant: unplaced=list (--unplaced list, pool.unplaced=list)."
-                + (f" Or: {REMEDY}" if is_adapter else "")
+                f"merged: {shorten(outside)}.{meant}" + (f" Or: {REMEDY}" if is_adapter and meant else "")
             )
     return PoolLayout(tuple(merged), tuple(fixed), skipped, tuple(problems), tuple(remarks))
 
@@ -297,12 +297,10 @@ def open_files(
     A base of None is one that is yet to be downloaded.
     """
     errors: list[InputError | OSError] = []
-    prefix, mapped = "", frozenset(options.key_map or ())
-    if isinstance(options.key_map, str):
-        prefix, mapped = options.key_map, frozenset()
+    keys, prefix = options.key_map or "visual.", options.key_map if isinstance(options.key_map, str) else ""
 
     def fits(names: Collection[str]) -> bool:
-        return not mapped.isdisjoint(names) if mapped else any(name.startswith(prefix) for name in names)
+        return any(name.startswith(keys) if isinstance(keys, str) else name in keys for name in names)
 
     try:
         check_names(experts)
@@ -316,7 +314,7 @@ def open_files(
     source, opened = None, {}
     if base is not None:
         try:
-            source = open_model(places.pop(_BASE), fits=fits if options.key_map else None)
+            source = open_model(places.pop(_BASE), fits=fits)
         except (InputError, OSError) as error:
             errors.append(error)
     for name, path in places.items():

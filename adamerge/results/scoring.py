@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints.checkpoint import open_checkpoint
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.lazy import LazyTensors
+from adamerge.pool.lora import open_expert
 from adamerge.results.evaluation import TableRow, TaskScore, score_tasks
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ def checkpoint_parameters(path: Path, model: MergedModel) -> Mapping[str, Tensor
         FileNotFoundError: If there is no such file.
         InputError: If it lacks a parameter of the pool, or has another shape.
     """
-    pool, file = model.pool, open_checkpoint(path)
+    pool = model.pool
+    file = open_expert(path, pool.source, pool.keys.map if isinstance(pool.keys.map, str) else "")
     shapes = {key: file.spec(key)[0] for key in file.keys}
     for name, shape in pool.shapes.items():
         key = pool.keys.file_key(name)

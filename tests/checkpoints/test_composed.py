@@ -42,10 +42,14 @@ def test_wrapped_files_merge_as_plain_ones(tmp_path, caplog, kind, prefix, key_p
     assert not told or f"'{told}" in caplog.text
 
 
-def test_wrapper_inside_of_names_is_taken_off(tmp_path):
-    base = write(tmp_path / "base.safetensors", BASE)
-    inner = {key.replace("visual.", "visual._orig_mod."): tensor + 1 for key, tensor in BASE.items()}
-    pool = ExpertPool.from_files(base, {"a": write(tmp_path / "a.safetensors", inner)}, key_map="visual.")
+@pytest.mark.parametrize("wrapped", ["expert", "base", "both"])
+def test_wrapper_inside_of_names_is_taken_off(tmp_path, wrapped):
+    def inner(tensors, is_wrapped):
+        return {key.replace(".", "._orig_mod.") if is_wrapped else key: tensor for key, tensor in tensors.items()}
+
+    base = write(tmp_path / "base.safetensors", inner(BASE, wrapped != "expert"))
+    expert = inner({key: tensor + 1 for key, tensor in BASE.items()}, wrapped != "base")
+    pool = ExpertPool.from_files(base, {"a": write(tmp_path / "a.safetensors", expert)}, key_map="visual.")
     assert set(pool.names) == {"w", "b"}
 
 
