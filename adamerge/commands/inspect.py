@@ -33,7 +33,7 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
-    files = chosen_pool("inspect", base, experts, pool, prefix).narrowed(include, exclude)
+    files = chosen_pool("inspect", base, experts, pool, prefix).with_options(include, exclude)
     report(files.headers().problems)
     opened = files.open(storage="stream", dtype=None, duplicates="allow")  # duplicates are shown as a finding
     if as_json:

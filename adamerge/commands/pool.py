@@ -16,11 +16,10 @@ from adamerge.commands.run.named_pools import named_pool, own_pools, pool_path, 
 from adamerge.commands.terminal import json_option, out, print_json, print_table, report
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.headers import check_names
-from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
+from adamerge.pool.pool_file import DEFAULTS, PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
 from adamerge.system.files import atomic_path
 
 _VISUAL = "visual."
-_DEFAULTS = {"storage": "auto", "duplicates": "refuse", "unplaced": "auto"}
 
 
 @click.group(short_help="Keep pool files: a base, its experts, their tasks, licences and hashes.")
@@ -196,7 +195,7 @@ def _refuse_duplicates(files: PoolFiles) -> None:
     by_hash: dict[str, str] = {}
     for name, entry in files.models.items():
         twin = by_hash.setdefault(str(entry.sha256), name)
-        if twin != name and files.duplicates != "allow":
+        if twin != name and files.options["duplicates"] != "allow":
             raise InputError(
                 f"pool add: {twin} and {name} are the same file, or copies: {entry.file}. Leave one out; a pool file "
                 "with duplicates: allow may have both."
@@ -211,7 +210,7 @@ def save_pool_file(files: PoolFiles, path: Path) -> None:
     options = {"key_prefix": files.key_prefix, **files.options}
     content: dict[str, Any] = {
         "base": _written(files.base, path),
-        **{key: value for key, value in options.items() if value is not None and value != _DEFAULTS.get(key)},
+        **{key: value for key, value in options.items() if value is not None and value != DEFAULTS.get(key)},
         "experts": {name: _written(entry, path) for name, entry in files.experts.items()},
     }
     if files.task_vectors is not None:

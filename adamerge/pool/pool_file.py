@@ -13,7 +13,7 @@ Paths start from the folder of the file.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,15 @@ from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
 from adamerge.system.files import sha256
 
-_KEYS = (
-    *("base", "experts", "key_prefix", "storage", "dtype", "include", "exclude"),
-    *("task_vectors", "duplicates", "unplaced", "sha256"),
-)
-_OPTIONS = ("storage", "dtype", "include", "exclude", "duplicates", "unplaced")
+DEFAULTS = {
+    "storage": "auto",
+    "dtype": None,
+    "include": None,
+    "exclude": None,
+    "duplicates": "refuse",
+    "unplaced": "auto",
+}
+_KEYS = ("base", "experts", "key_prefix", "task_vectors", "sha256", *DEFAULTS)
 _FILE_KEYS = ("file", "task", "licence", "sha256")
 
 
@@ -57,24 +61,26 @@ class PoolFile:
 
     def facts(self) -> dict[str, str]:
         """Return the entry as a pool file has it, without what is not known."""
-        facts = {"file": str(self.file), "task": self.task, "licence": self.licence, "sha256": self.sha256}
-        return {key: value for key, value in facts.items() if value is not None}
+        return {key: value for key, value in {**vars(self), "file": str(self.file)}.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class PoolFiles:
-    """What a pool file says; the options are those of ``ExpertPool.from_files``."""
+    """What a pool file says.
+
+    Attributes:
+        base: The pretrained model.
+        experts: By name.
+        key_prefix: Of the encoder's keys.
+        task_vectors: A file of packed task vectors.
+        options: Those of ``ExpertPool.from_files`` in ``DEFAULTS``, ready for yaml.
+    """
 
     base: PoolFile
     experts: Mapping[str, PoolFile]
     key_prefix: str | None = None
-    storage: str = "auto"
-    dtype: str | None = None
-    include: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] | None = None
     task_vectors: PoolFile | None = None
-    duplicates: str = "refuse"
-    unplaced: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)
 
     @property
     def models(self) -> dict[str, PoolFile]:
@@ -96,16 +102,12 @@ class PoolFiles:
         """The licences that are known of the base (key ``base``) and the experts."""
         return {name: entry.licence for name, entry in self.models.items() if entry.licence}
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the file says besides, ready for yaml."""
-        values = {key: getattr(self, key) for key in _OPTIONS}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    def narrowed(self, include: Sequence[str], exclude: Sequence[str]) -> "PoolFiles":
-        """Return the same files with further globs."""
-        both = (*(self.include or ()), *include), (*(self.exclude or ()), *exclude)
-        return replace(self, include=both[0] or self.include, exclude=both[1] or self.exclude)
+    def with_options(self, include: Sequence[str], exclude: Sequence[str], **options: Any) -> "PoolFiles":
+        """Return the same files with further globs and, where they are not None, other options."""
+        globs = {"include": include, "exclude": exclude}
+        more = {key: [*(self.options[key] or ()), *values] for key, values in globs.items() if values}
+        given = {key: value for key, value in options.items() if value is not None}
+        return replace(self, options={**self.options, **more, **given})
 
     def pinned(self, hashes: Mapping[str, str]) -> "PoolFiles":
         """Return the same files, to be verified by the SHA-256 of the base (key ``base``) and the experts."""
@@ -120,7 +122,7 @@ class PoolFiles:
 
     @property
     def _pool_options(self) -> dict[str, Any]:
-        return {**self.options, "dtype": dtype_of(self.dtype), "key_map": self.key_prefix or None}
+        return {**self.options, "dtype": dtype_of(self.options["dtype"]), "key_map": self.key_prefix or None}
 
     @property
     def _expert_files(self) -> dict[str, Path | HubReference]:
@@ -228,12 +230,8 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
         base=_entry(content["base"], f"{where}: base", folder),
         experts={str(n): _entry(e, f"{where}: experts.{n}", folder) for n, e in content["experts"].items()},
         key_prefix=content.get("key_prefix"),
-        storage=content.get("storage") or "auto",
-        dtype=content.get("dtype"),
-        **{key: content[key] and tuple(content[key]) for key in ("include", "exclude") if key in content},
         task_vectors=_entry(packed, f"{where}: task_vectors", folder) if packed else None,
-        duplicates=content.get("duplicates") or "refuse",
-        unplaced=content.get("unplaced") or "auto",
+        options={key: default if content.get(key) is None else content[key] for key, default in DEFAULTS.items()},
     )
     return files.pinned({**hashes, **files.hashes}) if hashes else files
 

@@ -38,10 +38,10 @@ def child(row: str, experts: int, folder: Path) -> dict[str, float]:
     from adamerge.commands.run.shipped import rule_node
     from adamerge.commands.transform import TransformJob, run
     from adamerge.merges import merged_state_dict
-    from adamerge.pool.pool_file import PoolFile, PoolFiles
+    from adamerge.pool.pool_file import DEFAULTS, PoolFile, PoolFiles
 
     entries = {f"expert{e}": PoolFile(folder / f"expert{e}.safetensors") for e in range(experts)}
-    files = PoolFiles(PoolFile(folder / "base.safetensors"), entries, storage="stream")
+    files = PoolFiles(PoolFile(folder / "base.safetensors"), entries, options={**DEFAULTS, "storage": "stream"})
     imports, start = rss_anon(), time.perf_counter()
     with Peak() as peak:
         if row == "transform":

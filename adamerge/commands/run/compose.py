@@ -21,7 +21,7 @@ from omegaconf.errors import InterpolationResolutionError
 from adamerge.commands.run.named_pools import register_resolvers, with_pool_files
 from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names
 from adamerge.errors import InputError, did_you_mean
-from adamerge.pool.pool_file import PoolFiles, load_pool_file
+from adamerge.pool.pool_file import DEFAULTS, PoolFiles, load_pool_file
 
 _CONFIG_DIR = ("--config-dir", "-cd")
 _FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
@@ -189,11 +189,10 @@ def _with_pool_file(config: DictConfig) -> DictConfig:
         if options.get(key) not in (None, "???"):
             raise InputError(f"pool.{key}: pool.file={node.file} says it already; leave one of the two out.")
     files = load_pool_file(Path(str(options.pop("file"))).absolute())
-    defaults = {"storage": "auto", "duplicates": "refuse", "unplaced": "auto"}
     chosen = {
         key: value
         for key, value in options.items()
-        if key not in _DECIDED_BY_FILE and value not in (None, defaults.get(key))
+        if key not in _DECIDED_BY_FILE and value not in (None, DEFAULTS.get(key))
     }
     config.pool = {**options, **files.node(), **chosen}
     name_experts(config, files)

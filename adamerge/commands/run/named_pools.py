@@ -139,8 +139,8 @@ def rule_and_pool(
     if rule is None:
         remark = " none packs only." if command == "transform" else ""
         raise InputError(f"{command}: give --rule NAME; docs/methods.md lists them{';' if remark else '.'}{remark}")
-    files = chosen_pool(command, base, experts, pool, key_prefix).narrowed(include, exclude)
-    return rule_node(command, rule, settings), files if unplaced is None else replace(files, unplaced=unplaced)
+    files = chosen_pool(command, base, experts, pool, key_prefix)
+    return rule_node(command, rule, settings), files.with_options(include, exclude, unplaced=unplaced)
 
 
 def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[str]:
