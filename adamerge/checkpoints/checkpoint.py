@@ -72,7 +72,7 @@ class Checkpoint(Protocol):
 class MemoryCheckpoint:
     """A state dict that is already in memory."""
 
-    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, name: str, tensors: Mapping[str, Any]) -> None:
         others = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
         if others:
             raise InputError(
@@ -116,11 +116,6 @@ class FileCheckpoint(MemoryCheckpoint):
         pickled = read_pickle(path)
         if pickled.is_module or set(pickled.inert) - _HARMLESS:
             raise _refusal(path)
-        if pickled.left_out:
-            raise InputError(
-                f"{path}: expected only tensors, found other values under {shorten(pickled.left_out)}. "
-                "Save the state dict alone."
-            )
         if pickled.beside:
             log.warning(
                 "%s: tensors under %s are not read, beside those of the model. To use these: "
@@ -128,7 +123,7 @@ class FileCheckpoint(MemoryCheckpoint):
                 path,
                 shorten(pickled.beside),
             )
-        super().__init__(str(path), _strip_module(pickled.tensors))
+        super().__init__(str(path), {**_strip_module(pickled.tensors), **dict.fromkeys(pickled.left_out)})
         self.path = path
 
     def sha256(self) -> str:

@@ -20,6 +20,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What is read of a repository: one copy of the weights, the safe format, and what describes them.
 _SAFE = ("*.json", "*.safetensors", "README.md")
 _PICKLED = ("*.json", "*.bin", "README.md")
+_ELSEWHERE = "Without a network here, fetch on another machine and set HF_HOME to a copy of its cache."
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,14 @@ class HubReference:
                 found = self._look_up(local_files_only=False, patterns=_PICKLED)
         except Exception as error:  # whatever the Hub's client, the network or a disk finds wrong
             raise InputError(
-                f"{self}: cannot be downloaded: {' '.join(str(error).split())[:300]}. {_elsewhere()}"
+                f"{self}: cannot be downloaded: {' '.join(str(error).split())[:300]}. {_ELSEWHERE}"
             ) from error
         if found is None:
-            raise InputError(f"{self}: cannot be downloaded. {_elsewhere()}")
+            raise InputError(f"{self}: cannot be downloaded. {_ELSEWHERE}")
         if found.is_dir() and not any(_has_weights(found, suffix) for suffix in (".safetensors", ".bin")):
             raise InputError(
                 f"{self}: expected safetensors or .bin files, and all that an index names, found neither in {found}. "
-                f"Is it a model of this kind? {_elsewhere()}"
+                f"Is it a model of this kind? {_ELSEWHERE}"
             )
         return found
 
@@ -190,21 +191,12 @@ def _has_weights(folder: Path, suffix: str) -> bool:
     return all(path.is_file() for path in set(shards)) and any(path.is_file() for path in folder.rglob(f"*{suffix}"))
 
 
-def cache_folder() -> Path:
-    """Return the Hub's cache."""
+def _missing(references: Iterable[str]) -> str:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
-
-
-def _missing(references: Iterable[str]) -> str:
     listed = list(dict.fromkeys(references))
-    what, them = ("a model", "it") if len(listed) == 1 else (f"{len(listed)} models", "them")
+    models, them = ("a model", "it") if len(listed) == 1 else (f"{len(listed)} models", "them")
     return (
-        f"Not in the Hugging Face cache ({cache_folder()}): {what} of the Hub. Nothing is downloaded unasked; this "
-        f"gets {them}: adamerge pool fetch {shlex.join(listed)}. {_elsewhere()}"
+        f"Not in the Hugging Face cache ({constants.HF_HUB_CACHE}): {models} of the Hub. Nothing is downloaded "
+        f"unasked; this gets {them}: adamerge pool fetch {shlex.join(listed)}. {_ELSEWHERE}"
     )
-
-
-def _elsewhere() -> str:
-    return "Without a network here, fetch on another machine and set HF_HOME to a copy of its cache."

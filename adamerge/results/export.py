@@ -75,7 +75,7 @@ def export(
         files |= _write_coefficients(pool, merged, files["merged"], statistics or {})
     else:
         _check_finite(merged, "The rule does not suit these experts, or its scale is too large for this dtype.")
-        content = {"format": FORMAT, **(facts or {}), "pool": combined_hash(pool.hashes())}
+        content = {**(facts or {}), "pool": combined_hash(pool.hashes())}
         _write_checkpoint(files["merged"], merged, json.dumps(content, sort_keys=True))
     if heads:
         files["heads"] = folder / "heads.safetensors"
@@ -95,7 +95,7 @@ def _write_coefficients(
     state_dict = with_statistics(merge(pool, coefficients, detach=True), pool, statistics)
     _check_finite(state_dict, "The coefficients diverged: lower the learning rate, or set constraint=box.")
     files = {"coefficients": path.with_name("coefficients.json")}
-    facts = {"format": FORMAT, "coefficients": digest(coefficients), "pool": combined_hash(pool.hashes())}
+    facts = {"coefficients": digest(coefficients), "pool": combined_hash(pool.hashes())}
     beside = path.with_name(FILE)
     if statistics:
         facts["batch_norm"] = MemoryCheckpoint(FILE, statistics).sha256()
@@ -109,11 +109,8 @@ def _write_coefficients(
 
 
 def _write_checkpoint(path: Path, state_dict: Mapping[str, Tensor], facts: str) -> None:
-    """Write a merge, and prove it by reading it back.
-
-    All facts are one key of the metadata: the order of several, and so the file's bytes, would change from run to run.
-    """
-    save_state_dict(state_dict, path, {"adamerge": facts})
+    """Write a merge, and prove it by reading it back."""
+    save_state_dict(state_dict, path, {"adamerge_format": str(FORMAT), "adamerge": facts})
     written = load_state_dict(path)
     wrong = [key for key, tensor in state_dict.items() if key not in written or not _same(written[key], tensor)]
     if wrong or len(written) != len(state_dict):

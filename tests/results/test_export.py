@@ -64,10 +64,10 @@ def test_export_merged_metadata_tells_format_coefficients_and_pool(toy, tmp_path
     pool = file_pool(toy, tmp_path)
     path = export(pool, made(pool), tmp_path / "out")["merged"]
     facts = metadata(path)
-    assert set(facts) == {"adamerge"}
+    assert facts.keys() == {"format", "adamerge_format", "adamerge"}
+    assert (facts["format"], facts["adamerge_format"]) == ("pt", "1")
     facts = json.loads(facts["adamerge"])
-    assert set(facts) == {"format", "coefficients", "pool"}
-    assert facts["format"] == 1
+    assert set(facts) == {"coefficients", "pool"}
     assert len(facts["coefficients"]) == len(facts["pool"]) == 64
     other = export(pool, Coefficients(pool), tmp_path / "other")["merged"]
     different = json.loads(metadata(other)["adamerge"])
