@@ -126,7 +126,7 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
             f"{base.name}: no tensor to merge: none of its {len(base.keys)} keys, such as "
             f"{next(iter(base.keys), None)!r}, is left by the key prefix {keys.map!r}, include and exclude."
         )
-    remarks = []
+    remarks: list[str] = []
     for expert, checkpoint in experts.items():
         where = f"Expert {expert!r} ({checkpoint.name})" if checkpoint.name != expert else f"Expert {expert!r}"
         changed = changed_by(checkpoint)

@@ -31,7 +31,10 @@ _PAIR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.default)?(?:\.(?P<kind>weight|bias))?$"
 )
 # What a base has before the names of a model that an adapter was trained on, by the model's class.
-_STARTS = {"CLIP": "", "CustomTextCLIP": "", "CLIPModel": "", "VisionTransformer": "visual."}
+_STARTS = {
+    **dict.fromkeys(("CLIP", "CustomTextCLIP", "CLIPModel"), ""),
+    **{"VisionTransformer": "visual.", "TextTransformer": "text.", "CLIPTextModel": "text_model."},
+}
 # Initialisations that leave the base as it is; the others move part of it into the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Variants of LoRA that change more than the product of two matrices says, where set.
@@ -164,8 +167,8 @@ class AdapterCheckpoint:
             return all(sorted(matrix_shape(shape)) == sorted(self._product_shape(pair)) for shape, pair in shapes)
 
         places = places_of(wanted, self._base_keys, fits)
-        trained = (self._config.get("auto_mapping") or {}).get("base_model_class")
-        for start in (_STARTS.get(trained), prefix or None):
+        trained = str((self._config.get("auto_mapping") or {}).get("base_model_class"))
+        for start in (_STARTS.get(trained), None if "Text" in trained else prefix or None):
             places = [place for place in places if place.start == start] or places
         if not places:
             nowhere = [item for item in wanted if not places_of([item], self._base_keys, lambda _: True)]

@@ -24,11 +24,12 @@ def merged_by_peft(adapter: str) -> dict[str, torch.Tensor]:
     }
 
 
-def without_class(tmp_path, adapter: str) -> Path:
-    """Copy an adapter that does not say what it was trained on."""
-    folder = Path(shutil.copytree(GOLDEN / adapter, tmp_path / adapter))
+def of_class(tmp_path, adapter: str, name: str | None) -> Path:
+    """Copy an adapter that says that it was trained on a class, or nothing of it."""
+    folder = Path(shutil.copytree(GOLDEN / adapter, tmp_path / f"{adapter}{name}"))
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "auto_mapping": None}))
+    trained = None if name is None else {"base_model_class": name}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "auto_mapping": trained}))
     return folder
 
 
@@ -60,11 +61,13 @@ def test_adapter_that_changes_more_than_the_encoder_is_refused_by_name(adapter, 
 
 
 def test_names_of_both_towers_go_by_the_encoders_prefix_or_are_refused(tmp_path):
-    folder = without_class(tmp_path, "blocks")
+    folder = of_class(tmp_path, "blocks", None)
     pool = ExpertPool.from_files(BASE, {"a": folder}, key_map="visual.")
     assert {f"visual.{name}" for name in pool.names} == set(merged_by_peft("blocks"))
     with pytest.raises(InputError, match=r"fit .*base\.safetensors behind '', 'visual\.'.*--key-prefix visual\."):
         ExpertPool.from_files(BASE, {"a": folder})
+    with pytest.raises(InputError, match="behind '', 'visual"):  # no tower of texts lands in the one of images
+        ExpertPool.from_files(BASE, {"a": of_class(tmp_path, "blocks", "SomeTextModel")}, key_map="visual.")
 
 
 def test_head_of_an_adapter_of_the_encoder_is_named_with_a_prefix_too(tmp_path):
