@@ -230,6 +230,23 @@ def test_check_lora_expert_is_held_against_the_base(found, tmp_path):
     assert [re.match(r".*absent\.safetensors: no such file", problem) is not None for problem in problems] == [True]
 
 
+def test_check_tensors_of_an_expert_without_a_place_are_named(found, tmp_path, caplog):
+    towers = {"visual.transformer.resblocks.0.mlp.c_fc": (384, 96), "transformer.resblocks.0.mlp.c_fc": (256, 64)}
+    random_adapter(tmp_path / "lora", towers)
+    (problem,) = found("pool.experts.digits=lora")
+    assert re.search(r"'digits' .*1 tensors have no place .*: 'transformer\.resblocks\.0\.mlp\.c_fc\.weight'", problem)
+    assert found("pool.experts.digits=lora", "+pool.unplaced=list") == []
+    assert "'transformer.resblocks.0.mlp.c_fc.weight'" in caplog.text
+    caplog.clear()
+    tensors = load_file(zoo.files() / "experts" / "digits.safetensors")
+    wrapped = {f"module.model.{key}": tensor for key, tensor in tensors.items()}
+    save_file({**wrapped, "module.model.head.weight": torch.ones(2)}, tmp_path / "wrapped.safetensors")
+    assert found("pool.experts.digits=wrapped.safetensors") == []
+    assert "'head.weight'" in caplog.text
+    (problem,) = found("pool.experts.digits=wrapped.safetensors", "+pool.unplaced=refuse")
+    assert "pool.unplaced=list" in problem
+
+
 def test_check_packed_task_vectors_are_held_against_the_pool(found, tmp_path):
     experts = {name: zoo.files() / "experts" / f"{name}.safetensors" for name in ("mnist", "digits")}
     pool = ExpertPool.from_files(
