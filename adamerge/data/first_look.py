@@ -23,6 +23,11 @@ _SPLITS = ("dataset", "adapt", "evaluate")
 _NO_CLASSES = {"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin"}  # what systems and tools leave behind
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "images"}
 
+_ALIKE = (
+    "Give both the same class folders (a class without images: an empty folder, and allow_empty: true), or adapt on a "
+    "data set without classes."
+)
+
 
 def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None = None) -> None:
     """Check a task's class names, and a few of the inputs to adapt on; labels and what is scored are left alone.
@@ -104,7 +109,9 @@ def check_class_names(name: str, task: Task) -> None:
         _check_depth(f"{where}.{key}", getattr(task, key))
     adapt, evaluate = folders["adapt"], folders["evaluate"]
     if adapt and evaluate and adapt != evaluate and len(adapt) > 1:
-        raise InputError(f"{where}: adapt and evaluate have other classes: {_difference(adapt, evaluate)}. {_ALIKE}")
+        raise InputError(
+            f"{where}: adapt and evaluate have different classes: {_difference(adapt, evaluate)}. {_ALIKE}"
+        )
     key = next((key for key in ("evaluate", "dataset", "adapt") if folders[key]), "dataset")
     if task.classes is not None and folders[key] and (key != "adapt" or len(folders[key] or []) > 1):
         _check_given(where, key, [str(name) for name in task.classes], folders[key] or [])
@@ -114,12 +121,6 @@ def check_class_names(name: str, task: Task) -> None:
             f"{where}: expected at least two classes, found {shorten(names) or 'none'}: nothing to tell apart. Is the "
             "root the folder of the class folders?"
         )
-
-
-_ALIKE = (
-    "Give both the same class folders (a class without images: an empty folder, and allow_empty: true), or adapt on a "
-    "data set without classes."
-)
 
 
 def _names(dataset: Any) -> list[str] | None:
