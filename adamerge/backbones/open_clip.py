@@ -170,14 +170,15 @@ class OpenClip:
         """Say that weights were trained with another activation than the model has, and which model has it."""
         import open_clip
 
-        known = open_clip.list_models()
         plain = self.model.removesuffix("-quickgelu")
         name = f"{plain}-quickgelu" if quick_gelu else plain
-        other = "a folder whose model_cfg has" if self._folder or name not in known else f"backbone.model={name}, or"
+        remedy = f"backbone.model to a folder whose model_cfg has quick_gelu: {str(quick_gelu).lower()}"
+        if not self._folder and name in open_clip.list_models():
+            remedy = f"backbone.model={name}"
         with_it, without = ("quick_gelu", "gelu")[:: 1 if quick_gelu else -1]
         return (
             f"{where}: these weights were trained with {with_it}, but backbone.model={self.model} computes {without}. "
-            f"Set {other} quick_gelu: {str(quick_gelu).lower()}."
+            f"Set {remedy}."
         )
 
     @property

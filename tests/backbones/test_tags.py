@@ -176,7 +176,7 @@ def test_hugging_face_file_of_another_activation_is_refused(tiny, saved):
     content = json.loads((folder / "open_clip_config.json").read_text())
     content["model_cfg"]["quick_gelu"] = False
     (folder / "open_clip_config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"Set a folder whose model_cfg has quick_gelu: true\."):
+    with pytest.raises(InputError, match=r"Set backbone\.model to a folder whose model_cfg has quick_gelu: true\."):
         OpenClip(str(folder)).heads(pool.source, {}, {})
 
 
