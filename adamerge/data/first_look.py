@@ -125,8 +125,9 @@ def check_class_names(name: str, task: Task) -> None:
 
 def _names(dataset: Any) -> list[str] | None:
     names = getattr(dataset, "classes", None)
-    is_list = isinstance(names, Iterable) and not isinstance(names, (str, Mapping))
-    return [str(name) for name in names] if is_list else None
+    if not isinstance(names, Iterable) or isinstance(names, (str, Mapping)):
+        return None
+    return [str(name) for name in names]
 
 
 def _check_folders(where: str, names: Sequence[str], *, may_be_pile: bool) -> None:
@@ -147,8 +148,10 @@ def _check_folders(where: str, names: Sequence[str], *, may_be_pile: bool) -> No
 def _check_depth(where: str, dataset: Any) -> None:
     """Refuse folders of classes that all hold the same folders, and no images beside them."""
     root, below = getattr(dataset, "root", None), defaultdict[str, set[str]](set)
+    if not isinstance(root, (str, Path)):
+        return
     for path, _ in getattr(dataset, "samples", None) or []:
-        inside = isinstance(root, (str, Path)) and isinstance(path, (str, Path)) and Path(path).is_relative_to(root)
+        inside = isinstance(path, (str, Path)) and Path(path).is_relative_to(root)
         if not inside or len(parts := Path(path).relative_to(root).parts) < 3:
             return
         below[parts[0]].add(parts[1])
@@ -156,7 +159,7 @@ def _check_depth(where: str, dataset: Any) -> None:
     if len(below) > 1 and len(names) > 1 and all(folders == names for folders in below.values()):
         raise InputError(
             f"{where}: the folders {shorten(sorted(below))} hold the same folders {shorten(sorted(names))}: the root "
-            f"is one level too high. Name one of them, such as root: {Path(str(root), min(below))}."
+            f"is one level too high. Name one of them, such as root: {Path(root, min(below))}."
         )
 
 
