@@ -65,6 +65,7 @@ def test_tensorboard_gets_images_histograms_and_scalars_by_task(method, tmp_path
     assert events.Scalars("test/acc/b")[0].value == 0.75
 
 
+@pytest.mark.slow
 def test_mlflow_gets_images_and_scalars_by_task(method, tmp_path):
     pytest.importorskip("mlflow")
     logger = MLFlowLogger(
