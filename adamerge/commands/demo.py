@@ -19,8 +19,8 @@ from adamerge.commands.run.compose import compose
 from adamerge.commands.run.run import record_metrics
 from adamerge.commands.terminal import json_option, list_files, out, print_json, report
 from adamerge.results.evaluation import TaskScore, bootstrap, table
-from adamerge.results.report import report_run
 from adamerge.results.report.record import costs_of
+from adamerge.results.report.write import report_run
 from adamerge.system import progress
 from adamerge.system.files import atomic_path, ensure_writable
 

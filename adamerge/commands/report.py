@@ -29,8 +29,9 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, figures: Path | None
 
     Runs write their own report when they end; this command is for runs that were stopped, and for comparisons.
     """  # noqa: D301
-    from adamerge.results.report import PAGE, save_figures, write_report
+    from adamerge.results.report import PAGE
     from adamerge.results.report.facts import read_run
+    from adamerge.results.report.write import save_figures, write_report
 
     run_dirs, page = tuple(path.absolute() for path in run_dirs), output.absolute() if output else None
     figures = figures.absolute() if figures else None

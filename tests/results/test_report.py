@@ -13,11 +13,12 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from adamerge.commands import cli
-from adamerge.results.report import drawing, places, report_run, write_report
+from adamerge.results.report import drawing, places
 from adamerge.results.report.charts import Chart
 from adamerge.results.report.facts import read_run
 from adamerge.results.report.run_charts import accuracies, coefficients, cosines, distribution, norms, trajectories
 from adamerge.results.report.run_page import expert_table, headline, sections
+from adamerge.results.report.write import report_run, write_report
 from adamerge.results.table import Table
 from tests.support.report_runs import EXPERTS, PARAMETERS, save, summary, write_run
 

@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from adamerge.results.report import write_report
 from adamerge.results.report.facts import read_run
+from adamerge.results.report.write import write_report
 from tests.support.report_runs import write_run
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -47,8 +47,8 @@ from adamerge.pool.describe import describe
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
 from adamerge.results.evaluation import summary
-from adamerge.results.report import report_run
 from adamerge.results.report.record import costs_of
+from adamerge.results.report.write import report_run
 from adamerge.results.scoring import Made, score_run
 from adamerge.system import progress, ranks
 from adamerge.system.files import ensure_writable, save_json, sha256
