@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # `.ci/run` runs these all the same
 
 
 @pytest.fixture(scope="module")

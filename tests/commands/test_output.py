@@ -60,6 +60,7 @@ def test_adapt_json_prints_one_document_and_logs_everything(configs, tmp_path, c
     assert "accuracy, %" not in printed + errors
 
 
+@pytest.mark.slow
 def test_lightning_stays_silent_where_it_is_imported_afterwards():
     code = (
         "from adamerge.commands.terminal import configure_logging\nconfigure_logging(debug=False)\n"

@@ -1,5 +1,6 @@
 """The page in a real browser: no errors, no network, accessible, readable on a phone and on paper, with two themes."""
 
+import functools
 import shutil
 import subprocess
 import unicodedata
@@ -30,16 +31,22 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
+    """Writes a page of runs, by its name, when a test asks for it."""
     folder = tmp_path_factory.mktemp("reports")
     names = ("cars", "a_task_with_quite_a_long_name_of_its_own", "<b onmouseover=alert(1)>svhn</b>")
-    runs = [write_run(folder / "rows", name="rows", rows=20, experts=names)]
-    runs.append(write_run(folder / "frank_wolfe", name="<img src=x>", frank_wolfe=True, experts=names, shift=0.1))
-    few = [write_run(folder / name, name=name, experts=names[1:]) for name in ("first", "a_run_with_a_longer_name")]
-    one = [write_run(folder / "one", name="one", experts=names, steps=1)]
-    files = {"rows": runs[:1], "frank_wolfe": runs[1:], "both": runs, "few": few, "one": one}
-    for name, folders in files.items():
+    rows = {"name": "rows", "rows": 20, "experts": names}
+    frank_wolfe = {"name": "<img src=x>", "frank_wolfe": True, "experts": names, "shift": 0.1}
+    few = [{"name": name, "experts": names[1:]} for name in ("first", "a_run_with_a_longer_name")]
+    one = [{"name": "one", "experts": names, "steps": 1}]
+    runs = {"rows": [rows], "frank_wolfe": [frank_wolfe], "both": [rows, frank_wolfe], "few": few, "one": one}
+
+    @functools.cache
+    def written(name):
+        folders = [write_run(folder / name / str(number), **options) for number, options in enumerate(runs[name])]
         write_report([read_run(run) for run in folders], folder / f"{name}.html")
-    return {name: folder / f"{name}.html" for name in files}
+        return folder / f"{name}.html"
+
+    return written
 
 
 @pytest.fixture
@@ -90,7 +97,7 @@ def background(page):
 )
 def test_page_is_drawn_accessible_and_no_wider_than_the_window(visit, pages, name, viewport, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    page = visit(pages[name], viewport, scheme)
+    page = visit(pages(name), viewport, scheme)
     assert background(page) == {"light": "rgb(245, 247, 250)", "dark": "rgb(16, 21, 27)"}[scheme]
     plots = page.locator(".plot")
     assert plots.count() > 2
@@ -107,7 +114,7 @@ def test_page_is_drawn_accessible_and_no_wider_than_the_window(visit, pages, nam
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1200])
 def test_captions_wrap(visit, pages, width):
-    page = visit(pages["few"], {"width": width, "height": 800})
+    page = visit(pages("few"), {"width": width, "height": 800})
     for span in page.locator("#result table:not(figure table) caption span").all():
         assert span.bounding_box()["width"] < width
 
@@ -135,7 +142,7 @@ def test_printed_page_has_its_figures_and_whole_tables(tmp_path, wide_page):
 
 @pytest.mark.slow
 def test_theme_button_switches_colours_of_page_and_figures(visit, pages):
-    page = visit(pages["frank_wolfe"])
+    page = visit(pages("frank_wolfe"))
     ink = "getComputedStyle(document.querySelector('#figure-losses text')).fill"
     light, text = background(page), page.evaluate(ink)
     button = page.get_by_role("button", name="Switch to the dark theme")
@@ -151,7 +158,7 @@ def test_theme_button_switches_colours_of_page_and_figures(visit, pages):
 def test_page_without_javascript_has_all_figures_and_tables(browser, pages):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.goto(pages["rows"].as_uri())
+    page.goto(pages("rows").as_uri())
     assert page.locator("table").count() > 10
     assert page.locator(".plot svg").count() == page.locator(".plot").count() > 5
     assert "Mean accuracy" in page.locator("main").text_content()
@@ -160,5 +167,5 @@ def test_page_without_javascript_has_all_figures_and_tables(browser, pages):
 
 @pytest.mark.slow
 def test_page_of_a_run_of_one_step_has_its_figures(visit, pages):
-    page = visit(pages["one"])
+    page = visit(pages("one"))
     assert page.locator(".plot svg").count() == page.locator(".plot").count() > 2
