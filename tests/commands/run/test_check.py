@@ -166,6 +166,14 @@ def test_check_says_what_is_wrong_with_each_task_at_once(found):
     ]  # fmt: skip
 
 
+def test_check_labels_of_the_images_to_score_are_looked_at_where_they_are_scored(found):
+    texts = "+data.tasks.mnist.dataset.target_transform={_target_: builtins.str, _partial_: true}"
+    (problem,) = found(texts)
+    assert problem.startswith("data.tasks.mnist.dataset: item 0 (")
+    assert "found '0'" in problem
+    assert found(texts, "evaluate=false") == []
+
+
 def test_check_task_takes_fields_that_its_file_does_not_set(found):
     assert found("data.tasks.mnist.expert=digits", "data.tasks.mnist.templates=['a {}.']") == []
 
