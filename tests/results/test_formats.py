@@ -346,7 +346,7 @@ def test_card_without_matplotlib_has_no_picture(clip_run, tmp_path, monkeypatch,
     export_as(clip_run, "open_clip", tmp_path / "out")
     assert not (tmp_path / "out" / "coefficients.png").exists()
     assert "![" not in (tmp_path / "out" / "README.md").read_text()
-    assert "No picture of the coefficients: matplotlib is not installed" in caplog.text
+    assert "No coefficients.png: matplotlib is not installed" in caplog.text
 
 
 def test_ingredients_of_the_hub_and_of_a_tag_are_named():

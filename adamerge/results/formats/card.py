@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from adamerge import __version__
 from adamerge.checkpoints.model_folder import read_json
 from adamerge.results.evaluation import table as accuracy_table
-from adamerge.results.formats.merged import Usage
+from adamerge.results.formats.merged import MergedFolder, Usage
 from adamerge.results.report import drawing
 from adamerge.results.report.facts import learned_of
 from adamerge.results.report.run_charts import coefficient_map
@@ -35,25 +37,31 @@ _LICENCES = (
 )
 
 
-def write_card(folder: Path, name: str, recipe: Mapping[str, Any], usage: Usage, source: Path) -> None:
-    """Write ``README.md``, and beside it the picture and the files that it speaks of.
+def write_card(merged: MergedFolder, folder: Path, name: str, usage: Usage) -> None:
+    """Write ``README.md`` by ``card.md``, and beside it the picture of the coefficients.
 
     Args:
+        merged: What was exported.
         folder: Of the export.
         name: Of the model, its heading.
-        recipe: The content of ``merge.json``.
         usage: What the format says.
-        source: The folder of the merge, with ``coefficients.json`` where it has coefficients.
     """
-    sections = [
-        f"# {name}\n",
-        _summary(recipe),
-        _use(usage, folder),
-        _making(recipe, _picture(source, folder)),
-        _ingredients(recipe),
-        _accuracy(recipe),
-    ]
-    text = f"{_header(name, recipe, usage)}\n" + "\n".join(section for section in sections if section)
+    recipe = merged.recipe
+    parts = ingredients(recipe)
+    heads = [task for task, head in merged.heads.items() if set(head) == {"weight", "scale"}]
+    is_clip = usage.library in ("open_clip", "transformers")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    text = environment.get_template("card.md").render(
+        header=_header(name, recipe, usage), name=name, version=__version__, usage=usage, method=_method(recipe),
+        experts=[part for part in parts if part != "base"],
+        base=(parts.get("base") or {}).get("source") or "a base that the recipe does not name",
+        task=json.dumps(heads[0], ensure_ascii=False) if heads and is_clip else None,
+        files=_files(usage, folder), command=_shown(recipe["command"]) if recipe.get("command") else None,
+        facts=_facts(recipe), picture=_picture(merged.folder, folder), ingredients=_ingredients(parts),
+        accuracy=_accuracy(recipe),
+    )  # fmt: skip
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
 
@@ -96,11 +104,10 @@ def _header(name: str, recipe: Mapping[str, Any], usage: Usage) -> str:
     parts = ingredients(recipe)
     licence = licence_of(part["licence"] for part in parts.values())
     bases = [match["name"] for part in parts.values() if (match := _REFERENCE.match(part["source"] or ""))]
-    options: dict[str, Any] = {"license": licence, "pipeline_tag": usage.pipeline, "tags": ["merge", "adamerge"]}
+    options: dict[str, Any] = {"license": licence, "library_name": usage.library}
+    options |= {"pipeline_tag": usage.pipeline, "tags": ["merge", "adamerge"]}
     if licence == "other":
         options["license_name"] = "licences-of-the-ingredients"
-    if usage.library:
-        options["library_name"] = usage.library
     if bases:
         options |= {"base_model": bases, "base_model_relation": "merge"}
     results = [
@@ -112,29 +119,15 @@ def _header(name: str, recipe: Mapping[str, Any], usage: Usage) -> str:
     ]  # fmt: skip
     if results:
         options |= {"eval_results": results, "model_name": name}
-    return f"---\n{ModelCardData(**options).to_yaml()}\n---\n"
+    return ModelCardData(**options).to_yaml()
 
 
-def _summary(recipe: Mapping[str, Any]) -> str:
-    parts = ingredients(recipe)
-    experts = [part for part in parts if part != "base"]
-    base = (parts.get("base") or {}).get("source") or "a base that the recipe does not name"
-    return (
-        f"One checkpoint, merged from {len(experts)} experts ({', '.join(experts)}), each fine-tuned from {base}, with "
-        f"adamerge {__version__}. {_method(recipe)}\n"
-    )
-
-
-def _use(usage: Usage, folder: Path) -> str:
-    files = {**usage.files, **{file: what for file, what in _BESIDE.items() if (folder / file).is_file()}}
-    lines = [f"## Use\n\n```python\n{usage.code.rstrip()}\n```\n"]
-    if usage.head:
-        lines.append(f"The classes of a task:\n\n```python\n{usage.head}\n```\n")
-    lines.append(Table(["file", "what"], list(files.items())).markdown(code=(0,)))
-    if usage.preprocessing:
-        settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in usage.preprocessing.items())
-        lines.append(f"Preprocessing of images: {settings}.\n")
-    return "\n".join([*lines, *(f"{note}\n" for note in usage.notes)])
+def _files(usage: Usage, folder: Path) -> str:
+    """Return the table of the files, and what images go through."""
+    files = {**usage.files, **{file: content for file, content in _BESIDE.items() if (folder / file).is_file()}}
+    settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in usage.preprocessing.items())
+    text = f"\nPreprocessing of images: {settings}.\n" if settings else ""
+    return Table(["file", "what"], list(files.items())).markdown(code=(0,)) + text
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
@@ -153,25 +146,15 @@ def _method(recipe: Mapping[str, Any]) -> str:
     return f"Its coefficients were learned in {config.get('steps', '?')} steps on {data}: {text}."
 
 
-def _making(recipe: Mapping[str, Any], picture: bool) -> str:
-    lines = ["## How it was made\n"]
-    if command := recipe.get("command"):
-        lines.append(f"```bash\n{_shown(command)}\n```\n")
-    facts = {
-        "seed": recipe.get("seed"),
+def _facts(recipe: Mapping[str, Any]) -> dict[str, str | None]:
+    batch_norm = recipe.get("batch_norm")
+    versions = recipe.get("versions") or {}
+    return {
+        "seed": None if recipe.get("seed") is None else str(recipe["seed"]),
         "protocol": recipe.get("protocol"),
-        "BatchNorm statistics": (recipe.get("batch_norm") or {}).get("policy")
-        if isinstance(recipe.get("batch_norm"), Mapping)
-        else None,
-        "versions": ", ".join(f"{name} {version}" for name, version in (recipe.get("versions") or {}).items()),
+        "BatchNorm statistics": batch_norm.get("policy") if isinstance(batch_norm, Mapping) else batch_norm,
+        "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
     }
-    shown = [f"- {key}: {value}" for key, value in facts.items() if value not in (None, "")]
-    lines.append("\n".join(shown) + "\n" if shown else "")
-    if picture:
-        lines.append(
-            f"Coefficients by expert and parameter, means over the groups inside one:\n\n![Coefficients]({PICTURE})\n"
-        )
-    return "\n".join(line for line in lines if line)
 
 
 def _shown(command: Sequence[Any]) -> str:
@@ -196,24 +179,19 @@ def _name_of(path: str) -> str:
     return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
-def _ingredients(recipe: Mapping[str, Any]) -> str:
-    parts = ingredients(recipe)
-    if not parts:
-        return ""
+def _ingredients(parts: Mapping[str, Mapping[str, str | None]]) -> str:
     rows = [
         [name, *(part[key] or NOT_STATED for key in ("source", "licence", "sha256"))] for name, part in parts.items()
     ]
-    table = Table(["", "from", "licence", "SHA-256"], rows).markdown(code=(3,))
-    note = "A merge is derived from all of its ingredients: what their licences ask for holds for it too."
-    return f"## Ingredients\n\n{table}\n{note}\n"
+    return Table(["", "from", "licence", "SHA-256"], rows).markdown(code=(3,)) if rows else ""
 
 
 def _accuracy(recipe: Mapping[str, Any]) -> str:
     rows: Mapping[str, Any] = recipe.get("metrics") or {}
     if not rows:
         return ""
-    content = {"rows": rows, "tasks": list(next(iter(rows.values()))["per_task"]), "protocol": recipe.get("protocol")}
-    return f"## Accuracy\n\n{accuracy_table(content).markdown()}\n"
+    tasks = list(next(iter(rows.values()))["per_task"])
+    return accuracy_table({"rows": rows, "tasks": tasks, "protocol": recipe.get("protocol")}).markdown()
 
 
 def _own_row(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:

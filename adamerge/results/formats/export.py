@@ -72,7 +72,7 @@ def _write(merged: MergedFolder, target: str, folder: Path, name: str, options: 
         if (merged.folder / kept).is_file():
             shutil.copyfile(merged.folder / kept, folder / kept)
     save_json(_provenance(merged), folder / "adamerge.json")
-    card.write_card(folder, name, merged.recipe, usage, merged.folder)
+    card.write_card(merged, folder, name, usage)
 
 
 def _provenance(merged: MergedFolder) -> dict[str, Any]:

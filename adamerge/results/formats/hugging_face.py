@@ -15,7 +15,7 @@ from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
 from adamerge.checkpoints.clip_configs import to_hugging_face
 from adamerge.checkpoints.clip_names import as_theirs
 from adamerge.errors import InputError
-from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example, head_code
+from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example
 from adamerge.results.formats.open_clip import sidecar_of, tokenizer_notes
 from adamerge.system.files import atomic_path, save_json
 
@@ -24,22 +24,6 @@ log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _VOCABULARY = 49408  # of OpenAI's byte-pair encoding, which both libraries ship
-
-_CODE = """from transformers import CLIPModel, CLIPProcessor
-
-model = CLIPModel.from_pretrained("FOLDER").eval()
-processor = CLIPProcessor.from_pretrained("FOLDER")
-inputs = processor(text=["a photo of a cat", "a photo of a dog"], images=image, return_tensors="pt", padding=True)
-probabilities = model(**inputs).logits_per_image.softmax(-1)
-"""
-_FEATURES = 'features = model.visual_projection(model.vision_model(pixel_values=inputs["pixel_values"]).pooler_output)'
-_CODE_WITHOUT_TEXTS = f"""from transformers import CLIPImageProcessor, CLIPModel
-
-model = CLIPModel.from_pretrained("FOLDER").eval()
-processor = CLIPImageProcessor.from_pretrained("FOLDER")
-inputs = processor(images=image, return_tensors="pt")
-{_FEATURES}
-"""
 
 
 def write(merged: MergedFolder, folder: Path) -> Usage:
@@ -57,11 +41,8 @@ def write(merged: MergedFolder, folder: Path) -> Usage:
     notes = tokenizer_notes(merged.backbone)
     if not has_tokenizer and not notes:
         notes = ("The tokenizer is not OpenAI's, and not part of this folder: take the base's.",)
-    code, features = (_CODE, _FEATURES) if has_tokenizer else (_CODE_WITHOUT_TEXTS, "")
-    return Usage(
-        "transformers", "zero-shot-image-classification", files, code, notes, sidecar["preprocess_cfg"],
-        head_code(merged, features),
-    )  # fmt: skip
+    options = {"has_tokenizer": has_tokenizer}
+    return Usage("transformers", "zero-shot-image-classification", files, sidecar["preprocess_cfg"], notes, options)
 
 
 def write_model(checkpoint: Checkpoint, sidecar: Mapping[str, Any], where: str, folder: Path) -> dict[str, str]:

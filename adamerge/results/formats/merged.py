@@ -1,6 +1,5 @@
 """A merged model as the folder of a run, or of ``adamerge merge``, holds it; what a format says of it, and compares."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,49 +140,20 @@ class Usage:
     """How an export is used.
 
     Attributes:
-        library: Its name for the Hub's ``library_name``; None where the Hub knows none.
+        library: Its name for the Hub's ``library_name``, by which ``card.md`` chooses the code.
         pipeline: The Hub's ``pipeline_tag``.
         files: File name to what it holds.
-        code: Python that loads the model from the folder ``FOLDER`` and runs it.
-        head: Python that goes on from there to a task's classes; empty where no zero-shot head lies in the folder.
-        notes: Further sentences, such as what could not be written.
         preprocessing: What images go through, ready for JSON.
+        notes: Further sentences, such as what could not be written.
+        options: What the code names: class counts, shapes, tasks.
     """
 
-    library: str | None
+    library: str
     pipeline: str
     files: Mapping[str, str]
-    code: str
+    preprocessing: Mapping[str, Any]
     notes: tuple[str, ...] = ()
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    head: str = ""
-
-
-def head_code(merged: MergedFolder, features: str = "") -> str:
-    """Return Python that applies the first task's zero-shot head to ``features``; empty where there is none.
-
-    Args:
-        merged: The merge.
-        features: Python that computes them; empty where :attr:`Usage.code` does.
-    """
-    task = next((task for task, head in merged.heads.items() if set(head) == {"weight", "scale"}), None)
-    if task is None:
-        return ""
-    classes = "classes" in (merged.info.get(task) or {})
-    lines = [
-        *(["import json", ""] if classes else []),
-        "from safetensors import safe_open",
-        "from torch.nn.functional import normalize",
-        "",
-        *([features] if features else []),
-        f"task = {json.dumps(task, ensure_ascii=False)}",
-        'with safe_open("FOLDER/heads.safetensors", "pt") as heads:',
-        '    weight, scale = (heads.get_tensor(f"{task}/{name}").float() for name in ("weight", "scale"))',
-        *(['    classes = json.loads(heads.metadata()["adamerge_tasks"])[task]["classes"]'] if classes else []),
-        "logits = scale * normalize(features, dim=-1) @ weight",
-        *(["print(classes[logits[0].argmax()])"] if classes else []),
-    ]
-    return "\n".join(lines)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def check_equal(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:

@@ -26,15 +26,6 @@ _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _LIMIT = 1_900_000_000  # bytes; a protobuf file holds less than 2 GiB
 _TOLERANCE = 5e-4  # of the largest logit: kernels of another library, and folded constants
 
-_CODE = """import json
-import onnxruntime
-
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-classes = json.load(open("FOLDER/classes.json"))
-(logits,) = session.run([{task!r}], {{"images": images}})  # images: float32 {shape}, preprocessed
-print([classes[{task!r}][i] for i in logits.argmax(-1)])
-"""
-
 
 class Classifiers(nn.Module):
     """An encoder and heads as one function.
@@ -91,8 +82,8 @@ def write(merged: MergedFolder, folder: Path) -> Usage:
     }
     if (folder / EXTERNAL).is_file():
         files[EXTERNAL] = f"its weights, which have to lie beside {WEIGHTS}"
-    code = _CODE.format(task=next(iter(merged.heads)), shape=shape)
-    return Usage("onnx", "image-classification", files, code, preprocessing=preprocessing)
+    options = {"task": repr(next(iter(merged.heads))), "shape": shape}
+    return Usage("onnx", "image-classification", files, preprocessing, options=options)
 
 
 def prove(merged: MergedFolder, folder: Path) -> None:

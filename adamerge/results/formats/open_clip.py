@@ -9,17 +9,10 @@ import torch
 from adamerge.backbones import Backbone, OpenClip
 from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
 from adamerge.errors import InputError
-from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example, head_code
+from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example
 from adamerge.system.files import save_json
 
 WEIGHTS = "open_clip_model.safetensors"
-
-_CODE = """import open_clip
-
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")
-model.eval()
-features = model.encode_image(preprocess(image).unsqueeze(0))
-"""
 
 
 def sidecar_of(backbone: Backbone, target: str) -> dict[str, Any]:
@@ -47,10 +40,8 @@ def write(merged: MergedFolder, folder: Path) -> Usage:
     save_json(sidecar, folder / OPEN_CLIP_CONFIG)
     shutil.copyfile(merged.path, folder / WEIGHTS)
     files = {WEIGHTS: "the weights, both towers", OPEN_CLIP_CONFIG: "architecture and preprocessing"}
-    return Usage(
-        "open_clip", "zero-shot-image-classification", files, _CODE,
-        notes=tokenizer_notes(merged.backbone), preprocessing=sidecar["preprocess_cfg"], head=head_code(merged),
-    )  # fmt: skip
+    notes = tokenizer_notes(merged.backbone)
+    return Usage("open_clip", "zero-shot-image-classification", files, sidecar["preprocess_cfg"], notes)
 
 
 def prove(merged: MergedFolder, folder: Path) -> None:

@@ -14,14 +14,6 @@ from adamerge.system.files import save_json
 
 WEIGHTS = "model.pth"
 
-_CODE = """import torch
-from torchvision import models
-
-model = models.get_model("{model}", num_classes={classes}).eval()
-model.load_state_dict(torch.load("FOLDER/model.pth", weights_only=True))
-preprocess = models.get_model_weights("{model}").DEFAULT.transforms()
-logits = model(preprocess(image).unsqueeze(0))
-"""
 _NO_TASK = (
     "The classifier is the base's: none of the tasks'. Those are in `heads.safetensors`, as `TASK/weight` and "
     "`TASK/bias`; `adamerge export ... --task TASK` puts one in its place."
@@ -51,15 +43,12 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
             f"NAME, whose head to use: one of {', '.join(merged.heads) or 'none'}."
         )
     torch.save(tensors, folder / WEIGHTS)
-    classes = len(tensors[names[0]])
     preprocessing = preprocessing_of(backbone.preprocess())
     save_json(preprocessing, folder / "preprocessing.json")
     files = {WEIGHTS: "the state dict", "preprocessing.json": "what images go through"}
-    return Usage(
-        "torchvision", "image-classification", files, _CODE.format(model=backbone.model, classes=classes),
-        notes=(_NO_TASK,) if task is None else (f"The classifier is that of the task {task}.",),
-        preprocessing=preprocessing,
-    )  # fmt: skip
+    notes = (_NO_TASK if task is None else f"The classifier is that of the task {task}.",)
+    options = {"model": backbone.model, "classes": len(tensors[names[0]])}
+    return Usage("torchvision", "image-classification", files, preprocessing, notes, options)
 
 
 def prove(merged: MergedFolder, folder: Path, task: str | None = None) -> None:

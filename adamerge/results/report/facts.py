@@ -111,9 +111,9 @@ class Run:
         """Names of the experts."""
         if self.learned is not None:
             return self.learned.experts
-        places = (self.pool.get("experts"), self.recipe.get("hashes"), mapping(self.config.get("pool")).get("experts"))
-        known = next((found for place in places if (found := mapping(place))), {})
-        return [name for name in known if name != "base"]
+        pool = mapping(self.config.get("pool"))
+        names = mapping(self.pool.get("experts")) or mapping(self.recipe.get("hashes")) or mapping(pool.get("experts"))
+        return [name for name in names if name != "base"]
 
     @property
     def tasks(self) -> list[str]:
@@ -147,8 +147,7 @@ def read_run(folder: Path) -> Run:
     run.record = _mapping(run, RECORD)
     run.summary = _checked(run, "summary.json", _summary_of) or {}
     run.learned = _checked(run, "coefficients.json", lambda content: learned_of(content, run.folder))
-    for path in sorted(run.folder.glob("metrics/version_*/metrics.csv"), key=_version):
-        _add_metrics(run, path)
+    run.metrics = _metrics(run)
     if not run.is_finished:
         run.notes.insert(0, "The run has not finished: this is what it left so far.")
     return run
@@ -226,28 +225,25 @@ def _version(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _add_metrics(run: Run, path: Path) -> None:
-    """Take a CSV file's numbers in; a resumed run repeats steps, of which the later values count."""
-    found: dict[str, dict[int, float]] = {
-        name: dict(zip(series.steps, series.values, strict=True)) for name, series in run.metrics.items()
-    }
+def _metrics(run: Run) -> dict[str, Series]:
+    """Read the numbers of all CSV files; a resumed run repeats steps, of which the later values count."""
+    values: dict[str, dict[int, float]] = {}
     lost = 0
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for line in csv.DictReader(file):
-                step = int(line["step"])
-                for name, text in line.items():
-                    if name in ("step", "epoch") or not isinstance(text, str) or not text:
-                        continue
-                    if math.isfinite(value := float(text)):
-                        found.setdefault(name, {})[step] = value
-                    else:
-                        lost += 1
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        name = path.relative_to(run.folder)
-        run.notes.append(f"{name} is broken; what came before that is shown ({type(error).__name__}: {error}).")
+    for path in sorted(run.folder.glob("metrics/version_*/metrics.csv"), key=_version):
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                for line in csv.DictReader(file):
+                    step = int(line.pop("step"))
+                    numbers = {name: float(text) for name, text in line.items() if name != "epoch" and text}
+                    finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+                    lost += len(numbers) - len(finite)
+                    for name, value in finite.items():
+                        values.setdefault(name, {})[step] = value
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            name = path.relative_to(run.folder)
+            run.notes.append(f"{name} is broken; what came before that is shown ({type(error).__name__}: {error}).")
     if lost:
         run.notes.append(f"{lost} logged values are NaN or infinite, and not shown.")
-    run.metrics = {
-        name: Series(sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()
+    return {
+        name: Series(sorted(by_step), [by_step[step] for step in sorted(by_step)]) for name, by_step in values.items()
     }

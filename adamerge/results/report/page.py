@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jinja2
+
 from adamerge import __version__
 from adamerge.errors import InputError
 from adamerge.results.report import drawing
@@ -105,8 +107,6 @@ def write_page(path: Path, title: str, subtitle: str, sections: Sequence[Section
     """
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
     try:
-        import jinja2
-
         figures = {chart.key: drawing.svg(chart) for chart in charts}
     except ImportError as error:
         raise InputError(f'A report needs the package {error.name}: pip install "adamerge[report]".') from error
