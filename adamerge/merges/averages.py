@@ -172,8 +172,8 @@ class ModelStock:
     r"""The mean of the experts drawn towards the base, the more the less they agree.
 
     Per tensor: :math:`\theta = \theta_0 + t \frac1E \sum_e \tau_e` with :math:`t = \frac{E c}{1 + (E-1) c}` and c the
-    mean cosine of pairs of task vectors. A negative c counts as 0 (the base's value), as t has a pole at
-    -1 / (E - 1). One expert alone has c = 1. No tensor is skipped. Cost: two passes.
+    mean cosine of pairs of task vectors. A negative c counts as 0 (the base's value), our choice, as t
+    has a pole at -1 / (E - 1). One expert alone has c = 1. No tensor is skipped. Cost: two passes.
 
     Args:
         agreement: ``cosine``: c is the mean of the cosines; ``angle``: the cosine of the mean angle.

@@ -42,7 +42,8 @@ class RegMean:
     Args:
         examples: Most unlabeled examples per task.
         off_diagonal: In [0, 1]; 0 weights input features alone, 1 is plain least squares.
-        ridge: Relative; keeps the system solvable where a layer has more inputs than tokens.
+        ridge: Relative; keeps the system solvable where a layer has more inputs than tokens. Our choice: the papers
+            have none.
 
     Reference:
         Jin et al., Dataless knowledge fusion, arXiv:2212.09849; ``off_diagonal`` 0.95 as in FusionBench.
@@ -88,7 +89,8 @@ class RegMeanPlusPlus:
     Args:
         examples: Most unlabeled examples per task.
         off_diagonal: In [0, 1]; 0 weights input features alone, 1 is plain least squares.
-        ridge: Relative; keeps the system solvable where a layer has more inputs than tokens.
+        ridge: Relative; keeps the system solvable where a layer has more inputs than tokens. Our choice: the papers
+            have none.
         blocks: Path of the module that holds the blocks, each of which feeds the next; None finds it.
 
     Reference:

@@ -23,7 +23,8 @@ class TiesMerge:
     r"""Keep each expert's largest entries, elect a sign per entry, merge those that have it.
 
     :math:`\theta = \theta_0 + \alpha\, m`, m the mean, sum or largest of the entries that the transform
-    :class:`adamerge.transforms.Ties` leaves at a position. No tensor is skipped.
+    :class:`adamerge.transforms.Ties` leaves at a position. No tensor is skipped. Where neither the sum nor the majority
+    has a sign, negative entries are merged, in ``max`` too, for which the reference has 0 there.
 
     Cost: five passes in float32, eight in float64, in constant memory; with ``tensor`` one, and one parameter's stack.
 

@@ -44,7 +44,8 @@ class FrankWolfeMerging(MergingMethod):
         objective: The loss, see :mod:`adamerge.objectives`.
         steps: Most iterations; None for as many as the trainer makes.
         step_rule: ``"harmonic"`` 2 / (t + 2), ``"constant"``, or ``"line_search"`` on the loss of the step's
-            (last accumulated) batch; of ``hard``.
+            (last accumulated) batch; of ``hard``. The paper's own rule is not known to us.
+        search_passes: Most forward passes of a line search, at least 4: an iteration costs as many beside its gradient.
         granularity: ``"group"``: each group of coefficients chooses its vertex; ``"task"``: one for the model.
         mode: ``"hard"`` or ``"soft"``.
         vertices: ``"experts"``, and optionally ``"base"`` and ``"start"`` (the initial coefficients).
@@ -55,7 +56,7 @@ class FrankWolfeMerging(MergingMethod):
         scaling: A second one, as in the released code.
         ranking: ``"inner_product"``, or ``"cosine"`` where each parameter lies in one group.
         top_k: Vertices of ``soft``.
-        inner_steps: Optimizer steps in one iteration of ``soft``.
+        inner_steps: Optimizer steps in one iteration of ``soft``: a run of S steps has S / inner_steps iterations.
         inner_lr: Of the weights of ``soft``.
         average_gradients: Choose vertices by a running average of the gradients, so that the noise of single batches
             does not choose irrelevant experts (Mokhtari et al., arXiv:1804.09554; not in FW-Merging).
@@ -77,6 +78,7 @@ class FrankWolfeMerging(MergingMethod):
         granularity: Literal["group", "task"] = "group",
         *,
         mode: Literal["hard", "soft"] = "hard",
+        search_passes: int = 12,
         vertices: Sequence[str] = ("experts",),
         vertex_scale: float = 1.0,
         tolerance: float | None = None,
@@ -97,7 +99,8 @@ class FrankWolfeMerging(MergingMethod):
         factor = step_size * scaling
         self._is_cosine, self._is_joint = ranking == "cosine", granularity == "task"
         self._check_hull(vertices, vertex_scale, average_gradients)
-        self._check_numbers({"steps": steps, "top_k": top_k, "inner_steps": inner_steps}, factor, mode == "soft")
+        counts = {"steps": steps, "top_k": top_k, "inner_steps": inner_steps, "search_passes": search_passes}
+        self._check_numbers(counts, factor, mode == "soft")
         self._vertex_kinds, self._vertex_scale = tuple(vertices), vertex_scale
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
@@ -110,8 +113,9 @@ class FrankWolfeMerging(MergingMethod):
         else:
             scores = self._ranking if self._is_cosine else None
             self._optimizer = partial(
-                FrankWolfe, step_rule=step_rule, factor=factor, loss_at=self._loss_at, ranking=scores, **limits
-            )
+                FrankWolfe, step_rule=step_rule, factor=factor, loss_at=self._loss_at, search_passes=search_passes,
+                ranking=scores, **limits,
+            )  # fmt: skip
 
     def on_fit_start(self) -> None:
         """Prepare as all methods do."""
@@ -242,8 +246,9 @@ class FrankWolfeMerging(MergingMethod):
 
     def _check_numbers(self, counts: Mapping[str, int | None], factor: float, is_soft: bool) -> None:
         for option, value in counts.items():
-            if value is not None and value < 1:
-                raise InputError(f"method.{option}: expected a number >= 1, found {value}.")
+            least = 4 if option == "search_passes" else 1
+            if value is not None and value < least:
+                raise InputError(f"method.{option}: expected a number >= {least}, found {value}.")
         if not 0 < factor <= 1:
             raise InputError(
                 f"method.step_size, method.scaling: expected a product in (0, 1], found {factor}: a longer step "

@@ -84,6 +84,7 @@ class FrankWolfe(Optimizer):
         limit: Iterations after which nothing moves any more.
         tolerance: Gap, summed over the groups, at which nothing moves any more.
         loss_at: Loss at coefficients (E, G), for the line search.
+        search_passes: Most losses that the line search asks for in an iteration, at least 4.
         ranking: Scores (V, G) to choose by instead of the inner products; then no group is skipped.
         averages: Choose by a running average of the gradients, which forgets the noise of single batches.
 
@@ -102,6 +103,7 @@ class FrankWolfe(Optimizer):
         limit: int | None = None,
         tolerance: float | None = None,
         loss_at: Callable[[Tensor], float] | None = None,
+        search_passes: int = 12,
         ranking: Callable[[], Tensor] | None = None,
         averages: bool = False,
     ) -> None:
@@ -112,7 +114,7 @@ class FrankWolfe(Optimizer):
         self._factor = factor
         self._limit = math.inf if limit is None else limit
         self._tolerance = -math.inf if tolerance is None else tolerance
-        self._loss_at = loss_at
+        self._loss_at, self._search_passes = loss_at, search_passes
         self._ranking = ranking
         self.is_done = False
         self.picks: Tensor | None = None
@@ -199,7 +201,7 @@ class FrankWolfe(Optimizer):
             return self._factor
         loss_at, start = self._loss_at, self._raw.detach()
         assert loss_at is not None, "the line search needs a loss"
-        return line_search(lambda size: loss_at(start + size * direction)) * self._factor
+        return line_search(lambda size: loss_at(start + size * direction), self._search_passes) * self._factor
 
 
 class SoftFrankWolfe(FrankWolfe):

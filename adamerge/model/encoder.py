@@ -143,16 +143,19 @@ class Runner:
 
 
 def select(names: Iterable[str], pattern: str, option: str) -> list[str]:
-    """Return the module paths that match a path or glob.
+    """Return the module paths that match a path or glob; of those inside each other the outermost.
 
     Raises:
         InputError: If there is none.
+
+    >>> select(["blocks.0", "blocks.0.mlp", "blocks.10"], "blocks.*", "hidden_layers")
+    ['blocks.0', 'blocks.10']
     """
     names = list(names)
     matching = fnmatch.filter(names, pattern)
     if not matching:
         raise InputError(f"{option}: {pattern!r} matches no module of the encoder.{did_you_mean(pattern, names)}")
-    return matching
+    return [name for name in matching if not any(_inside(name, container) for container in matching)]
 
 
 class _Hooks:

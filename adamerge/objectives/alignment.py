@@ -1,14 +1,15 @@
 """Alignment with the experts (Expert Merging): their predictions and hidden states, near the start."""
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.model.encoder import select
 from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.imitation import divergence
 
@@ -29,7 +30,8 @@ class Alignment:
     Args:
         temperature: t, > 0. The released code runs with 1.
         logit_weight: w_z.
-        hidden_layers: Modules whose outputs are compared, by path or glob; () for none (the code's default).
+        hidden_layers: Modules whose outputs are compared, by path or glob, of whose matches the outermost count; () for
+            none (the code's default).
         hidden_weight: w_h.
         feature_weight: w_f, of the encoder's output; 0 in the paper and in the code.
         distance: ``"sum"``: squared norms, summed over layers (paper). ``"mean"``: squared differences
@@ -88,7 +90,8 @@ class Alignment:
         if self.logit_weight:
             loss = loss + self.logit_weight * divergence(merged.logits, expert.logits, self.temperature).mean()
         if self.hidden_weight and self.hidden_layers:
-            names = [name for name in merged.hidden if any(fnmatch.fnmatch(name, p) for p in self.hidden_layers)]
+            selected = [select(merged.hidden, pattern, "objective.hidden_layers") for pattern in self.hidden_layers]
+            names = dict.fromkeys(chain.from_iterable(selected))
             distances = torch.stack([self._distance(merged.hidden[name], expert.hidden[name]) for name in names])
             loss = loss + self.hidden_weight * (distances.sum() if self.distance == "sum" else distances.mean())
         if self.feature_weight:

@@ -252,6 +252,13 @@ def test_line_search_is_exact_within_its_sections_and_never_goes_up():
     assert line_search(lambda size: 1.0) == 0
 
 
+@pytest.mark.parametrize("passes", [4, 5, 12])
+def test_line_search_asks_for_no_more_losses_than_it_may(passes):
+    sizes = []
+    line_search(lambda size: sizes.append(size) or (size - 0.7) ** 2, passes)
+    assert len(sizes) == passes
+
+
 # The method
 
 
@@ -427,6 +434,7 @@ def test_constraints_other_than_simplex_and_none_are_refused(toy, constraint):
     ("options", "message"),
     [
         ({"mode": "medium"}, "method.mode: expected hard or soft, found 'medium'"),
+        ({"search_passes": 3}, "method.search_passes: expected a number >= 4, found 3"),
         ({"step_rule": "armijo"}, "method.step_rule: expected harmonic or constant or line_search"),
         ({"granularity": "layer"}, "method.granularity: expected group or task, found 'layer'"),
         ({"vertices": ["experts", "bass"]}, "method.vertices: .*found 'bass'. Did you mean 'base'"),

@@ -177,6 +177,19 @@ def _build_stage(config: DictConfig, parts: dict[str, Any], problems: Problems) 
         with problems.naming(node):
             check_node(config, node)
             check_package(node, str(OmegaConf.select(config, f"{node}._target_")))
+    with problems.naming("method"):
+        _check_iterations(config)
+
+
+def _check_iterations(config: DictConfig) -> None:
+    """Refuse steps that end within an iteration of soft Frank-Wolfe."""
+    steps, inner = config.get("steps"), config.method.get("inner_steps")
+    is_counted = isinstance(steps, int) and isinstance(inner, int) and inner > 0
+    if is_counted and config.method.get("mode") == "soft" and steps % inner:
+        raise InputError(
+            f"steps: expected a multiple of method.inner_steps ({inner}), the steps of one iteration, found {steps}: "
+            f"{steps // inner} iterations and a part of one; such as steps={-(-steps // inner) * inner}."
+        )
 
 
 def _try_optimizer(config: DictConfig) -> None:
