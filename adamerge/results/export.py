@@ -75,17 +75,27 @@ def export(
         files |= _write_coefficients(pool, merged, files["merged"], statistics or {})
     else:
         _check_finite(merged, "The rule does not suit these experts, or its scale is too large for this dtype.")
-        content = {**(facts or {}), "pool": combined_hash(pool.hashes())}
-        _write_checkpoint(files["merged"], merged, json.dumps(content, sort_keys=True))
+        decided = {**(facts or {}), "pool": combined_hash(pool.hashes())}
+        _write_checkpoint(files["merged"], merged, json.dumps(decided, sort_keys=True))
+    content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
     if heads:
         files["heads"] = folder / "heads.safetensors"
         save_heads(heads, files["heads"], head_info or {})
     if sidecar:
         files["open_clip"] = folder / "open_clip"
         _write_open_clip(files["open_clip"], files["merged"], sidecar)
-    content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
+        content["stated"] = stated(sidecar)
     save_json({**content, **(recipe or {})}, files["recipe"])
     return files
+
+
+def stated(sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an open_clip configuration says of the features: the activation, and what images go through."""
+    model = sidecar.get("model_cfg", {})
+    preprocessing = {"preprocessing": dict(sidecar.get("preprocess_cfg", {}))}
+    if "timm_model_name" in model.get("vision_cfg", {}):  # which has its own
+        return preprocessing
+    return {"activation": "QuickGELU" if model.get("quick_gelu") else "GELU", **preprocessing}
 
 
 def _write_coefficients(

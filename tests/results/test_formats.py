@@ -315,6 +315,14 @@ def test_card_tells_ingredients_licences_method_metrics_and_shows_the_coefficien
         assert f"| `{name}.{'json' if name == 'coefficients' else 'safetensors'}` | " in card
     assert "| `adamerge.json` | " in card
     assert "batch_norm.safetensors" not in card
+    assert "Activation: QuickGELU." in card
+    assert "Preprocessing of images: size 16" in card
+    told = json.loads((clip_run / "merge.json").read_text())["stated"]
+    assert told == json.loads((tmp_path / "my-merge" / "adamerge.json").read_text())["stated"]
+    assert told == {
+        "activation": "QuickGELU",
+        "preprocessing": OpenClip(str(clip_run / "open_clip")).sidecar()["preprocess_cfg"],
+    }
     assert "![Coefficients](coefficients.png)" in card
     assert (tmp_path / "my-merge" / "coefficients.png").read_bytes().startswith(b"\x89PNG")
     assert "| adapt |" in card

@@ -12,6 +12,7 @@ import jinja2
 from adamerge import __version__
 from adamerge.checkpoints.model_folder import read_json
 from adamerge.results.evaluation import table as accuracy_table
+from adamerge.results.export import stated
 from adamerge.results.formats.merged import MergedFolder, Usage
 from adamerge.results.report import drawing
 from adamerge.results.report.facts import learned_of
@@ -47,8 +48,9 @@ def write_card(merged: MergedFolder, folder: Path, name: str, usage: Usage) -> N
         usage: What the format says.
     """
     recipe = merged.recipe
-    parts = ingredients(recipe)
+    parts, sidecar = ingredients(recipe), merged.backbone.sidecar()
     heads = [task for task, head in merged.heads.items() if set(head) == {"weight", "scale"}]
+    preprocessing = ", ".join(f"{key} {json.dumps(value)}" for key, value in usage.preprocessing.items())
     is_clip = usage.library in ("open_clip", "transformers")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -58,7 +60,9 @@ def write_card(merged: MergedFolder, folder: Path, name: str, usage: Usage) -> N
         experts=[part for part in parts if part != "base"],
         base=(parts.get("base") or {}).get("source") or "a base that the recipe does not name",
         task=json.dumps(heads[0], ensure_ascii=False) if heads and is_clip else None,
-        files=_files(usage, folder), command=_shown(recipe["command"]) if recipe.get("command") else None,
+        files=_files(usage, folder), preprocessing=preprocessing,
+        activation=stated(sidecar).get("activation") if sidecar else None,
+        command=_shown(recipe["command"]) if recipe.get("command") else None,
         facts=_facts(recipe), picture=_picture(merged.folder, folder), ingredients=_ingredients(parts),
         accuracy=_accuracy(recipe),
     )  # fmt: skip
@@ -123,11 +127,8 @@ def _header(name: str, recipe: Mapping[str, Any], usage: Usage) -> str:
 
 
 def _files(usage: Usage, folder: Path) -> str:
-    """Return the table of the files, and what images go through."""
     files = {**usage.files, **{file: content for file, content in _BESIDE.items() if (folder / file).is_file()}}
-    settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in usage.preprocessing.items())
-    text = f"\nPreprocessing of images: {settings}.\n" if settings else ""
-    return Table(["file", "what"], list(files.items())).markdown(code=(0,)) + text
+    return Table(["file", "what"], list(files.items())).markdown(code=(0,))
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
