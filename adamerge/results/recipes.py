@@ -1,6 +1,5 @@
 """Recipes: what a command was given and how it ran, in a JSON file that runs it again."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 
+from adamerge.checkpoints.model_folder import read_json
 from adamerge.errors import InputError
 
 PLACES = ("run_dir", "resume", "cwd", "command", "job", "logger.")  # options, or their starts: where and how a run runs
@@ -40,19 +40,14 @@ def read_recipe(path: Path, command: str, keys: Sequence[str]) -> dict[str, Any]
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe.")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in keys if key not in content]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: no recipe of `adamerge {command}` ({error}). {_mend(command)}") from error
-    if not isinstance(content, dict) or missing:
-        problem = f"lacks {', '.join(missing)}" if missing else "no mapping"
-        raise InputError(f"{path}: no recipe of `adamerge {command}` ({problem}). {_mend(command)}")
+    content = read_json(path)
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise InputError(
+            f"{path}: no recipe of `adamerge {command}` (lacks {', '.join(missing)}). Name a {command}.json that it "
+            "wrote."
+        )
     return content
-
-
-def _mend(command: str) -> str:
-    return f"Name a {command}.json that it wrote."
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -72,7 +72,9 @@ def score_run(
         params = params | ({} if batch_norm is None else batch_norm.final(model, params, data))
         rows[name] = TableRow(*scores_of(model, params, data, "Scoring task arithmetic"))
     scores, unseen = scores_of(model, merged, data, "Scoring the merged checkpoint")
-    rows[made.name] = TableRow(scores, unseen, made.uses_labels, True, made.seconds, made.seed)
+    rows[made.name] = TableRow(
+        scores, unseen, uses_labels=made.uses_labels, uses_data=True, seconds=made.seconds, seed=made.seed
+    )
     without = [task for task in data.evaluation if task not in model.teachers]
     if references and without:
         log.warning("The row of the experts is left out: no expert for %s (data.tasks.<name>.expert).", without)

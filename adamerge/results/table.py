@@ -120,7 +120,8 @@ class Table:
             body.append(f'<tr{strong}><th scope="row">{escape(name)}</th>{others}</tr>')
         caption = escape(self.caption)
         return (
-            f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">\n<table style="--columns: {len(self.header)}">\n'
+            f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}">\n'
+            f'<table style="--columns: {len(self.header)}">\n'
             f"<caption><span>{caption}</span></caption>\n<thead><tr>{head}</tr></thead>\n"
             "<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table>\n</div>"
         )
