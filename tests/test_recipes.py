@@ -71,7 +71,7 @@ def test_header_of_an_experiment_states_its_options(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_figures_that_only_summaries_give_say_so(name):
     text = header(name)
-    if any(paper in text for paper in SUMMARIES) and re.search(r"\d\d\.\d", text):
+    if any(paper in text for paper in SUMMARIES) and re.search(r"\d\d\.\d", re.sub(r"arXiv:\S+", "", text)):
         assert "not checked against the paper" in text
 
 
