@@ -63,8 +63,8 @@ def write_card(merged: MergedFolder, folder: Path, name: str, usage: Usage) -> N
         files=_files(usage, folder), preprocessing=preprocessing,
         activation=stated(sidecar).get("activation") if sidecar else None,
         command=_shown(recipe["command"]) if recipe.get("command") else None,
-        facts=_facts(recipe), picture=_picture(merged.folder, folder), ingredients=_ingredients(parts),
-        accuracy=_accuracy(recipe),
+        picture=PICTURE if _picture(merged.folder, folder) else None, facts=_facts(recipe),
+        ingredients=_ingredients(parts), accuracy=_accuracy(recipe),
     )  # fmt: skip
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
