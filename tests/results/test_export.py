@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_state_dict, merge
 from adamerge.callbacks import ExportMergedWeights
-from adamerge.checkpoints import checkpoint as checkpoints
+from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import load_coefficients
+from adamerge.results import export as exports
 from adamerge.results.export import export, load_heads, save_heads, versions
 from adamerge.system import files
 from tests.support.toy import EXPERTS, ToyEncoder, save_files
@@ -196,16 +197,16 @@ def test_export_over_an_earlier_one_leaves_the_new_one_only(toy, tmp_path):
 # What can go wrong
 
 
+def breaks(descriptor):
+    raise OSError(28, "No space left on device")
+
+
 def test_export_failing_in_the_middle_leaves_the_earlier_file(toy, tmp_path, monkeypatch):
     pool = file_pool(toy, tmp_path)
     merged = export(pool, Coefficients(pool), tmp_path / "out")["merged"]
     before = merged.read_bytes()
 
-    def breaks(tensors, path, metadata):
-        path.write_bytes(b"half a file")
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(checkpoints, "save_file", breaks)
+    monkeypatch.setattr(files.os, "fsync", breaks)
     with pytest.raises(OSError, match="No space left"):
         export(pool, made(pool), tmp_path / "out")
     assert merged.read_bytes() == before
@@ -213,12 +214,8 @@ def test_export_failing_in_the_middle_leaves_the_earlier_file(toy, tmp_path, mon
 
 
 def test_export_failing_at_first_leaves_no_half_file(toy, tmp_path, monkeypatch):
-    def breaks(tensors, path, metadata):
-        path.write_bytes(b"half a file")
-        raise OSError(28, "No space left on device", str(path))
-
     pool = file_pool(toy, tmp_path)
-    monkeypatch.setattr(checkpoints, "save_file", breaks)
+    monkeypatch.setattr(files.os, "fsync", breaks)
     with pytest.raises(OSError, match="No space left"):
         export(pool, made(pool), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
@@ -226,10 +223,10 @@ def test_export_failing_at_first_leaves_no_half_file(toy, tmp_path, monkeypatch)
 
 def test_export_is_read_back_and_a_difference_is_an_error(toy, tmp_path, monkeypatch):
     def damages(tensors, path, metadata):
-        save_file({**tensors, "proj": tensors["proj"] + 1}, path, metadata)
+        save_state_dict({**tensors, "proj": tensors["proj"] + 1}, path, metadata)
 
     pool = file_pool(toy, tmp_path)
-    monkeypatch.setattr(checkpoints, "save_file", damages)
+    monkeypatch.setattr(exports, "save_state_dict", damages)
     with pytest.raises(RuntimeError, match="the tensor 'proj' read back differs from the merge"):
         export(pool, made(pool), tmp_path / "out")
 

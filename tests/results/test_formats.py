@@ -557,5 +557,5 @@ def test_convert_of_what_is_there_already_or_has_no_configuration_is_refused(cli
     ends(2, "convert", alone / "weights.safetensors", "--to", "hf", "--out", tmp_path / "out")
     assert "no open_clip_config.json beside it" in capsys.readouterr().err
     ends(2, "convert", clip_run / "open_clip", "--to", "hf", "--key-prefix", "x.", "--out", tmp_path / "out")
-    assert "--key-prefix: only without --to" in capsys.readouterr().err
+    assert "--key-prefix, --entry: only without --to" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
