@@ -94,7 +94,7 @@ def check_number(
         return
     limits = ""
     if math.isfinite(high):
-        limits = f" in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+        limits = f" in {'(' if above else '['}{low:g}, {high:.12g}{')' if below else ']'}"
     elif math.isfinite(low):
         limits = f" {'>' if above else '>='} {low:g}"
     raise InputError(f"{option}: expected a {'whole ' if whole else ''}number{limits}, found {value!r}.")

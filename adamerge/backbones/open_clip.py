@@ -73,20 +73,24 @@ class OpenClip:
     head_cache: str | bool = "auto"
 
     def __post_init__(self) -> None:
+        open_head_cache(self.head_cache)
+        if not self._folder:
+            self._check_name()
+        tag = self._tag
+        if tag is not None and tag.quick_gelu != self._quick_gelu:
+            raise InputError(self._other_activation(f"backbone.pretrained={self.pretrained}", tag.quick_gelu))
+
+    def _check_name(self) -> None:
         import open_clip
 
-        open_head_cache(self.head_cache)
         known = open_clip.list_models()
-        if not self._folder and self.model not in known:
+        if self.model not in known:
             is_foreign = (Path(self.model) / "config.json").is_file()
             hint = f" Make one of it: adamerge convert {self.model} --to open_clip --out FOLDER." if is_foreign else ""
             raise InputError(
                 f"backbone.model: open_clip knows no model {self.model!r}, and it is no folder with an "
                 f"{OPEN_CLIP_CONFIG}.{hint or did_you_mean(self.model, known)}"
             )
-        tag = self._tag
-        if tag is not None and tag.quick_gelu != self._quick_gelu:
-            raise InputError(self._other_activation(f"backbone.pretrained={self.pretrained}", tag.quick_gelu))
 
     @property
     def _folder(self) -> Path | None:
@@ -120,14 +124,21 @@ class OpenClip:
 
     def problems(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
         """List where the configurations beside checkpoints, ``base`` among them, contradict the model that computes."""
+        others = {name: checkpoint for name, checkpoint in checkpoints.items() if not self._has(checkpoint)}
+        stated = {name: configuration_beside(checkpoint) for name, checkpoint in others.items()}
+        if not any(stated.values()):
+            return []  # before open_clip is imported, which takes most of a check's time
         expected = configuration_of(self.sidecar(), f"backbone.model={self.model}")
         messages = []
-        for name, checkpoint in checkpoints.items():
-            stated = configuration_beside(checkpoint)
-            if stated is not None:
-                contradictions = differences(stated, expected, texts=name == "base")
-                messages += [self._contradiction(stated, option, *values) for option, values in contradictions.items()]
+        for name, configuration in stated.items():
+            if configuration is not None:
+                found = differences(configuration, expected, texts=name == "base")
+                messages += [self._contradiction(configuration, option, *values) for option, values in found.items()]
         return messages
+
+    def _has(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint lies in the model's own folder, whose configuration is the one that computes."""
+        return self._folder is not None and Path(checkpoint.name).parent == self._folder
 
     def _contradiction(self, stated: Configuration, option: str, value: Any, own: Any) -> str:
         """Say that a file and the model differ in an option, and how they are brought together."""
@@ -143,7 +154,12 @@ class OpenClip:
         )
 
     def base_problems(self, base: Checkpoint) -> list[str]:
-        """Compare the base's tensors with the model's, which is built without memory, before anything is read."""
+        """Compare the base's tensors with the model's, which is built without memory, before anything is read.
+
+        Weights in the model's own folder are its own, and compared when they are read.
+        """
+        if self._has(base):
+            return []
         with torch.device("meta"):
             model = self._new(device="meta")
         wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -299,10 +315,10 @@ class OpenClip:
         return {**config, "preprocess_cfg": preprocess}
 
     def _config(self) -> dict[str, Any]:
-        import open_clip
-
         if self._folder:
             return read_json(self._folder / OPEN_CLIP_CONFIG)
+        import open_clip
+
         return {"model_cfg": open_clip.get_model_config(self.model)}
 
 

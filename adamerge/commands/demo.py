@@ -6,7 +6,6 @@ The protocol is a split: one half of each task's test images adapts, the other h
 import itertools
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import click
 from rich.console import Console
 
 from adamerge.commands.compare import plan as comparison
-from adamerge.commands.compare.row import read_row, score_again, shared_assembly
+from adamerge.commands.compare.row import score_again, shared_assembly
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.run import record_metrics
 from adamerge.commands.terminal import json_option, list_files, out, print_json, report
@@ -27,8 +26,6 @@ from adamerge.system.files import atomic_path, ensure_writable
 EXPORTED = "recommended"
 ORDER = ("pretrained", "task_arithmetic_0.3", "imitation_layer", "imitation_row", EXPORTED, "experts")
 
-_PRESET = "zoo"
-_FAST = 0.1  # share of the steps
 _OF_RUN = ("config.yaml", "metrics", "merge*", "coefficients*", "heads.safetensors", "open_clip")
 _OF_ALL = ("summary.json", "comparison.png")
 
@@ -68,15 +65,7 @@ def plan_of(output: Path, seed: int, *, fast: bool, transductive: bool) -> compa
     """
     folder = output / "-".join(["rows", *(["fast"] if fast else []), *(["transductive"] if transductive else [])])
     overrides = ["data.protocol=transductive"] if transductive else []
-    plan = comparison.plan_of((), _PRESET, overrides, (seed,), folder)
-    if not fast:
-        return plan
-    rows = dict(plan.rows)
-    for name, spec in plan.rows.items():
-        if spec.adapts:
-            steps = compose([*plan.overrides, *spec.overrides]).steps
-            rows[name] = read_row(f"{spec.text} steps={max(1, round(_FAST * steps))}")
-    return replace(plan, rows=rows)
+    return comparison.plan_of((), "zoo_fast" if fast else "zoo", overrides, (seed,), folder)
 
 
 def gather(plan: comparison.Plan, output: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import click
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from adamerge.backbones import Backbone, OpenClip, Torchvision
@@ -18,10 +17,10 @@ from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
 from adamerge.commands.run.build import build, containers
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import CONFIG_FILE, LAST, load_config, plain
-from adamerge.commands.run.imports import announce, check_own, check_targets
+from adamerge.commands.run.imports import announce, check_own
 from adamerge.commands.run.named_pools import chosen_pool
-from adamerge.commands.run.run import Assembly, assemble, build_batch_norm, build_pool, head_info
-from adamerge.commands.terminal import json_option, out, print_files, print_json
+from adamerge.commands.run.run import Assembly, assemble, build_pool, head_info
+from adamerge.commands.terminal import json_option, pool_options, print_files, print_json
 from adamerge.errors import InputError
 from adamerge.model.batch_norm import FILE, average, average_for, load_statistics
 from adamerge.model.coefficients import Coefficients, load_coefficients
@@ -36,10 +35,7 @@ from adamerge.system.files import atomic_path
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path), required=False)
 @click.option("--coefficients", type=click.Path(path_type=Path), help="Replay this coefficients.json.")
-@click.option("--base", type=click.Path(path_type=Path), help="Without RUN_DIR: the base checkpoint.")
-@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="Without RUN_DIR: an expert; repeat.")
-@click.option("--pool", help="Without RUN_DIR: instead, a pool by name, or a pool file.")
-@click.option("--prefix", default=None, help="Without RUN_DIR: key prefix of the encoder, such as visual.")
+@pool_options()
 @click.option("--output", "--out", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
 @click.option("--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx"]), help="Another format.")
 @click.option("--task", help="With --to torchvision: the task whose classifier to write; default the base's.")
@@ -50,17 +46,14 @@ from adamerge.system.files import atomic_path
 def export(
     run_dir: Path | None,
     coefficients: Path | None,
-    base: Path | None,
-    experts: tuple[str, ...],
-    pool: str | None,
-    prefix: str | None,
     output: Path | None,
+    as_json: bool,
     target: str | None,
     task: str | None,
     model: str | None,
     upload: str | None,
     public: bool,
-    as_json: bool,
+    **pool: Any,
 ) -> None:
     """Write the merged checkpoint of a run's last step, replay a coefficients file, or change the format.
 
@@ -76,38 +69,31 @@ def export(
     model card, and is loaded back by the other library and compared before the command ends (docs/models.md).
     """  # noqa: D301
     given = {"--task": task, "--model": model, "--upload": upload, "--public": public or None}
-    others = [option for option, value in given.items() if value is not None]
-    if target is None and others:
-        raise InputError(f"{others[0]}: goes with --to FORMAT; see adamerge export --help.")
+    of_format = [option for option, value in given.items() if value is not None]
+    if target is None and of_format:
+        raise InputError(f"{of_format[0]}: goes with --to FORMAT; see adamerge export --help.")
     if public and upload is None:
         raise InputError("--public: goes with --upload ORG/NAME.")
     if target is not None:
-        if run_dir is None or coefficients or base or experts or pool or prefix:
+        if run_dir is None or coefficients or any(pool.values()):
             raise InputError(f"--to {target}: give RUN_DIR and --out FOLDER; first export what is to be converted.")
         if output is None:
             raise InputError(f"--to {target}: give --out FOLDER, a new one.")
-        _export_as(run_dir, target, output, as_json, model=model, task=task, repository=upload, public=public)
+        output = output.absolute()  # a run's configuration may move this process
+        find = backbone_of if model is None else lambda folder, recipe: _named(model, target)
+        paths, address = export_as(run_dir, target, output, find, task=task, repository=upload, public=public)
+        if as_json:
+            print_json({"files": [str(path) for path in paths], "address": address})
+        else:
+            click.echo("\n".join([*map(str, paths), address or str(output)]))
         return
     if run_dir is not None:
         files = export_run(run_dir, coefficients, output or run_dir)
-    elif coefficients is None or output is None or (pool is None and (base is None or not experts)):
+    elif coefficients is None or output is None or not any(pool.values()):
         raise InputError("export: give RUN_DIR, or --coefficients, --output, and --pool or both --base and --expert.")
     else:
-        files = export_files(chosen_pool("export", base, experts, pool, prefix), coefficients, output)
+        files = export_files(chosen_pool("export", **pool), coefficients, output)
     print_files(files, as_json)
-
-
-def _export_as(run_dir: Path, target: str, output: Path, as_json: bool, *, model: str | None, **options: Any) -> None:
-    """Write another library's format, and list what there is."""
-    output = output.absolute()  # a run's configuration may move this process
-    known = backbone_of if model is None else lambda folder, recipe: _named(model, target)
-    files, address = export_as(run_dir, target, output, known, **options)
-    if as_json:
-        print_json({"files": [str(path) for path in files], "address": address})
-        return
-    for path in files:
-        out.print(str(path), highlight=False)
-    click.echo(address or str(output))
 
 
 def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[str, Path]:
@@ -144,7 +130,7 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
             sidecar=assembly.backbone.sidecar(),
             recipe=recipe,
         )
-    _announce(containers(config))
+    announce(containers(config))
     backbone = build(config, "backbone")
     pool = build_pool(config, backbone)
     values = load_coefficients(coefficients, pool, build(config, "granularity"))
@@ -205,7 +191,7 @@ def _statistics_anew(
     config: DictConfig, backbone: Backbone, pool: ExpertPool, coefficients: Coefficients
 ) -> dict[str, Tensor]:
     """Return the BatchNorm statistics of coefficients; images are read only where there are layers to recalibrate."""
-    policy = build_batch_norm(config)
+    policy = build(config, "batch_norm")
     if policy.policy == "base" or not average(pool):
         return {}
     if not policy.needs_data:
@@ -244,37 +230,27 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
     Raises:
         InputError: If the folder does not say what model it is.
     """
+    stored = recipe.get("config")
     if (folder / CONFIG_FILE).is_file():
-        return _built(load_config(folder), folder)
-    if isinstance(recipe.get("config"), Mapping):  # of an export on request
-        _go_to(recipe["config"].get("cwd"))
-        return _built(OmegaConf.create({"backbone": recipe["config"].get("backbone")}), folder)
-    if recipe.get("overrides"):  # of a merge that read data
+        config = load_config(folder)
+    elif isinstance(stored, Mapping):  # of an export on request
+        _go_to(stored.get("cwd"))
+        config = OmegaConf.create({"backbone": stored.get("backbone")})
+    elif recipe.get("overrides"):  # of a merge that read data
         _go_to(recipe.get("cwd"))
-        return _built(compose([str(override) for override in recipe["overrides"]]), folder)
-    if (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
+        config = compose([str(override) for override in recipe["overrides"]])
+    elif (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
         return OpenClip(str(folder / "open_clip"))
-    raise _unknown(folder)
-
-
-def _built(config: DictConfig, folder: Path) -> Backbone:
-    """Build the backbone of a folder, which may be another's: what that imports is checked and logged first."""
-    node = config.get("backbone")
-    if node is None:
-        raise _unknown(folder)
-    try:
-        _announce({"backbone": OmegaConf.to_container(node, resolve=True)})
-    except OmegaConfBaseException as error:
-        raise InputError(f"backbone: {str(error).splitlines()[0]}") from error
+    else:
+        config = OmegaConf.create({})
+    if config.get("backbone") is None:
+        raise InputError(
+            f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
+            f"{OPEN_CLIP_CONFIG}."
+        )
+    announce({"backbone": containers(config.backbone)})
     backbone: Backbone = build(config, "backbone")
     return backbone
-
-
-def _unknown(folder: Path) -> InputError:
-    return InputError(
-        f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
-        f"{OPEN_CLIP_CONFIG}."
-    )
 
 
 def _go_to(folder: Any) -> None:
@@ -288,9 +264,3 @@ def _named(model: str, target: str) -> Backbone:
         return OpenClip(model)
     name, _, head = model.partition(":")
     return Torchvision(name, **({"head": head} if head else {}))
-
-
-def _announce(imports: Any) -> None:
-    """Check and log what a configuration imports, before it is."""
-    check_targets(imports)
-    announce(imports)

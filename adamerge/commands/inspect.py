@@ -1,13 +1,12 @@
 """``inspect``: what is in a pool: sizes, norms and cosines of the task vectors, and what is wrong."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
 from adamerge.commands.run.named_pools import chosen_pool
-from adamerge.commands.terminal import GLOB_OPTIONS, json_option, out, print_json, print_table, report
+from adamerge.commands.terminal import GLOB_OPTIONS, json_option, out, pool_options, print_json, print_table, report
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.report import PoolReport
 from adamerge.results.numbers import decimal
@@ -16,24 +15,11 @@ _ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning
 
 
 @click.command()
-@click.option("--base", type=click.Path(path_type=Path), help="The base checkpoint.")
-@click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat.")
-@click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder).")
-@click.option("--prefix", default=None, help="Key prefix of the encoder, such as visual. (the zoo's default).")
-@GLOB_OPTIONS[0]
-@GLOB_OPTIONS[1]
+@pool_options(*GLOB_OPTIONS)
 @json_option
-def inspect(
-    base: Path | None,
-    experts: tuple[str, ...],
-    pool: str | None,
-    prefix: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def inspect(include: tuple[str, ...], exclude: tuple[str, ...], as_json: bool, **pool: Any) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
-    files = chosen_pool("inspect", base, experts, pool, prefix).with_options(include, exclude)
+    files = chosen_pool("inspect", **pool).with_options(include, exclude)
     report(files.headers().problems)
     opened = files.open(storage="stream", dtype=None, duplicates="allow")  # duplicates are shown as a finding
     if as_json:

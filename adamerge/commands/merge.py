@@ -4,8 +4,7 @@ What decides the result goes into ``merge.json``; running that recipe again give
 imported where it is used, so that options that are wrong do not wait for it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,28 +15,9 @@ from adamerge.errors import InputError
 from adamerge.system import progress
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from adamerge.commands.run.run import Assembly
     from adamerge.model.batch_norm import BatchNormPolicy
     from adamerge.pool.pool_file import PoolFiles
-
-
-@dataclass(frozen=True)
-class MergeJob:
-    """One merge.
-
-    Attributes:
-        rule: The rule's node: ``_target_`` and its options.
-        pool: Base and experts.
-        overrides: Hydra arguments of ``adapt`` that name backbone and data, where data is needed.
-        batch_norm: Policy of BatchNorm statistics; None: ``recalibrate`` where the rule reads data, else ``average``.
-    """
-
-    rule: Mapping[str, Any]
-    pool: "PoolFiles"
-    overrides: tuple[str, ...] = ()
-    batch_norm: str | None = None
 
 
 @click.command()
@@ -54,7 +34,6 @@ class MergeJob:
 def merge(
     output: Path,
     as_json: bool,
-    recipe: Path | None,
     batch_norm: str | None,
     config_dir: Path | None,
     overrides: tuple[str, ...],
@@ -75,23 +54,28 @@ def merge(
     """  # noqa: D301
     from adamerge.commands.run.named_pools import rule_and_pool
 
-    if recipe is not None:
-        if any((*options.values(), batch_norm, config_dir, overrides)):
-            raise InputError("merge: --recipe holds everything but --out; leave the other options out.")
-        job = read_recipe(recipe)
-    else:
-        rule, pool = rule_and_pool("merge", **options)
-        folder = () if config_dir is None else (f"--config-dir={config_dir.absolute()}",)
-        job = MergeJob(rule, pool, (*folder, *overrides), batch_norm)
-    print_files(run(job, output), as_json)
+    folder = () if config_dir is None else (f"--config-dir={config_dir.absolute()}",)
+    own: dict[str, Any] = {"overrides": [*folder, *overrides], "batch_norm": batch_norm}
+    rule, files, own = rule_and_pool("merge", own, **options)
+    print_files(run(rule, files, output, **own), as_json)
 
 
-def run(job: MergeJob, folder: Path) -> dict[str, Path]:
+def run(
+    rule_node: Mapping[str, Any],
+    files: "PoolFiles",
+    folder: Path,
+    *,
+    overrides: Sequence[str] = (),
+    batch_norm: str | None = None,
+) -> dict[str, Path]:
     """Merge and export.
 
     Args:
-        job: What to merge, and how.
+        rule_node: ``_target_`` of the rule and its options.
+        files: Base and experts.
         folder: Where to write.
+        overrides: Hydra arguments of ``adapt`` that name backbone and data, where data is needed.
+        batch_norm: Policy of BatchNorm statistics; None: ``recalibrate`` where the rule reads data, else ``average``.
 
     Returns:
         Short name to file, of what was written.
@@ -111,27 +95,27 @@ def run(job: MergeJob, folder: Path) -> dict[str, Path]:
     from adamerge.system.files import ensure_writable
 
     ensure_writable(folder)
-    rule = build(OmegaConf.create({"merge": dict(job.rule)}), "merge")
+    rule = build(OmegaConf.create({"merge": dict(rule_node)}), "merge")
     reads_data = bool(getattr(rule, "needs_data", False))
-    policy = BatchNormPolicy(job.batch_norm or ("recalibrate" if reads_data else "average"))  # type: ignore[arg-type]
+    policy = BatchNormPolicy(batch_norm or ("recalibrate" if reads_data else "average"))  # type: ignore[arg-type]
     needs_data = reads_data or policy.needs_data
-    if job.overrides and not needs_data:
-        raise InputError(f"merge: {type(rule).__name__} reads no data; leave out {' '.join(job.overrides)}.")
-    job.pool.verify()
+    if overrides and not needs_data:
+        raise InputError(f"merge: {type(rule).__name__} reads no data; leave out {' '.join(overrides)}.")
+    files.verify()
     watch = progress.Stopwatch()
     extras: dict[str, Any] = {}
     if needs_data:
-        assembly, extras = _assemble(job, policy)
+        assembly, extras = _assemble(files, overrides, policy)
         pool, model, data = assembly.pool, assembly.model, assembly.data
     else:
-        pool, model, data = job.pool.open(), None, None
+        pool, model, data = files.open(), None, None
     with progress.phase(f"Merging: {type(rule).__name__}", len(pool.names), "tensors") as advance:
         state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: advance(1))
     state_dict = policy.complete(state_dict, model, pool, data)
-    decided = {"rule": dict(job.rule), "overrides": list(job.overrides), "batch_norm": policy.policy}
+    decided = {"rule": dict(rule_node), "overrides": list(overrides), "batch_norm": policy.policy}
     recipe = {
         **decided,
-        "files": job.pool.described(),
+        "files": files.described(),
         "uses_data": needs_data,
         "uses_labels": bool(getattr(rule, "uses_labels", False)),
         **recipes.command_facts(watch.seconds()),
@@ -140,54 +124,39 @@ def run(job: MergeJob, folder: Path) -> dict[str, Path]:
     return export(pool, state_dict, folder, facts=decided, recipe=recipe, **extras)
 
 
-def read_recipe(path: Path) -> MergeJob:
-    """Read a ``merge.json`` for another run; its files must still have the hashes that it records.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        InputError: If it is no recipe of this command.
-    """
-    from adamerge.pool.pool_file import pool_files
-    from adamerge.results import recipes
-
-    content = recipes.read_recipe(path, "merge", ("rule", "files", "overrides", "hashes"))
-    pool = pool_files(content["files"], str(path), path.parent).pinned(content["hashes"])
-    return MergeJob(content["rule"], pool, tuple(content["overrides"]), content.get("batch_norm", "base"))
-
-
-def _assemble(job: MergeJob, policy: "BatchNormPolicy") -> tuple["Assembly", dict[str, Any]]:
+def _assemble(
+    files: "PoolFiles", overrides: Sequence[str], policy: "BatchNormPolicy"
+) -> tuple["Assembly", dict[str, Any]]:
     """Build backbone, data and heads around the pool, as ``adapt`` would; and what of them is exported."""
     from lightning.pytorch import seed_everything  # as is all of a run, it is heavy, and most rules read no data
 
-    from adamerge.commands.run.compose import compose
+    from adamerge.commands.run.compose import compose, name_experts
     from adamerge.commands.run.run import assemble, head_info
 
-    config = compose(list(job.overrides))
-    config.pool = job.pool.node()
+    config = compose(overrides)
+    config.pool = files.node()
     config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}  # the merge has no coefficients
     config.init, config.transform = "mean", None
     config.batch_norm.policy = policy.policy
-    _check_overrides(job, config)
+    _check_overrides(overrides)
+    name_experts(config, files)
     seed_everything(config.seed, workers=True, verbose=False)
     with progress.phase("Reading the pool and building the heads"):
         assembly = assemble(config)
-    prefix, given = assembly.backbone.prefix, job.pool.key_prefix
+    prefix, given = assembly.backbone.prefix, files.key_prefix
     if given not in (None, prefix):
         raise InputError(f"--key-prefix: the backbone's keys begin with {prefix!r}, found {given!r}.")
     heads, sidecar = assembly.heads, assembly.backbone.sidecar()
     return assembly, {"heads": heads, "head_info": head_info(assembly.data), "sidecar": sidecar}
 
 
-def _check_overrides(job: MergeJob, config: "DictConfig") -> None:
-    """Refuse what has no say in a merge, and tasks whose experts the pool file names otherwise."""
-    from adamerge.commands.run.compose import name_experts
-
+def _check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse what has no say in a merge."""
     used = ("backbone", "data", "seed", "--config-dir", "-cd", "num_workers")
-    for argument in job.overrides:
+    for argument in overrides:
         key = argument.lstrip("+~").split("=")[0]
-        if argument.partition("=")[1] and not key.startswith(used):
+        if "=" in argument and not key.startswith(used):
             raise InputError(
                 f"merge {argument}: only backbone, data and seed are read from the configuration of `adapt`; "
                 "the rule's options are given by --set, the pool by --pool."
             )
-    name_experts(config, job.pool)

@@ -63,9 +63,9 @@ def add(
     files = files if key_prefix is None else replace(files, key_prefix=key_prefix)
     report(files.headers().problems)
     files.verify()
-    recorded = {expert: _recorded(files, entry) for expert, entry in files.experts.items()}
-    files = replace(files, base=_recorded(files, files.base), experts=recorded)
-    _refuse_duplicates(files)
+    recorded = {expert: _recorded(files, entry) for expert, entry in files.models.items()}
+    _refuse_duplicates(files, recorded)
+    files = replace(files, base=recorded.pop("base"), experts=recorded)
     save_pool_file(files, path)
     _show(files, str(path))
     click.echo(str(path))
@@ -138,24 +138,23 @@ def fetch(targets: tuple[str, ...]) -> None:
 
 def _with_files(path: Path, base: str | None, experts: Mapping[str, PoolFile]) -> PoolFiles:
     """Return a new pool, or the one in a file with further experts."""
-    if not path.is_file():
-        if base is None:
-            raise InputError(f"pool add: {path}: no such pool yet; give its base: --base FILE or hf://ORG/NAME.")
-        files = PoolFiles(PoolFile(place(base)), experts)
-    else:
+    if path.is_file():
         files = load_pool_file(path)
         if base is not None:
             raise InputError(
                 f"pool add --base: {path} has a base already, {files.base.file}; edit the file to change it."
             )
-        for name in experts:
-            if name in files.experts:
-                raise InputError(
-                    f"pool add --expert {name}: {path} has an expert of that name; take it out of the file first."
-                )
-        files = replace(files, experts={**files.experts, **experts})
-    check_names({name: entry.file for name, entry in files.experts.items()})
-    return files
+    elif base is not None:
+        files = PoolFiles(PoolFile(place(base)), {})
+    else:
+        raise InputError(f"pool add: {path}: no such pool yet; give its base: --base FILE or hf://ORG/NAME.")
+    for name in experts:
+        if name in files.experts:
+            raise InputError(
+                f"pool add --expert {name}: {path} has an expert of that name; take it out of the file first."
+            )
+    check_names({name: entry.file for name, entry in [*files.experts.items(), *experts.items()]})
+    return replace(files, experts={**files.experts, **experts})
 
 
 def _with_facts(files: PoolFiles, tasks: Sequence[str], licences: Sequence[str]) -> PoolFiles:
@@ -191,10 +190,10 @@ def _recorded(files: PoolFiles, entry: PoolFile) -> PoolFile:
     return replace(entry, file=file, licence=licence, sha256=files.hash_of(located(file)))
 
 
-def _refuse_duplicates(files: PoolFiles) -> None:
-    by_hash: dict[str, str] = {}
-    for name, entry in files.models.items():
-        twin = by_hash.setdefault(str(entry.sha256), name)
+def _refuse_duplicates(files: PoolFiles, recorded: Mapping[str, PoolFile]) -> None:
+    names: dict[str | None, str] = {}  # by hash
+    for name, entry in recorded.items():
+        twin = names.setdefault(entry.sha256, name)
         if twin != name and files.options["duplicates"] != "allow":
             raise InputError(
                 f"pool add: {twin} and {name} are the same file, or copies: {entry.file}. Leave one out; a pool file "

@@ -1,7 +1,6 @@
 """What all commands share: the terminal, logs, errors and exit codes."""
 
 import errno
-import functools
 import io
 import json
 import logging
@@ -33,6 +32,9 @@ _RECORD = logging.getLogger("adamerge.record")  # for log files only: what the t
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+Option = Callable[[Callable[..., None]], Callable[..., None]]  # of a command, as a decorator
 
 
 class Agreed(InputError):
@@ -68,26 +70,39 @@ GLOB_OPTIONS = (
 )
 
 
-def rule_options(rule: str, recipe: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def pool_options(*further: Option) -> Option:
+    """Return the options that name a pool, and further ones after them."""
+    path = click.Path(path_type=Path)
+    options: tuple[Option, ...] = (
+        click.option("--base", type=path, help="The base checkpoint."),
+        click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat."),
+        click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder)."),
+        click.option("--key-prefix", "--prefix", help="Key prefix of the encoder in the files, such as visual."),
+        *further,
+    )
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated
+
+
+def rule_options(rule: str, recipe: str) -> Option:
     """Return the options that name a rule and the pool that it works on.
 
     Args:
         rule: What help says of ``--rule``.
         recipe: The file that holds all of them, and is given in their place.
     """
-    path = click.Path(path_type=Path)
-    options = (
-        click.option("--rule", help=rule),
-        click.option("--base", type=path, help="The base checkpoint."),
-        click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat."),
-        click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder)."),
-        click.option("--recipe", type=path, help=f"Instead of all else: a {recipe} to run again."),
-        click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat."),
-        click.option("--key-prefix", help="Key prefix of the encoder in the files, such as visual."),
+    return pool_options(
         *GLOB_OPTIONS,
         click.option("--unplaced", type=click.Choice(["auto", "refuse", "list"]), help="As pool.unplaced.  [auto]"),
+        click.option("--rule", help=rule),
+        click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat."),
+        click.option("--recipe", type=click.Path(path_type=Path), help=f"Instead of all else: a {recipe}, run again."),
     )
-    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 def print_json(content: Any) -> None:

@@ -113,7 +113,14 @@ class Runner:
         hooks = self._hooks_of(tuple(hidden_layers))
         run, recomputed = (_run, {}) if plain else (self._run, self._recomputed)
         with hooks.attached(encoder), _replaced(encoder, recomputed):
-            return run(encoder, inputs, hooks.names, hooks.outputs)
+            features, hidden = run(encoder, inputs, hooks.names, hooks.outputs)
+        for name, output in hidden.items():
+            if not isinstance(output, Tensor):
+                raise InputError(
+                    f"hidden_layers: {name!r} gives no tensor when the encoder runs, as it is a container or is "
+                    f"not called itself. Name modules whose output is a tensor, such as its members: {name}.*."
+                )
+        return features, hidden
 
     def _hooks_of(self, patterns: tuple[str, ...]) -> "_Hooks":
         if patterns not in self._hooks:
@@ -190,7 +197,7 @@ def _run(
     run the code of other hidden layers.
     """
     features: Tensor = encoder(inputs)
-    return features, {name: outputs[name] for name in names}
+    return features, {name: outputs.get(name) for name in names}  # type: ignore[misc]  # judged by the caller
 
 
 @contextmanager
@@ -290,7 +297,7 @@ def check_names(encoder: nn.Module, pool: ExpertPool) -> None:
     if tied_in_pool:
         raise InputError(
             f"The encoder ties {tied_in_pool[0]!r} to another parameter, but the pool merges it separately. "
-            "Build the pool with tied={alias: canonical}."
+            "Build the pool with tied={alias: canonical}: pool.tied."
         )
     missing = [name for name in wanted if name not in have]
     extra = [name for name in have if name not in wanted]

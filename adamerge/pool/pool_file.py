@@ -38,6 +38,7 @@ DEFAULTS = {
     "exclude": None,
     "duplicates": "refuse",
     "unplaced": "auto",
+    "tied": None,
 }
 _KEYS = ("base", "experts", "key_prefix", "task_vectors", "sha256", *DEFAULTS)
 _FILE_KEYS = ("file", "task", "licence", "sha256")
@@ -117,11 +118,12 @@ class PoolFiles:
     def open(self, **options: Any) -> ExpertPool:
         """Open the pool; ``options`` are those of ``ExpertPool.from_files`` that stand in for the file's."""
         packed = self.task_vectors and self.task_vectors.file
-        own = {**self._pool_options, "task_vectors": packed, "hashes": self.hashes}
+        own = {**self.pool_options, "task_vectors": packed, "hashes": self.hashes}
         return ExpertPool.from_files(self.base.file, self._expert_files, **{**own, **options})
 
     @property
-    def _pool_options(self) -> dict[str, Any]:
+    def pool_options(self) -> dict[str, Any]:
+        """The options as :class:`~adamerge.pool.options.PoolOptions` takes them."""
         return {**self.options, "dtype": dtype_of(self.options["dtype"]), "key_map": self.key_prefix or None}
 
     @property
@@ -174,9 +176,14 @@ class PoolFiles:
             f"(those of a yaml file below --config-dir start from yours).{did_you_mean(path.name, siblings)}"
         )
 
-    def headers(self) -> Headers:
-        """Return what the headers of the files say: names and shapes of what merges, and all that is wrong."""
-        return read_headers(self.base.file, self._expert_files, PoolOptions(**self._pool_options))
+    def headers(self, *, base_is_here: bool = True) -> Headers:
+        """Return what the headers of the files say: names and shapes of what merges, and all that is wrong.
+
+        Args:
+            base_is_here: Whether the base can be opened; without it the experts are looked at alone.
+        """
+        base = self.base.file if base_is_here else None
+        return read_headers(base, self._expert_files, PoolOptions(**self.pool_options))
 
     def hash_of(self, path: Path) -> str:
         """Return the SHA-256 of a checkpoint of the pool: of its file, or for a folder of all that is read there."""
@@ -198,7 +205,7 @@ def load_pool_file(path: Path) -> PoolFiles:
         content: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
     except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
         raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
-    return pool_files(content, str(path), path.parent)
+    return pool_files(content, f"{path}: ", path.parent)
 
 
 def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
@@ -206,31 +213,35 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
 
     Args:
         content: Plain containers.
-        where: What messages call it.
+        where: What stands before a key in messages, ``FILE: `` or ``pool.``.
         folder: That its paths start from.
 
     Raises:
         InputError: If it is no pool file's.
     """
-    check_keys(content, _KEYS, where)
+    check_keys(content, _KEYS, where.rstrip(".: "))
     for key in ("base", "experts"):
         if not content.get(key):
-            raise InputError(f"{where}: {key}: must be given; such as {key}: {_EXAMPLES[key]}.")
+            raise InputError(f"{where}{key}: must be given, such as {key}={_EXAMPLES[key]}.")
     if not isinstance(content["experts"], Mapping):
-        raise InputError(f"{where}: experts: expected {_EXAMPLES['experts']}, found {content['experts']!r}.")
+        raise InputError(f"{where}experts: expected {_EXAMPLES['experts']}, found {content['experts']!r}.")
     for key in ("key_prefix", "storage", "dtype", "duplicates", "unplaced"):
         if not isinstance(content.get(key) or "", str):
-            raise InputError(f"{where}: {key}: expected a text, found {content[key]!r}.")
+            raise InputError(f"{where}{key}: expected a text, found {content[key]!r}.")
     for key in ("include", "exclude"):
-        check_globs(f"{where}: {key}", content.get(key) or ())
-    packed, hashes = content.get("task_vectors"), content.get("sha256") or {}
-    if not isinstance(hashes, Mapping) or not all(isinstance(found, str) for found in hashes.values()):
-        raise InputError(f"{where}: sha256: expected a mapping from base and experts to SHA-256, found {hashes!r}.")
+        check_globs(f"{where}{key}", content.get(key) or ())
+    packed = content.get("task_vectors")
+    hashes = _texts(content.get("sha256"), f"{where}sha256", "base and experts to SHA-256") or {}
+    names = ("base", *map(str, content["experts"]))
+    for name in hashes:
+        if name not in names:
+            raise InputError(f"{where}sha256: {name!r} is neither base nor an expert.{did_you_mean(str(name), names)}")
+    _texts(content.get("tied"), f"{where}tied", "alias to the name that merges")
     files = PoolFiles(
-        base=_entry(content["base"], f"{where}: base", folder),
-        experts={str(n): _entry(e, f"{where}: experts.{n}", folder) for n, e in content["experts"].items()},
+        base=_entry(content["base"], f"{where}base", folder),
+        experts={str(n): _entry(e, f"{where}experts.{n}", folder) for n, e in content["experts"].items()},
         key_prefix=content.get("key_prefix"),
-        task_vectors=_entry(packed, f"{where}: task_vectors", folder) if packed else None,
+        task_vectors=_entry(packed, f"{where}task_vectors", folder) if packed else None,
         options={key: default if content.get(key) is None else content[key] for key, default in DEFAULTS.items()},
     )
     return files.pinned({**hashes, **files.hashes}) if hashes else files
@@ -299,3 +310,9 @@ def _entry(content: Any, where: str, folder: Path) -> PoolFile:
 def _described(entry: PoolFile) -> dict[str, str]:
     file = entry.file if isinstance(entry.file, HubReference) else entry.file.absolute()
     return replace(entry, file=file).facts()
+
+
+def _texts(content: Any, where: str, pairs: str) -> Mapping[str, str] | None:
+    if content is not None and not (isinstance(content, Mapping) and all(isinstance(v, str) for v in content.values())):
+        raise InputError(f"{where}: expected a mapping from {pairs}, found {content!r}.")
+    return content

@@ -222,13 +222,15 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
         "spread": lambda row: "" if row.get("spread") is None else f"±{100 * row['spread']:.1f}",
         "gap": lambda row: percent(row.get("gap_closed"), 0),
         "norm.": lambda row: percent(row.get("normalised")),
+        "diff.": lambda row: "" if row.get("difference") is None else f"{row['difference']:+.1f}",
         "ECE": lambda row: percent(_mean(row["calibration_error"]) if row.get("calibration_error") else None),
         "s": lambda row: "" if row.get("seconds") is None else f"{row['seconds']:.1f}",
+        "MB": lambda row: f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "",
     }
     kept = {name: show for name, show in measures.items() if any(map(show, rows))}
     lines = [
         [
-            name, *(percent(row["per_task"][task]) for task in tasks), percent(row["mean"]),
+            name, *(_beside(row["per_task"][task], row, task) for task in tasks), _beside(row["mean"], row),
             *(percent(row.get("unseen", {}).get(task)) for task in unseen), *(show(row) for show in kept.values()),
         ]
         for name, row in content["rows"].items()
@@ -238,6 +240,13 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
         caption=_caption(content), title=title, starred=starred(content["rows"]), strong_columns=frozenset({"mean"}),
         optional=len(kept),
     )  # fmt: skip
+
+
+def _beside(value: float, row: Mapping[str, Any], task: str | None = None) -> str:
+    """Return an accuracy in percent, and in parentheses what was published of the task, or of the mean, if anything."""
+    published = row.get("published") or {}
+    figure = published.get("mean") if task is None else published.get("tasks", {}).get(task)
+    return percent(value) if figure is None else f"{percent(value)} ({figure:.1f})"
 
 
 def starred(rows: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
@@ -257,6 +266,10 @@ def _caption(content: Mapping[str, Any]) -> str:
         text += "\n† unseen: no expert and no images to adapt on; all its labelled images are scored; not in the mean."
     if any(row.get("uses_labels") for row in content["rows"].values()):
         text += "\n* uses labels."
+    if any(row.get("published") for row in content["rows"].values()):
+        text += "\n(in parentheses): published, %; diff.: from that, in points."
+    if any("peak_memory_bytes" in row for row in content["rows"].values()):
+        text += "\nMB: peak memory of the process."
     if any(row.get("gap_closed") is not None for row in content["rows"].values()):
         text += "\ngap: share of the way from task arithmetic (0.3) to the experts, %."
     if any(row.get("normalised") is not None for row in content["rows"].values()):

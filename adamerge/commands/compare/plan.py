@@ -14,12 +14,14 @@ from typing import Any
 from rich.console import Console
 
 from adamerge import __version__
+from adamerge.commands.compare.published import Published, protocols_table, read_published, with_published
 from adamerge.commands.compare.row import Spec, make_row, read_row
-from adamerge.commands.compare.table import GOAL, START, compared, table
+from adamerge.commands.compare.table import GOAL, START, compared
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import held
 from adamerge.commands.run.shipped import preset_content
 from adamerge.errors import GuardError, InputError
+from adamerge.results.evaluation import table
 from adamerge.results.report import drawing
 from adamerge.results.report.run_charts import rows_with_means
 from adamerge.system.files import atomic_path, save_json
@@ -27,7 +29,7 @@ from adamerge.system.files import atomic_path, save_json
 log = logging.getLogger(__name__)
 
 _RESULT = "row.json"
-_PRESET_KEYS = ("rows", "overrides", "published")  # the last is read by `adamerge reproduce`
+_PRESET_KEYS = ("rows", "overrides", "published")
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Plan:
         overrides: Of the configuration of ``adapt``, for all rows: pool, data, backbone.
         seeds: Every row is made with each.
         folder: Of results and tables.
+        published: Figures to stand beside the rows, if the preset has any.
     """
 
     rows: Mapping[str, Spec]
     overrides: tuple[str, ...]
     seeds: tuple[int, ...]
     folder: Path
+    published: Published | None = None
 
 
 def plan_of(
@@ -55,7 +59,7 @@ def plan_of(
     Raises:
         InputError: If a row, the preset or an override is wrong.
     """
-    named, common = ({}, []) if preset is None else _read_preset(preset)
+    named, common, published = ({}, [], None) if preset is None else read_preset(preset)
     named |= {row: row for row in rows}
     if not named:
         raise InputError("compare: give --rows ROW ..., or --preset NAME or FILE, such as --preset demo.")
@@ -76,7 +80,7 @@ def plan_of(
     for name, slug in zip(specs, folders, strict=True):
         if folders.count(slug) > 1:
             raise InputError(f"row {name!r}: another row has the same folder {slug!r}; rename one in a preset.")
-    return Plan(specs, (*common, *overrides), tuple(seeds), folder.absolute())
+    return Plan(specs, (*common, *overrides), tuple(seeds), folder.absolute(), published)
 
 
 def run(plan: Plan, console: Console) -> dict[str, str]:
@@ -106,25 +110,19 @@ def run(plan: Plan, console: Console) -> dict[str, str]:
                     continue
                 label = f"[{number}/{len(jobs)}] seed {seed}  {name}"
                 try:
-                    result = results[seed, name] = _made(plan, seed, name)
+                    result = make_row(plan.rows[name], plan.overrides, seed, folder_of(plan, seed, name))
                 except Exception as error:  # of a user's rule too; a signal's SystemExit ends them all
                     reason = failed[f"{name}, seed {seed}"] = _reason(error)
                     log.debug("Where it failed:", exc_info=error)
                     log.info("%s: failed: %s", label, reason)
                 else:
+                    results[seed, name] = result
+                    save_json({**_key(plan, seed, name), "result": result}, folder_of(plan, seed, name) / _RESULT)
                     log.info("%s: %.1f %%, %.1f s", label, 100 * result["mean"], result["seconds"])
         finally:
             if results:
                 _write(plan, results, console)
     return failed
-
-
-def _made(plan: Plan, seed: int, name: str) -> dict[str, Any]:
-    """Make a row, and write its result."""
-    folder = folder_of(plan, seed, name)
-    result = make_row(plan.rows[name], plan.overrides, seed, folder)
-    save_json({**_key(plan, seed, name), "result": result}, folder / _RESULT)
-    return result
 
 
 def _reason(error: Exception) -> str:
@@ -139,11 +137,15 @@ def _write(plan: Plan, results: Mapping[tuple[int, str], Any], console: Console)
     content = compared(
         {name: [results[seed, name] for seed in plan.seeds if (seed, name) in results] for name in plan.rows}
     )
+    if plan.published is not None:
+        content = with_published(content, plan.published, {name: protocol_of(plan, name) for name in plan.rows})
     save_json(content, plan.folder / "summary.json")
+    shown = table(content, content.get("title", ""))
     with atomic_path(plan.folder / "table.md") as temporary:
-        temporary.write_text(table(content).markdown(code=(0,)), encoding="utf-8")
+        notes = "" if plan.published is None else "\n" + protocols_table(content).markdown(code=(0,))
+        temporary.write_text(shown.markdown(code=(0,)) + notes, encoding="utf-8")
     drawing.save_if_possible(rows_with_means(content), plan.folder / "comparison.png")
-    console.print(table(content).terminal())
+    console.print(shown.terminal(console.width))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -192,11 +194,31 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.=+,-]+", "_", name).strip("_.")[:150] or "row"
 
 
-def _read_preset(preset: str) -> tuple[dict[str, str], list[str]]:
-    """Read rows and overrides from a shipped preset or a yaml file."""
+def protocol_of(plan: Plan, name: str) -> str:
+    """Return the protocol of a row of a plan, in words."""
+    spec = plan.rows[name]
+    config = compose([*plan.overrides, *spec.overrides])
+    protocol = str(config.data.get("protocol") or "split")
+    if config.data.get("adapt") not in (None, "test"):
+        protocol = f"adapted on {config.data.adapt}, scored on all of test"
+    if spec.adapts:
+        batches = f"{config.data.get('batches_per_step') or 1} x {config.data.get('batch_size')}"
+        protocol += f", {config.steps} steps of {batches} images a task"
+    return protocol
+
+
+def read_preset(preset: str) -> tuple[dict[str, str], list[str], Published | None]:
+    """Read rows, overrides and what was published from a shipped preset or a yaml file.
+
+    Raises:
+        InputError: If there is no such preset, or it says something else.
+    """
     path, content = preset_content("compare", preset)
     rows = content.get("rows") if isinstance(content, Mapping) else None
     overrides = content.get("overrides") or [] if isinstance(content, Mapping) else None
     if not isinstance(rows, Mapping) or not isinstance(overrides, list) or set(content) - set(_PRESET_KEYS):
         raise InputError(f"{path}: expected rows: {{name: row, ...}} and overrides: [...], found {content!r}.")
-    return {str(name): str(name if row is None else row) for name, row in rows.items()}, [str(o) for o in overrides]
+    section = content.get("published")
+    published = None if section is None else read_published(section, rows, path)
+    texts = {str(name): str(name if row is None else row) for name, row in rows.items()}
+    return texts, [str(override) for override in overrides], published

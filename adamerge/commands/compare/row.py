@@ -30,6 +30,7 @@ from adamerge.errors import InputError
 from adamerge.merges import merged_state_dict
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
+from adamerge.pool.pool import ExpertPool
 from adamerge.results.baselines import search_task_arithmetic
 from adamerge.results.evaluation import TableRow, summary
 from adamerge.results.scoring import checkpoint_parameters, score_experts, scores_of
@@ -89,15 +90,12 @@ def _merge_spec(text: str, words: Sequence[str]) -> Spec:
     settings = [word for word in options if not word.startswith("transform")]
     overrides = tuple(word for word in options if word.startswith("transform"))
     if name in REFERENCES:
-        wrong = options if name != SEARCHED else settings
-        if wrong:
-            takes = "a transform only" if name == SEARCHED else "no options"
-            raise InputError(f"{name} takes {takes}, found {wrong[0]!r}.")
+        refused, takes = (settings, "a transform only") if name == SEARCHED else (options, "no options")
+        if refused:
+            raise InputError(f"{name} takes {takes}, found {refused[0]!r}.")
         return Spec(text, name, overrides=overrides)
     rule = "task_arithmetic" if name == "task_arithmetic_0.3" else name
-    node = rule_node("merge", rule, settings)
-    _built(node)
-    return Spec(text, rule=node, overrides=overrides)
+    return Spec(text, rule=_checked(rule_node("merge", rule, settings)), overrides=overrides)
 
 
 def _adapted_spec(text: str, words: Sequence[str]) -> Spec:
@@ -106,9 +104,7 @@ def _adapted_spec(text: str, words: Sequence[str]) -> Spec:
     overrides = tuple(word for word in words if not word.startswith(("start=", "start.")))
     if settings and not start:
         raise InputError(f"start.{settings[0]}: no start=RULE that takes it.")
-    node = rule_node("merge", start[-1], settings) if start else None
-    if node is not None:
-        _built(node)
+    node = _checked(rule_node("merge", start[-1], settings)) if start else None
     return Spec(text, rule=node, overrides=overrides, adapts=True)
 
 
@@ -172,9 +168,14 @@ def _transformed(config: DictConfig, of: launch.Assembly) -> launch.Assembly:
     if transform is None or transform.get("_target_") is None:
         return of
     pool = launch.build_pool(config, of.backbone)
-    model = MergedModel(of.model.encoder, pool, Coefficients(pool, "task", "mean"), of.heads, of.model.teachers)
+    return replace(of, pool=pool, model=_model(of, Coefficients(pool, "task", "mean"), pool))
+
+
+def _model(of: launch.Assembly, coefficients: Coefficients, pool: ExpertPool) -> MergedModel:
+    """Return the merged model of an assembly with other coefficients."""
+    model = MergedModel(of.model.encoder, pool, coefficients, of.heads, of.model.teachers)
     of.batch_norm.start(model)
-    return replace(of, pool=pool, model=model)
+    return model
 
 
 def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
@@ -185,10 +186,9 @@ def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> 
     if spec.rule is None:
         return score_again(spec, assembly, folder)
     rule, seconds = _merge(spec.rule, assembly, folder / _MERGED)
-    row = replace(score_again(spec, assembly, folder), seconds=seconds)
-    return replace(
-        row, uses_data=bool(getattr(rule, "needs_data", False)), uses_labels=bool(getattr(rule, "uses_labels", False))
-    )
+    uses_data, uses_labels = (bool(getattr(rule, name, False)) for name in ("needs_data", "uses_labels"))
+    row = score_again(spec, assembly, folder)
+    return replace(row, seconds=seconds, uses_data=uses_data, uses_labels=uses_labels)
 
 
 def score_again(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
@@ -204,10 +204,9 @@ def score_again(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow
 
 def _searched(assembly: launch.Assembly) -> TableRow:
     """Score task arithmetic with the coefficient that is best on the labels of the adaptation images."""
-    pool, of, data = assembly.pool, assembly.model, assembly.data
-    model = MergedModel(of.encoder, pool, Coefficients(pool, "task", "mean", "none"), of.heads, of.teachers)
+    pool, data = assembly.pool, assembly.data
     watch = Stopwatch()
-    assembly.batch_norm.start(model)
+    model = _model(assembly, Coefficients(pool, "task", "mean", "none"), pool)
     best = search_task_arithmetic(model, data)
     params = {name: tensor.detach() for name, tensor in model.merge().items()}
     params |= assembly.batch_norm.final(model, params, data)
@@ -219,6 +218,11 @@ def _searched(assembly: launch.Assembly) -> TableRow:
 def _built(rule: Mapping[str, Any]) -> Any:
     """Build a rule from its node; options that it does not take are refused."""
     return build(OmegaConf.create({"merge": dict(rule)}), "merge")
+
+
+def _checked(rule: dict[str, Any]) -> dict[str, Any]:
+    _built(rule)
+    return rule
 
 
 def _merge(node: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> tuple[Any, float]:
@@ -257,7 +261,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
 
 def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[str, Any]:
     """Merge what a row starts from, if anything; write down, and return, what it is begun with and what that took."""
-    begun: dict[str, Any] = {"row": spec.as_json(), "config": plain(config), "seconds": 0.0, "uses_labels": False}
+    begun: dict[str, Any] = {"options": _options(spec, config), "seconds": 0.0, "uses_labels": False}
     if spec.rule is not None:
         rule, begun["seconds"] = _merge(spec.rule, _assembled(config), start)
         begun["uses_labels"] = bool(getattr(rule, "uses_labels", False))
@@ -265,13 +269,16 @@ def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[st
     return begun
 
 
+def _options(spec: Spec, config: DictConfig) -> dict[str, Any]:
+    return {**plain(config), "start": spec.rule}
+
+
 def _check_same(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Return what an interrupted row was begun with; refuse to go on if that was something else."""
     path = folder / _STARTED
     try:
         begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        changed = differing(json.loads(json.dumps(plain(config))), begun["config"])
-        changed += ["start"] if json.loads(json.dumps(spec.rule)) != begun["row"]["rule"] else []
+        changed = differing(json.loads(json.dumps(_options(spec, config))), begun["options"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         changed = [f"unknown, as {path.name} is missing or damaged"]
     if changed:

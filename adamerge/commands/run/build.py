@@ -2,7 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -10,7 +12,12 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from adamerge.backbones import Backbone
+from adamerge.commands.run.imports import check_targets
 from adamerge.errors import InputError, did_you_mean
+from adamerge.pool.pool_file import PoolFiles, pool_files
+
+_NOT_OF_FILES = ("file", "licences")  # options of a run's pool that say nothing of how it is opened
 
 
 def build(config: DictConfig, node: str, **objects: Any) -> Any:
@@ -45,7 +52,8 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
 def build_optional(config: DictConfig, node: str) -> Any:
     """Instantiate a node that may be absent: None where its ``_target_`` is null."""
     content = config.get(node)
-    return None if content is None or content.get("_target_") is None else build(config, node)
+    is_absent = content is None or (isinstance(content, DictConfig) and content.get("_target_") is None)
+    return None if is_absent else build(config, node)
 
 
 def build_init(config: DictConfig) -> Any:
@@ -63,15 +71,31 @@ def containers(config: DictConfig) -> Any:
         return OmegaConf.to_container(config, resolve=False)
 
 
-def strings(node: Any) -> list[str] | None:
-    """Return a list node as strings; None stays None.
+def pool_of(config: DictConfig, backbone: Backbone, base: Path | None) -> PoolFiles:
+    """Read the pool of a configuration for a backbone; no file is opened.
+
+    Args:
+        config: The whole configuration.
+        backbone: Whose prefix the files' keys have, and some of whose parameters never merge.
+        base: What stands in where the pool names none.
 
     Raises:
-        InputError: If it is something else than a list.
+        InputError: If it names no base, no experts, or something else than files.
     """
-    if isinstance(node, str) or not (node is None or isinstance(node, Iterable)):
-        raise InputError(f"pool.include, pool.exclude: expected a list of globs, found {node!r}; write ['GLOB'].")
-    return None if node is None else [str(item) for item in node]
+    node = config.get("pool")
+    if not isinstance(node, DictConfig):
+        raise InputError(f"pool: expected base and experts, found {node!r}; such as pool=zoo.")
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    content = {key: value for key, value in plain.items() if value not in (None, "???") and key not in _NOT_OF_FILES}
+    if "key_prefix" in content:
+        raise InputError("pool.key_prefix: the backbone says it; leave it out, or set backbone.prefix.")
+    if "base" not in content and base is not None:
+        content["base"] = str(base)
+    for name in content.get("experts") or ():
+        if not isinstance(name, str):
+            raise InputError(f"pool.experts: expected names that are texts, found {name!r}; write '{name}'.")
+    files = pool_files(content, "pool.", Path())
+    return replace(files.with_options((), backbone.exclude), key_prefix=backbone.prefix)
 
 
 def check_node(config: DictConfig, node: str) -> None:
@@ -82,10 +106,13 @@ def check_node(config: DictConfig, node: str) -> None:
     """
     content = OmegaConf.select(config, node)
     if not isinstance(content, DictConfig) or "_target_" not in content:
+        given = "none" if content is None or isinstance(content, DictConfig) else repr(content)
         raise InputError(
-            f"{node}: expected a node with _target_ (an import path), found none. A yaml file of your own names its "
-            "class, or starts with one of the group's files: defaults: [folders]."
+            f"{node}: expected a node with _target_ (an import path), found {given}. Set its options one by one, "
+            f"{node}.OPTION=VALUE; a yaml file of your own names its class, or starts with one of the group's files: "
+            "defaults: [folders]."
         )
+    check_targets({node: containers(content)})
     path = str(content._target_)
     try:
         target: Callable[..., Any] = hydra.utils.get_object(path)

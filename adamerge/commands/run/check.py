@@ -1,14 +1,15 @@
 """Check a run before it starts, from its configuration and the headers of its files; no weight is read."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from adamerge.commands.run.build import build, build_optional, check_node, containers
+from adamerge.commands.run.build import build, build_optional, check_node
 from adamerge.commands.run.check_files import (
     Problems,
     build_data,
@@ -18,36 +19,36 @@ from adamerge.commands.run.check_files import (
     checkpoint_problems,
     forecast_problems,
 )
-from adamerge.commands.run.imports import check_targets
 from adamerge.commands.run.processes import is_sharded
 from adamerge.commands.run.shipped import CONFIG_NAME, shipped_folder
 from adamerge.commands.run.stages import first_stage
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import InputError, check_number, did_you_mean, shorten
 from adamerge.objectives import check_objective
 from adamerge.system.files import ensure_writable
 from adamerge.transforms import check_transform
 
 RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
-_LIMITS = {"steps": (1, None, 150), "checkpoint_every": (1, None, 25), "seed": (0, 2**32 - 1, 0)}
+_LIMITS = {"steps": (1, math.inf), "checkpoint_every": (1, math.inf), "seed": (0, 2**32 - 1)}
 _SWITCHES = ("evaluate", "references")
-_SETTINGS = (*_LIMITS, *_SWITCHES, "name")
 _LOGGERS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # to their packages
-_POOL_KEYS = (
-    *("file", "base", "experts", "storage", "dtype", "task_vectors", "include", "exclude", "duplicates"),
-    *("unplaced", "licences", "sha256"),
-)
+_ROUNDED = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+_PACK = "write task vectors so with adamerge transform, and name the file as pool.task_vectors"
+_WHEN_SHARDED = {  # option: what it may be where each device holds a part of the model, and the remedy
+    "pool.storage": ((None, "auto", "ram", "device"), "parts are kept in memory; set auto"),
+    "pool.dtype": ((None, "float32"), _PACK),
+    "transform._target_": ((None,), _PACK),
+    "encoder.compile": ((None, False), "set false"),
+    "method.ranking": ((None, "inner_product"), "set inner_product"),
+    "teacher_cache": ((None,), "leave it out"),
+}
 
 
 def check(config: DictConfig) -> list[str]:
     """Return everything that is wrong with a configuration."""
     problems, parts = Problems(), dict[str, Any]()
     with problems.naming("configuration"):
-        check_targets(containers(config))
-    if problems:
-        return problems  # before anything is imported
-    with problems.naming("configuration"):
         problems += unknown_keys(config)
-    _check_settings(config, _SETTINGS, problems)
+    _check_settings(config, (*_LIMITS, *_SWITCHES, "name"), problems)
     with problems.naming("run_dir"):
         parts["run_dir"] = check_folder("run_dir", config.get("run_dir"))
     if config.get("teacher_cache") is not None:
@@ -57,13 +58,13 @@ def check(config: DictConfig) -> list[str]:
     with problems.naming("encoder"):
         parts["encoder"] = build_optional(config, "encoder")
     with problems.naming("batch_norm"):
-        build_optional(config, "batch_norm")
+        build(config, "batch_norm")
     with problems.naming("backbone"):
         parts["backbone"] = build(config, "backbone")
     with problems.naming("trainer"):
         check_node(config, "trainer")
-        _check_trainer(config)
-        problems += _sharding_problems(containers(config)) if is_sharded(config) else []
+        check_trainer(config)
+        problems += _sharding_problems(config) if is_sharded(config) else []
     if "backbone" in parts:
         with problems.naming("pool"):
             parts["headers"] = check_pool(config, parts["backbone"], problems)
@@ -84,16 +85,10 @@ def unknown_keys(config: DictConfig) -> list[str]:
     default: Any = OmegaConf.load(shipped_folder("") / f"{CONFIG_NAME}.yaml")
     groups = [str(next(iter(item))).split()[-1] for item in default["defaults"] if not isinstance(item, str)]
     options = [key for key in (*map(str, default), *groups) if key != "defaults" and not key.startswith("hydra")]
-    problems = [
+    return [
         f"Unknown option {key!r}.{did_you_mean(key, options)} Known: {', '.join(sorted(options))}."
         for key in map(str, config)
         if key not in options
-    ]
-    pool = config.get("pool")
-    return problems + [
-        f"pool: unknown option {key!r}.{did_you_mean(key, _POOL_KEYS)}"
-        for key in map(str, pool if isinstance(pool, DictConfig) else ())
-        if key not in _POOL_KEYS
     ]
 
 
@@ -116,22 +111,16 @@ def _check_settings(config: DictConfig, options: Iterable[str], problems: Proble
         with problems.naming(option):
             value = config.get(option)
             if option in _LIMITS:
-                _check_number(option, value)
+                check_number(option, value, *_LIMITS[option], whole=True)
             elif option in _SWITCHES and not isinstance(value, bool):
-                problems.append(f"{option}: expected true or false, found {value!r}.")
+                raise InputError(f"{option}: expected true or false, found {value!r}.")
             elif option == "name" and (not isinstance(value, (str, int)) or not str(value)):
-                problems.append(f"name: expected a text, found {value!r}; such as name=adapt.")
+                raise InputError(f"name: expected a text, found {value!r}; such as name=adapt.")
             elif option == "name" and value in RESERVED:
                 rows = shorten(RESERVED)
-                problems.append(f"name: {value!r} is reserved for a row of the results, as are {rows}; choose another.")
-
-
-def _check_number(option: str, value: Any) -> None:
-    low, high, example = _LIMITS[option]
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        limits = f">= {low}" if high is None else f"from {low} to {high}"
-        raise InputError(f"{option}: expected a whole number {limits}, found {value!r}; such as {option}={example}.")
+                raise InputError(
+                    f"name: {value!r} is reserved for a row of the results, as are {rows}; choose another."
+                )
 
 
 def check_folder(option: str, path: Any) -> Path:
@@ -142,7 +131,7 @@ def check_folder(option: str, path: Any) -> Path:
     """
     if not isinstance(path, str) or not path.strip():
         raise InputError(f"{option}: expected a folder, found {path!r}; such as {option}=runs/first.")
-    folder = Path(path).absolute()
+    folder = Path(path).expanduser().absolute()
     if folder.resolve() == Path(folder.anchor):
         raise InputError(f"{option}: expected a folder of the run's own, found {path}, the root; choose one below it.")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -214,9 +203,9 @@ def check_package(where: str, target: str) -> None:
         raise InputError(f"{where}: needs the package {package}: pip install 'adamerge[{package}]'.")
 
 
-def _check_trainer(config: DictConfig) -> None:
+def check_trainer(config: DictConfig) -> None:
     """Refuse devices that are none, or that are not there, before a weight is read."""
-    node = OmegaConf.masked_copy(config.trainer, ["devices", "num_nodes", "accelerator"])
+    node = OmegaConf.masked_copy(config.trainer, ["devices", "num_nodes", "accelerator", "precision"])
     options: Any = OmegaConf.to_container(node, resolve=True)
     accelerator = options.get("accelerator")
     has_gpu = torch.cuda.is_available() or (accelerator == "gpu" and torch.backends.mps.is_available())
@@ -232,9 +221,11 @@ def _check_trainer(config: DictConfig) -> None:
             f"trainer.devices: expected auto, a number of devices >= 1 or a list of them, found {devices!r}; such as "
             "trainer.devices=2."
         )
-    if not _is_whole(num_nodes, 1):
+    check_number("trainer.num_nodes", num_nodes, 1, whole=True)
+    if str(options.get("precision")) in _ROUNDED:
         raise InputError(
-            f"trainer.num_nodes: expected a number >= 1, found {num_nodes!r}; such as trainer.num_nodes=1."
+            f"trainer.precision: found {options['precision']}, which rounds coefficients more than a step moves them. "
+            "Set 16-mixed or bf16-mixed: the encoder computes in half precision, coefficients stay float32."
         )
 
 
@@ -243,20 +234,12 @@ def _is_whole(value: Any, least: int) -> bool:
     return not isinstance(value, bool) and text.isdigit() and int(text) >= least
 
 
-def _sharding_problems(config: Mapping[str, Any]) -> list[str]:
+def _sharding_problems(config: DictConfig) -> list[str]:
     """List what a run whose devices each hold a part of the model (``trainer=fsdp``) cannot do."""
-    nodes = {node: config.get(node) or {} for node in ("pool", "transform", "encoder", "method")}
-    pack = "write task vectors so with adamerge transform, and name the file as pool.task_vectors"
-    refused = {
-        "pool.storage": (nodes["pool"].get("storage") == "stream", "stream", "parts are kept in memory; set auto"),
-        "pool.dtype": (nodes["pool"].get("dtype") not in (None, "float32"), nodes["pool"].get("dtype"), pack),
-        "transform": (nodes["transform"].get("_target_") is not None, nodes["transform"].get("_target_"), pack),
-        "encoder.compile": (bool(nodes["encoder"].get("compile")), nodes["encoder"].get("compile"), "set false"),
-        "method.ranking": (nodes["method"].get("ranking") == "cosine", "cosine", "set inner_product"),
-        "teacher_cache": (config.get("teacher_cache") is not None, config.get("teacher_cache"), "leave it out"),
-    }
-    return [
-        f"{option}: not with trainer=fsdp, found {value}: {remedy}."
-        for option, (is_refused, value, remedy) in refused.items()
-        if is_refused
-    ]
+    problems = []
+    for option, (taken, remedy) in _WHEN_SHARDED.items():
+        value = OmegaConf.select(config, option)
+        if value not in taken:
+            name = option.removesuffix("._target_")
+            problems.append(f"{name}: not with trainer=fsdp, found {value}: {remedy}.")
+    return problems

@@ -5,9 +5,8 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adamerge import zoo
-from adamerge.backbones import Backbone, Torchvision, own_base
-from adamerge.commands.run.build import build, build_init, check_node, strings
+from adamerge.backbones import Backbone, OpenClip, Torchvision, own_base
+from adamerge.checkpoints.hub import HubReference
+from adamerge.commands.run.build import build, build_init, check_node, pool_of
 from adamerge.commands.run.stages import start_file
 from adamerge.data.first_look import check_task
 from adamerge.data.task import Task
@@ -26,10 +26,9 @@ from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import EncoderOptions, select
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.refinement import Refinement
-from adamerge.pool.headers import Headers, read_headers
+from adamerge.pool.headers import Headers
 from adamerge.pool.options import PoolOptions
 from adamerge.pool.packed import PackedFile
-from adamerge.pool.task_vectors import dtype_of
 from adamerge.system.memory import free_memory
 
 log = logging.getLogger(__name__)
@@ -54,85 +53,35 @@ class Problems(list[str]):
             self.append(f"{node}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> Headers:
+def check_pool(config: DictConfig, backbone: Backbone, problems: Problems) -> Headers:
     """Compare the headers of the pool's files with one another, with the backbone and with the pool's options."""
-    node = config.get("pool")
     tag = getattr(backbone, "pretrained", None)
-    base, experts = pool_files(node, "pool", needs_base=tag is None)
-    place = base if base is not None else own_base(backbone, download=False)
-    if place is None:
+    has_base = isinstance(config.get("pool"), DictConfig) and config.pool.get("base") is not None
+    base = None if has_base else own_base(backbone, download=False)
+    is_here = has_base or base is not None or tag is None
+    files = pool_of(config, backbone, base if is_here else Path(str(tag)))
+    with problems.naming("pool"):
+        PoolOptions(**files.pool_options)
+    if not is_here:
         log.info("backbone.pretrained=%s: its weights are not in the cache; the run downloads them first.", tag)
-    exclude = [*backbone.exclude, *(strings(node.get("exclude")) or [])]
-    named = {key: node.get(key) for key in ("storage", "duplicates", "unplaced") if node.get(key) is not None}
-    try:
-        options = PoolOptions(dtype=dtype_of(node.get("dtype")), **named)
-    except InputError as error:
-        problems.append(str(error))
-        options = PoolOptions()
-    options = replace(options, include=strings(node.get("include")), exclude=exclude, key_map=backbone.prefix)
-    headers = read_headers(place, experts, options)
+    headers = files.headers(base_is_here=is_here)
     problems += headers.problems
     for remark in headers.remarks:
         log.warning("%s", remark)
     of_base = {} if headers.source is None else {"base": headers.source}
-    for find, files in (("base_problems", headers.source), ("problems", {**of_base, **headers.experts})):
-        if files is not None and hasattr(backbone, find):
-            problems += [text.replace(f"backbone.model={zoo.files()}", _ZOO) for text in getattr(backbone, find)(files)]
-    problems += _hash_problems(node.get("sha256"), experts)
-    if node.get("task_vectors") is not None:
-        problems += _packed_problems(node.task_vectors, headers)
+    for find, checkpoints in (("base_problems", headers.source), ("problems", {**of_base, **headers.experts})):
+        if checkpoints is not None and hasattr(backbone, find):
+            said = getattr(backbone, find)(checkpoints)
+            problems += [text.replace(f"backbone.model={zoo.files()}", _ZOO) for text in said]
+    if files.task_vectors is not None:
+        problems += _packed_problems(files.task_vectors.file, headers)
     return headers
 
 
-def pool_files(node: Any, where: str, *, needs_base: bool = True) -> tuple[str | None, dict[str, str]]:
-    """Return the base's file and the experts' by name, of a pool's node that messages call ``where``.
-
-    Without a base, where none is needed, None stands in for its file.
-
-    Raises:
-        InputError: If it names no base, no experts, or something else than files.
-    """
-    if not isinstance(node, DictConfig):
-        raise InputError(f"{where}: expected base and experts, found {node!r}; such as pool=zoo.")
-    for key, example in (("base", "base=FILE"), ("experts", "experts={name: FILE, ...}")):
-        if node.get(key) is None and (key != "base" or needs_base):
-            raise InputError(f"{where}.{key}: must be given: {example}.")
-    if not isinstance(node.experts, DictConfig) or not node.experts:
-        raise InputError(
-            f"{where}.experts: expected a mapping of names to files, {{name: FILE, ...}}, found {node.experts}."
-        )
-    base = node.get("base")
-    experts: dict[Any, Any] = {name: node.experts.get(name) for name in node.experts}
-    files = {"base": base or ""} if base is not None else {}
-    for key, file in {**files, **{f"experts.{name}": path for name, path in experts.items()}}.items():
-        if not isinstance(file, str) or not file:
-            raise InputError(f"{where}.{key}: expected a checkpoint file, found {file!r}; name one or leave it out.")
-    for name in experts:
-        if not isinstance(name, str):
-            raise InputError(f"{where}.experts: expected names that are texts, found {name!r}; write '{name}'.")
-    return base, {str(name): str(path) for name, path in experts.items()}
-
-
-def _hash_problems(hashes: Any, experts: Mapping[str, object]) -> list[str]:
-    """List what is wrong with the hashes that a pool gives; whether the files have them waits for the run."""
-    if hashes is None:
-        return []
-    names = ("base", *experts)
-    if not isinstance(hashes, Mapping) or not all(isinstance(value, str) for value in hashes.values()):
-        return [f"pool.sha256: expected a mapping from base and experts to SHA-256, found {hashes}."]
-    return [
-        f"pool.sha256: {name!r} is neither base nor an expert.{did_you_mean(str(name), names)}"
-        for name in hashes
-        if name not in names
-    ]
-
-
-def _packed_problems(path: Any, headers: Headers) -> list[str]:
+def _packed_problems(path: Path | HubReference, headers: Headers) -> list[str]:
     """List how a file of packed task vectors differs from a pool, by its header; its hashes wait for the run."""
-    if not isinstance(path, str) or not path:
-        return [f"pool.task_vectors: expected a file, found {path!r}; name one or leave it out."]
     try:
-        packed = PackedFile(path)
+        packed = PackedFile(str(path))
     except (InputError, OSError) as error:
         return [str(error)]
     return list(packed.problems(headers.expert_names, headers.shapes)) if headers.shapes else []
@@ -183,7 +132,7 @@ def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> An
                 f"{did_you_mean(name, known)}"
             )
     try:
-        return build(config, "data", preprocess=backbone.preprocess())
+        return build(config, "data", preprocess=_preprocess(backbone))
     except InputError:
         count = len(problems)
         for name in nodes:
@@ -194,6 +143,13 @@ def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> An
         if len(problems) > count:
             return None
         raise
+
+
+def _preprocess(backbone: Backbone) -> Callable[[Any], Any] | None:
+    """Return a backbone's preprocessing; open_clip, which is slow to import, waits for the first image."""
+    if isinstance(backbone, OpenClip):
+        return lambda image: backbone.preprocess()(image)
+    return backbone.preprocess()
 
 
 def check_start(config: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import setup_globals
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
 from adamerge.commands.run.named_pools import register_resolvers, with_pool_files
-from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names
+from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names, shipped_folder
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import DEFAULTS, PoolFiles, load_pool_file
 
@@ -30,6 +31,7 @@ _FLAGS = (
     *("--shell-completion", "-sc", "--experimental-rerun", "--info", "-i"),
 )
 _DECIDED_BY_FILE = ("file", "base", "experts")  # options of a pool
+_OPTIONAL = ("experiment", "benchmark")  # groups of which a run need have none
 _NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
 
 
@@ -120,19 +122,75 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 
 
 def _for_hydra(line: Line) -> list[str]:
-    """Return overrides as Hydra takes them: pool files by path, and tasks' fields that no yaml file sets yet."""
-    overrides = with_pool_files(line.overrides, line.config_dir)
-    given = [re.match(r"data\.tasks\.[\w-]+\.(\w+)=", override) for override in overrides]
-    if not any(given):
-        return overrides
-    from adamerge.data.benchmarks import task  # imports Lightning, as only data does
-    from adamerge.data.task import Task
+    """Return overrides as Hydra takes them: pool files by path, and texts in quotes."""
+    is_sweep = bool({"-m", "--multirun"} & set(line.flags))
+    overrides = [_choice(override) for override in with_pool_files(line.overrides, line.config_dir)]
+    overrides = [_readable(override, is_sweep=is_sweep) for override in overrides if override]
+    return _with_new_keys(overrides)
 
-    fields = {*inspect.signature(Task).parameters, *inspect.signature(task).parameters} - {"name", "root"}
+
+def _choice(override: str) -> str:
+    """Return ``GROUP=none`` for ``GROUP=null``, and nothing for a group that is optional.
+
+    Raises:
+        InputError: If the group has to be something.
+    """
+    group, _, choice = override.partition("=")
+    if choice != "null" or not shipped_folder(group).is_dir():
+        return override
+    if group in _OPTIONAL:
+        return ""
+    if "none" in rule_names(group):
+        return f"{group}=none"
+    raise InputError(f"{override}: a run has one; {group} is one of {', '.join(rule_names(group))}.")
+
+
+def _with_new_keys(overrides: Sequence[str]) -> list[str]:
+    """Return overrides with ``++`` before fields of tasks that no file sets yet, and before experts of a new pool."""
+    given = [re.match(r"data\.tasks\.[\w-]+\.(\w+)=", override) for override in overrides]
+    fields: set[str] = set()
+    if any(given):
+        from adamerge.data.benchmarks import task  # imports what only data needs
+        from adamerge.data.task import Task
+
+        fields = {*inspect.signature(Task).parameters, *inspect.signature(task).parameters} - {"name", "root"}
+    experts = "pool.experts." if "pool=files" in overrides else "\0"
     return [
-        f"++{override}" if match is not None and match[1] in fields else override
+        f"++{override}" if (match and match[1] in fields) or override.startswith(experts) else override
         for override, match in zip(overrides, given, strict=True)
     ]
+
+
+def _readable(override: str, *, is_sweep: bool) -> str:
+    """Return an override that Hydra can read: ``run_dir=runs/lr=0.1`` with its value in quotes.
+
+    Raises:
+        InputError: If it is not clear what is meant.
+    """
+    parse = OverridesParser.create().parse_override
+    key, _, value = override.partition("=")
+
+    def is_read(text: str) -> bool:
+        with contextlib.suppress(HydraException):
+            return bool(parse(text))
+        return False
+
+    def word(match: re.Match[str]) -> str:
+        return match[0] if is_read(f"key={match[0]}") else quoted(match[0])
+
+    if is_read(override):
+        return override
+    if value[:1] in ("[", "{"):
+        text = re.sub(r"[^\s'\"{}\[\],:][^'\"{}\[\],:]*", word, value)
+    else:
+        text = ",".join(map(quoted, value.split(",") if is_sweep else [value]))
+    if value and value[0] not in "'\"$" and is_read(f"{key}={text}"):
+        return f"{key}={text}"
+    raise InputError(
+        f"{override}: cannot be read. Before the first = are letters of a-z, digits, _ and - only (a yaml file takes "
+        "others); after it, a text of other letters stands in quotes, inside those of the shell: "
+        "\"name='my run'\"."
+    )
 
 
 def expanded(config: DictConfig) -> DictConfig:

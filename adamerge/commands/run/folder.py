@@ -148,13 +148,8 @@ def remove_unstarted(folder: Path) -> None:
                 path.rmdir()
 
 
-def differences(config: DictConfig, stored: DictConfig) -> list[str]:
-    """Return the dotted options in which two configurations of one run differ, leaving out where it runs."""
-    return differing(plain(config), plain(stored))
-
-
 def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Do what :func:`differences` does, for plain containers."""
+    """Return the dotted options in which two plain configurations of one run differ, leaving out where it runs."""
     first, second = flat(config), flat(stored)
     keys = [key for key in {**first, **second} if not key.startswith(PLACES)]
     return sorted(key for key in keys if first.get(key) != second.get(key))

@@ -1,5 +1,6 @@
 """Which code of others a configuration imports: each ``_target_``, and the file that it comes from."""
 
+import importlib.util
 import logging
 import pkgutil
 import sys
@@ -47,16 +48,14 @@ def foreign_targets(content: Any) -> list[Target]:
     Args:
         content: The configuration as plain containers.
     """
-    found = []
+    targets = []
     for node, path in _walk(content, ""):
         home = _home(path)
         module = home.split(".")[0]
-        if module and module not in _OWN:
-            spec, _ = _find(home)
-            file = _file(spec)
-            if spec is not None or module in sys.stdlib_module_names:
-                found.append(Target(node, path, file))
-    return found
+        spec = None if module in _OWN else _find(home)
+        if spec is not None:
+            targets.append(Target(node, path, _file(spec)))
+    return targets
 
 
 def check_targets(content: Any) -> None:
@@ -68,11 +67,10 @@ def check_targets(content: Any) -> None:
         InputError: If a module would be found there, and the folder is neither on PYTHONPATH nor installed.
     """
     for node, path in _walk(content, ""):
-        spec, entry = _find(path)
-        if spec is not None and entry is not None and _is_implicit(entry):
+        if _is_implicit(path):
             raise InputError(
-                f"{node}: {path} would be imported from {_file(spec)}, in the working directory, which nobody put on "
-                "the import path on purpose. If that is what you mean, say so: PYTHONPATH=. before the command."
+                f"{node}: {path} would be imported from {_file(_find(path))}, in the working directory, which nobody "
+                "put on the import path on purpose. If that is what you mean, say so: PYTHONPATH=. before the command."
             )
 
 
@@ -85,9 +83,8 @@ def check_own(content: Any) -> None:
         InputError: If anything else would be imported.
     """
     for node, path in _walk(content, ""):
-        if not path.startswith(("adamerge.backbones.", "adamerge.transforms.", "adamerge.zoo.")) or not _is_own_class(
-            path
-        ):
+        target = _resolved(path) if path.startswith("adamerge.") else None
+        if not isinstance(target, type) or not f"{target.__module__}.".startswith(_VIEWED):
             raise InputError(
                 f"{node}: expected a class of adamerge's own, found {path}, which is not imported to look at a folder."
             )
@@ -101,8 +98,8 @@ def announce(content: Any) -> None:
 
 def _home(path: str) -> str:
     """Return an import path, of a package of ``_OWN`` as the module that defines what it leads to."""
-    found = _resolved(path) if path.split(".")[0] in _OWN else None
-    home = found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None)
+    target = _resolved(path) if path.split(".")[0] in _OWN else None
+    home = target.__name__ if isinstance(target, ModuleType) else getattr(target, "__module__", None)
     return home if isinstance(home, str) else path
 
 
@@ -111,11 +108,6 @@ def _resolved(path: str) -> Any:
         return pkgutil.resolve_name(path)
     except Exception:  # whatever a module raises that cannot be imported here
         return None
-
-
-def _is_own_class(path: str) -> bool:
-    found = _resolved(path)
-    return isinstance(found, type) and f"{found.__module__}.".startswith(_VIEWED)
 
 
 def _walk(content: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -133,25 +125,16 @@ def _walk(content: Any, where: str) -> Iterator[tuple[str, str]]:
             yield from _walk(value, f"{where}[{index}]")
 
 
-def _find(path: str) -> tuple[ModuleSpec | None, str | None]:
-    """Return the innermost module of an import path, and the entry of ``sys.path`` it is found by."""
+def _find(path: str) -> ModuleSpec | None:
+    """Return the innermost module of an import path; nothing is imported for it."""
     parts = path.split(".")
-    for entry in sys.path:
-        spec = PathFinder.find_spec(parts[0], [entry or str(Path.cwd())])
-        if spec is None or spec.origin is None:  # a folder without __init__.py yields to modules of later entries
-            continue
-        return _descend(spec, parts), entry
-    spec = PathFinder.find_spec(parts[0], [entry or str(Path.cwd()) for entry in sys.path])
-    if spec is None or not spec.submodule_search_locations:
-        return None, None
-    home = str(Path(next(iter(spec.submodule_search_locations))).parent)
-    return _descend(spec, parts), home
-
-
-def _descend(spec: ModuleSpec, parts: Sequence[str]) -> ModuleSpec:
-    for index in range(2, len(parts) + 1):
-        places = spec.submodule_search_locations
-        inner = PathFinder.find_spec(".".join(parts[:index]), places) if places else None
+    try:
+        spec = importlib.util.find_spec(parts[0])
+    except ValueError:  # of __main__
+        return None
+    for stop in range(2, len(parts) + 1):
+        places = None if spec is None else spec.submodule_search_locations
+        inner = PathFinder.find_spec(".".join(parts[:stop]), places) if places else None
         if inner is None:
             break
         spec = inner
@@ -159,17 +142,18 @@ def _descend(spec: ModuleSpec, parts: Sequence[str]) -> ModuleSpec:
 
 
 def _file(spec: ModuleSpec | None) -> Path | None:
-    if spec is None:
+    """Return a module's file, or the folder of a package without ``__init__.py``."""
+    if spec is None or (spec.origin is not None and not spec.has_location):
         return None
-    places = spec.submodule_search_locations
-    origin = spec.origin or (next(iter(places)) if places else None)
-    return Path(origin) if origin else None
+    return Path(spec.origin or next(iter(spec.submodule_search_locations or ())))
 
 
-def _is_implicit(entry: str) -> bool:
-    """Return whether an entry of ``sys.path`` is the working directory, and there only by the interpreter's start."""
-    folder = Path.cwd().resolve()
-    if Path(entry or ".").resolve() != folder:
+def _is_implicit(path: str) -> bool:
+    """Return whether a module comes from the working directory, which is searched by the interpreter's start only."""
+    file, folder = _file(_find(path.split(".")[0])), Path.cwd().resolve()
+    if file is None or path.startswith("adamerge."):  # which runs already
         return False
-    given = sys.path if sys.flags.safe_path else sys.path[1:]
-    return not any(other and Path(other).resolve() == folder for other in given)
+    home = file.parent.parent if file.name == "__init__.py" else file.parent
+    by_start = [] if sys.flags.safe_path else [sys.path[0], *(entry for entry in sys.path if not entry)]
+    is_given = any(entry and Path(entry).resolve() == folder for entry in sys.path[bool(by_start) :])
+    return home.resolve() == folder and not is_given and any(Path(entry).resolve() == folder for entry in by_start)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from adamerge.commands.run.shipped import rule_names, rule_node, shipped_folder
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, place, pool_files
+from adamerge.results.recipes import read_recipe
 from adamerge.zoo import benchmark_folder, files
 
 FOLDERS = "ADAMERGE_POOLS"
@@ -63,11 +64,8 @@ def _shipped(name: str) -> dict[str, Any]:
 
 def own_pools() -> dict[str, Path]:
     """Return the user's pools by name; the first folder's where two have one of a name."""
-    found: dict[str, Path] = {}
-    for folder in folders():
-        for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else ():
-            found.setdefault(path.stem, path)
-    return found
+    paths = [path for folder in reversed(folders()) for path in sorted(folder.glob("*.yaml"))]
+    return {path.stem: path for path in paths}
 
 
 def pool_path(pool: str) -> Path:
@@ -76,11 +74,14 @@ def pool_path(pool: str) -> Path:
     Raises:
         InputError: If it is a shipped pool's name.
     """
-    if _is_path(pool):
-        return Path(pool)
     if pool in rule_names("pool"):
         raise InputError(f"pool {pool}: the name of a shipped pool; choose another, or name a file, ./{pool}.yaml.")
-    return own_pools().get(pool, folders()[0] / f"{pool}.yaml")
+    return _own(pool) or folders()[0] / f"{pool}.yaml"
+
+
+def _own(pool: str) -> Path | None:
+    """Return the file that a user names, or the one of a name in the folders of pool files; it need not be there."""
+    return Path(pool) if pool.endswith((".yaml", ".yml")) or "/" in pool else own_pools().get(pool)
 
 
 def named_pool(pool: str) -> PoolFiles:
@@ -92,11 +93,10 @@ def named_pool(pool: str) -> PoolFiles:
     if pool in shipped_pools():
         register_resolvers()
         content: Any = OmegaConf.to_container(OmegaConf.create(_shipped(pool)), resolve=True)
-        return pool_files({**content, "key_prefix": _SHIPPED_PREFIX}, f"--pool {pool}", Path())
-    if Path(pool).is_file():
-        return load_pool_file(Path(pool))
-    if (own := own_pools().get(pool)) is not None:
-        return load_pool_file(own)
+        return pool_files({**content, "key_prefix": _SHIPPED_PREFIX}, f"--pool {pool}: ", Path())
+    for path in (Path(pool), _own(pool)):
+        if path is not None and path.is_file():
+            return load_pool_file(path)
     raise InputError(
         f"--pool {pool}: no such pool file, and {_no_such_name(pool)} A pool that is FOLDER/{_CHOICE.format(pool)} for "
         "--config-dir is known to adapt and check only."
@@ -121,26 +121,46 @@ def chosen_pool(
 
 def rule_and_pool(
     command: str,
+    own: dict[str, Any],
+    *,
+    recipe: Path | None,
     rule: str | None,
-    base: Path | None,
-    experts: Sequence[str],
-    pool: str | None,
     settings: Sequence[str],
-    key_prefix: str | None,
     include: Sequence[str],
     exclude: Sequence[str],
     unplaced: str | None,
-) -> tuple[dict[str, Any], PoolFiles]:
-    """Read the options of ``merge`` or ``transform``: the rule's node, and the pool that it works on.
+    **pool: Any,
+) -> tuple[dict[str, Any], PoolFiles, dict[str, Any]]:
+    """Read what ``merge`` or ``transform`` is to do: from its options, or from a recipe that it has written.
+
+    Args:
+        command: Its name.
+        own: Options of that command alone, by their keys in the recipe.
+        recipe: The file, in which all of these are; its checkpoints must still have the hashes that it records.
+        rule: Name or import path.
+        settings: Options of the rule.
+        include: Globs of parameter names to merge.
+        exclude: Globs of those to leave out.
+        unplaced: What becomes of tensors without a place.
+        pool: See :func:`chosen_pool`.
+
+    Returns:
+        The rule's node, the pool, and the command's own options.
 
     Raises:
         InputError: If they do not go together, or one is wrong.
     """
+    if recipe is not None:
+        if any((rule, settings, include, exclude, unplaced, *pool.values(), *own.values())):
+            raise InputError(f"{command}: --recipe holds everything but --out; leave the other options out.")
+        content = read_recipe(recipe, command, ("rule", "files", "hashes", *own))
+        files = pool_files(content["files"], f"{recipe}: ", recipe.parent).pinned(content["hashes"])
+        return content["rule"], files, {key: content[key] for key in own}
     if rule is None:
-        remark = " none packs only." if command == "transform" else ""
-        raise InputError(f"{command}: give --rule NAME; docs/methods.md lists them{';' if remark else '.'}{remark}")
-    files = chosen_pool(command, base, experts, pool, key_prefix)
-    return rule_node(command, rule, settings), files.with_options(include, exclude, unplaced=unplaced)
+        remark = "; none packs only" if command == "transform" else ""
+        raise InputError(f"{command}: give --rule NAME; docs/methods.md lists them{remark}.")
+    files = chosen_pool(command, **pool).with_options(include, exclude, unplaced=unplaced)
+    return rule_node(command, rule, settings), files, own
 
 
 def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[str]:
@@ -155,12 +175,12 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
     """
     result: list[str] = []
     for argument in arguments:
-        found = re.fullmatch(r"pool=([\w./~ -]+)", argument)
-        name = found[1] if found else _FORM
+        match = re.fullmatch(r"pool=([^,'\"\[{$][^,]*)", argument)
+        name = match[1] if match else _FORM
         if name in (*rule_names("pool"), "null"):
             result.append(argument)
             continue
-        path = Path(name) if _is_path(name) else own_pools().get(name)
+        path = _own(name)
         if config_dir is not None and (choice := config_dir / _CHOICE.format(name)).is_file():
             if path is not None and path.is_file() and not path.samefile(choice):
                 raise InputError(f"{argument}: two pools have that name, {choice} and {path}; rename one of the two.")
@@ -170,15 +190,8 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
             hint = f" Is it a yaml file of yours, FOLDER/{_CHOICE.format(name)}? Name the folder: --config-dir FOLDER."
             raise InputError(f"{argument}: {_no_such_name(name, config_dir)}{hint if config_dir is None else ''}")
         result += [f"pool={_FORM}", "pool.file='" + str(path.absolute()).replace("'", "\\'") + "'"]
-    if any(argument.startswith("pool.file=") for argument in result) and not any(
-        argument.startswith("pool=") for argument in result
-    ):
-        result.append(f"pool={_FORM}")
-    return result
-
-
-def _is_path(pool: str) -> bool:
-    return pool.endswith((".yaml", ".yml")) or "/" in pool
+    keys = {argument.partition("=")[0] for argument in result}
+    return [*result, f"pool={_FORM}"] if "pool.file" in keys and "pool" not in keys else result
 
 
 def _no_such_name(pool: str, config_dir: Path | None = None) -> str:

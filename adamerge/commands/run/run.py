@@ -20,7 +20,7 @@ from adamerge.callbacks.checkpoint_io import write_atomically
 from adamerge.callbacks.elapsed import Elapsed, seconds_of
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.commands.run.build import build, build_init, build_optional, containers, strings
+from adamerge.commands.run.build import build, build_init, build_optional, containers, pool_of
 from adamerge.commands.run.folder import (
     CONFIG_FILE,
     LAST,
@@ -31,7 +31,7 @@ from adamerge.commands.run.folder import (
     plain,
     save_config,
 )
-from adamerge.commands.run.imports import announce, check_targets
+from adamerge.commands.run.imports import announce
 from adamerge.commands.run.processes import is_sharded, trainer_options
 from adamerge.commands.run.stages import STAGE, START, first_stage, start_file
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
@@ -45,7 +45,6 @@ from adamerge.model.sharded_model import ShardedModel
 from adamerge.model.teacher_files import TeacherFiles
 from adamerge.pool.describe import describe
 from adamerge.pool.pool import ExpertPool
-from adamerge.pool.task_vectors import dtype_of
 from adamerge.results.evaluation import summary
 from adamerge.results.report.record import costs_of
 from adamerge.results.report.write import report_run
@@ -92,9 +91,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
         model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
         of.batch_norm.start(model)
         return replace(of, model=model, start=start)
-    imports = containers(config)
-    check_targets(imports)
-    announce(imports)
+    announce(containers(config))
     backbone: Backbone = build(config, "backbone")
     data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess())
     pool = build_pool(config, backbone)
@@ -106,7 +103,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     kind = ShardedModel if is_sharded(config) else MergedModel
     model = kind(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
     check_classes(data.tasks, heads, _feature_width(model, data))
-    batch_norm = build_batch_norm(config)
+    batch_norm: BatchNormPolicy = build(config, "batch_norm")
     batch_norm.start(model)
     return Assembly(backbone, data, pool, heads, model, start, batch_norm)
 
@@ -139,33 +136,11 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
     return coefficients, {"start": {"file": name, "sha256": sha256(path), "granularity": describe(granularity)}}
 
 
-def build_batch_norm(config: DictConfig) -> BatchNormPolicy:
-    """Return the policy of a configuration; of those that were written before there was one, the base's statistics."""
-    policy: BatchNormPolicy | None = build_optional(config, "batch_norm")
-    return policy or BatchNormPolicy("base")
-
-
 def build_pool(config: DictConfig, backbone: Backbone) -> ExpertPool:
     """Open the pool that the configuration names, for a backbone, whose own base stands in where the pool has none."""
-    node = config.pool
-    base = node.get("base") or own_base(backbone, download=True)
-    if base is None:
-        raise InputError("pool.base: must be given: base=FILE.")
-    return ExpertPool.from_files(
-        base,
-        dict(node.experts),
-        storage=node.get("storage") or "auto",
-        dtype=dtype_of(node.get("dtype")),
-        include=strings(node.get("include")),
-        exclude=[*backbone.exclude, *(strings(node.get("exclude")) or [])] or None,
-        key_map=backbone.prefix,
-        transform=build_optional(config, "transform"),
-        task_vectors=node.get("task_vectors"),
-        duplicates=node.get("duplicates") or "refuse",
-        unplaced=node.get("unplaced") or "auto",
-        mapped=is_sharded(config),
-        hashes=dict(node.get("sha256") or {}),
-    )
+    base = None if config.pool.get("base") else own_base(backbone, download=True)
+    transform = build_optional(config, "transform")
+    return pool_of(config, backbone, base).open(transform=transform, mapped=is_sharded(config))
 
 
 def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str, Any] | None:

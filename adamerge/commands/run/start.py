@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run import processes
 from adamerge.commands.run import run as road
-from adamerge.commands.run.check import check
+from adamerge.commands.run.check import check, check_trainer
 from adamerge.commands.run.compose import expanded
 from adamerge.commands.run.named_pools import register_resolvers
 from adamerge.commands.run.stages import running_stage
@@ -58,7 +58,7 @@ def start(config: DictConfig, command: Sequence[str], *, as_json: bool) -> None:
     Raises:
         InputError: If the folder holds another run, or anything is wrong with this one.
     """
-    folder = Path(config.run_dir).absolute()
+    folder = Path(config.run_dir).expanduser().absolute()
     config.run_dir, config.cwd, config.command = str(folder), str(Path.cwd()), list(command)
     config.job = processes.job_id()
     again = run_folder.is_of_job(folder, config.job)
@@ -70,9 +70,12 @@ def start(config: DictConfig, command: Sequence[str], *, as_json: bool) -> None:
         return
     stored = run_folder.load_config(folder)
     stored.job = config.job
-    changed = run_folder.differences(config, stored)
+    changed = run_folder.differing(run_folder.plain(config), run_folder.plain(stored))
     if changed:
-        raise InputError(f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir.")
+        raise InputError(
+            f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
+            f"{_further(folder) if 'steps' in changed else ''}"
+        )
     _run(stored, folder, resume=True, as_json=as_json)
 
 
@@ -83,11 +86,24 @@ def resume(folder: Path, overrides: Sequence[str], *, as_json: bool) -> None:
         InputError: If the folder is no run's, or there are overrides.
     """
     if overrides:
-        raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(overrides)}.")
+        more = _further(folder) if any(word.startswith("steps=") for word in overrides) else ""
+        raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(overrides)}.{more}")
     folder = folder.absolute()
     config = run_folder.load_config(folder)
+    try:
+        check_trainer(config)
+    except InputError as error:
+        raise Agreed(
+            f"{error} A run goes on as it was begun: there, or here from what it has learned, with "
+            f"adamerge export {folder} --output DIR and init=DIR/coefficients.json."
+        ) from error
     if not start_ranks(config, [f"resume={folder}"], as_json=as_json):
         _run(config, folder, resume=True, as_json=as_json)
+
+
+def _further(folder: Path) -> str:
+    """Say how a run's steps are followed by more."""
+    return f" For more steps, start another run from its coefficients: init={folder / 'coefficients.json'} steps=N."
 
 
 def sweep_job(config: DictConfig) -> None:

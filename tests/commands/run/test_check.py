@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adamerge import ExpertPool, zoo
-from adamerge.commands.run.build import build, check_options
+from adamerge.backbones import OpenClip
+from adamerge.commands.run.build import build, check_options, pool_of
 from adamerge.commands.run.check import check
-from adamerge.commands.run.check_files import pool_files
 from adamerge.commands.run.compose import compose
 from adamerge.errors import InputError
 from adamerge.objectives.imitation import Imitation
@@ -105,7 +105,15 @@ LANES = {
         ("trainer.devices=many", ["trainer.devices", "'many'"]),
         ("trainer.devices=[]", ["trainer.devices", "[]"]),
         ("+trainer.num_nodes=0", ["trainer.num_nodes", "0"]),
+        ("trainer.precision=16-true", ["trainer.precision", "16-true", "16-mixed"]),
+        ("trainer.precision=bf16-true", ["trainer.precision", "bf16-true"]),
     ],
+    "batch_norm": [
+        ("batch_norm=nope", ["batch_norm", "'nope'", "batch_norm.OPTION=VALUE"]),
+        ("batch_norm=null", ["batch_norm", "none"]),
+        ("batch_norm.policy=nope", ["batch_norm", "'nope'"]),
+    ],
+    "encoder": [("encoder=x", ["encoder", "'x'", "encoder.OPTION=VALUE"])],
     "optimizer": [("optimizer._target_=builtins.len", ["optimizer"])],
     "pool": [
         ("init=high", ["init", "'high'"]),
@@ -117,7 +125,7 @@ LANES = {
         ("granularity=chunk granularity.pieces={prj:4}", ["granularity.pieces", "'prj'", "'proj'"]),
         ("pool.base=null", ["pool.base", "base=FILE"]),
         ("pool.experts=null", ["pool.experts", "{name: FILE, ...}"]),
-        ("pool.experts.digits=null", ["pool.experts.digits", "checkpoint file", "None"]),
+        ("pool.experts.digits=null", ["pool.experts.digits", "checkpoint FILE", "None"]),
         ("+pool.exclude=proj", ["pool.exclude", "list of globs", "'proj'"]),
         ("+pool.dtype=half8", ["pool.dtype", "'half8'"]),
     ],
@@ -153,10 +161,11 @@ def test_check_expert_missing_from_the_pool_is_found(found):
 
 @pytest.mark.parametrize("experts", ["[a.safetensors]", "{a: 3}", "{1: a.safetensors}", "a.safetensors"])
 def test_pool_files_experts_that_are_no_mapping_of_files_are_refused(experts):
+    backbone = OpenClip(str(zoo.files()))
     with pytest.raises(InputError, match=r"^pool\.experts"):
-        pool_files(OmegaConf.create(f"base: base.safetensors\nexperts: {experts}"), "pool")
+        pool_of(OmegaConf.create(f"pool: {{base: base.safetensors, experts: {experts}}}"), backbone, None)
     with pytest.raises(InputError, match=r"^pool: expected base and experts"):
-        pool_files(None, "pool")
+        pool_of(OmegaConf.create({"pool": None}), backbone, None)
 
 
 def test_check_says_what_is_wrong_with_each_task_at_once(found):
@@ -184,6 +193,23 @@ def test_check_default_backbone_of_a_foreign_base_is_called_by_its_name(found, t
     (problem,) = (text for text in found("pool.base=base.safetensors") if "not a checkpoint of" in text)
     assert "base.safetensors: not a checkpoint of backbone=zoo (the demo zoo's model" in problem
     assert "backbone=open_clip backbone.model=NAME" in problem
+
+
+def test_tied_weights_are_named_in_the_configuration(found, tmp_path):
+    base = load_file(zoo.files() / "base.safetensors")
+    for name, projection in (("base", base["visual.proj"]), ("digits", base["visual.proj"] + 1)):
+        tensors = {**base, "visual.proj": projection, "visual.alias": projection.clone()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    files = ["pool.base=base.safetensors", "pool.experts={digits: digits.safetensors}", "~pool.experts.mnist"]
+    tied = [*files, "+pool.tied={alias: proj}"]
+    assert not any("tied" in text for text in found(*tied))
+    backbone = OpenClip(str(zoo.files()))
+    config = {"base": "base.safetensors", "experts": {"digits": "digits.safetensors"}, "tied": {"alias": "proj"}}
+    pool = pool_of(OmegaConf.create({"pool": config}), backbone, None).open(duplicates="allow")
+    assert pool.tied == {"alias": "proj"}
+    assert "alias" not in pool.names
+    with pytest.raises(InputError, match=r"pool\.tied: expected a mapping from alias"):
+        pool_of(OmegaConf.create({"pool": {**config, "tied": ["alias"]}}), backbone, None)
 
 
 def test_check_gpu_where_there_is_none_is_found(found, monkeypatch):
@@ -266,7 +292,10 @@ def test_check_packed_task_vectors_are_held_against_the_pool(found, tmp_path):
     for override, words in (
         (["+pool.task_vectors=packed.safetensors"], "packed.safetensors: lacks 54 parameters that the pool merges"),
         (["+pool.task_vectors=absent.safetensors"], "absent.safetensors: no such file"),
-        (["+pool.task_vectors=3"], "pool.task_vectors: expected a file, found 3"),
+        (
+            ["+pool.task_vectors=3"],
+            "pool.task_vectors: expected a checkpoint FILE, hf://ORG/NAME, or {file: FILE, ...}, found 3",
+        ),
         ([f"+pool.task_vectors={experts['mnist']}"], "not a file of packed task vectors"),
     ):
         (problem,) = found(*override)
