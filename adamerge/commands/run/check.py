@@ -31,7 +31,8 @@ RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "s
 _LIMITS = {"steps": (1, math.inf), "checkpoint_every": (1, math.inf), "seed": (0, 2**32 - 1)}
 _SWITCHES = ("evaluate", "references")
 _LOGGERS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # to their packages
-_ROUNDED = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+_SHORT = ("32", "16", "bf16")  # Lightning's other names of them
 _PACK = "write task vectors so with adamerge transform, and name the file as pool.task_vectors"
 _WHEN_SHARDED = {  # option: what it may be where each device holds a part of the model, and the remedy
     "pool.storage": ((None, "auto", "ram", "device"), "parts are kept in memory; set auto"),
@@ -222,10 +223,10 @@ def check_trainer(config: DictConfig) -> None:
             "trainer.devices=2."
         )
     check_number("trainer.num_nodes", num_nodes, 1, whole=True)
-    if str(options.get("precision")) in _ROUNDED:
+    if str(precision := options.get("precision") or "32-true") not in (*_PRECISIONS, *_SHORT):
         raise InputError(
-            f"trainer.precision: found {options['precision']}, which rounds coefficients more than a step moves them. "
-            "Set 16-mixed or bf16-mixed: the encoder computes in half precision, coefficients stay float32."
+            f"trainer.precision: expected one of {', '.join(_PRECISIONS)}, found {precision}. In all of them coefficients "
+            "stay float32; the mixed ones compute the encoder in half precision."
         )
 
 

@@ -106,7 +106,7 @@ LANES = {
         ("trainer.devices=[]", ["trainer.devices", "[]"]),
         ("+trainer.num_nodes=0", ["trainer.num_nodes", "0"]),
         ("trainer.precision=16-true", ["trainer.precision", "16-true", "16-mixed"]),
-        ("trainer.precision=bf16-true", ["trainer.precision", "bf16-true"]),
+        ("trainer.precision=64-true", ["trainer.precision", "64-true", "32-true"]),
     ],
     "batch_norm": [
         ("batch_norm=nope", ["batch_norm", "'nope'", "batch_norm.OPTION=VALUE"]),
