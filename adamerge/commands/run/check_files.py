@@ -27,7 +27,6 @@ from adamerge.model.encoder import EncoderOptions, select
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.refinement import Refinement
 from adamerge.pool.headers import Headers
-from adamerge.pool.options import PoolOptions
 from adamerge.pool.packed import PackedFile
 from adamerge.system.memory import free_memory
 
@@ -53,15 +52,13 @@ class Problems(list[str]):
             self.append(f"{node}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def check_pool(config: DictConfig, backbone: Backbone, problems: Problems) -> Headers:
+def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> Headers:
     """Compare the headers of the pool's files with one another, with the backbone and with the pool's options."""
     tag = getattr(backbone, "pretrained", None)
     has_base = isinstance(config.get("pool"), DictConfig) and config.pool.get("base") is not None
     base = None if has_base else own_base(backbone, download=False)
     is_here = has_base or base is not None or tag is None
     files = pool_of(config, backbone, base if is_here else Path(str(tag)))
-    with problems.naming("pool"):
-        PoolOptions(**files.pool_options)
     if not is_here:
         log.info("backbone.pretrained=%s: its weights are not in the cache; the run downloads them first.", tag)
     headers = files.headers(base_is_here=is_here)
