@@ -43,6 +43,8 @@ def open_shards(index: Path) -> ComposedCheckpoint:
     present = {file: set(checkpoint.keys) for file, checkpoint in files.items()}
     if missing := [key for key, file in places.items() if key not in present[file]]:
         raise InputError(f"{index}: {shorten(missing)} not in the files that it names. Copy the folder again.")
+    if unlisted := [key for file, keys in present.items() for key in sorted(keys) if places.get(key) != file]:
+        tell_once(f"{index}: weight_map lacks {shorten(unlisted)} of its files, so they are not read.", logging.WARNING)
     return ComposedCheckpoint(str(index), {key: Piece(files[file], (key,)) for key, file in places.items()}, files)
 
 

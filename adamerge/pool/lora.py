@@ -167,7 +167,8 @@ class AdapterCheckpoint:
             return all(sorted(matrix_shape(shape)) == sorted(self._product_shape(pair)) for shape, pair in shapes)
 
         places = places_of(wanted, self._base_keys, fits)
-        trained = str((self._config.get("auto_mapping") or {}).get("base_model_class"))
+        mapping = self._config.get("auto_mapping")
+        trained = str(mapping.get("base_model_class")) if isinstance(mapping, Mapping) else ""
         for start in (_STARTS.get(trained), None if "Text" in trained else prefix or None):
             places = [place for place in places if place.start == start] or places
         if not places:

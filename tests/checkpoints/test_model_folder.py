@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel
 from adamerge import Coefficients, ExpertPool, InputError, merge
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.checkpoints.clip_names import as_own
-from adamerge.checkpoints.model_folder import find_model, open_model
+from adamerge.checkpoints.model_folder import find_model, open_model, open_shards
 from adamerge.pool.headers import read_headers
 from adamerge.pool.lora import open_expert
 from adamerge.pool.options import PoolOptions
@@ -92,6 +92,15 @@ def test_open_model_of_an_open_clip_folder_is_its_weights_file(tmp_path):
     model = open_clip_model(open_clip_folder(tmp_path / "a"))
     folder = open_clip_folder(tmp_path / "b", model.state_dict())
     assert set(open_model(folder).keys) == set(model.state_dict())
+
+
+def test_tensors_of_shards_that_the_index_lacks_are_named(tmp_path, caplog):
+    save_file({"w": torch.ones(1), "stray": torch.ones(1)}, tmp_path / "model-1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+    with caplog.at_level(logging.WARNING):
+        assert open_shards(index).keys == ("w",)
+    assert "weight_map lacks 'stray'" in caplog.text
 
 
 def test_open_model_of_shards_reads_all_of_them(tmp_path):
