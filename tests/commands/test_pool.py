@@ -243,7 +243,7 @@ def test_add_records_the_hashes_of_a_pool_written_by_hand(capsys, files, tmp_pat
     assert code == 0
     assert out.splitlines()[-1] == "hand.yaml"
     pool = load_pool_file(tmp_path / "hand.yaml")
-    assert pool.exclude == ("*.bias",)
+    assert pool.options["exclude"] == ["*.bias"]
     assert pool.hashes == {"base": sha256(tmp_path / "base.safetensors"), "red": sha256(tmp_path / "red.safetensors")}
 
 
