@@ -79,7 +79,7 @@ class MemoryCheckpoint:
                 f"{name}: expected only tensors, found other values under {shorten(others)}. Save the state dict alone."
             )
         self.name = name
-        self._tensors = dict(tensors)
+        self._tensors: dict[str, Tensor] = dict(tensors)
 
     @property
     def keys(self) -> tuple[str, ...]:
