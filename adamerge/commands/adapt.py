@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from adamerge.commands.terminal import EXIT_INPUT, Agreed, escape, json_option, out, print_json, report
+from adamerge.commands.terminal import EXIT_INPUT, Agreed, json_option, out, print_json, report
 from adamerge.errors import InputError
 from adamerge.system import ranks
 
@@ -91,6 +91,6 @@ def check(overrides: tuple[str, ...], as_json: bool) -> None:
             sys.exit(EXIT_INPUT)
         return
     for target in foreign:
-        out.print(escape(target), highlight=False)
+        out.print(target, highlight=False)
     report(problems)
     out.print("No problems found.")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+from rich.text import Text
 
-from adamerge.commands.terminal import EXIT_INPUT, err, escape, json_option, out, print_json
+from adamerge.commands.terminal import EXIT_INPUT, err, json_option, out, print_json
 from adamerge.system import progress
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def check(names: tuple[str, ...], root: Path, sample: int, every: bool, as_json:
     root = root.expanduser().absolute()
     wanted = chosen(names)
     if not root.is_dir():
-        err.print(f"{escape(str(root))}: no such folder. Name that of the data sets: --root DIR, or ADAMERGE_DATA.")
+        err.print(f"{root}: no such folder. Name that of the data sets: --root DIR, or ADAMERGE_DATA.")
     looked_at = progress.track(wanted, "Looking at the data sets", "data sets")
     reports = [check(name, root, None if every else sample) for name in looked_at]
     if as_json:
@@ -75,9 +76,9 @@ def print_how_to_get(name: str, root: Path, console: Console) -> None:
     from adamerge.data.benchmarks.checks import how_to_get
     from adamerge.data.benchmarks.definitions import definition
 
-    console.print(f"\n[bold]{name}[/]: how to get it", highlight=False)
+    console.print(Text.assemble("\n", (name, "bold"), ": how to get it"))
     for line in how_to_get(definition(name), root):
-        console.print(f"  {escape(line)}", highlight=False)
+        console.print(f"  {line}", highlight=False)
 
 
 @data.command()
@@ -102,7 +103,7 @@ def get(names: tuple[str, ...], root: Path, hub: bool) -> None:
     reports = []
     for name in wanted:
         known = definition(name)
-        out.print(f"{name}: {known.size}; licence: {escape(known.licence)}; {known.homepage}", highlight=False)
+        out.print(f"{name}: {known.size}; licence: {known.licence}; {known.homepage}", highlight=False)
         fetch(known, root, hub=hub)
         reports.append(check(name, root))
     _show(reports, root)
@@ -132,4 +133,4 @@ def _show(reports: "list[DatasetReport]", root: Path) -> None:
     out.print(table.terminal())
     for report in reports:
         for problem in report.problems:
-            out.print(f"{report.name}: {escape(problem)}", highlight=False)
+            out.print(f"{report.name}: {problem}", highlight=False)

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 import torch
+from rich.text import Text
 
 from adamerge.commands.run.named_pools import chosen_pool
 from adamerge.commands.terminal import GLOB_OPTIONS, json_option, out, pool_options, print_json, print_table, report
@@ -83,6 +84,6 @@ def _show(pool: ExpertPool) -> None:
         out.print(f"not merged, {reason}: {len(tensors)}, such as {tensors[0]}")
     notes = _findings(pool, facts)
     for note in notes:
-        out.print(f"[yellow]note:[/] {note}")
+        out.print(Text.assemble(("note:", "yellow"), f" {note}"))
     if not notes:
         out.print("No problems found.")

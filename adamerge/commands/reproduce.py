@@ -14,7 +14,7 @@ from adamerge.commands.compare.published import unknown_tasks
 from adamerge.commands.data import print_how_to_get
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose
-from adamerge.commands.terminal import err, escape, json_option, out, report
+from adamerge.commands.terminal import err, json_option, out, report
 from adamerge.data.benchmarks import checks
 from adamerge.errors import InputError
 
@@ -54,7 +54,7 @@ def reproduce(
     def explain() -> None:
         for name, root in missing:
             print_how_to_get(name, root, err)
-        err.print(f"\nThe table was made with: {escape(published['pool'])}")
+        err.print(f"\nThe table was made with: {published['pool']}")
 
     missing: list[tuple[str, Path]] = []
     try:

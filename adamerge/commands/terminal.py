@@ -17,6 +17,7 @@ from typing import Any
 import click
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
+from rich.text import Text
 
 from adamerge import __version__
 from adamerge.errors import GuardError, InputError
@@ -30,8 +31,9 @@ EXIT_GUARD = 3
 PIPED_WIDTH = 120  # characters, where there is no terminal to ask
 _RECORD = logging.getLogger("adamerge.record")  # for log files only: what the terminal is shown in another form
 
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+# Texts are shown as they are: names of files and tensors may hold what rich reads as markup, such as [/x] or :cat:.
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]  # of a command, as a decorator
@@ -52,7 +54,7 @@ class JobFailed(SystemExit):
 def report(problems: Sequence[str], explain: Callable[[], None] | None = None) -> None:
     """List all problems, one a line, with what is to be said besides, and leave; nothing where there are none."""
     for problem in problems:
-        err.print(f"[red]error:[/] {escape(problem)}")
+        err.print(Text.assemble(("error:", "red"), f" {problem}"))
     if problems:
         if explain is not None:
             explain()
@@ -113,7 +115,7 @@ def print_json(content: Any) -> None:
 def list_files(folder: Path, pattern: str = "**/*") -> None:
     """List what a command made, unless it is to be quiet, and its folder as the last line."""
     for path in sorted(p for p in folder.glob(pattern) if p.is_file() and not progress.is_quiet()):
-        out.print(f"  {path.relative_to(folder)}  [dim]{size(path.stat().st_size)}[/]", highlight=False)
+        out.print(Text.assemble(f"  {path.relative_to(folder)}  ", (size(path.stat().st_size), "dim")))
     click.echo(str(folder))
 
 
@@ -145,13 +147,8 @@ def fail(error: Exception, debug: bool) -> None:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         text += ". Free some space." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     where = "" if ranks.is_first() else f" (process {ranks.rank()})"
-    err.print(f"[red]error{where}:[/] {escape(' '.join(text.split()))}")
+    err.print(Text.assemble((f"error{where}:", "red"), f" {' '.join(text.split())}"))
     sys.exit(code)
-
-
-def escape(text: str) -> str:
-    """Return a text that rich prints as it is."""
-    return text.replace("[", r"\[")
 
 
 def configure_logging(debug: bool, quiet: bool = False) -> None:

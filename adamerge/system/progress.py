@@ -49,7 +49,7 @@ def bar(unit: str, *, draw: bool = True) -> Progress:
         unit: What is counted, such as ``"steps"``.
         draw: False hides it also where :func:`is_drawn`.
     """
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), _Facts(unit)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), _Facts(unit)
     return Progress(
         *columns, console=console, transient=True, disable=not (draw and is_drawn()),
         redirect_stdout=False,  # results may go to a file

@@ -132,3 +132,21 @@ def test_inspect_paths_of_a_pool_file_start_from_its_folder(capsys, tmp_path, mo
     (tmp_path / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: mnist.safetensors}\n")
     monkeypatch.chdir("/")
     assert call(capsys, "--pool", tmp_path / "pool.yaml", "--prefix", "visual.")[0] == 0
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys, tmp_path):
+    folder = tmp_path / "[old]" / ":cat:"
+    folder.mkdir(parents=True)
+    tensors = load_file(BASE)
+    for name in ("base", "expert"):
+        save_file({"such [/x] as.weight": torch.zeros(1), **tensors}, folder / f"{name}.safetensors")
+        tensors["visual.proj"] = tensors["visual.proj"] + 1
+    pool = ["--base", folder / "base.safetensors", "--expert", f"a[/b]={folder / 'expert.safetensors'}"]
+    code, output, errors = call(capsys, *pool, "--prefix", "visual.")
+    assert (code, errors) == (0, [])
+    assert str(folder / "base.safetensors") in output
+    assert "such [/x] as.weight" in output
+    assert "a[/b]" in output
+    code, _, errors = call(capsys, *pool, "--prefix", "[/b]")
+    assert code == 2
+    assert "'[/b]'" in errors[0]

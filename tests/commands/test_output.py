@@ -9,6 +9,7 @@ import pytest
 
 from adamerge import zoo
 from adamerge.commands import cli
+from adamerge.commands.terminal import list_files, print_files
 from adamerge.system import progress
 from tests.support.small_run import arguments, write_configs
 
@@ -123,3 +124,15 @@ def test_convert_json_names_what_was_found(tmp_path, capsys):
     code, printed, errors = call(capsys, "convert", source, "--out", tmp_path / "a.safetensors", "--json")
     assert (code, printed) == (2, "")  # refused, as it is no pickle
     assert errors.startswith("error: ")
+
+
+def test_folders_that_look_like_markup_are_listed_as_they_are(tmp_path, capfd):
+    for name in ("[bold]", ":cat:"):
+        (tmp_path / "[/x]" / name).mkdir(parents=True)
+        (tmp_path / "[/x]" / name / "[red]a").touch()
+    list_files(tmp_path / "[/x]")
+    print_files({"a": tmp_path / "[/x]" / "[red]a"}, as_json=False)
+    printed = capfd.readouterr().out
+    assert {"[bold]/[red]a", ":cat:/[red]a", str(tmp_path / "[/x]"), str(tmp_path / "[/x]" / "[red]a")} <= {
+        line.split("  0")[0].strip() for line in printed.splitlines()
+    }
