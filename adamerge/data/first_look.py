@@ -46,6 +46,24 @@ def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None
             _check_inputs(f"data.tasks.{name}.{key}", getattr(task, key), preprocess)
 
 
+def check_precision(name: str, task: Task) -> None:
+    """Refuse tensors to adapt on in double precision, which a network in single precision does not take.
+
+    Raises:
+        InputError: If a data set gives such tensors; the message names the task, the split and the item.
+    """
+    for key in ("dataset", "adapt"):
+        dataset = getattr(task, key)
+        if dataset is None or _is_unmade(dataset):
+            continue
+        where = f"data.tasks.{name}.{key}"
+        for item, inputs in _looks(where, dataset, lambda item: split_item(item)[0]):
+            if isinstance(inputs, Tensor) and inputs.dtype == torch.float64:
+                raise InputError(
+                    f"{where}: {item}: expected float32, found float64. Convert in the data set: inputs.float()."
+                )
+
+
 def check_scored(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None = None) -> None:
     """Check inputs and labels that a task is scored by, before the work that scoring comes after.
 
@@ -230,10 +248,6 @@ def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any],
     """Read a few items as a run would."""
     shapes: dict[tuple[int, ...], str] = {}
     for item, inputs in _looks(where, dataset, lambda item: input_tensor(split_item(item)[0], preprocess)):
-        if inputs.dtype == torch.float64:
-            raise InputError(
-                f"{where}: {item}: expected float32, found float64. Convert in the data set: inputs.float()."
-            )
         shapes.setdefault(tuple(inputs.shape), item)
     if len(shapes) > 1:
         (first, of_first), (second, of_second) = list(shapes.items())[:2]

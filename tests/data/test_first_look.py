@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.data.first_look import check_class_names, check_labels, check_task
+from adamerge.data.first_look import check_class_names, check_labels, check_precision, check_task
 
 TO_TENSOR = v2.Compose([v2.Resize((4, 4)), v2.ToImage(), v2.ToDtype(torch.float32, True)])
 
@@ -201,14 +201,21 @@ def test_late_label_is_named_where_it_is_scored():
         ({"image": 1, "label": 2}, "a mapping with the keys image, label"),
         ((np.zeros((4, 4, 3)), 0), "found a NumPy array of shape (4, 4, 3)"),
         (("cat.jpg", 0), "found str"),
-        ((torch.zeros(3, 4, 4).double(), 0), "expected float32, found float64"),
     ],
-    ids=["mapping", "numpy", "path", "float64"],
+    ids=["mapping", "numpy", "path"],
 )
 def test_item_that_is_no_input_is_refused(item, message):
     text = refused(Task(adapt=[item, item], evaluate=items(0, 1)))
     assert text.startswith("data.tasks.pets.adapt: item 0 (image 0): ")
     assert message in text
+
+
+def test_double_precision_is_refused_where_the_network_is_in_single():
+    item = (torch.zeros(3, 4, 4).double(), 0)
+    task = Task(adapt=[item, item], evaluate=items(0, 1))
+    check_task("pets", task)  # a network in double precision takes it
+    with pytest.raises(InputError, match=r"data\.tasks\.pets\.adapt: item 0 .*expected float32, found float64"):
+        check_precision("pets", task)
 
 
 def test_items_of_unequal_shapes_are_refused():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 TASKS = ("mnist", "digits")
 POOL = """
@@ -25,3 +26,10 @@ def write_images(folder: Path, count: int = 2) -> None:
                 path = folder / "images" / task / f"class{label}" / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.numpy()).save(path)
+
+
+class Double:
+    """An image as a tensor in double precision."""
+
+    def __call__(self, image):
+        return pil_to_tensor(image).double() / 255

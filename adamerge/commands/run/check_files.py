@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,7 +19,7 @@ from adamerge.backbones import Backbone, OpenClip, Torchvision, own_base
 from adamerge.checkpoints.hub import HubReference
 from adamerge.commands.run.build import build, build_init, check_node, pool_of
 from adamerge.commands.run.stages import start_file
-from adamerge.data.first_look import check_task
+from adamerge.data.first_look import check_precision, check_task
 from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model import starts
@@ -191,6 +192,17 @@ def _check_start_file(path: Path) -> None:
         raise InputError(f"init: {path}: not a coefficients file: expected the coefficients.json of a run.")
 
 
+def _check_precisions(tasks: Mapping[str, Task], headers: Headers | None, problems: Problems) -> None:
+    """Refuse inputs in double precision, unless the base is in double precision too."""
+    if headers is None or headers.source is None:
+        return
+    if torch.float64 in {headers.source.spec(key)[1] for key in headers.source.keys}:
+        return
+    for name, task in tasks.items():
+        with problems.naming(f"data.tasks.{name}"):
+            check_precision(name, task)
+
+
 def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
     """Hold the tasks against the pool and what the run does with them."""
     data: Any = parts.get("data")
@@ -200,6 +212,7 @@ def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems
     for name in data.scored if config.get("evaluate") is True and hasattr(data, "check_scored") else ():
         with problems.naming(f"data.tasks.{name}"):
             data.check_scored(name)
+    _check_precisions(data.tasks, parts.get("headers"), problems)
     unseen, need = getattr(data, "unseen", ()), None
     if isinstance(backbone, Torchvision):
         need = "A torchvision backbone, whose heads are the experts' own classifiers,"

@@ -240,6 +240,12 @@ def test_check_task_without_evaluation_images_is_found_unless_nothing_is_scored(
     assert found(*overrides, "evaluate=false") == []
 
 
+def test_check_inputs_in_double_precision_are_found(found):
+    (problem,) = found("+data.tasks.mnist.dataset.transform={_target_: tests.support.small_tasks.Double}")
+    assert "data.tasks.mnist.dataset: item 0" in problem
+    assert "expected float32, found float64" in problem
+
+
 def test_check_reads_no_weight_for_init(found, tmp_path):
     tensors = load_file(zoo.files() / "experts" / "digits.safetensors")
     tensors["visual.proj"] = tensors["visual.proj"] * float("nan")
