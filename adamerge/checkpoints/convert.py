@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from adamerge.checkpoints.checkpoint import checkpoint_head, save_state_dict
+from adamerge.checkpoints.checkpoint import checkpoint_head, open_checkpoint, save_state_dict
 from adamerge.checkpoints.composed import wrappers
-from adamerge.checkpoints.pickles import read_pickle
+from adamerge.checkpoints.pickles import PickledTensors, read_pickle
 from adamerge.errors import InputError, shorten
 
 
@@ -32,10 +32,10 @@ class Conversion:
 
 
 def convert(source: Path, out: Path, key_prefix: str = "", entry: str | None = None) -> Conversion:
-    """Write a pickled checkpoint's tensors as safetensors, atomically; dtypes stay.
+    """Write a checkpoint's tensors as safetensors, atomically; dtypes stay.
 
     Args:
-        source: What :func:`adamerge.checkpoints.pickles.read_pickle` reads.
+        source: What :func:`adamerge.checkpoints.pickles.read_pickle` reads; or safetensors, for other names.
         out: The file to write; weights that share memory are written in full, each under its name.
         entry: See :func:`~adamerge.checkpoints.pickles.read_pickle`.
         key_prefix: Taken off the names; tensors without it are left out.
@@ -49,9 +49,14 @@ def convert(source: Path, out: Path, key_prefix: str = "", entry: str | None = N
     head = checkpoint_head(source)
     if out.exists() and out.samefile(source):
         raise InputError(f"--out {out}: is the source itself; choose another name.")
+    if head[8:9] == b"{" and not key_prefix:
+        raise InputError(f"{source}: is a safetensors file already; nothing to convert but names, with --key-prefix.")
     if head[8:9] == b"{":
-        raise InputError(f"{source}: is a safetensors file already; nothing to convert.")
-    pickled = read_pickle(source, entry)
+        opened = open_checkpoint(source)
+        read = {key: opened.get(key) for key in opened.keys}
+        pickled = PickledTensors(read, "state dict", False, (), (), (), "safetensors file")
+    else:
+        pickled = read_pickle(source, entry)
     tensors = {name.removeprefix(key_prefix): t for name, t in pickled.tensors.items() if name.startswith(key_prefix)}
     dropped = [name for name in pickled.tensors if not name.startswith(key_prefix)]
     if not tensors or "" in tensors:

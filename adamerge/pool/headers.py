@@ -200,6 +200,9 @@ def _differences(
         )
     if missing:
         hint = did_you_mean(missing[0], extra or present)
+        if twin := next((key for key in sorted(present) if key.endswith(f".{missing[0]}")), None):
+            prefix = twin.removesuffix(missing[0])
+            hint = f" It has {twin!r}: adamerge convert FILE --key-prefix {prefix} --out NAME.safetensors takes it off."
         problems.append(
             f"{where} lacks {len(missing)} of {len(expected)} tensors of the base: {shorten(missing)}.{hint} "
             "Was it made from the same architecture?"

@@ -65,11 +65,12 @@ def test_prefix_that_a_user_names_stays(tmp_path):
 
 def test_names_that_fit_neither_way_are_told_as_they_are(tmp_path):
     base = write(tmp_path / "base.safetensors", BASE)
-    expert = write(tmp_path / "a.safetensors", {"net.w": torch.ones(2, 2)})
+    expert = write(tmp_path / "a.safetensors", {"net.visual.b": torch.ones(2)})
     with pytest.raises(
         InputError, match=r"a\.safetensors\) lacks 2 of 2 tensors of the base: 'visual\.b', 'v"
     ) as caught:
         ExpertPool.from_files(base, {"a": expert}, key_map="visual.")
+    assert "adamerge convert FILE --key-prefix net. --out" in str(caught.value)
     assert "key_map" not in str(caught.value)
     assert "exclude=[" not in str(caught.value)
 
