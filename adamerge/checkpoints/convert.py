@@ -31,7 +31,7 @@ class Conversion:
     prefix: str
 
 
-def convert(source: Path, out: Path, key_prefix: str = "", entry: str | None = None) -> Conversion:
+def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | None = None) -> Conversion:
     """Write a checkpoint's tensors as safetensors, atomically; dtypes stay.
 
     Args:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from adamerge.checkpoints import convert as conversion
+from adamerge.checkpoints.convert import convert_file
 from adamerge.commands.terminal import json_option, print_json
 from adamerge.errors import InputError, shorten
 from adamerge.results.numbers import size
@@ -38,7 +38,7 @@ def convert(source: Path, out: Path, key_prefix: str, entry: str | None, target:
         for path in files:
             click.echo(str(path))
         return
-    done = conversion.convert(source, out, key_prefix, entry)
+    done = convert_file(source, out, key_prefix, entry)
     if as_json:
         print_json({"file": str(out), **asdict(done)})
         return

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.model import constraints
+from adamerge.model import constraints, starts
 from adamerge.model import granularity as granularities
-from adamerge.model import starts as initial
 from adamerge.model.coefficients_file import FORMAT, check_content, granularity_of
 from adamerge.model.constraints import Constraint
 from adamerge.model.granularity import Granularity
@@ -65,7 +64,7 @@ class Coefficients(nn.Module):
         self,
         pool: ExpertPool | Headers,
         granularity: str | Granularity = "layer",
-        init: float | str | Sequence[float] | Mapping[str, float] | Tensor | initial.Start = 0.3,
+        init: float | str | Sequence[float] | Mapping[str, float] | Tensor | starts.Start = 0.3,
         constraint: str | Constraint = "box",
     ) -> None:
         super().__init__()
@@ -74,8 +73,8 @@ class Coefficients(nn.Module):
         self.expert_names = pool.expert_names
         self._shapes = dict(pool.shapes)
         self.index = self.granularity(self._shapes)
-        start = initial.start_of(init)
-        given: Any = init if start is None else initial.by_group(start(pool), self.index, len(pool.expert_names))
+        start = starts.start_of(init)
+        given: Any = init if start is None else starts.by_group(start(pool), self.index, len(pool.expert_names))
         values = _initial_values(given, pool, self.index.size)
         self.raw = nn.Parameter(self.constraint.inverse(values))
         self._frozen: Tensor | None
@@ -281,7 +280,7 @@ def _initial_values(
     values: Any = init
     if isinstance(init, str):
         if init != "mean":
-            names = ["mean", *initial.STARTS]
+            names = ["mean", *starts.STARTS]
             raise InputError(
                 f"init: expected a number, a list, a mapping by expert, a rule, or one of {', '.join(names)}, "
                 f"found {init!r}.{did_you_mean(init, names)}"

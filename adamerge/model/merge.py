@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adamerge.model import merge_low_rank as factored
+from adamerge.model import merge_low_rank
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.granularity import GroupIndex, Segment
 from adamerge.pool.low_rank import Factors, exact_products
@@ -84,7 +84,7 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool | PoolPart, index: Gr
                 whole, segments = _divided(factors, segments)
                 with _use_threads(threads):
                     for segment in whole:
-                        factored.merge_segment(target, base, factors, segment, weights)
+                        merge_low_rank.merge_segment(target, base, factors, segment, weights)
             for tile in _tiles(segments, pool.device):
                 _merge_tile(target, base, pool.tile(name, tile.start, tile.stop, reuse=True), tile, weights)
 
@@ -132,7 +132,7 @@ class PullBack:
                 whole, segments = _divided(factors, segments)
                 with _use_threads(threads):
                     for segment in whole:
-                        factored.pull_back_segment(self._sums, flat, factors, segment)
+                        merge_low_rank.pull_back_segment(self._sums, flat, factors, segment)
             for tile in _tiles(segments, pool.device):
                 _pull_back_tile(self._sums, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
 
@@ -193,8 +193,8 @@ def _use_threads(count: int) -> Iterator[None]:
 def _divided(factors: Factors, segments: tuple[Segment, ...]) -> tuple[list[Segment], tuple[Segment, ...]]:
     """Divide segments into those that the factored form takes, and those whose groups end within a row."""
     width = factors.down.shape[1]
-    fitting = [segment for segment in segments if factored.fits(segment, width)]
-    return fitting, tuple(segment for segment in segments if not factored.fits(segment, width))
+    fitting = [segment for segment in segments if merge_low_rank.fits(segment, width)]
+    return fitting, tuple(segment for segment in segments if not merge_low_rank.fits(segment, width))
 
 
 def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segment]:

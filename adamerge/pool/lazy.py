@@ -8,7 +8,7 @@ from torch import Tensor
 class LazyTensors(MutableMapping[str, Tensor]):
     """A mapping that holds names and reads tensors, so that a model's worth of them never is in memory at once.
 
-    The tensor read last is kept, as who works through a model asks for each several times in a row.
+    The last tensor read is kept, because callers ask for the same one several times.
 
     Args:
         read: Name to tensor.
@@ -47,7 +47,7 @@ class LazyTensors(MutableMapping[str, Tensor]):
         return len(self._names)
 
     def __or__(self, others: Mapping[str, Tensor]) -> "LazyTensors":
-        """Return the same with other tensors added, which win, as of dicts."""
+        """Return a mapping of both; tensors of ``others`` take precedence."""
         return LazyTensors(lambda name: others[name] if name in others else self[name], (*self, *others))
 
     def forget(self) -> None:

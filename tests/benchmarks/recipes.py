@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from adamerge.checkpoints.model_folder import read_json
-from adamerge.commands.run import run as launch
 from adamerge.commands.run.compose import compose
+from adamerge.commands.run.run import adapt
 from adamerge.system.files import save_json
 
 _COMBINED = "objective=combine +objective.terms.hidden._target_=adamerge.objectives.alignment.Alignment"
@@ -69,7 +69,7 @@ def run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict
     overrides += [] if options.full else ["callbacks=keep_best", "data.holdout=0.2"]
     overrides += ["data.protocol=transductive"] if options.transductive else []
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-    launch.adapt(compose(overrides), folder)
+    adapt(compose(overrides), folder)
     row = read_json(folder / "summary.json")["rows"]["recommended"]
     losses = []
     for path in folder.glob("metrics/*/metrics.csv"):

@@ -29,7 +29,7 @@ from workload import CLASSES, MODELS, median, write_experts
 
 sys.path.append(str(Path(__file__).parents[2]))
 from adamerge import Coefficients, ExpertPool, MergedModel
-from adamerge.commands.run import processes as launchers
+from adamerge.commands.run import processes
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.methods import GradientMerging, ShardedStrategy
 from adamerge.model.sharded_model import ShardedModel
@@ -83,7 +83,7 @@ def child(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    launchers.join()
+    processes.join()
     sharded = options.child == "fsdp" and ranks.count() > 1
     encoder, size = MODELS[options.model]()
     names = [f"task{e}" for e in range(options.experts)]

@@ -133,8 +133,8 @@ def errors(folder: Path, row: str) -> dict[str, float]:
 
 def accuracy(folder: Path, row: str, granularity: str, steps: int) -> float:
     """Mean accuracy of a short imitation run on the zoo's images."""
-    from adamerge.commands.run import run as launch
     from adamerge.commands.run.compose import compose
+    from adamerge.commands.run.run import adapt
 
     kind, storage, dtype, packed = ROWS[row]
     experts = ",".join(f"{name}:{path}" for name, path in files(folder, kind).items())
@@ -145,7 +145,7 @@ def accuracy(folder: Path, row: str, granularity: str, steps: int) -> float:
         f"pool.dtype={dtype or 'null'}", f"pool.experts={{{experts}}}",
         f"pool.task_vectors={folder / packed if packed else 'null'}{'.safetensors' if packed else ''}",
     ])  # fmt: skip
-    summary = launch.adapt(config, run)
+    summary = adapt(config, run)
     assert summary is not None
     return next(iter(summary["rows"].values()))["mean"]
 

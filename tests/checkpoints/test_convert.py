@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from adamerge import InputError, load_state_dict, zoo
 from adamerge.checkpoints.checkpoint import open_checkpoint
-from adamerge.checkpoints.convert import convert
+from adamerge.checkpoints.convert import convert_file
 from adamerge.commands import cli
 
 MODELING = """
@@ -67,7 +67,7 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize(("kind", "prefix"), [("zip", ""), ("legacy", ""), ("plain", ""), ("parallel", "module.")])
 def test_convert_whole_model_loads_in_plain_open_clip(published, tmp_path, kind, prefix):
     assert "src.modeling" not in sys.modules
-    done = convert(published / f"{kind}.pt", tmp_path / "x.safetensors", prefix or "model.")
+    done = convert_file(published / f"{kind}.pt", tmp_path / "x.safetensors", prefix or "model.")
     wanted = {k.removeprefix("model."): v for k, v in load_state_dict(published / "wanted.pt").items()}
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == wanted.keys()
@@ -86,12 +86,12 @@ def test_convert_image_encoder_says_what_it_holds(published, tmp_path, monkeypat
     assert "All names begin with 'model.': --key-prefix model. takes it off." in text
     assert "'argparse.Namespace'" in text
     assert text.splitlines()[-1] == str(tmp_path / "x.safetensors")
-    done = convert(published / "parallel.pt", tmp_path / "y.safetensors")
+    done = convert_file(published / "parallel.pt", tmp_path / "y.safetensors")
     assert done.prefix == "module."
 
 
 def test_convert_vision_only_encoder_gives_a_pool_of_the_visual_tower(published, tmp_path):
-    convert(published / "vision.pt", tmp_path / "x.safetensors", "model.visual.")
+    convert_file(published / "vision.pt", tmp_path / "x.safetensors", "model.visual.")
     tower = zoo.create_model().visual
     tower.load_state_dict(load_file(tmp_path / "x.safetensors"), strict=True)
 
@@ -106,7 +106,7 @@ def test_convert_tied_and_integer_tensors_are_written_each(tmp_path):
     whole = torch.arange(6.0).view(2, 3)
     content = {"a": whole, "b": whole, "part": whole[:, 1], "n": torch.tensor(7), "mask": torch.tensor([True, False])}
     torch.save({"state_dict": content, "epoch": 3}, tmp_path / "x.pt")
-    convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    convert_file(tmp_path / "x.pt", tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")
     assert list(found) == sorted(content) or set(found) == set(content)
     assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in content.items())
@@ -116,8 +116,8 @@ def test_convert_tied_and_integer_tensors_are_written_each(tmp_path):
 
 def test_convert_other_values_and_prefixes_are_named(tmp_path):
     torch.save({"model.a": torch.ones(1), "b": torch.ones(1), "epoch": 3}, tmp_path / "x.pt")
-    assert convert(tmp_path / "x.pt", tmp_path / "x.safetensors").left_out == ("epoch",)
-    assert convert(tmp_path / "x.pt", tmp_path / "x.safetensors", "model.").left_out == ("epoch", "b")
+    assert convert_file(tmp_path / "x.pt", tmp_path / "x.safetensors").left_out == ("epoch",)
+    assert convert_file(tmp_path / "x.pt", tmp_path / "x.safetensors", "model.").left_out == ("epoch", "b")
     assert set(load_file(tmp_path / "x.safetensors")) == {"a"}
 
 
@@ -131,14 +131,14 @@ def test_convert_takes_a_prefix_off_safetensors_too(tmp_path):
 def test_convert_entry_takes_averaged_weights(tmp_path, monkeypatch):
     content = {"model": {"w": torch.ones(1)}, "model_ema": {"module.w": torch.zeros(1)}}
     torch.save(content, tmp_path / "x.pt")
-    assert convert(tmp_path / "x.pt", tmp_path / "x.safetensors").left_out == ("model_ema",)
+    assert convert_file(tmp_path / "x.pt", tmp_path / "x.safetensors").left_out == ("model_ema",)
     command(
         monkeypatch, tmp_path / "x.pt", "--entry", "model_ema", "--key-prefix", "module.", "--out",
         tmp_path / "x.safetensors",
     )  # fmt: skip
     assert torch.equal(load_file(tmp_path / "x.safetensors")["w"], torch.zeros(1))
     with pytest.raises(InputError, match=r"x\.pt: no entry 'ema' with tensors; there are 'model', 'model_ema'"):
-        convert(tmp_path / "x.pt", tmp_path / "x.safetensors", entry="ema")
+        convert_file(tmp_path / "x.pt", tmp_path / "x.safetensors", entry="ema")
     torch.save({"net": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "y.pt")
     with pytest.raises(InputError, match=r"found dict without tensors. There are tensors under 'net': .* --entry net"):
         open_checkpoint(tmp_path / "y.pt")
@@ -159,10 +159,10 @@ def test_convert_bad_input_is_refused_and_leaves_nothing(tmp_path):
         (".", out, "", "found a folder"),
     ):
         with pytest.raises(InputError, match=message):
-            convert(tmp_path / source, target, prefix)
+            convert_file(tmp_path / source, target, prefix)
         assert not out.exists()
     with pytest.raises(FileNotFoundError, match=r"y\.pt: no such file\. Did you mean 'x\.pt'\?"):
-        convert(tmp_path / "y.pt", out)
+        convert_file(tmp_path / "y.pt", out)
 
 
 def test_convert_hostile_names_do_not_reach_the_terminal(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_convert_hostile_names_do_not_reach_the_terminal(tmp_path, monkeypatch):
     assert "\x1b" not in text
     torch.save({"\x1b[2Jevil": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(InputError, match="expected tensors with printable names") as caught:
-        convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+        convert_file(tmp_path / "x.pt", tmp_path / "x.safetensors")
     assert "\x1b" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adamerge import InputError, load_state_dict
-from adamerge.checkpoints.convert import convert
+from adamerge.checkpoints.convert import convert_file
 from adamerge.checkpoints.pickles import read_pickle
 from tests.support import hostile
 from tests.support.hostile import (
@@ -42,7 +42,7 @@ def write(path: Path, content: bytes) -> Path:
 
 def refused(path: Path, canary: Path, match: str) -> None:
     """Both readers refuse the file in one line that names it, and nothing runs."""
-    for reader in (read_pickle, lambda p: convert(p, p.with_name("out.safetensors"))):
+    for reader in (read_pickle, lambda p: convert_file(p, p.with_name("out.safetensors"))):
         with pytest.raises(InputError, match=match) as caught:
             reader(path)
         assert str(path) in str(caught.value)
@@ -114,7 +114,7 @@ def test_read_pickle_module_gives_what_its_state_dict_would(tmp_path):
     torch.save(module, tmp_path / "x.pt")
     del globals()["Tied"]
     assert list(read(tmp_path / "x.pt")) == list(module.state_dict())
-    done = convert(tmp_path / "x.pt", tmp_path / "x.safetensors")
+    done = convert_file(tmp_path / "x.pt", tmp_path / "x.safetensors")
     assert done.of.startswith("module tests.checkpoints.test_pickles.Tied")
     loaded = load_state_dict(tmp_path / "x.safetensors")
     assert all(torch.equal(loaded[k], v) for k, v in module.state_dict().items())

@@ -377,8 +377,8 @@ def test_card_names_no_folder_of_this_machine():
     assert [part["source"] for part in found.values()] == ["tiny, pretrained=base.pt", "cars", "dtd.pt"]
 
 
-def test_card_of_the_demo_tells_how_it_learned():
-    recipe = {"recipe": {"objective": "Imitation", "granularity": "row", "steps": 30}, "protocol": "transductive"}
+def test_card_tells_how_the_coefficients_were_learned():
+    recipe = {"config": {"objective": "Imitation", "granularity": "row", "steps": 30}, "protocol": "transductive"}
     assert card._method(recipe) == (
         "Its coefficients were learned in 30 steps on the scored images, unlabeled: objective `Imitation`, granularity "
         "`row`."

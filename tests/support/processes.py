@@ -8,7 +8,7 @@ import traceback
 
 import torch
 
-from adamerge.commands.run import processes as launchers
+from adamerge.commands.run.processes import join
 
 
 def run_ranks(function, count, *arguments, timeout=60):
@@ -56,7 +56,7 @@ def _rank(rank, count, port, function, arguments, pipe):
     }
     torch.set_num_threads(1)
     try:
-        launchers.join()
+        join()
         torch.manual_seed(0)
         pipe.send(pickle.dumps(function(*arguments)))  # plain bytes: tensors would be shared with a process that ends
     except BaseException:

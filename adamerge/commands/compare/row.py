@@ -20,7 +20,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.checkpoints.checkpoint import save_state_dict
-from adamerge.commands.run import run as launch
+from adamerge.commands.run import run
 from adamerge.commands.run.build import build
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose
@@ -148,37 +148,37 @@ def _composed(overrides: Sequence[str], seed: int) -> DictConfig:
 
 
 @lru_cache(maxsize=1)
-def shared_assembly(common: tuple[str, ...], seed: int) -> launch.Assembly:
+def shared_assembly(common: tuple[str, ...], seed: int) -> run.Assembly:
     """Build what all rows of a seed that do not adapt have in common, once in a process."""
     return _assembled(_composed(common, seed))
 
 
-def _assembled(config: DictConfig) -> launch.Assembly:
+def _assembled(config: DictConfig) -> run.Assembly:
     """Build everything that a merge may ask for; its coefficients stay unused."""
     config = config.copy()
     config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
     config.init, config.first_stage = "mean", None
     seed_everything(config.seed, workers=True, verbose=False)
-    return launch.assemble(config)
+    return run.assemble(config)
 
 
-def _transformed(config: DictConfig, of: launch.Assembly) -> launch.Assembly:
+def _transformed(config: DictConfig, of: run.Assembly) -> run.Assembly:
     """Return an assembly with the pool that the configuration's transform makes; itself where there is none."""
     transform = config.get("transform")
     if transform is None or transform.get("_target_") is None:
         return of
-    pool = launch.build_pool(config, of.backbone)
+    pool = run.build_pool(config, of.backbone)
     return replace(of, pool=pool, model=_model(of, Coefficients(pool, "task", "mean"), pool))
 
 
-def _model(of: launch.Assembly, coefficients: Coefficients, pool: ExpertPool) -> MergedModel:
+def _model(of: run.Assembly, coefficients: Coefficients, pool: ExpertPool) -> MergedModel:
     """Return the merged model of an assembly with other coefficients."""
     model = MergedModel(of.model.encoder, pool, coefficients, of.heads, of.model.teachers)
     of.batch_norm.start(model)
     return model
 
 
-def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
+def _reference_or_merge(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
     if not assembly.data.evaluation:
         raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
     if spec.reference == SEARCHED:
@@ -191,7 +191,7 @@ def _reference_or_merge(spec: Spec, assembly: launch.Assembly, folder: Path) -> 
     return replace(row, seconds=seconds, uses_data=uses_data, uses_labels=uses_labels)
 
 
-def score_again(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow:
+def score_again(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
     """Score a row, but for :data:`SEARCHED`, as its file in ``folder`` is."""
     model, data = assembly.model, assembly.data
     if spec.reference == "experts":
@@ -202,7 +202,7 @@ def score_again(spec: Spec, assembly: launch.Assembly, folder: Path) -> TableRow
     return TableRow(*scores_of(model, checkpoint_parameters(path, model), data, "Scoring the merge"))
 
 
-def _searched(assembly: launch.Assembly) -> TableRow:
+def _searched(assembly: run.Assembly) -> TableRow:
     """Score task arithmetic with the coefficient that is best on the labels of the adaptation images."""
     pool, data = assembly.pool, assembly.data
     watch = Stopwatch()
@@ -225,7 +225,7 @@ def _checked(rule: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
-def _merge(node: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> tuple[Any, float]:
+def _merge(node: Mapping[str, Any], assembly: run.Assembly, path: Path) -> tuple[Any, float]:
     """Merge into a file; return the rule, and the seconds that it took."""
     rule = _built(node)
     watch = Stopwatch()
@@ -238,11 +238,11 @@ def _merge(node: Mapping[str, Any], assembly: launch.Assembly, path: Path) -> tu
 
 def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Run ``adapt``, from where it was interrupted, and return its summary, of one row."""
-    run, start = folder / _RUN, folder / "start" / _MERGED
-    config.run_dir = str(run)
+    run_dir, start = folder / _RUN, folder / "start" / _MERGED
+    config.run_dir = str(run_dir)
     config.references, config.report = False, False
-    with held(run, option="--out"):
-        resumed = is_started(run)
+    with held(run_dir, option="--out"):
+        resumed = is_started(run_dir)
         begun = _check_same(spec, config, folder) if resumed else _begin(spec, config, folder, start)
         if spec.rule is not None:
             config.pool.base = str(start)
@@ -251,7 +251,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
         problems = check(config)
         if problems:
             raise InputError(problems[0])
-        content = launch.adapt(config, run, resume=resumed)
+        content = run.adapt(config, run_dir, resume=resumed)
     if content is None:
         raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
     (row,) = content["rows"].values()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import setup_globals
@@ -273,7 +274,7 @@ def _help(main: Callable[[], None]) -> None:
         main()
     for line in printed.getvalue().splitlines():
         if not line.startswith(tuple(f"{group}: " for group in _NOT_OF_ADAPT)):
-            print(line)
+            click.echo(line)
 
 
 def quoted(text: object) -> str:

@@ -12,8 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from adamerge.commands.run import folder as run_folder
-from adamerge.commands.run import processes
-from adamerge.commands.run import run as road
+from adamerge.commands.run import processes, run
 from adamerge.commands.run.check import check, check_trainer
 from adamerge.commands.run.compose import expanded
 from adamerge.commands.run.named_pools import register_resolvers
@@ -194,7 +193,7 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool) -> Any:
     quiet_lightning()
     try:
         with log_to(folder / "adapt.log") if ranks.is_first() else contextlib.nullcontext():
-            content = road.adapt(config, folder, resume=resume)
+            content = run.adapt(config, folder, resume=resume)
             if content is not None:
                 record(table(content).terminal(PIPED_WIDTH))
             return content

@@ -137,7 +137,7 @@ def _method(recipe: Mapping[str, Any]) -> str:
         labels = ", with labels" if recipe.get("uses_labels") else ""
         data = f", with data{labels}" if recipe.get("uses_data") else ", without data"
         return f"The rule is `{_short(rule)}`{data}."
-    config = recipe.get("config") or recipe.get("recipe") or {}  # the demo has no configuration
+    config = recipe.get("config") or {}
     if not config:
         return "Its coefficients come from a file."
     parts = {part: _short(config[part]) for part in ("objective", "granularity", "constraint") if config.get(part)}

@@ -91,10 +91,8 @@ class Run:
     @property
     def own_row(self) -> str | None:
         """The row of the summary that the run made; None in comparisons."""
-        rows = list(self.summary.get("rows", {}))
-        if str(self.config.get("name")) in rows:
-            return str(self.config["name"])
-        return "recommended" if "recommended" in rows and self.recipe else None
+        name = str(self.config.get("name"))
+        return name if name in self.summary.get("rows", {}) else None
 
     @property
     def pool(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from adamerge.results.evaluation import table
 from adamerge.results.numbers import decimal, duration, number, percent, size
 from adamerge.results.report import run_charts as charts
 from adamerge.results.report.charts import HeatMap
-from adamerge.results.report.facts import Run, mapping
+from adamerge.results.report.facts import Run
 from adamerge.results.report.page import Block, Code, Facts, Note, Plan, Section, Tiles, build_sections
 from adamerge.results.table import Table
 
@@ -104,7 +104,7 @@ def table_of(summary: Mapping[str, Any], own: str | None) -> Table:
 
 def setting(run: Run) -> Facts | None:
     """How the run was made, in a few words."""
-    learned, config = run.learned, run.config or mapping(run.recipe.get("recipe"))  # the demo has no configuration
+    learned, config = run.learned, run.config
     facts = {
         "Objective": _target(config.get("objective")),
         "Method": _target(config.get("method")) or _rule(run),
@@ -225,7 +225,7 @@ def versions(run: Run) -> Facts | None:
 
 def configuration(run: Run) -> Code | None:
     """All options."""
-    rule = {key: run.recipe[key] for key in ("rule", "recipe") if key in run.recipe}
+    rule = {"rule": run.recipe["rule"]} if "rule" in run.recipe else None
     content = run.config or run.recipe.get("config") or rule
     if not content:
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adamerge import InputError
-from adamerge.commands.run import imports as targets
+from adamerge.commands.run import imports
 from adamerge.commands.run.imports import announce, check_targets, foreign_targets
 
 OBJECTIVE = """
@@ -88,7 +88,7 @@ def test_check_targets_working_directory_by_the_interpreters_start_is_refused(fo
 def test_check_targets_installed_module_comes_first(folder, monkeypatch):
     (folder / "numpy.py").write_text("raise SystemExit")
     monkeypatch.setattr(sys, "path", [*[other for other in sys.path if other], ""])
-    assert targets.foreign_targets(config("numpy.array"))[0].file != folder / "numpy.py"
+    assert imports.foreign_targets(config("numpy.array"))[0].file != folder / "numpy.py"
     check_targets(config("numpy.array"))
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from adamerge.commands.run import folder as run_folder
-from adamerge.commands.run import processes as launchers
+from adamerge.commands.run import processes
 from adamerge.commands.run.compose import hand_over, read_line
 from adamerge.commands.run.start import sweep_job
 from adamerge.errors import InputError
@@ -38,18 +38,18 @@ pytestmark = [pytest.mark.filterwarnings("ignore:.*LeafSpec.*"), pytest.mark.fil
     ],
 )
 def test_wanted_processes_follow_from_the_devices(trainer, count):
-    assert launchers.wanted(trainer) == count
+    assert processes.wanted(trainer) == count
 
 
 def test_several_nodes_need_a_launcher():
     with pytest.raises(InputError, match=r"trainer\.num_nodes.*torchrun or srun"):
-        launchers.wanted({"num_nodes": 2})
+        processes.wanted({"num_nodes": 2})
 
 
 def test_slurm_trainer_needs_slurm(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(InputError, match="no job of SLURM's"):
-        launchers.wanted({"plugins": [{"_target_": "lightning.pytorch.plugins.environments.SLURMEnvironment"}]})
+        processes.wanted({"plugins": [{"_target_": "lightning.pytorch.plugins.environments.SLURMEnvironment"}]})
 
 
 def slurm(monkeypatch, **variables):
@@ -61,25 +61,25 @@ def slurm(monkeypatch, **variables):
 
 def test_slurm_says_how_many_devices_and_nodes_there_are(monkeypatch):
     slurm(monkeypatch, NTASKS="4", NTASKS_PER_NODE="2", NNODES="2")
-    found = launchers.environment()
+    found = processes.environment()
     assert (found.world_size(), found.global_rank(), found.local_rank()) == (4, 3, 1)
-    assert launchers.trainer_options() == {"devices": 2, "num_nodes": 2}
-    assert launchers.job_id() == "77"
+    assert processes.trainer_options() == {"devices": 2, "num_nodes": 2}
+    assert processes.job_id() == "77"
 
 
 @pytest.mark.parametrize("tasks", ["1", "4"])
 def test_under_submitit_lightning_does_not_requeue(monkeypatch, tasks):
     slurm(monkeypatch, NTASKS=tasks, NTASKS_PER_NODE=tasks, NNODES="1", ARRAY_JOB_ID="70", ARRAY_TASK_ID="2")
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    (plugin,) = launchers.trainer_options()["plugins"]
+    (plugin,) = processes.trainer_options()["plugins"]
     assert plugin.auto_requeue is False
-    assert launchers.job_id() == "70_2"
+    assert processes.job_id() == "70_2"
 
 
 def test_srun_without_processes_per_node_is_refused(monkeypatch):
     slurm(monkeypatch, NTASKS="4")
     with pytest.raises(InputError, match="--ntasks-per-node=4"):
-        launchers.environment()
+        processes.environment()
 
 
 def test_folder_belongs_to_the_job_that_made_it(tmp_path):
@@ -112,9 +112,9 @@ sys.stdout.flush()
 
 
 def start(monkeypatch, body, count=2):
-    monkeypatch.setattr(launchers, "_PROGRAM", ("-c", SCRIPT % body))
-    monkeypatch.setattr(launchers, "_GRACE", 0.3)
-    return launchers.start(count, ["word"])
+    monkeypatch.setattr(processes, "_PROGRAM", ("-c", SCRIPT % body))
+    monkeypatch.setattr(processes, "_GRACE", 0.3)
+    return processes.start(count, ["word"])
 
 
 def test_start_runs_every_rank(monkeypatch, capfd):
@@ -133,7 +133,7 @@ def test_start_hands_signals_on(monkeypatch):
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nopen(f'{os.getcwd()}/up' + os.environ['RANK'], 'w')\n"
     )
     body += "time.sleep(60)"
-    monkeypatch.setattr(launchers.signal, "signal", record := partial(_recording, {}, signal.signal))
+    monkeypatch.setattr(processes.signal, "signal", record := partial(_recording, {}, signal.signal))
     handlers = record.args[0]
 
     def send():
