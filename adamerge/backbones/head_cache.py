@@ -26,7 +26,7 @@ def open_head_cache(option: str | bool) -> TensorCache | None:
             ``~/.cache``), left alone where it cannot be written to.
 
     Raises:
-        InputError: If the option is none of these, or the folder cannot be written to.
+        InputError: If the option is another, or the folder cannot be written to.
     """
     if option is False or option == "off":  # what a yaml file reads from a bare off
         return None

@@ -81,7 +81,7 @@ def find_tag(model: str, tag: str) -> Tag:
         tag: Its name.
 
     Raises:
-        InputError: If there is none of that name.
+        InputError: If no tag has that name.
     """
     import open_clip
 

@@ -81,7 +81,7 @@ def configuration_of(content: Mapping[str, Any], file: Path | str, is_hugging_fa
 
 
 def configuration_beside(checkpoint: Checkpoint) -> Configuration | None:
-    """Return what the configuration in a checkpoint's folder says; None where there is none, or it is not a CLIP's."""
+    """Return what the configuration in a checkpoint's folder says; None without one, or where it is not a CLIP's."""
     file: Path | None = getattr(checkpoint, "config_file", None)
     if file is None:
         path = Path(checkpoint.name)

@@ -131,7 +131,7 @@ def reference_of(place: str | os.PathLike[str] | HubReference) -> HubReference |
     """Return the reference to the Hub that a text or path is; None for any other path.
 
     Raises:
-        InputError: If it begins as one and is none.
+        InputError: If the text begins as a reference and is not one.
     """
     if isinstance(place, HubReference):
         return place

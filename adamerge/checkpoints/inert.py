@@ -170,13 +170,13 @@ def tensor_view(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any = 
     """Make a tensor that is a view of a storage, once it is found to lie inside.
 
     Raises:
-        Damaged: If it is none, or reaches beyond the storage's bytes.
+        Damaged: If the arguments do not describe a view, or it reaches beyond the storage's bytes.
     """
     if not isinstance(storage, Storage):
         raise Damaged("a tensor without a storage")
     dtype = storage.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
-        raise Damaged("a tensor whose dtype is none")
+        raise Damaged("a tensor whose dtype is not one of torch's")
     sizes, strides = (tuple(part) if isinstance(part, (tuple, list)) else (None,) for part in (size, stride))
     fits = len(sizes) == len(strides) <= _MAX_DIMENSIONS
     if not fits or not all(map(is_whole, (offset, *sizes, *strides))):

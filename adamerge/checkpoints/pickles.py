@@ -216,7 +216,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _check(path: Path, tensors: Mapping[Any, Tensor], holder: str, beside: Sequence[str], size: int) -> None:
-    """Refuse names that are none, and tensors that repeat the same memory too often."""
+    """Refuse tensors without a printable name, and tensors that repeat the same memory too often."""
     if not tensors:
         remedy = f"adamerge convert {path} --entry {beside[0]} --out NAME.safetensors" if beside else ""
         hint = f" There are tensors under {shorten(beside)}: {remedy}." if beside else ""

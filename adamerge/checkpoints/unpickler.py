@@ -100,7 +100,7 @@ class InertUnpickler(pickle._Unpickler):
 
         Raises:
             Refused: If it asks for what this module does not admit.
-            Damaged: If it is none.
+            Damaged: If the stream holds no whole pickle.
         """
         self.memo: dict[int, Any] = {}
         try:

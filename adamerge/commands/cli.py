@@ -42,7 +42,7 @@ class LazyGroup(click.Group):
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command; None where there is none of the name."""
+        """Import a command; None where no command has the name."""
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"adamerge.commands.{COMMANDS[cmd_name][0]}")

@@ -92,7 +92,7 @@ def check_labels(name: str, task: Task, classes: int) -> None:
     """Look at all labels that a task is scored by where the data set has them beside its images.
 
     Raises:
-        InputError: If one is the number of none of so many classes.
+        InputError: If a label is not the number of a class.
     """
     key = "dataset" if task.evaluate is None else "evaluate"
     labels = _labels(getattr(task, key))

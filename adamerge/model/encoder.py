@@ -153,7 +153,7 @@ def select(names: Iterable[str], pattern: str, option: str) -> list[str]:
     """Return the module paths that match a path or glob; of those inside each other the outermost.
 
     Raises:
-        InputError: If there is none.
+        InputError: If no module matches.
 
     >>> select(["blocks.0", "blocks.0.mlp", "blocks.10"], "blocks.*", "hidden_layers")
     ['blocks.0', 'blocks.10']

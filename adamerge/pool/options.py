@@ -37,7 +37,7 @@ class PoolOptions:
             each process holds a part (:class:`~adamerge.pool.part.PoolPart`); ``storage`` is that of the part.
 
     Raises:
-        InputError: If a value is none of an option's, or two options do not go together.
+        InputError: If an option does not take its value, or two options do not go together.
     """
 
     storage: Storage = "auto"

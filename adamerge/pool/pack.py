@@ -47,7 +47,7 @@ def write_packed(
         The file.
 
     Raises:
-        InputError: If the dtype is none of these, or too small for a task vector; if the pool is transformed already,
+        InputError: If the dtype is another, or too small for a task vector; if the pool is transformed already,
             or the transform leaves nothing of an expert.
     """
     path, dtype = Path(path), dtype or pool.compute_dtype

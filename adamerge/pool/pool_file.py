@@ -277,7 +277,7 @@ def place(text: str, folder: Path = Path()) -> Path | HubReference:
     """Return the reference to the Hub that a text is, or else the path, which starts from a folder.
 
     Raises:
-        InputError: If it begins as a reference and is none.
+        InputError: If the text begins as a reference and is not one.
     """
     if (reference := reference_of(text)) is not None:
         return reference

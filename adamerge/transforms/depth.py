@@ -57,7 +57,7 @@ def relative_depths(names: Iterable[str], pattern: str = BLOCK_PATTERN) -> dict[
     Blocks whose names differ only in numbers form a tower, ordered by these numbers, whatever the order of names.
 
     Raises:
-        InputError: If the pattern is no regular expression or matches none of the names.
+        InputError: If the pattern is no regular expression, or matches no name.
 
     >>> relative_depths(["conv1", "blocks.0.w", "blocks.10.w", "blocks.2.w"])
     {'conv1': 0.0, 'blocks.0.w': 0.0, 'blocks.10.w': 1.0, 'blocks.2.w': 0.5}

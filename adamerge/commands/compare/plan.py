@@ -126,7 +126,7 @@ def run(plan: Plan, console: Console) -> dict[str, str]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error in one line, with its type where it is none of ours."""
+    """Return an error in one line, with its type unless it is adamerge's own."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
     return text if text and isinstance(error, (InputError, GuardError, OSError, RuntimeError)) else f"{kind}: {text}"

@@ -205,7 +205,7 @@ def check_package(where: str, target: str) -> None:
 
 
 def check_trainer(config: DictConfig) -> None:
-    """Refuse devices that are none, or that are not there, before a weight is read."""
+    """Refuse unusable devices and precisions, and a GPU that is not there, before a weight is read."""
     node = OmegaConf.masked_copy(config.trainer, ["devices", "num_nodes", "accelerator", "precision"])
     options: Any = OmegaConf.to_container(node, resolve=True)
     accelerator = options.get("accelerator")

@@ -88,7 +88,7 @@ def named_pool(pool: str) -> PoolFiles:
     """Return a shipped pool or a user's by name, or read a pool file.
 
     Raises:
-        InputError: If there is none.
+        InputError: If no pool has the name.
     """
     if pool in shipped_pools():
         register_resolvers()

@@ -102,7 +102,7 @@ def _absent_files(images: Split, split: str) -> list[str]:
 
 
 def _unreadable(images: Split, split: str, sample: int | None) -> list[str]:
-    """Say how many images of a sample cannot be decoded, or have a label that is none."""
+    """Say how many images of a sample cannot be decoded, or have a label out of range."""
     count = len(images) if sample is None else min(sample, len(images))
     chosen = sorted({position * len(images) // count for position in range(count)})
     bad: list[str] = []

@@ -118,7 +118,7 @@ def definition(name: str) -> Definition:
     """Return what is known about a data set.
 
     Raises:
-        InputError: If there is none of that name.
+        InputError: If no data set has that name.
     """
     _check_name(name, names())
     text = (importlib.resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")

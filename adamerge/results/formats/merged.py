@@ -71,7 +71,7 @@ class MergedFolder:
         """Return a task's classifier, features (B, F) to logits (B, C).
 
         Raises:
-            InputError: If there is none, or it is one of neither kind that can be told by its tensors.
+            InputError: If the task has no head here, or its tensors are neither a zero-shot head's nor a Linear's.
         """
         if task not in self.heads:
             raise InputError(

@@ -34,7 +34,7 @@ def write(merged: MergedFolder, folder: Path) -> Usage:
     """Write the weights, with the base's keys and dtypes, and the configuration.
 
     Raises:
-        InputError: If the merge is none of open_clip models.
+        InputError: If the merge is not of open_clip models.
     """
     sidecar = sidecar_of(merged.backbone, "open_clip")
     save_json(sidecar, folder / OPEN_CLIP_CONFIG)

@@ -24,7 +24,7 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
     """Write the whole model with the base's classifier, or with a task's.
 
     Raises:
-        InputError: If the merge is none of torchvision models, or has no classifier to write.
+        InputError: If the merge is not of torchvision models, or has no classifier to write.
     """
     backbone = _backbone_of(merged)
     tensors = {key: merged.checkpoint.get(key).clone() for key in merged.checkpoint.keys}

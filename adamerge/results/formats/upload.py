@@ -13,7 +13,7 @@ def check_name(repository: str) -> None:
     """Check the name of a repository.
 
     Raises:
-        InputError: If it is none.
+        InputError: If the text is no repository's name.
     """
     if not _NAME.fullmatch(repository) or ".." in repository:
         raise InputError(f"--upload {repository}: expected ORG/NAME, letters, digits, '-', '_' and '.'.")
@@ -31,7 +31,7 @@ def upload(folder: Path, repository: str, *, public: bool = False) -> str:
         The address of the repository.
 
     Raises:
-        InputError: If the name is none, the repository is public without ``public``, or the Hub refuses.
+        InputError: If the name is no repository's, the repository is public without ``public``, or the Hub refuses.
     """
     from huggingface_hub import HfApi
 

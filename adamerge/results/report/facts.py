@@ -128,7 +128,7 @@ def read_run(folder: Path) -> Run:
     """Read a folder that ``adapt``, ``merge``, ``compare`` or ``demo`` made.
 
     Raises:
-        InputError: If it is none.
+        InputError: If the folder holds no file of such a run.
     """
     if folder.is_file():
         raise InputError(f"{folder}: expected a run's folder, found a file. Did you mean {folder.parent}?")
