@@ -1,6 +1,7 @@
 """``adapt`` and ``check``: the road of a run, compose, check, start and run, each a file of :mod:`commands.run`.
 
-What imports torch or Lightning is imported where it is used, so that help and the refusal of an unknown flag do not wait for it.
+Modules that import torch or Lightning are imported where they are used, so that help and the refusal of an unknown flag
+do not wait for them.
 """
 
 import sys

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_state_dict
 from adamerge.callbacks import ExportMergedWeights
-from adamerge.commands import export as replay
+from adamerge.commands import export as export_command
 from adamerge.commands.export import export_run
 from adamerge.commands.run.folder import CONFIG_FILE, LAST
 from adamerge.model.granularity import Chunk
@@ -23,7 +23,8 @@ pytestmark = QUIET
 
 def export_files(base, experts, coefficients, output, prefix):
     files = {name: PoolFile(path) for name, path in experts.items()}
-    return replay.export_files(PoolFiles(PoolFile(base), files, key_prefix=prefix or None), coefficients, output)
+    pool = PoolFiles(PoolFile(base), files, key_prefix=prefix or None)
+    return export_command.export_files(pool, coefficients, output)
 
 
 class ToyBackbone:
@@ -197,7 +198,7 @@ def test_pool_of_builds_no_code_of_others(toy, tmp_path, monkeypatch):
         config.backbone = {"_target_": target, "path": str(touched)}
         OmegaConf.save(config, run / CONFIG_FILE)
         with pytest.raises(InputError, match="backbone: expected a class of adamerge's own, found"):
-            replay.pool_of(run)
+            export_command.pool_of(run)
     assert not touched.exists()
 
 
