@@ -123,7 +123,7 @@ def test_convert_other_values_and_prefixes_are_named(tmp_path):
 
 def test_convert_takes_a_prefix_off_safetensors_too(tmp_path):
     save_file({"net.a": torch.ones(1), "epoch": torch.zeros(1)}, tmp_path / "x.safetensors")
-    done = convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "net.")
+    done = convert_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "net.")
     assert done.left_out == ("epoch",)
     assert set(load_file(tmp_path / "y.safetensors")) == {"a"}
 
