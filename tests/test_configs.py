@@ -125,6 +125,15 @@ def test_compose_flag_that_hydra_does_not_know_is_refused():
         compose(["--batch-size", "3"])
 
 
+def test_compose_config_dir_of_any_name_but_none(tmp_path):
+    folder = tmp_path / "it's mine"
+    (folder / "objective").mkdir(parents=True)
+    (folder / "objective" / "mine.yaml").write_text("_target_: adamerge.objectives.entropy.Entropy\n")
+    assert compose(["--config-dir", str(folder), "objective=mine"]).objective._target_.endswith("Entropy")
+    with pytest.raises(InputError, match=r"--config-dir: no such folder: ''"):
+        compose(["--config-dir"])
+
+
 def test_compose_hydras_name_of_the_run_folder_is_run_dir():
     assert compose(["hydra.run.dir=elsewhere"]).run_dir == "elsewhere"
 

@@ -59,8 +59,8 @@ def _check_flags(flags: tuple[str, ...], resume: str, as_json: bool) -> None:
             raise InputError("resume=auto does not go with -m: start the jobs one by one, each with its own run_dir.")
         if as_json:
             raise InputError("--json does not go with -m: each run's result is in the summary.json of its folder.")
-    if ranks.count() > 1:
-        raise Agreed("-m: every process would run the whole sweep. Leave torchrun and srun to one run at a time.")
+        if ranks.count() > 1:
+            raise Agreed("-m: every process would run the whole sweep. Leave torchrun and srun to one run at a time.")
 
 
 @click.command(

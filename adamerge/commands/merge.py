@@ -152,7 +152,7 @@ def _assemble(
 
 def _check_overrides(overrides: Sequence[str]) -> None:
     """Refuse what has no say in a merge."""
-    used = ("backbone", "data", "seed", "--config-dir", "-cd", "num_workers")
+    used = ("backbone", "data", "seed", "--config-dir", "-cd")
     for argument in overrides:
         key = argument.lstrip("+~").split("=")[0]
         if "=" in argument and not key.startswith(used):

@@ -14,7 +14,7 @@ from adamerge.commands.compare.published import unknown_tasks
 from adamerge.commands.data import print_how_to_get
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose
-from adamerge.commands.terminal import err, json_option, out, report
+from adamerge.commands.terminal import err, json_option, out, print_json, report
 from adamerge.data.benchmarks import checks
 from adamerge.errors import InputError
 
@@ -64,7 +64,9 @@ def reproduce(
         raise
     missing += missing_data(plan)
     report(problems_of(plan), explain)
-    if only_check:
+    if only_check and as_json:
+        print_json({"rows": list(plan.rows), "problems": []})
+    elif only_check:
         out.print(f"{published['title']}: {len(plan.rows)} rows can be made.", highlight=False)
     else:
         make(plan, folder, as_json=as_json)

@@ -306,14 +306,13 @@ def open_files(
         return any(name.startswith(keys) if isinstance(keys, str) else name in keys for name in names)
 
     try:
-        check_names(experts)
-    except InputError as error:
-        errors.append(error)
-    try:
         places = located_all({**experts, **({} if base is None else {_BASE: base})})
+    except InputError as error:
+        return None, {}, [error]
+    try:
         check_names({name: path for name, path in places.items() if name != _BASE})
     except InputError as error:
-        return None, {}, [*errors, error]
+        errors.append(error)
     source, opened = None, {}
     if base is not None:
         try:

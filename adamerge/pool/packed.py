@@ -16,6 +16,7 @@ from safetensors import safe_open
 from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, open_checkpoint
 from adamerge.errors import InputError, shorten
 from adamerge.pool.stacks import Dense, Int8
+from adamerge.pool.task_vectors import DTYPES
 
 FORMAT = 1
 METADATA = "adamerge_task_vectors"
@@ -58,7 +59,11 @@ class PackedFile:
         self.experts: tuple[str, ...] = tuple(content["experts"])
         self.hashes: Mapping[str, str] = content["hashes"]
         self.transform: Any = content["transform"]
-        self.dtype: torch.dtype = getattr(torch, content["dtype"])
+        if content["dtype"] not in DTYPES:
+            raise InputError(
+                f"pool.task_vectors: {path}: expected one of {', '.join(DTYPES)} as dtype, found {content['dtype']!r}."
+            )
+        self.dtype: torch.dtype = DTYPES[content["dtype"]]
         self.unchanged = frozenset(content["unchanged"])
         self._file = opened
         self._keys = set(opened.keys)

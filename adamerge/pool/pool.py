@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint
+from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.configurations import check_configurations
 from adamerge.checkpoints.hashes import check_hash
 from adamerge.checkpoints.hub import HubReference
@@ -75,7 +76,7 @@ class ExpertPool:
         layout = check_layout(base, experts, self.keys, options)
         layout.refuse()
         for remark in layout.remarks:
-            log.warning("%s", remark)
+            tell_once(remark, logging.WARNING)
         self.skipped, self._every_name = dict(layout.skipped), sorted((*layout.merged, *layout.fixed))
         specs = {name: base.spec(self.keys.file_key(name)) for name in layout.merged}
         shapes = {name: shape for name, (shape, _) in specs.items()}

@@ -29,7 +29,6 @@ from adamerge.pool.lora import open_expert
 from adamerge.pool.options import PoolOptions
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
-from adamerge.system.files import sha256
 
 DEFAULTS = {
     "storage": "auto",
@@ -142,10 +141,10 @@ class PoolFiles:
         }
 
     def described(self) -> dict[str, Any]:
-        """Return a pool file's content, with absolute paths; a packed file with its hash."""
+        """Return a pool file's content, with absolute paths; a packed file with its hash, where it is there."""
         packed = self.task_vectors
-        if packed is not None:
-            packed = replace(packed, sha256=sha256(located(packed.file)))
+        if packed is not None and (path := located(packed.file)).is_file():
+            packed = replace(packed, sha256=file_hash(path))
         return {
             "base": _described(self.base),
             "experts": {name: _described(entry) for name, entry in self.experts.items()},

@@ -218,9 +218,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in DTYPES:
-        raise InputError(
-            f"pool.dtype: expected float32, bfloat16, float16 or int8, found {name!r}.{did_you_mean(name, DTYPES)}"
-        )
+        raise InputError(f"pool.dtype: expected {', '.join(DTYPES)}, found {name!r}.{did_you_mean(name, DTYPES)}")
     return DTYPES[name]
 
 

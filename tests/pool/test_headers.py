@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
-from adamerge.pool.headers import KeyMap, check_layout, shared_names
+from adamerge.pool.headers import KeyMap, check_layout, read_headers, shared_names
 from adamerge.pool.options import PoolOptions
+from tests.support.toy import save_files
 
 
 def checkpoint(name="base", **tensors):
@@ -18,6 +19,13 @@ def layout(base, *, key_map=None, include=None, exclude=None, tied=None, unplace
 
 
 W, B = torch.ones(2, 2), torch.ones(2)
+
+
+def test_read_headers_a_wrong_name_is_one_problem_and_hides_no_other(tmp_path):
+    base, experts = save_files(tmp_path, {"w": W}, {"a": {"w": W + 1}, "b": {"w": B}})
+    problems = read_headers(base, {"a": experts["a"], "a/../a": experts["a"], "b": experts["b"]}, PoolOptions()).problems
+    assert len(problems) == len(set(problems)) == 2
+    assert any("'w'" in problem and "b" in problem for problem in problems)
 
 
 def test_check_layout_reads_no_tensor():

@@ -181,6 +181,13 @@ def test_other_files_are_refused(tmp_path):
         PackedFile(tmp_path / "new.safetensors")
 
 
+def test_dtype_that_no_task_vectors_have_is_refused(tmp_path):
+    facts = {"format": 1, "experts": ["a"], "hashes": {}, "transform": None, "dtype": "load", "unchanged": []}
+    save_file({"w": torch.zeros(1, 2)}, tmp_path / "odd.safetensors", {METADATA: json.dumps(facts)})
+    with pytest.raises(InputError, match=r"odd\.safetensors: expected one of float32, .* as dtype, found 'load'"):
+        PackedFile(tmp_path / "odd.safetensors")
+
+
 def test_packed_pool_moves_to_a_device_or_stays_mapped(tmp_path):
     pool = packed_twin(tmp_path, storage="stream").to("meta")
     assert (pool.storage, pool.nbytes) == ("packed", 0)

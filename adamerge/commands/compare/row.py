@@ -20,7 +20,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.checkpoints.checkpoint import save_state_dict
-from adamerge.commands.run import run
+from adamerge.commands.run import processes, run
 from adamerge.commands.run.build import build
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose
@@ -241,6 +241,10 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     run_dir, start = folder / _RUN, folder / "start" / _MERGED
     config.run_dir = str(run_dir)
     config.references, config.report = False, False
+    if processes.wanted(config.trainer) > 1:
+        raise InputError(
+            "trainer.devices: a row has one process, as each would make the whole comparison. Set trainer.devices=1."
+        )
     with held(run_dir, option="--out"):
         resumed = is_started(run_dir)
         begun = _check_same(spec, config, folder) if resumed else _begin(spec, config, folder, start)

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from adamerge import zoo
 from adamerge.backbones import Backbone, OpenClip, Torchvision, own_base
+from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.hub import HubReference
 from adamerge.commands.run.build import build, build_init, check_node, pool_of
 from adamerge.commands.run.stages import start_file
@@ -65,7 +66,7 @@ def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> H
     headers = files.headers(base_is_here=is_here)
     problems += headers.problems
     for remark in headers.remarks:
-        log.warning("%s", remark)
+        tell_once(remark, logging.WARNING)
     of_base = {} if headers.source is None else {"base": headers.source}
     for find, checkpoints in (("base_problems", headers.source), ("problems", {**of_base, **headers.experts})):
         if checkpoints is not None and hasattr(backbone, find):

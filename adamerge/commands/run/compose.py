@@ -62,9 +62,10 @@ def read_line(arguments: Sequence[str]) -> Line:
     for word in words:
         flag, has_value, value = word.partition("=")
         if flag in _CONFIG_DIR:
-            folder = Path(value if has_value else next(words, ""))
-            if not folder.is_dir():
-                raise InputError(f"--config-dir: no such folder: {folder}.")
+            value = value if has_value else next(words, "")
+            folder = Path(value)
+            if not value or not folder.is_dir():
+                raise InputError(f"--config-dir: no such folder: {value!r}.")
         elif flag in _FLAGS_WITH_VALUE:
             flags += [word] if has_value else [word, next(words, "")]
         elif flag in _FLAGS:
@@ -91,7 +92,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     register_resolvers()
     overrides = [re.sub("^hydra[.]run[.]dir=", "run_dir=", override) for override in _for_hydra(line)]
     if line.config_dir is not None:
-        overrides.append(f"hydra.searchpath=['file://{line.config_dir.absolute()}']")
+        overrides.append(f"hydra.searchpath=[{quoted(f'file://{line.config_dir.absolute()}')}]")
     try:
         config = _composed(overrides)
     except Exception as error:

@@ -22,8 +22,6 @@ from adamerge.errors import InputError
 from adamerge.methods.sharded_strategy import ShardedStrategy
 from adamerge.system import ranks
 
-log = logging.getLogger(__name__)
-
 _PROGRAM = ("-m", "adamerge.commands.cli")
 _GRACE = 20.0  # seconds that the other processes have to end by themselves after one has failed
 
