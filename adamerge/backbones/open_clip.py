@@ -154,12 +154,14 @@ class OpenClip:
         )
 
     def base_problems(self, base: Checkpoint) -> list[str]:
-        """Compare the base's tensors with the model's, which is built without memory, before anything is read.
+        """Compare the base's tensors with the model's before anything is read.
 
         Weights in the model's own folder are its own, and compared when they are read.
         """
-        if self._has(base):
-            return []
+        return [] if self._has(base) else self._misfits(base)
+
+    def _misfits(self, base: Checkpoint) -> list[str]:
+        """Say where the base's tensors are not the model's, which is built without memory."""
         with torch.device("meta"):
             model = self._new(device="meta")
         wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -247,7 +249,7 @@ class OpenClip:
         Raises:
             InputError: If the base or an expert is not a checkpoint of this model, or a task has no class names.
         """
-        for problem in (*self.problems({"base": base, **experts}), *self.base_problems(base)):
+        for problem in (*self.problems({"base": base, **experts}), *self._misfits(base)):
             raise InputError(problem)
         heads: dict[str, nn.Module] = {}
         head_of = self._heads_of(base)

@@ -1,6 +1,7 @@
 """Backbones: open_clip with the shipped zoo, torchvision with a small ResNet; both ends of an export."""
 
 import json
+import shutil
 
 import open_clip
 import pytest
@@ -163,6 +164,16 @@ def test_open_clip_base_of_another_width_is_refused():
     message = r"base\.safetensors: not a checkpoint of .*reshaped 'visual\.proj: expected \(96, 64\), found \(96, 32\)'"
     with pytest.raises(InputError, match=message):
         backbone().heads(base, {}, zoo_tasks())
+
+
+def test_open_clip_base_in_the_models_own_folder_is_compared_when_it_is_read(tmp_path):
+    shutil.copy(zoo.files() / "open_clip_config.json", tmp_path)
+    tensors = load_state_dict(zoo.files() / "base.safetensors")
+    del tensors["visual.proj"]
+    save_file(tensors, tmp_path / "base.safetensors")
+    own = OpenClip(str(tmp_path), tokenizer=zoo.Tokenizer())
+    with pytest.raises(InputError, match=r"base\.safetensors: not a checkpoint of .*missing 'visual\.proj'"):
+        own.heads(open_checkpoint(tmp_path / "base.safetensors"), {}, zoo_tasks())
 
 
 def test_open_clip_base_of_another_architecture_is_found_from_its_header():
