@@ -56,15 +56,15 @@ def quick_gelu_of(config: Mapping[str, Any], where: str) -> bool | None:
         InputError: If its activation is one that open_clip's CLIPs do not have, or differs between the towers.
     """
     towers = _towers(config)
-    found = {str(tower["hidden_act"]) for tower in towers.values()}
-    if not found:
+    activations = {str(tower["hidden_act"]) for tower in towers.values()}
+    if not activations:
         return None
-    if len(found) > 1 or not found <= set(_ACTIVATIONS):
+    if len(activations) > 1 or not activations <= set(_ACTIVATIONS):
         raise InputError(
             f"{where}: hidden_act: expected {' or '.join(_ACTIVATIONS)}, the same in both towers, found "
-            f"{shorten(sorted(found))}. open_clip has no such CLIP."
+            f"{shorten(sorted(activations))}. open_clip has no such CLIP."
         )
-    return _ACTIVATIONS[found.pop()]
+    return _ACTIVATIONS[activations.pop()]
 
 
 def to_open_clip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def as_open_clip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], whe
     content = {"model_cfg": model}
     if vision := towers.get("vision_config"):
         model["vision_cfg"] = {
-            **{own: vision[theirs] for own, theirs in _VISION.items()},
+            **{option: vision[key] for option, key in _VISION.items()},
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
             "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
         }
@@ -119,7 +119,7 @@ def as_open_clip(config: Mapping[str, Any], preprocessor: Mapping[str, Any], whe
             content["preprocess_cfg"] = _to_preprocess_cfg(preprocessor, vision["image_size"])
     if text := towers.get("text_config"):
         model["text_cfg"] = {
-            **{own: text[theirs] for own, theirs in _TEXT.items()},
+            **{option: text[key] for option, key in _TEXT.items()},
             "mlp_ratio": text["intermediate_size"] / text["hidden_size"],
         }
     for tower, cfg in ((vision, "vision_cfg"), (text, "text_cfg")):
@@ -157,14 +157,14 @@ def to_hugging_face(config: Mapping[str, Any], where: str) -> tuple[dict[str, An
     content = {
         "projection_dim": model["embed_dim"],
         "vision_config": {
-            **{theirs: vision[own] for own, theirs in _VISION.items()},
+            **{key: vision[option] for option, key in _VISION.items()},
             "num_attention_heads": vision["width"] // vision["head_width"],
             "intermediate_size": int(vision["width"] * vision["mlp_ratio"]),
             "layer_norm_eps": (vision["norm_kwargs"] or {}).get("eps", _EPSILON),
             **shared,
         },
         "text_config": {
-            **{theirs: text[own] for own, theirs in _TEXT.items()},
+            **{key: text[option] for option, key in _TEXT.items()},
             "intermediate_size": int(text["width"] * text["mlp_ratio"]),
             "layer_norm_eps": (text["norm_kwargs"] or {}).get("eps", _EPSILON),
             # The end of a text is its highest token, as in open_clip: what transformers makes of this very number.
@@ -179,10 +179,10 @@ def _towers(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the options of the towers that a ``config.json`` describes, with what it leaves out."""
     kind = config.get("model_type")
     if kind == "clip":  # older files have the options that count in .._dict
-        found = {name: {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})} for name in _HF_DEFAULTS}
+        towers = {name: {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})} for name in _HF_DEFAULTS}
     else:
-        found = {name: dict(config) for name in _HF_DEFAULTS if kind == f"clip_{name.removesuffix('_config')}_model"}
-    return {name: {**_HF_DEFAULTS[name], **options} for name, options in found.items()}
+        towers = {name: dict(config) for name in _HF_DEFAULTS if kind == f"clip_{name.removesuffix('_config')}_model"}
+    return {name: {**_HF_DEFAULTS[name], **options} for name, options in towers.items()}
 
 
 def _options(given: Mapping[str, Any], kind: type, mapped: set[str], others: list[str], where: str) -> dict[str, Any]:
@@ -200,15 +200,15 @@ def _to_preprocess_cfg(preprocessor: Mapping[str, Any], image_size: int) -> dict
     size = preprocessor.get("size", image_size)
     squashed = isinstance(size, Mapping) and "height" in size
     names = {number: name for name, number in _RESAMPLE.items()}
-    found = {
+    content = {
         "mean": preprocessor.get("image_mean"),
         "std": preprocessor.get("image_std"),
         "interpolation": names.get(preprocessor.get("resample", 3)),
         "resize_mode": "squash" if squashed else "shortest",
     }
     if preprocessor.get("do_normalize", True) is False:
-        found |= {"mean": [0.0] * 3, "std": [1.0] * 3}
-    return {"size": image_size, **{key: value for key, value in found.items() if value is not None}}
+        content |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    return {"size": image_size, **{key: value for key, value in content.items() if value is not None}}
 
 
 def _to_preprocessor(config: Mapping[str, Any], where: str) -> dict[str, Any]:

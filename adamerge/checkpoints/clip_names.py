@@ -19,19 +19,19 @@ class NameRule:
     """One tensor in both formats.
 
     Attributes:
-        own: Its name in open_clip, a pattern.
-        theirs: Its name in transformers, or those of its parts, stacked along dimension 0.
+        open_clip: Its name in open_clip, a pattern.
+        hugging_face: Its name in transformers, or those of its parts, stacked along dimension 0.
         transposed: Whether the two are each other's transpose.
     """
 
-    own: str
-    theirs: tuple[str, ...]
+    open_clip: str
+    hugging_face: tuple[str, ...]
     transposed: bool = False
 
 
-def _blocks(own: str, theirs: str) -> tuple[NameRule, ...]:
+def _blocks(open_clip: str, hugging_face: str) -> tuple[NameRule, ...]:
     """Return the rules of a transformer's blocks; both towers of CLIP have the same."""
-    attention = tuple(f"{theirs}.self_attn.{part}_proj.{{p}}" for part in "qkv")
+    attention = tuple(f"{hugging_face}.self_attn.{part}_proj.{{p}}" for part in "qkv")
     pairs = {
         "attn.out_proj": "self_attn.out_proj",
         "ln_1": "layer_norm1",
@@ -39,8 +39,11 @@ def _blocks(own: str, theirs: str) -> tuple[NameRule, ...]:
         "mlp.c_fc": "mlp.fc1",
         "mlp.c_proj": "mlp.fc2",
     }
-    rest = (NameRule(f"{own}.{mine}.{{p}}", (f"{theirs}.{other}.{{p}}",)) for mine, other in pairs.items())
-    return (NameRule(f"{own}.attn.in_proj_{{p}}", attention), *rest)
+    others = (
+        NameRule(f"{open_clip}.{name}.{{p}}", (f"{hugging_face}.{counterpart}.{{p}}",))
+        for name, counterpart in pairs.items()
+    )
+    return (NameRule(f"{open_clip}.attn.in_proj_{{p}}", attention), *others)
 
 
 # transformers' CLIPModel and its towers (CLIPVisionModel, CLIPTextModel, ...WithProjection, ...ForImageClassification).
@@ -87,17 +90,17 @@ def as_own(checkpoint: Checkpoint, base: Checkpoint | None = None) -> ComposedCh
     for key in checkpoint.keys:
         if prefix + key in _INDICES:
             continue
-        rule = _rule(prefix + key, own=False)
+        rule = _rule(prefix + key, of_open_clip=False)
         if rule is None:
             pieces[key] = Piece(checkpoint, (key,))
             continue
-        parts = tuple(part.removeprefix(prefix) for part in rule.theirs)
+        parts = tuple(part.removeprefix(prefix) for part in rule.hugging_face)
         if missing := [part for part in parts if part not in keys]:
             raise InputError(
-                f"{checkpoint.name}: lacks {shorten(missing)}, a part of open_clip's {rule.own!r} as is {key!r}. "
+                f"{checkpoint.name}: lacks {shorten(missing)}, a part of open_clip's {rule.open_clip!r} as is {key!r}. "
                 "Expected a whole Hugging Face CLIP checkpoint; save it again."
             )
-        pieces.setdefault(rule.own, Piece(checkpoint, parts, rule.transposed))
+        pieces.setdefault(rule.open_clip, Piece(checkpoint, parts, rule.transposed))
     for key in _OPTIONAL:
         if base is not None and key in base.keys:
             pieces.setdefault(key, Piece(base, (key,)))
@@ -110,7 +113,7 @@ def as_theirs(checkpoint: Checkpoint) -> ComposedCheckpoint:
     Raises:
         InputError: If it is no open_clip checkpoint that transformers can hold; with the names that have no place.
     """
-    rules = {key: _rule(key, own=True) for key in checkpoint.keys}
+    rules = {key: _rule(key, of_open_clip=True) for key in checkpoint.keys}
     unknown = [key for key, rule in rules.items() if rule is None]
     if unknown or not {*_OWN_SIGNATURE} <= rules.keys():
         reason = f"it has no place for {shorten(unknown)}" if unknown else f"found {shorten(checkpoint.keys)}"
@@ -119,28 +122,28 @@ def as_theirs(checkpoint: Checkpoint) -> ComposedCheckpoint:
             f"ViT such as {shorten(_OWN_SIGNATURE)}."
         )
     pieces = {
-        name: Piece(checkpoint, (key,), rule.transposed, part, len(rule.theirs))
+        name: Piece(checkpoint, (key,), rule.transposed, part, len(rule.hugging_face))
         for key, rule in rules.items()
         if rule is not None
-        for part, name in enumerate(rule.theirs)
+        for part, name in enumerate(rule.hugging_face)
     }
     return ComposedCheckpoint(checkpoint.name, pieces, {"": checkpoint})
 
 
 def own_key(name: str) -> str | None:
-    """Return what open_clip calls a tensor of Hugging Face's, or that which it is a part of; None for unknown ones."""
-    rule = _rule(name, own=False)
-    return None if rule is None else rule.own
+    """Return open_clip's name for a Hugging Face tensor, or for the tensor that it is a part of; None if unknown."""
+    rule = _rule(name, of_open_clip=False)
+    return None if rule is None else rule.open_clip
 
 
-def _rule(name: str, *, own: bool) -> NameRule | None:
+def _rule(name: str, *, of_open_clip: bool) -> NameRule | None:
     """Return the rule of one tensor with the tensor's numbers in the place of the patterns'."""
     for rule in _RULES:
-        for pattern in (rule.own,) if own else rule.theirs:
+        for pattern in (rule.open_clip,) if of_open_clip else rule.hugging_face:
             if (match := _compiled(pattern).fullmatch(name)) is not None:
                 fields = match.groupdict()
-                theirs = tuple(part.format(**fields) for part in rule.theirs)
-                return NameRule(rule.own.format(**fields), theirs, rule.transposed)
+                hugging_face = tuple(part.format(**fields) for part in rule.hugging_face)
+                return NameRule(rule.open_clip.format(**fields), hugging_face, rule.transposed)
     return None
 
 

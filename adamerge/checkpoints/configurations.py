@@ -136,9 +136,9 @@ def check_configurations(base: Checkpoint, experts: Mapping[str, Checkpoint]) ->
     stated = [configuration for configuration in files if configuration is not None]
     for configuration in stated[1:]:
         for option in differences(configuration, stated[0]):
-            found, first = configuration.value(option), stated[0].value(option)
+            value, first = configuration.value(option), stated[0].value(option)
             raise InputError(
-                f"{configuration.label(option)}: found {found!r}, but {stated[0].label(option)} is {first!r}. Models "
+                f"{configuration.label(option)}: found {value!r}, but {stated[0].label(option)} is {first!r}. Models "
                 "that compute otherwise cannot be merged: leave one out, or correct the file that is wrong."
             )
 

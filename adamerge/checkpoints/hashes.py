@@ -31,19 +31,19 @@ def file_hash(path: Path) -> str:
     """
     real = path.resolve()
     entry, state = _entry(real), _state(real)
-    if (known := _read(entry, state)) is not None:
-        return known
-    found = sha256(real)
+    if (kept := _read(entry, state)) is not None:
+        return kept
+    content_hash = sha256(real)
     if (
         entry is not None
         and _state(real) == state
         and time.time() - max(state["mtime_ns"], state["ctime_ns"]) / 1e9 > _SETTLED
     ):
         try:
-            save_json({"path": str(real), **state, "sha256": found}, entry)
+            save_json({"path": str(real), **state, "sha256": content_hash}, entry)
         except OSError as error:
             log.debug("%s cannot be written (%s)", entry, error.strerror or error)
-    return found
+    return content_hash
 
 
 def forget(path: Path) -> None:
@@ -54,15 +54,15 @@ def forget(path: Path) -> None:
                 entry.unlink(missing_ok=True)
 
 
-def check_hash(where: object, name: str, expected: str | None, found: Callable[[], str]) -> None:
-    """Compare a checkpoint's hash with the one that a pool gives, if it gives one.
+def check_hash(where: object, name: str, expected: str | None, read_hash: Callable[[], str]) -> None:
+    """Compare a checkpoint's hash, if a pool gives one, with that.
 
     Raises:
         InputError: If they differ.
     """
-    if expected is not None and (own := found()) != expected.lower():
+    if expected is not None and (actual := read_hash()) != expected.lower():
         raise InputError(
-            f"{where}: expected the SHA-256 {expected} that the pool gives for {name}, found {own}. "
+            f"{where}: expected the SHA-256 {expected} that the pool gives for {name}, found {actual}. "
             "It is another file, or damaged: get it again, or correct the pool."
         )
 
@@ -77,23 +77,23 @@ def _entry(real: Path) -> Path | None:
 
 
 def _state(path: Path) -> dict[str, int]:
-    found = path.stat()
+    status = path.stat()
     return {
-        "size": found.st_size,
-        "inode": found.st_ino,
-        "mtime_ns": found.st_mtime_ns,
-        "ctime_ns": found.st_ctime_ns,
+        "size": status.st_size,
+        "inode": status.st_ino,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
     }
 
 
 def _read(entry: Path | None, state: dict[str, int]) -> str | None:
-    """Return a kept hash; None where there is none, or the file has changed."""
+    """Return a kept hash; None where no hash is kept, or the file has changed."""
     if entry is None:
         return None
     try:
         content = json.loads(entry.read_text(encoding="utf-8"))
-        known = str(content["sha256"])
-        return known if all(content[key] == value for key, value in state.items()) else None
+        kept = str(content["sha256"])
+        return kept if all(content[key] == value for key, value in state.items()) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

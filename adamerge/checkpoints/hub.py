@@ -63,9 +63,9 @@ class HubReference:
     def cached(self) -> Path | None:
         """Return the file, or the folder of the snapshot, in the Hub's cache; None where it is not there."""
         for patterns, suffix in ((_SAFE, ".safetensors"), (_PICKLED, ".bin")):
-            found = self._look_up(local_files_only=True, patterns=patterns)
-            if found is not None and (self.file is not None or _has_weights(found, suffix)):
-                return found
+            path = self._look_up(local_files_only=True, patterns=patterns)
+            if path is not None and (self.file is not None or _has_weights(path, suffix)):
+                return path
         return None
 
     def fetch(self) -> Path:
@@ -75,28 +75,28 @@ class HubReference:
             InputError: If it cannot be downloaded.
         """
         try:
-            found = self._look_up(local_files_only=False, patterns=_SAFE)
-            if found is not None and found.is_dir() and not any(found.rglob("*.safetensors")):
-                found = self._look_up(local_files_only=False, patterns=_PICKLED)
+            path = self._look_up(local_files_only=False, patterns=_SAFE)
+            if path is not None and path.is_dir() and not any(path.rglob("*.safetensors")):
+                path = self._look_up(local_files_only=False, patterns=_PICKLED)
         except Exception as error:  # whatever the Hub's client, the network or a disk finds wrong
             raise InputError(
                 f"{self}: cannot be downloaded: {' '.join(str(error).split())[:300]}. {_ELSEWHERE}"
             ) from error
-        if found is None:
+        if path is None:
             raise InputError(f"{self}: cannot be downloaded. {_ELSEWHERE}")
-        if found.is_dir() and not any(_has_weights(found, suffix) for suffix in (".safetensors", ".bin")):
+        if path.is_dir() and not any(_has_weights(path, suffix) for suffix in (".safetensors", ".bin")):
             raise InputError(
-                f"{self}: expected safetensors or .bin files, and all that an index names, found neither in {found}. "
+                f"{self}: expected safetensors or .bin files, and all that an index names, found neither in {path}. "
                 f"Is it a model of this kind? {_ELSEWHERE}"
             )
-        return found
+        return path
 
     def pinned(self) -> "HubReference":
         """Return the reference with the commit that its revision is in the cache; itself where that is unknown."""
-        found = None if self.is_pinned else self.cached()
-        if found is None:
+        path = None if self.is_pinned else self.cached()
+        if path is None:
             return self
-        parts = found.parts
+        parts = path.parts
         commit = parts[len(parts) - parts[::-1].index("snapshots")]
         return replace(self, revision=commit)
 
@@ -139,13 +139,13 @@ def reference_of(place: str | os.PathLike[str] | HubReference) -> HubReference |
     start = _SCHEME.match(text)
     if start is None:
         return None
-    found = _PARTS.fullmatch(text, start.end())
-    if found is None:
+    match = _PARTS.fullmatch(text, start.end())
+    if match is None:
         raise InputError(
             f"{text}: expected hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME@REVISION/FILE; a revision is a "
             "commit, a branch or a tag without slashes."
         )
-    return HubReference(found["repository"], found["revision"], found["file"])
+    return HubReference(match["repository"], match["revision"], match["file"])
 
 
 def located(place: str | os.PathLike[str] | HubReference) -> Path:
@@ -163,7 +163,7 @@ def located_all(places: Mapping[str, str | os.PathLike[str] | HubReference]) -> 
     Raises:
         InputError: If the cache lacks any; one error names all.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     missing: list[str] = []
     for name, place in places.items():
         reference = reference_of(place)
@@ -171,10 +171,10 @@ def located_all(places: Mapping[str, str | os.PathLike[str] | HubReference]) -> 
         if path is None:
             missing.append(str(reference))
         else:
-            found[name] = path
+            paths[name] = path
     if missing:
         raise InputError(_missing(missing))
-    return found
+    return paths
 
 
 def _has_weights(folder: Path, suffix: str) -> bool:

@@ -150,8 +150,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _tell_unread(folder: Path, config: Path) -> None:
     """Warn of weights in a model's folder that belong to it and are not read, as sentence-transformers has them."""
-    own = [path for name in _WEIGHTS[HF_CONFIG] for path in sorted(folder.glob(f"*/{name}"))]
-    parts = [path for path in own if not _is_model(path.parent / HF_CONFIG)]
+    weights = [path for name in _WEIGHTS[HF_CONFIG] for path in sorted(folder.glob(f"*/{name}"))]
+    parts = [path for path in weights if not _is_model(path.parent / HF_CONFIG)]
     if parts:
         names = shorten(str(path.relative_to(folder)) for path in parts)
         text = f"{folder}: {names} beside the model of {config.name} is not read, and no part of what is merged."

@@ -13,7 +13,6 @@ from adamerge.commands.terminal import json_option, out, print_json
 if TYPE_CHECKING:
     from adamerge.commands.run.run import Assembly
     from adamerge.data.corruptions import Corruption
-    from adamerge.results.scoring import Made
 
 
 @click.command()
@@ -36,7 +35,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
     from adamerge.commands.run.run import assemble
     from adamerge.data.corruptions import read_corruptions
     from adamerge.results.evaluation import summary, table
-    from adamerge.results.scoring import Made, score_run
+    from adamerge.results.scoring import MergeResult, score_run
     from adamerge.system.files import save_json
 
     chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
@@ -48,11 +47,11 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
     before = {} if checkpoint or not path.is_file() else read_json(path)["rows"].get(str(config.name), {})
     name = _row_name(file) if checkpoint else str(config.name)
     seconds = 0.0 if checkpoint else before.get("seconds") or seconds_of(run_dir / LAST)
-    made = Made(name, file, seconds, int(config.seed), before.get("uses_labels", False))
+    result = MergeResult(name, file, seconds, int(config.seed), before.get("uses_labels", False))
     if chosen:
-        _evaluate_corrupted(run_dir, assembly, made, chosen, as_json=as_json)
+        _evaluate_corrupted(run_dir, assembly, result, chosen, as_json=as_json)
         return
-    rows = score_run(assembly.model, assembly.data, made, assembly.batch_norm, references=True)
+    rows = score_run(assembly.model, assembly.data, result, assembly.batch_norm, references=True)
     content = summary(rows, assembly.data.protocol, assembly.data.unreadable_evaluation())
     if not checkpoint:
         save_json(content, path)
@@ -71,14 +70,14 @@ def _row_name(checkpoint: Path) -> str:
 
 
 def _evaluate_corrupted(
-    run_dir: Path, assembly: "Assembly", made: "Made", corruptions: "list[Corruption]", *, as_json: bool
+    run_dir: Path, assembly: "Assembly", result: "MergeResult", corruptions: "list[Corruption]", *, as_json: bool
 ) -> None:
     """Score under corruptions; files go beside the run's, named after a foreign checkpoint."""
     from adamerge.results.robustness import save_robustness, score_corruptions, table
 
-    content = score_corruptions(assembly.model, assembly.data, assembly.batch_norm, made, corruptions)
-    own = made.file == run_dir / "merged.safetensors"
-    stem = "robustness" if own else "robustness_" + made.name.replace("/", "_")
+    content = score_corruptions(assembly.model, assembly.data, assembly.batch_norm, result, corruptions)
+    is_own = result.file == run_dir / "merged.safetensors"
+    stem = "robustness" if is_own else "robustness_" + result.name.replace("/", "_")
     save_robustness(content, run_dir, stem)
     if as_json:
         print_json(content)

@@ -15,7 +15,7 @@ from adamerge.results.evaluation import summary
 from adamerge.results.numbers import percent
 from adamerge.results.report import drawing
 from adamerge.results.report.charts import HeatMap, Panel
-from adamerge.results.scoring import Made, score_run
+from adamerge.results.scoring import MergeResult, score_run
 from adamerge.results.table import Table
 from adamerge.system.files import save_json
 
@@ -28,7 +28,7 @@ def score_corruptions(
     model: MergedModel,
     data: UnlabeledTasks,
     batch_norm: BatchNormPolicy,
-    made: Made,
+    result: MergeResult,
     corruptions: Sequence[Corruption],
 ) -> dict[str, Any]:
     """Score a checkpoint, the pretrained model, task arithmetic and the experts, on clean and on corrupted images.
@@ -37,7 +37,7 @@ def score_corruptions(
         model: Of the run, as it adapted.
         data: Of the run.
         batch_norm: Which statistics each row has.
-        made: The checkpoint.
+        result: The checkpoint.
         corruptions: Of the scored images; each image is corrupted in the same way for every row.
 
     Returns:
@@ -49,11 +49,11 @@ def score_corruptions(
         name = CLEAN if corruption is None else str(corruption)
         log.info("Scoring: %s", name)
         scored = data if corruption is None else data.with_corrupted_evaluation(corruption)
-        content[name] = summary(score_run(model, scored, made, batch_norm, references=True), scored.protocol)
+        content[name] = summary(score_run(model, scored, result, batch_norm, references=True), scored.protocol)
     first = content[CLEAN]
     return {
         **{key: first.get(key, []) for key in ("format", "protocol", "tasks", "unseen")},
-        "checkpoint": made.name,
+        "checkpoint": result.name,
         "adapted_on": CLEAN if data.corruption is None else str(data.corruption),
         "seed": data.seed,
         "corruptions": {name: {"rows": scored["rows"]} for name, scored in content.items()},
@@ -64,8 +64,8 @@ def save_robustness(content: Mapping[str, Any], folder: Path, stem: str = "robus
     """Write ``robustness.json`` and its picture; where matplotlib is not installed a warning stands for that."""
     save_json(content, folder / f"{stem}.json")
     title = f"Accuracy of {content['checkpoint']}, %, adapted on {content['adapted_on']} images; right: means of others"
-    shown, own = table(content), len(content["tasks"]) + 1 + len(content["unseen"])  # own columns stand apart
-    (_, *columns), *lines = [[*cells[: own + 1], "", *cells[own + 1 :]] for cells in (shown.header, *shown.rows)]
+    shown, width = table(content), len(content["tasks"]) + 1 + len(content["unseen"])  # width: the checkpoint's columns
+    (_, *columns), *lines = [[*cells[: width + 1], "", *cells[width + 1 :]] for cells in (shown.header, *shown.rows)]
     values = [[float(cell) if cell else None for cell in cells] for _, *cells in lines]
     rows, panel = [name for name, *_ in lines], Panel(title, columns, values)
     chart = HeatMap(

@@ -26,8 +26,8 @@ _USUAL = 8  # experts up to which 0.3 is the field's coefficient of task arithme
 
 
 @dataclass(frozen=True)
-class Made:
-    """A merged checkpoint, and what it took: the row's name, file, seconds, seed, and whether labels were used."""
+class MergeResult:
+    """A merged checkpoint: its row's name, file, seconds that it took, seed, and whether labels were used."""
 
     name: str
     file: Path
@@ -39,7 +39,7 @@ class Made:
 def score_run(
     model: MergedModel,
     data: UnlabeledTasks,
-    made: Made,
+    result: MergeResult,
     batch_norm: BatchNormPolicy | None = None,
     *,
     references: bool,
@@ -49,7 +49,7 @@ def score_run(
     Args:
         model: Of the run.
         data: Its tasks.
-        made: The checkpoint.
+        result: The checkpoint.
         batch_norm: Which statistics task arithmetic's BatchNorm layers have; default the base's.
         references: Whether to score the pretrained model, task arithmetic and the experts beside it.
 
@@ -59,7 +59,7 @@ def score_run(
     if not data.evaluation:
         raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
     pool = model.pool
-    merged = checkpoint_parameters(made.file, model)
+    merged = checkpoint_parameters(result.file, model)
     rows: dict[str, TableRow] = {}
     if references:
         rows["pretrained"] = TableRow(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
@@ -72,8 +72,8 @@ def score_run(
         params = params | ({} if batch_norm is None else batch_norm.final(model, params, data))
         rows[name] = TableRow(*scores_of(model, params, data, "Scoring task arithmetic"))
     scores, unseen = scores_of(model, merged, data, "Scoring the merged checkpoint")
-    rows[made.name] = TableRow(
-        scores, unseen, uses_labels=made.uses_labels, uses_data=True, seconds=made.seconds, seed=made.seed
+    rows[result.name] = TableRow(
+        scores, unseen, uses_labels=result.uses_labels, uses_data=True, seconds=result.seconds, seed=result.seed
     )
     without = [task for task in data.evaluation if task not in model.teachers]
     if references and without:
@@ -120,8 +120,8 @@ def checkpoint_parameters(path: Path, model: MergedModel) -> Mapping[str, Tensor
                 "Is it a merge of this pool?"
             )
     dtypes = {name: pool.compute_dtype for name in pool.shapes}
-    own = {name for name, _ in model.encoder.named_parameters()}  # not a classifier, which is fixed too
-    fixed = ((name, tensor) for name, tensor in pool.fixed.items() if name in own)
+    names = {name for name, _ in model.encoder.named_parameters()}  # not a classifier, which is fixed too
+    fixed = ((name, tensor) for name, tensor in pool.fixed.items() if name in names)
     for name, like in chain(fixed, model.encoder.named_buffers()):  # a foreign checkpoint has its own
         if name in pool.keys and shapes.get(pool.keys.file_key(name)) == tuple(like.shape):
             dtypes[name] = like.dtype

@@ -48,7 +48,7 @@ from adamerge.pool.pool import ExpertPool
 from adamerge.results.evaluation import summary
 from adamerge.results.report.record import costs_of
 from adamerge.results.report.write import report_run
-from adamerge.results.scoring import Made, score_run
+from adamerge.results.scoring import MergeResult, score_run
 from adamerge.system import progress, ranks
 from adamerge.system.files import ensure_writable, save_json, sha256
 from adamerge.system.memory import peak_memory
@@ -211,7 +211,7 @@ def _score(
         log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
         return None
     uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
-    merged = Made(str(config.name), export.dirpath / export.filename, seconds, int(config.seed), uses_labels)
+    merged = MergeResult(str(config.name), export.dirpath / export.filename, seconds, int(config.seed), uses_labels)
     rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
     if not trainer.is_global_zero:
         return None

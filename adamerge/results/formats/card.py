@@ -81,13 +81,13 @@ def ingredients(recipe: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
     entries = {"base": files.get("base"), **(files.get("experts") or {})}
     if files.get("base") is None and (tag := _tag(recipe)) is not None:
         entries["base"] = tag
-    found = {}
+    parts = {}
     for name in dict.fromkeys([*entries, *hashes]):
         entry = entries.get(name)
         entry = entry if isinstance(entry, Mapping) else {"file": entry}
         licence = entry.get("licence") or licences.get(name)
-        found[name] = {"source": _source(entry.get("file")), "licence": licence, "sha256": hashes.get(name)}
-    return found
+        parts[name] = {"source": _source(entry.get("file")), "licence": licence, "sha256": hashes.get(name)}
+    return parts
 
 
 def licence_of(licences: Iterable[str | None]) -> str:

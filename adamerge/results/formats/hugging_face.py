@@ -34,8 +34,8 @@ def write(merged: MergedFolder, folder: Path) -> Usage:
     """
     sidecar = sidecar_of(merged.backbone, "hf")
     files = write_model(merged.checkpoint, sidecar, describe(merged.backbone), folder)
-    own = isinstance(merged.backbone, OpenClip) and merged.backbone.tokenizer is not None
-    has_tokenizer = not own and write_tokenizer(sidecar, folder)
+    has_own_tokenizer = isinstance(merged.backbone, OpenClip) and merged.backbone.tokenizer is not None
+    has_tokenizer = not has_own_tokenizer and write_tokenizer(sidecar, folder)
     if has_tokenizer:
         files["vocab.json, merges.txt, tokenizer_config.json"] = "OpenAI's tokenizer, as open_clip ships it"
     notes = tokenizer_notes(merged.backbone)
@@ -96,8 +96,8 @@ def write_tokenizer(sidecar: Mapping[str, Any], folder: Path) -> bool:
         temporary.write_text("\n".join(["#version: 0.2", *map(" ".join, pairs), ""]), encoding="utf-8")
     special = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
     length = text.get("context_length", 77)
-    own = {"tokenizer_class": "CLIPTokenizer", "processor_class": "CLIPProcessor", "model_max_length": length}
-    save_json({**own, **special}, folder / "tokenizer_config.json")
+    classes = {"tokenizer_class": "CLIPTokenizer", "processor_class": "CLIPProcessor", "model_max_length": length}
+    save_json({**classes, **special}, folder / "tokenizer_config.json")
     save_json(special, folder / "special_tokens_map.json")
     return True
 
@@ -123,7 +123,7 @@ def prove_model(backbone: OpenClip, checkpoint: Checkpoint, folder: Path) -> Non
     Raises:
         GuardError: If they differ.
     """
-    own = backbone.whole({key: checkpoint.get(key) for key in checkpoint.keys})
+    original = backbone.whole({key: checkpoint.get(key) for key in checkpoint.keys})
     if importlib.util.find_spec("transformers") is None:
         log.warning(
             'transformers is not installed, so %s was not loaded back: pip install "adamerge[hf]".', folder.name
@@ -137,9 +137,9 @@ def prove_model(backbone: OpenClip, checkpoint: Checkpoint, folder: Path) -> Non
     texts = _random_texts(backbone.sidecar()["model_cfg"]["text_cfg"])
     images = example(backbone, 2)
     with torch.no_grad():
-        expected = own.get_logits(images, texts)[0]
-        found = model(input_ids=texts, pixel_values=images).logits_per_image
-    check_equal(found, expected, f"{folder.name} in transformers")
+        expected = original.get_logits(images, texts)[0]
+        logits = model(input_ids=texts, pixel_values=images).logits_per_image
+    check_equal(logits, expected, f"{folder.name} in transformers")
 
 
 @contextmanager

@@ -51,16 +51,16 @@ class MergedFolder:
             InputError: If the weights are another architecture's.
         """
         encoder, prefix = self.backbone.encoder(), self.backbone.prefix
-        own, present = encoder.state_dict(), set(self.checkpoint.keys)
+        fresh, present = encoder.state_dict(), set(self.checkpoint.keys)
         missing = [name for name, _ in encoder.named_parameters() if prefix + name not in present]
         if missing:
             raise InputError(
                 f"{self.path}: lacks {shorten(prefix + name for name in missing)} of {describe(self.backbone)}. "
                 "Is it a merge of this model?"
             )
-        found = {name: self.checkpoint.get(prefix + name) for name in own if prefix + name in present}
+        merged = {name: self.checkpoint.get(prefix + name) for name in fresh if prefix + name in present}
         try:
-            encoder.load_state_dict(own | found)
+            encoder.load_state_dict(fresh | merged)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: not weights of {describe(self.backbone)}: {reason}") from error
@@ -156,22 +156,22 @@ class Usage:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def check_equal(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-4) -> None:
+def check_equal(outputs: Tensor, expected: Tensor, name: str, tolerance: float = 1e-4) -> None:
     """Compare outputs of what was loaded back with those of the merge.
 
     Args:
-        found: Of the foreign library.
-        expected: Of the merge, in float32.
-        what: Of what these are outputs, for the message.
+        outputs: Of the foreign library.
+        expected: Outputs of the merge, in float32.
+        name: What gives the outputs, for the message.
         tolerance: Largest difference, as a share of the largest expected value.
 
     Raises:
         GuardError: If they differ.
     """
     scale = float(expected.abs().max())
-    difference = float((found.float() - expected).abs().max()) if found.shape == expected.shape else float("inf")
+    difference = float((outputs.float() - expected).abs().max()) if outputs.shape == expected.shape else float("inf")
     if not difference <= tolerance * max(scale, 1e-6):
         raise GuardError(
-            f"{what}, loaded back, differs from the merge by {difference:.2g} where values reach {scale:.2g}, so "
+            f"{name}, loaded back, differs from the merge by {difference:.2g} where values reach {scale:.2g}, so "
             "nothing was exported. Please report it, with the versions in merge.json."
         )

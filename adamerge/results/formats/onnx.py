@@ -98,11 +98,11 @@ def prove(merged: MergedFolder, folder: Path) -> None:
     module = _module(merged)
     for count in (1, 3):
         images = example(merged.backbone, count, seed=count)
-        found = session.run(list(merged.heads), {INPUT: images.numpy()})
+        outputs = session.run(list(merged.heads), {INPUT: images.numpy()})
         with torch.no_grad():
             expected = module(images)
-        for task, theirs, ours in zip(merged.heads, found, expected, strict=True):
-            check_equal(torch.from_numpy(theirs), ours, f"{WEIGHTS}, task {task!r}, in onnxruntime", _TOLERANCE)
+        for task, output, reference in zip(merged.heads, outputs, expected, strict=True):
+            check_equal(torch.from_numpy(output), reference, f"{WEIGHTS}, task {task!r}, in onnxruntime", _TOLERANCE)
 
 
 def _module(merged: MergedFolder) -> Classifiers:

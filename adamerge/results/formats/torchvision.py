@@ -82,10 +82,10 @@ def preprocessing_of(transform: Any) -> dict[str, Any]:
     if transform is None:
         return {}
     names = ("resize_size", "crop_size", "mean", "std", "interpolation", "antialias")
-    found = {name: getattr(transform, name) for name in names if hasattr(transform, name)}
-    if "mean" not in found:
+    settings = {name: getattr(transform, name) for name in names if hasattr(transform, name)}
+    if "mean" not in settings:
         return {"transform": repr(transform)}
-    return {name: getattr(value, "value", value) for name, value in found.items()}
+    return {name: getattr(value, "value", value) for name, value in settings.items()}
 
 
 def _backbone_of(merged: MergedFolder) -> Torchvision:

@@ -139,8 +139,8 @@ class HeatMap(Chart):
 
     def limits(self) -> tuple[float, float]:
         """Return the ends of the colour scale."""
-        known = [value for panel in self.panels for row in panel.values for value in row if value is not None]
-        low, high = (min(known), max(known)) if known else (0.0, 1.0)
+        numbers = [value for panel in self.panels for row in panel.values for value in row if value is not None]
+        low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
         if self.scale == "diverging":
             high = max(abs(low), abs(high))
             high = next((reach for reach in self.reaches if reach >= high), high)
@@ -197,5 +197,5 @@ def scale_of(low: float, high: float) -> str:
 
 
 def _mean(values: Sequence[Cell]) -> Cell:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None

@@ -21,14 +21,14 @@ _APART = (*PLACES, "name")  # options that differ anyway
 
 def names_of(runs: Sequence[Run]) -> list[str]:
     """Return a name for each run: its configuration's, and as much of its path as tells them apart."""
-    own = [str(run.config.get("name") or run.name) for run in runs]
-    if len(set(own)) == len(own):
-        return own
+    names = [str(run.config.get("name") or run.name) for run in runs]
+    if len(set(names)) == len(names):
+        return names
     for depth in range(1, 1 + max(len(run.folder.parts) for run in runs)):
         ends = ["/".join(run.folder.parts[-depth:]) for run in runs]
         if len(set(ends)) == len(ends):
             return ends
-    return [f"{name} ({number})" for number, name in enumerate(own, 1)]  # a folder named twice
+    return [f"{name} ({number})" for number, name in enumerate(names, 1)]  # a folder named twice
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
@@ -105,8 +105,8 @@ def differences(named: Mapping[str, Run]) -> Table | Note | None:
     flat = {name: flattened(run.config) for name, run in named.items() if run.config}
     if len(flat) < 2:
         return None
-    found = dict.fromkeys(key for options in flat.values() for key in options)
-    keys = sorted(found, key=lambda key: not all(key in options for options in flat.values()))
+    options_of_any = dict.fromkeys(key for options in flat.values() for key in options)
+    keys = sorted(options_of_any, key=lambda key: not all(key in options for options in flat.values()))
     rows = [
         [key, *(str(options.get(key, "")) for options in flat.values())]
         for key in keys

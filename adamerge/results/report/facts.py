@@ -116,8 +116,8 @@ class Run:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks."""
-        known = self.summary.get("tasks") or mapping(mapping(self.config.get("data")).get("tasks")) or self.experts
-        return [str(task) for task in known]
+        names = self.summary.get("tasks") or mapping(mapping(self.config.get("data")).get("tasks")) or self.experts
+        return [str(task) for task in names]
 
     def logged(self, prefix: str) -> dict[str, Series]:
         """Return the logged quantities whose names begin so, by the rest of their names."""

@@ -87,11 +87,11 @@ def build_sections(subject: Any, plan: Plan, notes: Sequence[str]) -> list[Secti
         blocks: list[Block] = []
         for make in makers:
             try:
-                made = make(subject)
+                content = make(subject)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
                 warnings.append(f"A part of the report is missing, as a file is not as adamerge writes it ({error!r}).")
                 continue
-            blocks += made if isinstance(made, list) else [made] if made is not None else []
+            blocks += content if isinstance(content, list) else [content] if content is not None else []
         if blocks:
             sections.append(Section(key, title, blocks))
     first = [Section("notes", "To know", [Note(text, is_warning=True) for text in warnings])] if warnings else []

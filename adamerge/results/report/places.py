@@ -45,11 +45,11 @@ def place_of(name: str) -> ParameterPlace:
     ['norm', 'convolution', 'MLP']
     """
     kind = next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
-    found = _STAGE.match(name) or _BLOCK.match(name + ".")
-    if found is None:
+    match = _STAGE.match(name) or _BLOCK.match(name + ".")
+    if match is None:
         is_end = _END.search(name) is not None
         return ParameterPlace((2 if is_end else 0, ()), "end" if is_end else "stem", kind)
-    numbers = tuple(map(int, re.findall(r"\d+", found[0])))
+    numbers = tuple(map(int, re.findall(r"\d+", match[0])))
     return ParameterPlace((1, numbers), ".".join(map(str, numbers)), kind)
 
 

@@ -37,16 +37,16 @@ Points = tuple[list[float], list[float]]
 
 def accuracies(run: Run) -> BarChart | None:
     """Accuracy by task: the run's, beside those of base, task arithmetic and experts."""
-    rows, own = run.summary.get("rows", {}), run.own_row
-    if own is None:
+    rows, own_row = run.summary.get("rows", {}), run.own_row
+    if own_row is None:
         return None
     tasks = run.summary["tasks"]
     shares = {name: [row["per_task"][task] for task in tasks] for name, row in rows.items()}
-    references = [name for name, row in rows.items() if name != own and not row.get("uses_labels")]
+    references = [name for name, row in rows.items() if name != own_row and not row.get("uses_labels")]
     few = [*references[:1], *references[1:][-3:]]  # the first is the pretrained model, the last the experts
     text = "Bars: the merged checkpoint. Marks: what it is compared with, on the same images."
     marks = {name: shares[name] for name in few}
-    return BarChart("accuracies", "Accuracy by task", text, tasks, (own, shares[own]), marks)
+    return BarChart("accuracies", "Accuracy by task", text, tasks, (own_row, shares[own_row]), marks)
 
 
 def rows_by_task(summary: Mapping[str, Any]) -> HeatMap:

@@ -66,9 +66,9 @@ def headline(run: Run) -> Tiles | None:
     return Tiles(tiles) if tiles else None
 
 
-def _accuracy_tiles(rows: Mapping[str, Any], own: str) -> list[tuple[str, str, str]]:
+def _accuracy_tiles(rows: Mapping[str, Any], own_row: str) -> list[tuple[str, str, str]]:
     """Return a row's mean accuracy, and where it stands between its references."""
-    row = rows[own]
+    row = rows[own_row]
     low, high = row["interval"]
     tiles = [("Mean accuracy", f"{percent(row['mean'])} %", f"95 %: {percent(low)} to {percent(high)}")]
     arithmetic = next((name for name in ("task_arithmetic_0.3", "weight_average") if name in rows), None)
@@ -96,9 +96,9 @@ def accuracy_table(run: Run) -> Table | None:
     return table_of(run.summary, run.own_row) if run.summary else None
 
 
-def table_of(summary: Mapping[str, Any], own: str | None) -> Table:
+def table_of(summary: Mapping[str, Any], own_row: str | None) -> Table:
     """Return the table of a summary, with the run's own row made strong."""
-    strong = frozenset({list(summary["rows"]).index(own)} if own in summary["rows"] else ())
+    strong = frozenset({list(summary["rows"]).index(own_row)} if own_row in summary["rows"] else ())
     return replace(table(summary), strong=strong)
 
 
@@ -198,8 +198,8 @@ def cost_table(run: Run) -> Table | None:
         rows[name] = size(costs.get(key) or run.recipe.get(key))
     rows["Device"] = f"{device}, {costs.get('threads')} thread(s)" if device == "cpu" else device or ""
     since = "; of all sessions for adapting, else since the run was last resumed" if costs.get("resumed") else ""
-    known = [[name, text] for name, text in rows.items() if text]
-    return Table(["", ""], known, f"Time and memory{since}") if known else None
+    cells = [[name, text] for name, text in rows.items() if text]
+    return Table(["", ""], cells, f"Time and memory{since}") if cells else None
 
 
 def commands(run: Run) -> list[Block]:
