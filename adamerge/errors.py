@@ -29,13 +29,13 @@ class Interrupted(SystemExit):
     """The run was stopped by a signal and saved; the exit code is 130 (Ctrl-C) or 75 (preempted: requeue)."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string.
 
     >>> did_you_mean("entropi", ["entropy", "imitation"])
     " Did you mean 'entropy'?"
     """
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
@@ -50,17 +50,17 @@ def shorten(names: Iterable[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def check_keys(found: Any, known: Sequence[str], where: str) -> None:
+def check_keys(content: Any, keys: Sequence[str], where: str) -> None:
     """Check that what a file holds at ``where`` is a mapping with no keys but the known ones.
 
     Raises:
         InputError: If it is not.
     """
-    if not isinstance(found, Mapping):
-        raise InputError(f"{where}: expected a mapping with {', '.join(known)}, found {found!r}.")
-    for key in found:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)} Known: {', '.join(known)}.")
+    if not isinstance(content, Mapping):
+        raise InputError(f"{where}: expected a mapping with {', '.join(keys)}, found {content!r}.")
+    for key in content:
+        if key not in keys:
+            raise InputError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), keys)} Known: {', '.join(keys)}.")
 
 
 def check_number(

@@ -83,13 +83,13 @@ class OpenClip:
     def _check_name(self) -> None:
         import open_clip
 
-        known = open_clip.list_models()
-        if self.model not in known:
+        names = open_clip.list_models()
+        if self.model not in names:
             is_foreign = (Path(self.model) / "config.json").is_file()
             hint = f" Make one of it: adamerge convert {self.model} --to open_clip --out FOLDER." if is_foreign else ""
             raise InputError(
                 f"backbone.model: open_clip knows no model {self.model!r}, and it is no folder with an "
-                f"{OPEN_CLIP_CONFIG}.{hint or did_you_mean(self.model, known)}"
+                f"{OPEN_CLIP_CONFIG}.{hint or did_you_mean(self.model, names)}"
             )
 
     @property
@@ -132,15 +132,15 @@ class OpenClip:
         messages = []
         for name, configuration in stated.items():
             if configuration is not None:
-                found = differences(configuration, expected, texts=name == "base")
-                messages += [self._contradiction(configuration, option, *values) for option, values in found.items()]
+                differing = differences(configuration, expected, texts=name == "base")
+                messages += [self._contradiction(configuration, key, *values) for key, values in differing.items()]
         return messages
 
     def _has(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint lies in the model's own folder, whose configuration is the one that computes."""
         return self._folder is not None and Path(checkpoint.name).parent == self._folder
 
-    def _contradiction(self, stated: Configuration, option: str, value: Any, own: Any) -> str:
+    def _contradiction(self, stated: Configuration, option: str, value: Any, used: Any) -> str:
         """Say that a file and the model differ in an option, and how they are brought together."""
         if option == QUICK_GELU:
             return self._other_activation(stated.label(option), value)
@@ -149,7 +149,7 @@ class OpenClip:
         if stated.is_hugging_face:
             remedy = f"adamerge convert {folder} --to open_clip --out FOLDER and backbone.model=FOLDER"
         return (
-            f"{stated.label(option)}: found {value!r}, but backbone.model={self.model} computes with {own!r}, and the "
+            f"{stated.label(option)}: found {value!r}, but backbone.model={self.model} computes with {used!r}, and the "
             f"export would say so. Compute with that model: {remedy}; or correct the file."
         )
 

@@ -85,9 +85,9 @@ def find_tag(model: str, tag: str) -> Tag:
     """
     import open_clip
 
-    known = open_clip.list_pretrained_tags_by_model(model) if model else []
+    tags = open_clip.list_pretrained_tags_by_model(model) if model else []
     config = open_clip.get_pretrained_cfg(model, tag) if model else {}
     if not config:
-        expected = f"a file, or one of {model}'s tags {shorten(known, 12)}" if known else "a file"
-        raise InputError(f"backbone.pretrained: expected {expected}, found {tag!r}.{did_you_mean(tag, known)}")
+        expected = f"a file, or one of {model}'s tags {shorten(tags, 12)}" if tags else "a file"
+        raise InputError(f"backbone.pretrained: expected {expected}, found {tag!r}.{did_you_mean(tag, tags)}")
     return Tag(tag, config)

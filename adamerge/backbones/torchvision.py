@@ -30,10 +30,10 @@ class Torchvision:
     def __post_init__(self) -> None:
         from torchvision import models
 
-        known = models.list_models()
-        if self.model not in known:
+        names = models.list_models()
+        if self.model not in names:
             raise InputError(
-                f"backbone.model: torchvision knows no model {self.model!r}.{did_you_mean(self.model, known)}"
+                f"backbone.model: torchvision knows no model {self.model!r}.{did_you_mean(self.model, names)}"
             )
 
     @property

@@ -49,9 +49,9 @@ class LogCoefficients(Callback):
         if not isinstance(pl_module, MergingMethod):
             raise InputError(f"LogCoefficients: expected a method of adamerge, found {type(pl_module).__name__}.")
         if not any(isinstance(logger, tuple(_SENDERS)) for logger in trainer.loggers):
-            found = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
+            loggers = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
             raise InputError(
-                f"LogCoefficients: no logger of the run takes pictures, found {found}. Choose logger=tensorboard, "
+                f"LogCoefficients: no logger of the run takes pictures, found {loggers}. Choose logger=tensorboard, "
                 "wandb or mlflow."
             )
 

@@ -102,9 +102,9 @@ def get(names: tuple[str, ...], root: Path, hub: bool) -> None:
     ensure_writable(root)
     reports = []
     for name in wanted:
-        known = definition(name)
-        out.print(f"{name}: {known.size}; licence: {known.licence}; {known.homepage}", highlight=False)
-        fetch(known, root, hub=hub)
+        facts = definition(name)
+        out.print(f"{name}: {facts.size}; licence: {facts.licence}; {facts.homepage}", highlight=False)
+        fetch(facts, root, hub=hub)
         reports.append(check(name, root))
     _show(reports, root)
     if any(report.state != "complete" for report in reports):

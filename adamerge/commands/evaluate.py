@@ -13,6 +13,7 @@ from adamerge.commands.terminal import json_option, out, print_json
 if TYPE_CHECKING:
     from adamerge.commands.run.run import Assembly
     from adamerge.data.corruptions import Corruption
+    from adamerge.results.scoring import MergeResult
 
 
 @click.command()

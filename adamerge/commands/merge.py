@@ -55,9 +55,9 @@ def merge(
     from adamerge.commands.run.named_pools import rule_and_pool
 
     folder = () if config_dir is None else (f"--config-dir={config_dir.absolute()}",)
-    own: dict[str, Any] = {"overrides": [*folder, *overrides], "batch_norm": batch_norm}
-    rule, files, own = rule_and_pool("merge", own, **options)
-    print_files(run(rule, files, output, **own), as_json)
+    extra: dict[str, Any] = {"overrides": [*folder, *overrides], "batch_norm": batch_norm}
+    rule, files, extra = rule_and_pool("merge", extra, **options)
+    print_files(run(rule, files, output, **extra), as_json)
 
 
 def run(

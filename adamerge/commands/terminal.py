@@ -166,8 +166,8 @@ def configure_logging(debug: bool, quiet: bool = False) -> None:
     def is_shown(record: logging.LogRecord) -> bool:
         if record.name == _RECORD.name or (record.name == progress.log.name and progress.is_drawn()):
             return False
-        own = record.name.startswith("adamerge") and not quiet
-        return debug or own or record.levelno >= logging.WARNING
+        is_own = record.name.startswith("adamerge") and not quiet
+        return debug or is_own or record.levelno >= logging.WARNING
 
     handler.addFilter(is_shown)
     logging.basicConfig(

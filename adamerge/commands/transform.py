@@ -39,8 +39,8 @@ def transform(output: Path, as_json: bool, dtype: str | None, **options: Any) ->
     """  # noqa: D301
     from adamerge.commands.run.named_pools import rule_and_pool
 
-    node, files, own = rule_and_pool("transform", {"dtype": dtype}, **options)
-    print_files(run(node, files, output, **own), as_json)
+    node, files, extra = rule_and_pool("transform", {"dtype": dtype}, **options)
+    print_files(run(node, files, output, **extra), as_json)
 
 
 def run(node: Mapping[str, Any], pool_files: "PoolFiles", folder: Path, dtype: str | None = None) -> dict[str, Path]:

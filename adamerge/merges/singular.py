@@ -139,10 +139,10 @@ def flatten_common_and_own(stack: Tensor, common: float) -> Tensor:
     """Iso-CTS of task vectors (T, m, n), before the scale, (m, n)."""
     experts, rank = len(stack), min(stack.shape[1:])
     shared = int(common * rank)
-    own = min(round((rank - shared) / experts), rank // experts)  # of each expert
-    shared = rank - own * experts
+    share = min(round((rank - shared) / experts), rank // experts)  # of each expert
+    shared = rank - share * experts
     left, values, right = singular_vectors(stack.sum(0), shared)
-    parts = [singular_vectors(matrix - left @ (left.T @ matrix), own) for matrix in stack]
+    parts = [singular_vectors(matrix - left @ (left.T @ matrix), share) for matrix in stack]
     parts.append((left, values, right))
     lefts, values_of, rights = zip(*parts, strict=True)
     return torch.cat(values_of).mean() * polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights, 1)).T

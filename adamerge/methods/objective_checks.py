@@ -18,8 +18,8 @@ def check_loss(loss: object, objective: Objective, task: str) -> Tensor:
     """
     name = type(objective).__name__
     if not isinstance(loss, Tensor) or loss.ndim != 0:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"Objective {name} must return a scalar tensor, found {found}. Take the mean over the batch.")
+        kind = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"Objective {name} must return a scalar tensor, found {kind}. Take the mean over the batch.")
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise InputError(
             f"Objective {name} returned a loss that does not depend on the merged model's outputs (task {task!r}). "

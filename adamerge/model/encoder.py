@@ -125,7 +125,7 @@ class Runner:
     def _hooks_of(self, patterns: tuple[str, ...]) -> "_Hooks":
         if patterns not in self._hooks:
             names = [name for pattern in patterns for name in select(self._names, pattern, "hidden_layers")]
-            hidden = [name for name in names if any(_inside(name, other) for other in self._recomputed)]
+            hidden = [name for name in names if any(_inside(name, container) for container in self._recomputed)]
             if hidden and self._options.backend:
                 raise InputError(
                     f"encoder.compile, encoder.checkpoint: the hidden layer {hidden[0]!r} lies inside a recomputed "
@@ -223,7 +223,7 @@ def members(encoder: nn.Module) -> list[str]:
     containers = [
         name for name, module in encoder.named_modules() if isinstance(module, (nn.Sequential, nn.ModuleList))
     ]
-    outermost = [name for name in containers if not any(_inside(name, other) for other in containers)]
+    outermost = [name for name in containers if not any(_inside(name, container) for container in containers)]
     return [
         f"{name}.{child}".lstrip(".")
         for name in outermost
@@ -232,8 +232,8 @@ def members(encoder: nn.Module) -> list[str]:
     ]
 
 
-def _inside(name: str, other: str) -> bool:
-    return name != other and (not other or name.startswith(f"{other}."))
+def _inside(name: str, container: str) -> bool:
+    return name != container and (not container or name.startswith(f"{container}."))
 
 
 def _check_backend(backend: object) -> None:

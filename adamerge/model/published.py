@@ -140,11 +140,11 @@ def registration_order(parameters: Sequence[str]) -> tuple[str, ...]:
     blocks = {int(match[1]) for name in parameters if (match := _IN_BLOCK.fullmatch(name))}
     inner = (f"transformer.resblocks.{block}.{name}" for block in sorted(blocks) for name in _BLOCK)
     expected = (*_STEM, *inner, *_END)
-    missing, other = set(expected) - set(parameters), set(parameters) - set(expected)
-    if missing or other:
+    missing, further = set(expected) - set(parameters), set(parameters) - set(expected)
+    if missing or further:
         raise InputError(
             "Layer-wise lists are of open_clip's CLIP ViTs, all of whose visual tower merges: the pool lacks "
-            f"{shorten(sorted(missing)) or 'nothing'} and has besides {shorten(sorted(other)) or 'nothing'}."
+            f"{shorten(sorted(missing)) or 'nothing'} and has besides {shorten(sorted(further)) or 'nothing'}."
         )
     return expected
 

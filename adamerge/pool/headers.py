@@ -97,8 +97,8 @@ class PoolLayout:
         """
         if self.problems:
             others = len(self.problems) - 1
-            more = f" (and {others} more problems; `adamerge check` lists all)" if others else ""
-            raise InputError(self.problems[0] + more)
+            count = f" (and {others} more problems; `adamerge check` lists all)" if others else ""
+            raise InputError(self.problems[0] + count)
 
 
 def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyMap, options: PoolOptions) -> PoolLayout:
@@ -259,10 +259,10 @@ def check_names(experts: Mapping[str, object]) -> None:
     by_file: dict[str, str] = {}
     for name, path in experts.items():
         if isinstance(path, (str, Path)) and os.path.exists(path):
-            other = by_file.setdefault(os.path.realpath(path), name)
-            if other != name:
+            first = by_file.setdefault(os.path.realpath(path), name)
+            if first != name:
                 raise InputError(
-                    f"Experts {other!r} and {name!r} are the same file: {path}. Remove one or name its own file."
+                    f"Experts {first!r} and {name!r} are the same file: {path}. Remove one or name its own file."
                 )
 
 

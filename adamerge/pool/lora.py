@@ -212,7 +212,7 @@ class AdapterCheckpoint:
         pair.is_transposed = turned and (not straight or pair.is_embedding or bool(self._config.get("fan_in_fan_out")))
         pair.scale = self._scale(pair.module, pair.down, rank)
 
-    def _scale(self, module: str, key: str, found: int | None = None) -> float:
+    def _scale(self, module: str, key: str, stored_rank: int | None = None) -> float:
         """Return alpha / r, or alpha / sqrt(r), of a module, by the patterns of the configuration."""
         # The output projection of an attention layer goes by the layer's name, and peft (up to 0.21.2 at least) adds
         # its product twice, in training as in merge_and_unload: the model that was trained has both.
@@ -223,10 +223,10 @@ class AdapterCheckpoint:
         for option, value in (("r", rank), ("lora_alpha", alpha)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 raise InputError(f"{self._config_file}: {option}: expected a number above 0, found {value!r}.")
-        if found is not None and found != rank:
+        if stored_rank is not None and stored_rank != rank:
             raise InputError(
-                f"{self._file.name}: tensor {key!r} has rank {found}, but {self._config_file} says r = {rank}. Do both "
-                "belong together, and is rank_pattern complete?"
+                f"{self._file.name}: tensor {key!r} has rank {stored_rank}, but {self._config_file} says r = {rank}. "
+                "Do both belong together, and is rank_pattern complete?"
             )
         return times * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else float(rank))
 

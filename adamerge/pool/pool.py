@@ -230,8 +230,8 @@ class ExpertPool:
                 return self._read(checkpoint, name)
             return self.base[name] if name in self.base else self.fixed[name]
 
-        own = LazyTensors(read, (*self.base, *self.fixed))
-        return own if self.mapped else dict(own)
+        parameters = LazyTensors(read, (*self.base, *self.fixed))
+        return parameters if self.mapped else dict(parameters)
 
     def buffers(self, like: Mapping[str, Tensor], expert: str | None = None) -> dict[str, Tensor]:
         """Return the base's, or an expert's, values of an encoder's buffers, such as BatchNorm statistics.

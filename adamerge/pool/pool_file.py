@@ -105,9 +105,9 @@ class PoolFiles:
     def with_options(self, include: Sequence[str], exclude: Sequence[str], **options: Any) -> "PoolFiles":
         """Return the same files with further globs and, where they are not None, other options."""
         globs = {"include": include, "exclude": exclude}
-        more = {key: [*(self.options[key] or ()), *values] for key, values in globs.items() if values}
+        widened = {key: [*(self.options[key] or ()), *values] for key, values in globs.items() if values}
         given = {key: value for key, value in options.items() if value is not None}
-        return replace(self, options={**self.options, **more, **given})
+        return replace(self, options={**self.options, **widened, **given})
 
     def pinned(self, hashes: Mapping[str, str]) -> "PoolFiles":
         """Return the same files, to be verified by the SHA-256 of the base (key ``base``) and the experts."""
@@ -117,8 +117,8 @@ class PoolFiles:
     def open(self, **options: Any) -> ExpertPool:
         """Open the pool; ``options`` are those of ``ExpertPool.from_files`` that stand in for the file's."""
         packed = self.task_vectors and self.task_vectors.file
-        own = {**self.pool_options, "task_vectors": packed, "hashes": self.hashes}
-        return ExpertPool.from_files(self.base.file, self._expert_files, **{**own, **options})
+        stated = {**self.pool_options, "task_vectors": packed, "hashes": self.hashes}
+        return ExpertPool.from_files(self.base.file, self._expert_files, **{**stated, **options})
 
     @property
     def pool_options(self) -> dict[str, Any]:

@@ -123,12 +123,12 @@ def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> An
     if "_target_" in nodes:
         check_node(config, "data.tasks")
         nodes = {}
-    known = [name for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" in node]
+    complete = [name for name, node in nodes.items() if isinstance(node, DictConfig) and "_target_" in node]
     for name, node in nodes.items():
-        if known and name not in known:  # else the data is a class of the user's own, which knows what its tasks are
+        if complete and name not in complete:  # else the data is a class of the user's, which knows what its tasks are
             raise InputError(
                 f"data.tasks.{name}: expected a node with _target_, such as adamerge.data.Task, found {node}."
-                f"{did_you_mean(name, known)}"
+                f"{did_you_mean(name, complete)}"
             )
     try:
         return build(config, "data", preprocess=_preprocess(backbone))

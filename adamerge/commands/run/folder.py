@@ -122,10 +122,10 @@ def check_unused(folder: Path) -> None:
     Raises:
         InputError: If the folder holds a run.
     """
-    found = [name for name in (CONFIG_FILE, "merged.safetensors", str(LAST)) if (folder / name).exists()]
-    if found:
+    files = [name for name in (CONFIG_FILE, "merged.safetensors", str(LAST)) if (folder / name).exists()]
+    if files:
         raise InputError(
-            f"{folder} holds a run already ({found[0]}). Choose another run_dir, or go on with it: resume={folder}."
+            f"{folder} holds a run already ({files[0]}). Choose another run_dir, or go on with it: resume={folder}."
         )
 
 
@@ -137,8 +137,8 @@ def is_of_job(folder: Path, job: str | None) -> bool:
 
 def remove_unstarted(folder: Path) -> None:
     """Remove the folder of a run that failed before its first step; a folder with anything else in it is left alone."""
-    own = {folder / "adapt.log", folder / LOCK, folder / CONFIG_FILE, folder / STAGE / CONFIG_FILE}
-    if any(path.is_file() for path in folder.rglob("*") if path not in own):
+    replaceable = {folder / "adapt.log", folder / LOCK, folder / CONFIG_FILE, folder / STAGE / CONFIG_FILE}
+    if any(path.is_file() for path in folder.rglob("*") if path not in replaceable):
         return
     shutil.rmtree(folder, ignore_errors=True)
     parents = folder.absolute().parents
@@ -157,14 +157,14 @@ def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]
 
 def is_started(folder: Path) -> bool:
     """Whether a run has saved something in its folder that it can go on from."""
-    found = (last_checkpoint(folder), last_checkpoint(folder / STAGE))
-    return any(path is not None for path in found) or (folder / START).is_file()
+    checkpoints = (last_checkpoint(folder), last_checkpoint(folder / STAGE))
+    return any(path is not None for path in checkpoints) or (folder / START).is_file()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the latest checkpoint of a run or stage, its own or what Lightning wrote before a requeue; or None."""
-    found = [path for path in (folder / LAST, *folder.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    checkpoints = [path for path in (folder / LAST, *folder.glob("hpc_ckpt_*.ckpt")) if path.is_file()]
+    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

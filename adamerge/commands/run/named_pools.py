@@ -121,7 +121,7 @@ def chosen_pool(
 
 def rule_and_pool(
     command: str,
-    own: dict[str, Any],
+    extra: dict[str, Any],
     *,
     recipe: Path | None,
     rule: str | None,
@@ -135,7 +135,7 @@ def rule_and_pool(
 
     Args:
         command: Its name.
-        own: Options of that command alone, by their keys in the recipe.
+        extra: Options of that command alone, by their keys in the recipe.
         recipe: The file, in which all of these are; its checkpoints must still have the hashes that it records.
         rule: Name or import path.
         settings: Options of the rule.
@@ -151,16 +151,16 @@ def rule_and_pool(
         InputError: If they do not go together, or one is wrong.
     """
     if recipe is not None:
-        if any((rule, settings, include, exclude, unplaced, *pool.values(), *own.values())):
+        if any((rule, settings, include, exclude, unplaced, *pool.values(), *extra.values())):
             raise InputError(f"{command}: --recipe holds everything but --out; leave the other options out.")
-        content = read_recipe(recipe, command, ("rule", "files", "hashes", *own))
+        content = read_recipe(recipe, command, ("rule", "files", "hashes", *extra))
         files = pool_files(content["files"], f"{recipe}: ", recipe.parent).pinned(content["hashes"])
-        return content["rule"], files, {key: content[key] for key in own}
+        return content["rule"], files, {key: content[key] for key in extra}
     if rule is None:
         remark = "; none packs only" if command == "transform" else ""
         raise InputError(f"{command}: give --rule NAME; docs/methods.md lists them{remark}.")
     files = chosen_pool(command, **pool).with_options(include, exclude, unplaced=unplaced)
-    return rule_node(command, rule, settings), files, own
+    return rule_node(command, rule, settings), files, extra
 
 
 def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[str]:
@@ -195,12 +195,12 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
 
 
 def _no_such_name(pool: str, config_dir: Path | None = None) -> str:
-    known = {", ".join(map(str, folders())): list(own_pools())}
+    names_in = {", ".join(map(str, folders())): list(own_pools())}
     if config_dir is not None:
         choices = config_dir / "pool"
-        known[str(choices)] = sorted(path.stem for path in choices.glob("*.yaml"))
-    listed = "; ".join(f"in {where}: {', '.join(names) or 'none'}" for where, names in known.items())
-    near = did_you_mean(pool, [*shipped_pools(), *(name for names in known.values() for name in names)])
+        names_in[str(choices)] = sorted(path.stem for path in choices.glob("*.yaml"))
+    listed = "; ".join(f"in {where}: {', '.join(names) or 'none'}" for where, names in names_in.items())
+    near = did_you_mean(pool, [*shipped_pools(), *(name for names in names_in.values() for name in names)])
     return (
         f"no pool of that name; shipped: {', '.join(shipped_pools())}; {listed}.{near} {FOLDERS} names other folders "
         "of pool files."

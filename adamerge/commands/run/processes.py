@@ -35,28 +35,28 @@ def environment() -> Environment | None:
         InputError: If srun was called with options that do not say how many processes a node has.
     """
     if TorchElasticEnvironment.detect():
-        found: Environment = TorchElasticEnvironment()
+        launcher: Environment = TorchElasticEnvironment()
     elif SLURMEnvironment.detect():
         try:
-            found = SLURMEnvironment(auto_requeue=False)
+            launcher = SLURMEnvironment(auto_requeue=False)
         except RuntimeError as error:
             raise InputError(f"srun: {error}") from error
     else:
         return None
-    return found if found.world_size() > 1 else None
+    return launcher if launcher.world_size() > 1 else None
 
 
 def join() -> None:
     """Join the other processes of the run, if a launcher has started several."""
-    found = environment()
-    if found is None or distributed.is_initialized():
+    launcher = environment()
+    if launcher is None or distributed.is_initialized():
         return
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = found.main_address, str(found.main_port)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launcher.main_address, str(launcher.main_port)
     has_gpus = torch.cuda.is_available()
     if has_gpus:
-        torch.cuda.set_device(found.local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(launcher.local_rank() % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
-    distributed.init_process_group(backend, rank=found.global_rank(), world_size=found.world_size())
+    distributed.init_process_group(backend, rank=launcher.global_rank(), world_size=launcher.world_size())
     atexit.register(_leave)
     if not ranks.is_first():
         logging.getLogger().setLevel(logging.ERROR)  # the first rank talks to the user
@@ -64,15 +64,15 @@ def join() -> None:
 
 def trainer_options() -> dict[str, Any]:
     """Return the trainer's arguments that follow from the launcher, which knows better than a configuration."""
-    found = environment()
+    launcher = environment()
     options: dict[str, Any] = {}
     if "SUBMITIT_EXECUTOR" in os.environ and SLURMEnvironment.detect():
         options["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # submitit does it; Lightning must not too
-    if found is None:
+    if launcher is None:
         return options
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if isinstance(found, TorchElasticEnvironment) else 0
-    local = local or found.world_size() // int(os.environ.get("SLURM_NNODES", 1))
-    return {**options, "devices": local, "num_nodes": max(1, found.world_size() // local)}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) if isinstance(launcher, TorchElasticEnvironment) else 0
+    local = local or launcher.world_size() // int(os.environ.get("SLURM_NNODES", 1))
+    return {**options, "devices": local, "num_nodes": max(1, launcher.world_size() // local)}
 
 
 def job_id() -> str | None:
@@ -163,9 +163,9 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _leave() -> None:

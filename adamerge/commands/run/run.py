@@ -121,8 +121,8 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
         hint = f"The run's first stage has not ended: go on with adamerge adapt resume={config.run_dir}, or export it."
         raise InputError(f"{path}: no such file, to start from. {hint if config.get('first_stage') else 'Check init.'}")
     of_stage = OmegaConf.select(config, "first_stage.granularity._target_") is not None
-    own = build(config, "first_stage.granularity") if of_stage else granularity
-    learned = load_coefficients(path, pool, own)
+    learned_granularity = build(config, "first_stage.granularity") if of_stage else granularity
+    learned = load_coefficients(path, pool, learned_granularity)
     if isinstance(granularity, Refinement):
         granularity = granularity.refine(pool, learned)
     index = granularity(pool.shapes)
@@ -231,8 +231,8 @@ def _provenance(config: DictConfig) -> dict[str, Any]:
 
 def _tell_unreadable(data: UnlabeledTasks) -> None:
     """Log which images were left out: processes that load data may have no log."""
-    for kind, found in (("adapt", data.unreadable()), ("score", data.unreadable_evaluation())):
-        for task, names in found.items():
+    for kind, images in (("adapt", data.unreadable()), ("score", data.unreadable_evaluation())):
+        for task, names in images.items():
             log.warning(
                 "data.tasks.%s: %d images to %s cannot be read: %s", task, len(names), kind, shorten(names, 1000)
             )
@@ -260,8 +260,8 @@ def _fit(
     method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
     method.recipe = plain(config)
-    own = [MergingProgress(description), UnlabeledCriteria()]
-    callbacks = [*own, *_callbacks(config, folder), *exports, Elapsed(), GracefulStop(folder / LAST)]
+    observers = [MergingProgress(description), UnlabeledCriteria()]
+    callbacks = [*observers, *_callbacks(config, folder), *exports, Elapsed(), GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **trainer_options()}
     loggers = [build(config, f"logger.{name}") for name in config.logger or {}]
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers or False, **options)

@@ -85,8 +85,8 @@ def resume(folder: Path, overrides: Sequence[str], *, as_json: bool) -> None:
         InputError: If the folder is no run's, or there are overrides.
     """
     if overrides:
-        more = _further(folder) if any(word.startswith("steps=") for word in overrides) else ""
-        raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(overrides)}.{more}")
+        advice = _further(folder) if any(word.startswith("steps=") for word in overrides) else ""
+        raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(overrides)}.{advice}")
     folder = folder.absolute()
     config = run_folder.load_config(folder)
     try:
@@ -134,10 +134,10 @@ def _command_of_job() -> list[str]:
 
 def command_of_run(config_dir: Path | None, overrides: Sequence[str]) -> list[str]:
     """Return what starts a run, without the folder that its processes have agreed on, which stands in quotes."""
-    own = [word for word in overrides if ranks.count() == 1 or not word.startswith("run_dir='")]
+    words = [word for word in overrides if ranks.count() == 1 or not word.startswith("run_dir='")]
     if config_dir is not None and config_dir.is_relative_to(Path.cwd()):
         config_dir = config_dir.relative_to(Path.cwd())
-    return ["adamerge", "adapt", *(() if config_dir is None else (f"--config-dir={config_dir}",)), *own]
+    return ["adamerge", "adapt", *(() if config_dir is None else (f"--config-dir={config_dir}",)), *words]
 
 
 def start_ranks(config: DictConfig, overrides: Sequence[str], *, as_json: bool) -> bool:

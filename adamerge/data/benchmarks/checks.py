@@ -58,7 +58,7 @@ def check(name: str, root: Path, sample: int | None = 20) -> DatasetReport:
     """
     facts = definition(name)
     candidates = places(facts, root)
-    if not root.is_dir() or not candidates[0].found:
+    if not root.is_dir() or not candidates[0].present:
         return DatasetReport(name, "missing")
     place_by_split: dict[str, DatasetPlace] = {}
     for split in facts.splits:

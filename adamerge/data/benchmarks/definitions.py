@@ -141,6 +141,6 @@ def chosen(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(chosen_names))
 
 
-def _check_name(name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise InputError(f"No data set is called {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
+def _check_name(name: str, choices: Sequence[str]) -> None:
+    if name not in choices:
+        raise InputError(f"No data set is called {name!r}.{did_you_mean(name, choices)} Known: {', '.join(choices)}.")

@@ -65,12 +65,12 @@ class Split(Subset[Any]):
 
 @dataclass(frozen=True)
 class DatasetPlace:
-    """Where a data set lies, or would: a layout, the folder its paths start from, and what is missing by split."""
+    """Where a data set lies, or would: layout, folder of its paths, missing files by split, number of those present."""
 
     layout: DatasetLayout
     folder: Path
     missing: Mapping[str, list[Path]]
-    found: int
+    present: int
 
 
 def places(facts: Definition, root: Path) -> list[DatasetPlace]:
@@ -78,17 +78,17 @@ def places(facts: Definition, root: Path) -> list[DatasetPlace]:
     result = []
     for layout in facts.layouts:
         candidates = [_place(layout, (root / at).resolve() if at != "." else root) for at in layout.at]
-        result.append(max(candidates, key=lambda place: place.found))
-    return sorted(result, key=lambda place: (all(place.missing.values()), not place.found))
+        result.append(max(candidates, key=lambda place: place.present))
+    return sorted(result, key=lambda place: (all(place.missing.values()), not place.present))
 
 
 def _place(layout: DatasetLayout, folder: Path) -> DatasetPlace:
-    missing, found = {}, 0
+    missing, present = {}, 0
     for split in layout.options:
         needed = [folder / path for path in (*layout.needs.get("all", ()), *layout.needs.get(split, ()))]
         missing[split] = [path for path in needed if not path.exists()]
-        found += len(needed) - len(missing[split])
-    return DatasetPlace(layout, folder, missing, found)
+        present += len(needed) - len(missing[split])
+    return DatasetPlace(layout, folder, missing, present)
 
 
 def place_of(facts: Definition, split: str, root: Path) -> DatasetPlace:
@@ -110,7 +110,7 @@ def place_of(facts: Definition, split: str, root: Path) -> DatasetPlace:
             return place
     nearest = candidates[0]
     missing = shorten((str(path) for path in nearest.missing[split]), 2)
-    state = f"is not complete below {root}: {missing} missing" if nearest.found else f"is not below {root}"
+    state = f"is not complete below {root}: {missing} missing" if nearest.present else f"is not below {root}"
     raise InputError(
         f"{facts.title} ({facts.name}), {split}, {state}. How to get it: adamerge data check {facts.name} "
         f"--root {root}; or name another folder: data.root=DIR."
