@@ -150,7 +150,7 @@ def test_interrupted_row_goes_on_with_its_own_options_only(tmp_path, monkeypatch
         raise SystemExit(130)
 
     resumed = []
-    monkeypatch.setattr(compare_row.launch, "adapt", interrupted)
+    monkeypatch.setattr(compare_row.run, "adapt", interrupted)
     monkeypatch.setattr(compare_row, "_merge", lambda rule, assembly, path: (None, 1.0))
     monkeypatch.setattr(compare_row, "_assembled", lambda config: None)
     monkeypatch.setattr(compare_row, "check", lambda config: [])
@@ -167,6 +167,12 @@ def test_interrupted_row_goes_on_with_its_own_options_only(tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"started\.json is missing"):
         make_row(read_row(text), [], 0, tmp_path)
     assert resumed == [False, True]
+
+
+def test_row_of_several_processes_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"trainer\.devices: a row has one process.*trainer\.devices=1"):
+        make_row(read_row("experiment=adamerging_layer"), ["trainer=ddp", "trainer.devices=2"], 0, tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_interrupted_comparison_writes_what_is_there(tmp_path, made):
