@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adamerge.data.batch import TaskBatch
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_number
 from adamerge.methods.method import MergingMethod
 from adamerge.system import ranks
 
@@ -33,8 +33,8 @@ class KeepBest(Callback):
 
     def __init__(self, every: int = 25, patience: int | None = None) -> None:
         for option, value in (("every", every), ("patience", patience)):
-            if value is not None and value < 1:
-                raise InputError(f"KeepBest.{option}: expected a number >= 1, found {value}.")
+            if option == "every" or value is not None:
+                check_number(f"KeepBest.{option}", value, 1, whole=True)
         self._every = every
         self._patience = patience
         self._coefficients: Tensor | None = None
@@ -42,11 +42,18 @@ class KeepBest(Callback):
         self._waited = 0
         self.best: tuple[int, float] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the start."""
-        data = getattr(trainer, "datamodule", None)
+    def check_data(self, data: object) -> None:
+        """Refuse data without held-out images.
+
+        Raises:
+            InputError: If there are none.
+        """
         if not isinstance(data, UnlabeledTasks) or not data.holdout_streams:
             raise InputError("KeepBest: expected held-out images, found none. Set data.holdout, for example to 0.2.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate the start."""
+        self.check_data(getattr(trainer, "datamodule", None))
         if self.best is None:
             self._evaluate(trainer, pl_module)
 

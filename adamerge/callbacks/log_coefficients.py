@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_number
 from adamerge.methods.method import MergingMethod
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
@@ -35,8 +35,7 @@ class LogCoefficients(Callback):
     """
 
     def __init__(self, every_n_steps: int = 25) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"LogCoefficients.every_n_steps: expected a number of steps >= 1, found {every_n_steps}.")
+        check_number("LogCoefficients.every_n_steps", every_n_steps, 1, whole=True)
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError(
                 "LogCoefficients: it draws with matplotlib, which is not installed: pip install matplotlib."

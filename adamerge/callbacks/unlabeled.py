@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_choice, check_number
 from adamerge.methods.method import MergingMethod
 from adamerge.model.merged_model import MergedModel, TaskStep
 from adamerge.system import ranks
@@ -196,13 +196,11 @@ class CollapseGuard(Callback):
         window: int = 10,
         factor: float = 0.5,
     ) -> None:
-        if action not in _ACTIONS:
-            raise InputError(f"CollapseGuard.action: expected {' or '.join(_ACTIONS)}, found {action!r}.")
+        check_choice("CollapseGuard.action", action, _ACTIONS)
         for option, value in (("marginal", marginal), ("factor", factor), ("disagreement", disagreement)):
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"CollapseGuard.{option}: expected a number in [0, 1], found {value}.")
-        if window < 1:
-            raise InputError(f"CollapseGuard.window: expected a number of steps >= 1, found {window}.")
+            if option != "disagreement" or value is not None:
+                check_number(f"CollapseGuard.{option}", value, 0, 1)
+        check_number("CollapseGuard.window", window, 1, whole=True)
         self._action = action
         self._marginal = marginal
         self._disagreement = disagreement

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamerge.data.batch import TaskBatch
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, check_choice, check_number, did_you_mean
 from adamerge.methods.frank_wolfe_steps import FrankWolfe, SoftFrankWolfe, StepRule, Vertices
 from adamerge.methods.method import MergingMethod
 from adamerge.methods.step import StepOptions
@@ -94,13 +94,12 @@ class FrankWolfeMerging(MergingMethod):
         super().__init__(model, objective, StepOptions(**options))
         chosen = {"mode": mode, "step_rule": step_rule, "granularity": granularity, "ranking": ranking}
         for option, value in chosen.items():
-            if value not in _OPTIONS[option]:
-                raise InputError(f"method.{option}: expected {' or '.join(_OPTIONS[option])}, found {value!r}.")
-        factor = step_size * scaling
+            check_choice(f"method.{option}", value, _OPTIONS[option])
         self._is_cosine, self._is_joint = ranking == "cosine", granularity == "task"
         self._check_hull(vertices, vertex_scale, average_gradients)
         counts = {"steps": steps, "top_k": top_k, "inner_steps": inner_steps, "search_passes": search_passes}
-        self._check_numbers(counts, factor, mode == "soft")
+        factors = {"step_size": step_size, "scaling": scaling, "inner_lr": inner_lr}
+        self._check_numbers(counts, factors, tolerance, mode == "soft")
         self._vertex_kinds, self._vertex_scale = tuple(vertices), vertex_scale
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
@@ -113,8 +112,8 @@ class FrankWolfeMerging(MergingMethod):
         else:
             scores = self._ranking if self._is_cosine else None
             self._optimizer = partial(
-                FrankWolfe, step_rule=step_rule, factor=factor, loss_at=self._loss_at, search_passes=search_passes,
-                ranking=scores, **limits,
+                FrankWolfe, step_rule=step_rule, factor=step_size * scaling, loss_at=self._loss_at,
+                search_passes=search_passes, ranking=scores, **limits,
             )  # fmt: skip
 
     def on_fit_start(self) -> None:
@@ -229,10 +228,11 @@ class FrankWolfeMerging(MergingMethod):
                 f"method: Frank-Wolfe moves in the convex hull of the experts, so constraint must be simplex or none, "
                 f"found {type(constraint).__name__.lower()}. Set constraint=simplex."
             )
-        if not scale > 0 or (isinstance(constraint, Simplex) and scale != 1):
+        check_number("method.vertex_scale", scale, 0, above=True)
+        if isinstance(constraint, Simplex) and scale != 1:
             raise InputError(
-                f"method.vertex_scale: expected a number > 0, found {scale}; it is 1 with "
-                "constraint=simplex, for another set constraint=none."
+                f"method.vertex_scale: expected 1 with constraint=simplex, found {scale}; for another set "
+                "constraint=none."
             )
         if averages and self._is_cosine:
             raise InputError("method.average_gradients: the released code's ranking (cosine) is of single batches.")
@@ -244,12 +244,19 @@ class FrankWolfeMerging(MergingMethod):
                 "'equal'. Set constraint.total=at_most, or leave 'base' out."
             )
 
-    def _check_numbers(self, counts: Mapping[str, int | None], factor: float, is_soft: bool) -> None:
+    def _check_numbers(
+        self, counts: Mapping[str, int | None], factors: Mapping[str, float], tolerance: float | None, is_soft: bool
+    ) -> None:
         for option, value in counts.items():
             least = 4 if option == "search_passes" else 1
-            if value is not None and value < least:
-                raise InputError(f"method.{option}: expected a number >= {least}, found {value}.")
-        if not 0 < factor <= 1:
+            if option != "steps" or value is not None:
+                check_number(f"method.{option}", value, least, whole=True)
+        for option, number in factors.items():
+            check_number(f"method.{option}", number, 0, above=True)
+        if tolerance is not None:
+            check_number("method.tolerance", tolerance)
+        factor = factors["step_size"] * factors["scaling"]
+        if factor > 1:
             raise InputError(
                 f"method.step_size, method.scaling: expected a product in (0, 1], found {factor}: a longer step "
                 "leaves the hull."

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal
 
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.encoder import MicroBatch
 from adamerge.model.merged_model import TaskStep
 
@@ -36,12 +37,15 @@ class StepOptions:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise InputError(f"method.reduction: expected 'mean' or 'sum', found {self.reduction!r}.")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise InputError(f"method.on_nonfinite: expected 'stop' or 'skip', found {self.on_nonfinite!r}.")
-        if self.max_skipped < 0:
-            raise InputError(f"method.max_skipped: expected a number of batches >= 0, found {self.max_skipped}.")
+        if not isinstance(self.task_weights, (Mapping, NoneType)):
+            raise InputError(f"method.task_weights: expected a factor by task, found {self.task_weights!r}.")
+        for task, factor in (self.task_weights or {}).items():
+            check_number(f"method.task_weights.{task}", factor)
+        check_choice("method.reduction", self.reduction, ("mean", "sum"))
+        if self.micro_batch not in ("auto", None):
+            check_number("method.micro_batch", self.micro_batch, 1, whole=True)
+        check_choice("method.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        check_number("method.max_skipped", self.max_skipped, 0, whole=True)
 
 
 @dataclass

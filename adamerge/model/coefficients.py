@@ -133,10 +133,7 @@ class Coefficients(nn.Module):
     @property
     def groups(self) -> dict[str, list[int]]:
         """Parameter name to the groups it uses, ascending."""
-        return {
-            name: [s.first + k for s in segments for k in range(s.groups)]
-            for name, segments in self.index.segments.items()
-        }
+        return self.index.groups
 
     @property
     def group_names(self) -> list[str]:

@@ -50,6 +50,14 @@ class GroupIndex:
     size: int
     frozen: tuple[int, ...] = ()
 
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """Parameter name to the groups it uses, ascending."""
+        return {
+            name: [segment.first + at for segment in segments for at in range(segment.groups)]
+            for name, segments in self.segments.items()
+        }
+
     def part(self, ranges: Mapping[str, range]) -> "GroupIndex":
         """Return the same groups for a part of every parameter.
 

@@ -142,10 +142,10 @@ def test_guard_resumed_lowers_and_goes_on_as_uninterrupted(toy, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"action": "shout"}, "CollapseGuard.action: expected warn or lower or stop, found 'shout'"),
+        ({"action": "shout"}, "CollapseGuard.action: expected 'warn' or 'lower' or 'stop', found 'shout'"),
         ({"marginal": 2}, r"CollapseGuard.marginal: expected a number in \[0, 1\], found 2"),
         ({"disagreement": -1}, r"CollapseGuard.disagreement: expected a number in \[0, 1\]"),
-        ({"window": 0}, "CollapseGuard.window: expected a number of steps >= 1"),
+        ({"window": 0}, "CollapseGuard.window: expected a whole number >= 1"),
     ],
 )
 def test_guard_options_are_checked(options, message):

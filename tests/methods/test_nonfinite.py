@@ -167,7 +167,13 @@ def test_collapse_guard_forgets_a_batch_that_is_not_finite(toy, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"on_nonfinite": "ignore"}, "expected 'stop' or 'skip', found 'ignore'"), ({"max_skipped": -1}, ">= 0")],
+    [
+        ({"on_nonfinite": "ignore"}, "expected 'stop' or 'skip', found 'ignore'"),
+        ({"max_skipped": -1}, "method.max_skipped: .*>= 0"),
+        ({"max_skipped": "few"}, "method.max_skipped: .*'few'"),
+        ({"micro_batch": 0}, "method.micro_batch: .*>= 1"),
+        ({"task_weights": {"green": "much"}}, "method.task_weights.green: .*'much'"),
+    ],
 )
 def test_wrong_option_is_refused(toy, options, words):
     with pytest.raises(InputError, match=words):

@@ -19,6 +19,7 @@ from adamerge.commands.run.check_files import (
     checkpoint_problems,
     forecast_problems,
 )
+from adamerge.commands.run.check_method import check_callbacks, check_method
 from adamerge.commands.run.processes import is_sharded
 from adamerge.commands.run.shipped import CONFIG_NAME, shipped_folder
 from adamerge.commands.run.stages import first_stage
@@ -74,6 +75,8 @@ def check(config: DictConfig) -> list[str]:
         with problems.naming("data"):
             parts["data"] = build_data(config, parts["backbone"], problems)
     check_start(config, parts, problems)
+    check_method(config, parts, problems)
+    check_callbacks(config, parts, problems)
     with problems.naming("first_stage"):
         _check_first_stage(config, parts, problems)
     with problems.naming("data"):
@@ -102,6 +105,8 @@ def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: Prob
     _check_settings(stage, ("steps", "checkpoint_every"), of_stage)
     _build_stage(stage, stage_parts, of_stage)
     check_start(stage, stage_parts, of_stage)
+    check_method(stage, stage_parts, of_stage)
+    check_callbacks(stage, stage_parts, of_stage)
     problems += [f"first_stage: {problem}" for problem in of_stage if problem not in problems]
     parts["objectives"] = [stage_parts.get("objective")]
 
@@ -160,26 +165,10 @@ def _build_stage(config: DictConfig, parts: dict[str, Any], problems: Problems) 
             check_transform(transform)
     with problems.naming("optimizer"):
         _try_optimizer(config)
-    nodes = ["method"]
-    with problems.naming("logger, callbacks"):
-        nodes += [f"{group}.{name}" for group in ("logger", "callbacks") for name in config.get(group) or {}]
-    for node in nodes:
+    for node in (f"logger.{name}" for name in config.get("logger") or {}):
         with problems.naming(node):
             check_node(config, node)
             check_package(node, str(OmegaConf.select(config, f"{node}._target_")))
-    with problems.naming("method"):
-        _check_iterations(config)
-
-
-def _check_iterations(config: DictConfig) -> None:
-    """Refuse steps that end within an iteration of soft Frank-Wolfe."""
-    steps, inner = config.get("steps"), config.method.get("inner_steps")
-    is_counted = isinstance(steps, int) and isinstance(inner, int) and inner > 0
-    if is_counted and config.method.get("mode") == "soft" and steps % inner:
-        raise InputError(
-            f"steps: expected a multiple of method.inner_steps ({inner}), the steps of one iteration, found {steps}: "
-            f"{steps // inner} iterations and a part of one; such as steps={-(-steps // inner) * inner}."
-        )
 
 
 def _try_optimizer(config: DictConfig) -> None:

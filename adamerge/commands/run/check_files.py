@@ -151,8 +151,9 @@ def _preprocess(backbone: Backbone) -> Callable[[Any], Any] | None:
     return backbone.preprocess()
 
 
-def check_start(config: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
-    """Form groups and initial coefficients from the shapes in the pool's headers."""
+def check_start(config: DictConfig, parts: dict[str, Any], problems: Problems) -> None:
+    """Form groups, which become the part ``index``, and initial coefficients from the shapes in the pool's headers."""
+    parts["index"] = None
     headers, granularity = parts.get("headers"), parts.get("granularity")
     if headers is None or granularity is None or not headers.shapes:
         return
@@ -167,6 +168,7 @@ def check_start(config: DictConfig, parts: Mapping[str, Any], problems: Problems
         index: object = granularity(headers.shapes)
         if not isinstance(index, GroupIndex):
             raise InputError(f"granularity: expected a GroupIndex from {type(granularity).__name__}, found {index!r}.")
+        parts["index"] = index
     if len(problems) > count or "constraint" not in parts or len(headers.experts) < len(config.pool.experts):
         return
     with problems.naming("init"), warnings.catch_warnings():

@@ -114,6 +114,19 @@ LANES = {
         ("batch_norm.policy=nope", ["batch_norm", "'nope'"]),
     ],
     "encoder": [("encoder=x", ["encoder", "'x'", "encoder.OPTION=VALUE"])],
+    "method": [
+        ("method.reduction=men", ["method.reduction", "'men'", "Did you mean 'mean'?"]),
+        ("method.max_skipped=-1", ["method.max_skipped", "-1"]),
+        ("method.task_weights={mnits:2}", ["method.task_weights", "'mnits'", "Did you mean 'mnist'?"]),
+        ("method.micro_batch=0", ["method.micro_batch", "0"]),
+        ("method=frank_wolfe constraint=simplex init=mean method.mode=sof", ["method.mode", "'sof'"]),
+        ("method.scheduler={_target_: torch.optim.no_scheduler}", ["no_scheduler"]),
+    ],
+    "callbacks": [
+        ("callbacks=keep_best", ["KeepBest", "data.holdout"]),
+        ("callbacks=keep_best callbacks.keep_best.every=0", ["KeepBest.every", "0"]),
+        ("callbacks=collapse_guard callbacks.collapse_guard.action=wrn", ["CollapseGuard.action", "'warn'"]),
+    ],
     "optimizer": [("optimizer._target_=builtins.len", ["optimizer"])],
     "pool": [
         ("init=high", ["init", "'high'"]),
