@@ -8,7 +8,7 @@ import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from adamerge.commands.run.build import build, check_options
+from adamerge.commands.run.build import build, check_options, pool_of
 from adamerge.commands.run.check import unknown_keys
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.named_pools import named_pool
@@ -112,10 +112,10 @@ def test_unknown_key_of_an_experiment_file_is_found(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nstpes: 3\npool: {storrage: ram}\n")
     config = compose(["--config-dir", str(tmp_path), "experiment=mine"])
-    problems = unknown_keys(config)
-    assert len(problems) == 2
-    assert "'stpes'. Did you mean 'steps'?" in problems[0]
-    assert "'storrage'. Did you mean 'storage'?" in problems[1]
+    (problem,) = unknown_keys(config)
+    assert "'stpes'. Did you mean 'steps'?" in problem
+    with pytest.raises(InputError, match=r"pool: unknown key 'storrage'\. Did you mean 'storage'\?"):
+        pool_of(config, build(config, "backbone"), None)
 
 
 def test_compose_flag_that_hydra_does_not_know_is_refused():
