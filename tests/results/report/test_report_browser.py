@@ -119,6 +119,7 @@ def test_captions_wrap(visit, pages, width):
         assert span.bounding_box()["width"] < width
 
 
+@pytest.mark.slow
 def test_printed_page_has_its_figures_and_whole_tables(tmp_path, wide_page):
     """As the browser prints at once, and without anyone who scrolls."""
     pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
