@@ -1,8 +1,10 @@
 """What a user can get wrong, and how a run can be stopped on purpose."""
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -119,3 +121,35 @@ def check_globs(option: str, value: object) -> None:
     """
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(glob, str) for glob in value):
         raise InputError(f"{option}: expected a list of globs, found {value!r}; write ['GLOB'].")
+
+
+def check_pattern(option: str, value: str) -> re.Pattern[str]:
+    """Return an option that is a regular expression.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        return re.compile(value)
+    except (re.error, TypeError) as error:
+        raise InputError(f"{option}: {value!r} is not a regular expression ({error}).") from error
+
+
+def check_call(function: Callable[..., Any], arguments: Sequence[str], remedy: str) -> None:
+    """Check that a function takes so many arguments by position, without calling it.
+
+    Args:
+        function: What is called; its class is named.
+        arguments: What they are.
+        remedy: For the message.
+
+    Raises:
+        InputError: If it does not.
+    """
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise InputError(
+            f"{type(function).__name__}: expected a call with ({', '.join(arguments)}), found "
+            f"{inspect.signature(function)} ({error}). {remedy}"
+        ) from error

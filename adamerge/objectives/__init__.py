@@ -5,13 +5,12 @@ is chosen by import path (``objective._target_=my_package.MyObjective``). Frozen
 well: a wrong option then fails when the run is set up.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_call
 from adamerge.model.merged_model import TaskStep
 
 
@@ -42,17 +41,11 @@ def check_objective(objective: object) -> None:
     """
     if not callable(objective) or isinstance(objective, type):
         raise InputError(f"objective: expected a callable that takes a TaskStep, found {objective!r}.")
-    name = type(objective).__name__
-    try:
-        inspect.signature(objective).bind(None)
-    except TypeError as error:
-        raise InputError(
-            f"Objective {name} must take one argument, the TaskStep, found "
-            f"{inspect.signature(objective)} ({error}). Give further arguments a default or set them in __init__."
-        ) from error
+    check_call(objective, ["step"], "Give further arguments a default or set them in __init__.")
     layers = getattr(objective, "hidden_layers", ())
     if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
         raise InputError(
-            f"Objective {name}.hidden_layers: expected a list of module paths or globs, found {layers!r}; "
+            f"Objective {type(objective).__name__}.hidden_layers: expected a list of module paths or globs, found "
+            f"{layers!r}; "
             "write [...] around a single one."
         )

@@ -8,12 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.encoder import select
 from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.imitation import divergence
-
-_WEIGHTS = ("logit_weight", "hidden_weight", "feature_weight", "anchor")
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,11 @@ class Alignment:
     task_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"objective.temperature: expected a number > 0, found {self.temperature}.")
-        if self.distance not in ("sum", "mean"):
-            raise InputError(f"objective.distance: expected 'sum' or 'mean', found {self.distance!r}.")
-        if self.anchor_scale not in ("paper", "code"):
-            raise InputError(f"objective.anchor_scale: expected 'paper' or 'code', found {self.anchor_scale!r}.")
-        for option in _WEIGHTS:
-            if not getattr(self, option) >= 0:
-                raise InputError(f"objective.{option}: expected a number >= 0, found {getattr(self, option)}.")
+        check_number("objective.temperature", self.temperature, 0, above=True)
+        check_choice("objective.distance", self.distance, ("sum", "mean"))
+        check_choice("objective.anchor_scale", self.anchor_scale, ("paper", "code"))
+        for option in ("logit_weight", "hidden_weight", "feature_weight", "anchor"):
+            check_number(f"objective.{option}", getattr(self, option), 0)
         if not (self.logit_weight or self.feature_weight or (self.hidden_weight and self.hidden_layers)):
             raise InputError(
                 "objective: expected a term that compares with the expert, found none. Set logit_weight or "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import check_number
 from adamerge.model.merged_model import TaskStep
 
 
@@ -39,10 +39,8 @@ class Entropy:
     hidden_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.reliable is not None and not 0 < self.reliable <= 1:
-            raise InputError(
-                f"objective.reliable: expected a share of ln C in (0, 1] such as 0.4, or null, found {self.reliable}."
-            )
+        if self.reliable is not None:
+            check_number("objective.reliable", self.reliable, 0, 1, above=True)
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the mean entropy of the batch's (reliable) samples in nats."""

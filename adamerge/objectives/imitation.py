@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.entropy import log_softmax, mean_over
 
@@ -50,10 +50,8 @@ class Imitation:
     drop_unsure: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"objective.temperature: expected a number > 0, found {self.temperature}.")
-        if self.targets not in ("soft", "hard"):
-            raise InputError(f"objective.targets: expected 'soft' or 'hard', found {self.targets!r}.")
+        check_number("objective.temperature", self.temperature, 0, above=True)
+        check_choice("objective.targets", self.targets, ("soft", "hard"))
         if self.targets == "hard" and self.temperature != 1:
             raise InputError(
                 f"objective.temperature: expected 1 with targets=hard, found {self.temperature}: a temperature does "

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import check_number
 from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.entropy import log_softmax, softmax_entropy
 
@@ -38,8 +38,7 @@ class InfoMax:
     hidden_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.diversity >= 0:
-            raise InputError(f"objective.diversity: expected a number >= 0, found {self.diversity}.")
+        check_number("objective.diversity", self.diversity, 0)
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the loss of the batch in nats."""
