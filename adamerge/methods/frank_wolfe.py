@@ -13,15 +13,11 @@ from adamerge.methods.frank_wolfe_steps import FrankWolfe, SoftFrankWolfe, StepR
 from adamerge.methods.method import MergingMethod
 from adamerge.methods.step import StepOptions
 from adamerge.model.constraints import Simplex, Unconstrained
+from adamerge.model.encoder import MicroBatch
 from adamerge.model.merged_model import MergedModel
 from adamerge.objectives import Objective
 
-_OPTIONS = {
-    "mode": ("hard", "soft"),
-    "step_rule": ("harmonic", "constant", "line_search"),
-    "granularity": ("group", "task"),
-    "ranking": ("inner_product", "cosine"),
-}
+_VERTICES = ("experts", "base", "start")
 
 
 class FrankWolfeMerging(MergingMethod):
@@ -60,7 +56,11 @@ class FrankWolfeMerging(MergingMethod):
         inner_lr: Of the weights of ``soft``.
         average_gradients: Choose vertices by a running average of the gradients, so that the noise of single batches
             does not choose irrelevant experts (Mokhtari et al., arXiv:1804.09554; not in FW-Merging).
-        options: Those of :class:`~adamerge.methods.step.StepOptions`.
+        task_weights: This and what follows: see :class:`~adamerge.methods.step.StepOptions`.
+        reduction: Of the tasks' losses.
+        micro_batch: Most inputs in one forward pass.
+        on_nonfinite: What a NaN or infinite number does.
+        max_skipped: Skipped batches, beyond which the run stops after all.
 
     Raises:
         InputError: If an option is unknown, or the constraint or granularity does not fit.
@@ -89,8 +89,13 @@ class FrankWolfeMerging(MergingMethod):
         inner_steps: int = 10,
         inner_lr: float = 0.05,
         average_gradients: bool = False,
-        **options: Any,
+        task_weights: Mapping[str, float] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        micro_batch: MicroBatch = "auto",
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped: int = 10,
     ) -> None:
+<<<<<<< HEAD
         super().__init__(model, objective, StepOptions(**options))
         chosen = {"mode": mode, "step_rule": step_rule, "granularity": granularity, "ranking": ranking}
         for option, value in chosen.items():
@@ -100,21 +105,44 @@ class FrankWolfeMerging(MergingMethod):
         counts = {"steps": steps, "top_k": top_k, "inner_steps": inner_steps, "search_passes": search_passes}
         factors = {"step_size": step_size, "scaling": scaling, "inner_lr": inner_lr}
         self._check_numbers(counts, factors, tolerance, mode == "soft")
+=======
+        options = StepOptions(task_weights, reduction, micro_batch, on_nonfinite, max_skipped)
+        super().__init__(model, objective, options)
+        check_choice("method.mode", mode, ("hard", "soft"))
+        check_choice("method.step_rule", step_rule, ("harmonic", "constant", "line_search"))
+        check_choice("method.granularity", granularity, ("group", "task"))
+        check_choice("method.ranking", ranking, ("inner_product", "cosine"))
+        for option, count in (("steps", steps), ("top_k", top_k), ("inner_steps", inner_steps)):
+            if count is not None:
+                check_number(f"method.{option}", count, 1, whole=True)
+        check_number("method.search_passes", search_passes, 4, whole=True)
+        factor = step_size * scaling  # above 1 a step would leave the hull
+        check_number("method.step_size times method.scaling", factor, 0, 1, above=True)
+        self._is_cosine, self._is_joint = ranking == "cosine", granularity == "task"
+        self._check_vertices(vertices)
+        self._check_hull(vertices, vertex_scale)
+        if self._is_cosine:
+            self._check_cosine(mode, vertex_scale, average_gradients)
+>>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
         self._vertex_kinds, self._vertex_scale = tuple(vertices), vertex_scale
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
         self._frank_wolfe: FrankWolfe
         limits: dict[str, Any] = {"limit": steps, "tolerance": tolerance, "averages": average_gradients}
         if mode == "soft":
-            self._optimizer: Callable[..., FrankWolfe] = partial(
-                SoftFrankWolfe, top_k=top_k, inner_steps=inner_steps, lr=inner_lr, **limits
-            )
+            limits |= {"top_k": top_k, "inner_steps": inner_steps, "lr": inner_lr}
         else:
             scores = self._ranking if self._is_cosine else None
+<<<<<<< HEAD
             self._optimizer = partial(
                 FrankWolfe, step_rule=step_rule, factor=step_size * scaling, loss_at=self._loss_at,
                 search_passes=search_passes, ranking=scores, **limits,
             )  # fmt: skip
+=======
+            limits |= {"step_rule": step_rule, "factor": factor, "loss_at": self._loss_at, "ranking": scores}
+            limits["search_passes"] = search_passes
+        self._optimizer: Callable[..., FrankWolfe] = partial(SoftFrankWolfe if mode == "soft" else FrankWolfe, **limits)
+>>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
 
     def on_fit_start(self) -> None:
         """Prepare as all methods do."""
@@ -206,22 +234,23 @@ class FrankWolfeMerging(MergingMethod):
         """Each group's sum of cosines, (V, G); a parameter counts as one, whatever its size."""
         groups = self.model.coefficients.groups
         vertices = self._vertices()
-        count = vertices.num_experts + vertices.has_base + (vertices.start is not None)
-        scores = self.model.coefficients.raw.new_zeros(count, self.model.coefficients.index.size)
+        scores = self.model.coefficients.raw.new_zeros(len(vertices), self.model.coefficients.index.size)
         for name, cosines in self._cosines.items():
             scores[:, groups[name][0]] += cosines
         return vertices.joined(scores)
 
-    def _check_hull(self, vertices: Sequence[str], scale: float, averages: bool) -> None:
-        """Refuse vertices that do not exist, and constraints that the hull of the vertices does not meet."""
-        kinds = ("experts", "base", "start")
+    def _check_vertices(self, vertices: Sequence[str]) -> None:
         for kind in [vertices] if isinstance(vertices, str) else vertices:
-            if kind not in kinds:
+            if kind not in _VERTICES:
                 raise InputError(
-                    f"method.vertices: expected some of {', '.join(kinds)}, found {kind!r}.{did_you_mean(kind, kinds)}"
+                    f"method.vertices: expected some of {', '.join(_VERTICES)}, found {kind!r}."
+                    f"{did_you_mean(kind, _VERTICES)}"
                 )
         if isinstance(vertices, str) or "experts" not in vertices:
             raise InputError(f"method.vertices: expected a list with 'experts', found {vertices!r}.")
+
+    def _check_hull(self, vertices: Sequence[str], scale: float) -> None:
+        """Refuse constraints that the hull of the vertices does not meet."""
         constraint = self.model.coefficients.constraint
         if type(constraint) not in (Unconstrained, Simplex):
             raise InputError(
@@ -229,21 +258,26 @@ class FrankWolfeMerging(MergingMethod):
                 f"found {type(constraint).__name__.lower()}. Set constraint=simplex."
             )
         check_number("method.vertex_scale", scale, 0, above=True)
+<<<<<<< HEAD
         if isinstance(constraint, Simplex) and scale != 1:
             raise InputError(
                 f"method.vertex_scale: expected 1 with constraint=simplex, found {scale}; for another set "
                 "constraint=none."
+=======
+        if not isinstance(constraint, Simplex):
+            return
+        if scale != 1:
+            raise InputError(
+                f"method.vertex_scale: expected 1 with constraint=simplex, found {scale}. Set constraint=none."
+>>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
             )
-        if averages and self._is_cosine:
-            raise InputError("method.average_gradients: the released code's ranking (cosine) is of single batches.")
-        if scale != 1 and self._is_cosine:
-            raise InputError("method.vertex_scale: the released code's ranking (cosine) knows the experts only; use 1.")
-        if isinstance(constraint, Simplex) and constraint.total == "equal" and "base" in vertices:
+        if constraint.total == "equal" and "base" in vertices:
             raise InputError(
                 "method.vertices: with the base as a vertex coefficients sum to less than 1, but constraint.total is "
                 "'equal'. Set constraint.total=at_most, or leave 'base' out."
             )
 
+<<<<<<< HEAD
     def _check_numbers(
         self, counts: Mapping[str, int | None], factors: Mapping[str, float], tolerance: float | None, is_soft: bool
     ) -> None:
@@ -261,10 +295,19 @@ class FrankWolfeMerging(MergingMethod):
                 f"method.step_size, method.scaling: expected a product in (0, 1], found {factor}: a longer step "
                 "leaves the hull."
             )
+=======
+    def _check_cosine(self, mode: str, scale: float, averages: bool) -> None:
+        """Refuse what the released code's ranking has not: it compares whole parameters, of single batches."""
+>>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
         several = [name for name, groups in self.model.coefficients.groups.items() if len(groups) > 1]
-        if self._is_cosine and (is_soft or several):
-            conflict = "mode 'soft'" if is_soft else f"several groups in {several[0]!r}"
-            raise InputError(
-                f"method.ranking: 'cosine' ranks whole parameters in mode 'hard', found {conflict}. Set "
-                "granularity=task or layer, or method.ranking=inner_product."
-            )
+        for conflict, is_there in (
+            ("method.mode=soft", mode == "soft"),
+            ("method.average_gradients=true", averages),
+            (f"method.vertex_scale={scale}", scale != 1),
+            (f"several groups in {next(iter(several), None)!r}", bool(several)),
+        ):
+            if is_there:
+                raise InputError(
+                    f"method.ranking: 'cosine' ranks experts by whole parameters, found {conflict}. Set "
+                    "granularity=task or layer and leave that option out, or set method.ranking=inner_product."
+                )

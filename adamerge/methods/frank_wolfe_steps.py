@@ -41,6 +41,10 @@ class Vertices:
     is_joint: bool = False
     scale: float = 1.0
 
+    def __len__(self) -> int:
+        """Return V."""
+        return self.num_experts + self.has_base + (self.start is not None)
+
     def scores(self, gradient: Tensor) -> Tensor:
         """Return the inner products of the gradient (E, G) with each vertex less the base, (V, G)."""
         rows = [gradient * self.scale]
@@ -62,10 +66,9 @@ class Vertices:
     def coefficients(self, choice: Tensor) -> Tensor:
         """Return the coefficients (E, G) of the vertices with the numbers ``choice`` (G,)."""
         experts = torch.arange(self.num_experts, device=choice.device).unsqueeze(1)
-        is_start = choice == self.num_experts + int(self.has_base)
         points = (experts == choice).to(torch.get_default_dtype() if self.start is None else self.start.dtype)
         points *= self.scale
-        return points if self.start is None else torch.where(is_start, self.start, points)
+        return points if self.start is None else torch.where(self.is_start(choice), self.start, points)
 
     def is_start(self, choice: Tensor) -> Tensor:
         """Return where a choice is the start."""
@@ -109,13 +112,11 @@ class FrankWolfe(Optimizer):
     ) -> None:
         super().__init__([raw], {})
         self._raw = raw
-        self.vertices = vertices
-        self._step_rule = step_rule
-        self._factor = factor
+        self.vertices = self._hull = vertices
+        self._step_rule, self._factor = step_rule, factor
         self._limit = math.inf if limit is None else limit
         self._tolerance = -math.inf if tolerance is None else tolerance
-        self._loss_at, self._search_passes = loss_at, search_passes
-        self._ranking = ranking
+        self._loss_at, self._search_passes, self._ranking = loss_at, search_passes, ranking
         self.is_done = False
         self.picks: Tensor | None = None
         # In the state from the first step on, so that checkpoints hold it.
@@ -164,10 +165,10 @@ class FrankWolfe(Optimizer):
     def gap(self, gradient: Tensor) -> Tensor:
         """Return the duality gap at the current coefficients, a scalar, for a gradient (E, G)."""
         gap = self._gap(gradient)
-        return gap[0] if self.vertices.is_joint else gap.sum()
+        return gap[0] if self._hull.is_joint else gap.sum()
 
     def _gap(self, gradient: Tensor) -> Tensor:
-        return self.vertices.gap(gradient, self._raw.detach())
+        return self._hull.gap(gradient, self._raw.detach())
 
     def _stops(self, gradient: Tensor) -> bool:
         self.is_done = self.iteration >= self._limit or float(self.gap(gradient)) <= self._tolerance
@@ -191,8 +192,7 @@ class FrankWolfe(Optimizer):
 
     def _shares(self, chosen: Tensor, moves: Tensor) -> Tensor:
         """Return how often each vertex is among the chosen ones (k, G) of groups that move, as shares of all, (V,)."""
-        count = self.vertices.num_experts + self.vertices.has_base + (self.vertices.start is not None)
-        return torch.bincount(chosen[:, moves].flatten(), minlength=count) / max(1, chosen.numel())
+        return torch.bincount(chosen[:, moves].flatten(), minlength=len(self.vertices)) / max(1, chosen.numel())
 
     def _size(self, direction: Tensor) -> float:
         if self._step_rule == "harmonic":
@@ -235,17 +235,9 @@ class SoftFrankWolfe(FrankWolfe):
         averages: bool = False,
     ) -> None:
         super().__init__(raw, vertices, limit=limit, tolerance=tolerance, averages=averages)
-        self._top_k = top_k
-        self._inner_steps = inner_steps
-        self._lr = lr
+        self._hull = replace(vertices, is_joint=False)  # the weights differ by group
+        self._top_k, self._inner_steps, self._lr = top_k, inner_steps, lr
         self.state[raw]["inner"] = 0
-
-    def gap(self, gradient: Tensor) -> Tensor:
-        """Return the duality gap over the product of the groups' hulls: the weights differ by group."""
-        return self._gap(gradient).sum()
-
-    def _gap(self, gradient: Tensor) -> Tensor:
-        return replace(self.vertices, is_joint=False).gap(gradient, self._raw.detach())
 
     def _stops(self, gradient: Tensor) -> bool:
         return self.state[self._raw]["inner"] == 0 and super()._stops(gradient)

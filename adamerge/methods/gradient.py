@@ -1,8 +1,8 @@
 """Coefficients move by gradient descent on an unsupervised objective."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from adamerge.methods.method import MergingMethod
 from adamerge.methods.step import StepOptions
+from adamerge.model.encoder import MicroBatch
 from adamerge.model.merged_model import MergedModel
 from adamerge.objectives import Objective
 
@@ -25,7 +26,11 @@ class GradientMerging(MergingMethod):
         objective: The loss, see :mod:`adamerge.objectives`.
         optimizer: Parameters to optimizer. Adam moves a coefficient by at most about lr per step.
         scheduler: Optimizer to learning-rate scheduler, stepped once per optimizer step.
-        options: Those of :class:`~adamerge.methods.step.StepOptions`.
+        task_weights: This and what follows: see :class:`~adamerge.methods.step.StepOptions`.
+        reduction: Of the tasks' losses.
+        micro_batch: Most inputs in one forward pass.
+        on_nonfinite: What a NaN or infinite number does.
+        max_skipped: Skipped batches, beyond which the run stops after all.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -37,9 +42,15 @@ class GradientMerging(MergingMethod):
         objective: Objective,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = ADAM,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
-        **options: Any,
+        *,
+        task_weights: Mapping[str, float] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        micro_batch: MicroBatch = "auto",
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped: int = 10,
     ) -> None:
-        super().__init__(model, objective, StepOptions(**options))
+        options = StepOptions(task_weights, reduction, micro_batch, on_nonfinite, max_skipped)
+        super().__init__(model, objective, options)
         self._optimizer = optimizer
         self._scheduler = scheduler
 

@@ -1,12 +1,11 @@
 """What all methods share: one step of the objective on the merged model, its teachers, guards and reports."""
 
-import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from adamerge.data.batch import Outputs, TaskBatch
 from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, NonfiniteError, shorten
-from adamerge.methods.nonfinite import KEPT, coefficient_name, gradient_problem, loss_problem
-from adamerge.methods.objective_checks import check_first_step, check_loss, check_task_weights
+from adamerge.methods import checks
 from adamerge.methods.step import Observer, StepOptions, StepResult
 from adamerge.methods.teaching import Teaching
 from adamerge.model.merged_encoder import MergedEncoder
@@ -25,6 +23,12 @@ from adamerge.objectives import Objective, check_objective
 from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
+
+
+def data_of(trainer: Trainer) -> UnlabeledTasks | None:
+    """Return the unlabeled tasks that a trainer fits on; None where its data are of another kind."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, UnlabeledTasks) else None
 
 
 class MergingMethod(LightningModule):
@@ -41,8 +45,7 @@ class MergingMethod(LightningModule):
     Args:
         model: The merged model; its coefficients are the only parameters.
         objective: The loss, see :mod:`adamerge.objectives`.
-        options: How the tasks count, and what becomes of a step that is not finite. A method that passes on
-            ``**options`` shows those of :class:`~adamerge.methods.step.StepOptions` in their place.
+        options: How the tasks count, and what becomes of a step that is not finite.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -55,15 +58,6 @@ class MergingMethod(LightningModule):
         recipe: JSON-ready content for the checkpoints, such as the resolved configuration.
         skipped: Batches skipped so far because a loss or gradient was not finite.
     """
-
-    def __init_subclass__(cls) -> None:
-        """Name the options of a step in the signature of a method that takes ``**options``."""
-        super().__init_subclass__()
-        parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
-        if "__init__" in vars(cls) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-            fields = inspect.signature(StepOptions).parameters.values()
-            options = [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields]
-            cls.__signature__ = inspect.Signature([*parameters[:-1], *options])  # type: ignore[attr-defined]
 
     def __init__(self, model: MergedModel, objective: Objective, options: StepOptions | None = None) -> None:
         super().__init__()
@@ -86,10 +80,10 @@ class MergingMethod(LightningModule):
         """Move what Lightning does not see to the device, ask the teachers if needed, and try the objective."""
         self.model.to_device(self.device)
         self.model.teacher_cache.clear()
-        data = self._datamodule()
+        data = data_of(self.trainer)
         if data is None:
             return
-        check_task_weights(self.task_weights, self.objective, data.streams)
+        checks.check_task_weights(self.task_weights, self.objective, data.streams)
         if self.uses_teacher:
             self._teaching.ask_all(data)
         self._try_objective(data)
@@ -143,17 +137,18 @@ class MergingMethod(LightningModule):
         bad = ~torch.isfinite(raw.detach())
         if bad.any():
             raw.data.copy_(good)
-            name = coefficient_name(self.model, bad)
+            name = checks.coefficient_name(self.model, bad)
             raise NonfiniteError(
-                f"Step {self.global_step}: the step made the coefficient of {name} infinite or NaN. {KEPT} "
+                f"Step {self.global_step}: the step made the coefficient of {name} infinite or NaN. {checks.KEPT} "
                 "Lower the learning rate."
             )
 
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step, 0 to skip it; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
+        scale = self._scaler.get_scale() if self._scaler else 1.0  # so that fp16 gradients do not underflow
         loss, result = self.step(
-            batch, values, scale=self._loss_scale(), observers=self.observers, on_gradient=self.on_parameter_gradient
+            batch, values, scale=scale, observers=self.observers, on_gradient=self.on_parameter_gradient
         )
         if (problem := self._problem(batch, values, result)) is not None:  # the same on all devices
             self._skip(problem)
@@ -176,7 +171,7 @@ class MergingMethod(LightningModule):
             The total loss, the losses by task, both of all devices, and this device's gradient (E, G): the mean over
             devices is the whole one. Where it is not finite on one of them, it is not on any.
         """
-        data = self._datamodule() if ranks.count() > 1 else None
+        data = data_of(self.trainer) if ranks.count() > 1 else None
         shares = data.shares() if data else dict.fromkeys(batch, 1.0)
         loss, result = self.run(batch, values, shares=shares, **options)
         if ranks.count() == 1:
@@ -261,7 +256,7 @@ class MergingMethod(LightningModule):
         observers: Sequence[Observer],
     ) -> Tensor:
         """Hand one task's batches to the objective, and sum what comes back."""
-        module = self._datamodule()
+        module = data_of(self.trainer)
         count = module.batches_per_step if module else 1
         size = -(-len(data.indices) // count)
         losses = []
@@ -272,7 +267,7 @@ class MergingMethod(LightningModule):
                 merged.coefficients, self._teaching, merged.forward,
                 initial=self.model.coefficients.initial, num_tasks=num_tasks * count,
             )  # fmt: skip
-            losses.append(check_loss(self.objective(step), self.objective, task))
+            losses.append(checks.check_loss(self.objective(step), self.objective, task))
             for observer in observers:
                 observer(step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -287,15 +282,11 @@ class MergingMethod(LightningModule):
 
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            check_first_step(self.objective, step, self.model.coefficients().detach())
+            checks.check_first_step(self.objective, step, self.model.coefficients().detach())
 
     @property
     def _teaching(self) -> Teaching:
         return Teaching(self.model, self._hidden_layers, self.teacher_files, self.trainer)
-
-    def _datamodule(self) -> UnlabeledTasks | None:
-        data = getattr(self.trainer, "datamodule", None)
-        return data if isinstance(data, UnlabeledTasks) else None
 
     @property
     def _scaler(self) -> Any:
@@ -303,20 +294,13 @@ class MergingMethod(LightningModule):
         plugin = self.trainer.precision_plugin
         return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
-    def _loss_scale(self) -> float | Tensor:
-        """Return the factor of the inner backward pass, so that fp16 gradients do not underflow."""
-        scale: float | Tensor = 1.0 if self._scaler is None else self._scaler.get_scale()
-        return scale
-
     def _problem(self, batch: Mapping[str, TaskBatch], values: Tensor, result: StepResult) -> str | None:
         """Say what of a step is NaN or infinite, before the optimizer sees it; None where nothing is."""
-
-        def again(part: Mapping[str, TaskBatch], look: Callable[[str, Tensor], None]) -> None:
-            self.run(part, values, on_gradient=look)
-
-        problem = loss_problem(result.losses, batch)
+        problem = checks.loss_problem(result.losses, batch)
         if problem is None and self._scaler is None:  # a gradient scaler sees to gradients itself
-            problem = gradient_problem(self.model, result.gradient, batch, again)
+            problem = checks.gradient_problem(
+                self.model, result.gradient, batch, lambda part, look: self.run(part, values, on_gradient=look)
+            )
         return None if problem is None else f"Step {self.global_step}: {problem}"
 
     def _skip(self, problem: str) -> None:
@@ -332,7 +316,7 @@ class MergingMethod(LightningModule):
             )
             raise NonfiniteError(problem + so_far)
         self.skipped += 1
-        log.warning("%s Skipped, %d so far.", problem.split(f" {KEPT}")[0], self.skipped)
+        log.warning("%s Skipped, %d so far.", problem.split(f" {checks.KEPT}")[0], self.skipped)
         self.log("adapt/skipped", float(self.skipped), batch_size=1)
 
     def _report(self, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:

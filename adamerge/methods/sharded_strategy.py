@@ -4,7 +4,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from adamerge.errors import InputError
-from adamerge.model.sharded_model import ShardedModel
+from adamerge.model.sharding import ShardedModel
 
 
 class ShardedStrategy(DDPStrategy):
@@ -14,7 +14,7 @@ class ShardedStrategy(DDPStrategy):
     cut by FSDP2 when the fit begins. Takes the options of Lightning's ``DDPStrategy``.
 
     Raises:
-        InputError: In ``setup``, if the method's model is no :class:`~adamerge.model.sharded_model.ShardedModel`.
+        InputError: In ``setup``, if the method's model is no :class:`~adamerge.model.sharding.ShardedModel`.
     """
 
     def setup(self, trainer: Trainer) -> None:
