@@ -95,17 +95,6 @@ class FrankWolfeMerging(MergingMethod):
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped: int = 10,
     ) -> None:
-<<<<<<< HEAD
-        super().__init__(model, objective, StepOptions(**options))
-        chosen = {"mode": mode, "step_rule": step_rule, "granularity": granularity, "ranking": ranking}
-        for option, value in chosen.items():
-            check_choice(f"method.{option}", value, _OPTIONS[option])
-        self._is_cosine, self._is_joint = ranking == "cosine", granularity == "task"
-        self._check_hull(vertices, vertex_scale, average_gradients)
-        counts = {"steps": steps, "top_k": top_k, "inner_steps": inner_steps, "search_passes": search_passes}
-        factors = {"step_size": step_size, "scaling": scaling, "inner_lr": inner_lr}
-        self._check_numbers(counts, factors, tolerance, mode == "soft")
-=======
         options = StepOptions(task_weights, reduction, micro_batch, on_nonfinite, max_skipped)
         super().__init__(model, objective, options)
         check_choice("method.mode", mode, ("hard", "soft"))
@@ -116,6 +105,10 @@ class FrankWolfeMerging(MergingMethod):
             if count is not None:
                 check_number(f"method.{option}", count, 1, whole=True)
         check_number("method.search_passes", search_passes, 4, whole=True)
+        for option, number in (("step_size", step_size), ("scaling", scaling), ("inner_lr", inner_lr)):
+            check_number(f"method.{option}", number, 0, above=True)
+        if tolerance is not None:
+            check_number("method.tolerance", tolerance)
         factor = step_size * scaling  # above 1 a step would leave the hull
         check_number("method.step_size times method.scaling", factor, 0, 1, above=True)
         self._is_cosine, self._is_joint = ranking == "cosine", granularity == "task"
@@ -123,7 +116,6 @@ class FrankWolfeMerging(MergingMethod):
         self._check_hull(vertices, vertex_scale)
         if self._is_cosine:
             self._check_cosine(mode, vertex_scale, average_gradients)
->>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
         self._vertex_kinds, self._vertex_scale = tuple(vertices), vertex_scale
         self._batch: Mapping[str, TaskBatch] = {}
         self._cosines: dict[str, Tensor] = {}
@@ -133,16 +125,9 @@ class FrankWolfeMerging(MergingMethod):
             limits |= {"top_k": top_k, "inner_steps": inner_steps, "lr": inner_lr}
         else:
             scores = self._ranking if self._is_cosine else None
-<<<<<<< HEAD
-            self._optimizer = partial(
-                FrankWolfe, step_rule=step_rule, factor=step_size * scaling, loss_at=self._loss_at,
-                search_passes=search_passes, ranking=scores, **limits,
-            )  # fmt: skip
-=======
             limits |= {"step_rule": step_rule, "factor": factor, "loss_at": self._loss_at, "ranking": scores}
             limits["search_passes"] = search_passes
         self._optimizer: Callable[..., FrankWolfe] = partial(SoftFrankWolfe if mode == "soft" else FrankWolfe, **limits)
->>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
 
     def on_fit_start(self) -> None:
         """Prepare as all methods do."""
@@ -258,18 +243,11 @@ class FrankWolfeMerging(MergingMethod):
                 f"found {type(constraint).__name__.lower()}. Set constraint=simplex."
             )
         check_number("method.vertex_scale", scale, 0, above=True)
-<<<<<<< HEAD
-        if isinstance(constraint, Simplex) and scale != 1:
-            raise InputError(
-                f"method.vertex_scale: expected 1 with constraint=simplex, found {scale}; for another set "
-                "constraint=none."
-=======
         if not isinstance(constraint, Simplex):
             return
         if scale != 1:
             raise InputError(
                 f"method.vertex_scale: expected 1 with constraint=simplex, found {scale}. Set constraint=none."
->>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
             )
         if constraint.total == "equal" and "base" in vertices:
             raise InputError(
@@ -277,28 +255,8 @@ class FrankWolfeMerging(MergingMethod):
                 "'equal'. Set constraint.total=at_most, or leave 'base' out."
             )
 
-<<<<<<< HEAD
-    def _check_numbers(
-        self, counts: Mapping[str, int | None], factors: Mapping[str, float], tolerance: float | None, is_soft: bool
-    ) -> None:
-        for option, value in counts.items():
-            least = 4 if option == "search_passes" else 1
-            if option != "steps" or value is not None:
-                check_number(f"method.{option}", value, least, whole=True)
-        for option, number in factors.items():
-            check_number(f"method.{option}", number, 0, above=True)
-        if tolerance is not None:
-            check_number("method.tolerance", tolerance)
-        factor = factors["step_size"] * factors["scaling"]
-        if factor > 1:
-            raise InputError(
-                f"method.step_size, method.scaling: expected a product in (0, 1], found {factor}: a longer step "
-                "leaves the hull."
-            )
-=======
     def _check_cosine(self, mode: str, scale: float, averages: bool) -> None:
         """Refuse what the released code's ranking has not: it compares whole parameters, of single batches."""
->>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
         several = [name for name, groups in self.model.coefficients.groups.items() if len(groups) > 1]
         for conflict, is_there in (
             ("method.mode=soft", mode == "soft"),

@@ -7,11 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-<<<<<<< HEAD
 from adamerge.errors import InputError, check_choice, check_number
-=======
-from adamerge.errors import check_choice, check_number
->>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
 from adamerge.model.encoder import MicroBatch
 from adamerge.model.merged_model import TaskStep
 
@@ -41,7 +37,6 @@ class StepOptions:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-<<<<<<< HEAD
         if not isinstance(self.task_weights, (Mapping, NoneType)):
             raise InputError(f"method.task_weights: expected a factor by task, found {self.task_weights!r}.")
         for task, factor in (self.task_weights or {}).items():
@@ -49,9 +44,6 @@ class StepOptions:
         check_choice("method.reduction", self.reduction, ("mean", "sum"))
         if self.micro_batch not in ("auto", None):
             check_number("method.micro_batch", self.micro_batch, 1, whole=True)
-=======
-        check_choice("method.reduction", self.reduction, ("mean", "sum"))
->>>>>>> e392eb8 (Name the options of a step in the constructors of the methods, and keep what a method is held to in one file)
         check_choice("method.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_number("method.max_skipped", self.max_skipped, 0, whole=True)
 
