@@ -201,7 +201,7 @@ class OpenClip:
 
     @property
     def _name(self) -> str:
-        """What open_clip calls the model."""
+        """The model's name in open_clip."""
         return f"local-dir:{self._folder}" if self._folder else self.model
 
     def _new(self, device: str = "cpu") -> Any:
@@ -263,7 +263,7 @@ class OpenClip:
         return heads
 
     def _heads_of(self, base: Checkpoint) -> Callable[[list[str], list[str]], ZeroShotHead]:
-        """Return what makes the head of class names and templates, or finds it in the cache.
+        """Return a function that makes the head of class names and templates, or finds it in the cache.
 
         The base is read, and its text tower built, when the first head has to be made.
         """

@@ -17,13 +17,13 @@ class Backbone(Protocol):
     """A shared encoder, and how its checkpoints and tasks go with it.
 
     Attributes:
-        prefix: Of the encoder's keys in checkpoint files; other keys are not merged.
+        prefix: Prefix of the encoder's keys in checkpoint files; other keys are not merged.
         exclude: Globs of parameter names that are not merged, such as a classifier in the experts' files.
     """
 
     @property
     def prefix(self) -> str:
-        """Key prefix, such as ``"visual."``."""
+        """Key prefix of the encoder's tensors, such as ``"visual."``."""
         ...
 
     @property

@@ -27,7 +27,7 @@ class Tag:
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        """What the entry says of the preprocessing."""
+        """The preprocessing that the entry states."""
         return {key: value for key, value in self.config.items() if key not in ("url", "hf_hub", "quick_gelu")}
 
     @property

@@ -14,7 +14,7 @@ from adamerge.system.files import atomic_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A kill, a crash or a full disk during a save leaves the previous checkpoint as it was.
+    """Write checkpoints so that a kill, a crash or a full disk during a save leaves the previous one as it was.
 
     Lightning's own moves a file out of the folder for temporary files, unsynced; where that lies on another file
     system the move is a copy, and a kill leaves half a checkpoint under the final name.
@@ -55,6 +55,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def write_atomically(trainer: Trainer) -> None:
-    """Let a trainer write its checkpoints that way, unless a plugin or strategy has brought its own."""
+    """Let a trainer write its checkpoints atomically, unless a plugin or strategy has brought a way of its own."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()

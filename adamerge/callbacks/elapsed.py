@@ -23,12 +23,12 @@ class Elapsed(Callback):
 
     @property
     def seconds(self) -> float:
-        """Of training, in this session and those before."""
+        """Seconds of training, in this session and those before."""
         return self._before + (0.0 if self._watch is None else self._watch.seconds())
 
     @property
     def state_key(self) -> str:
-        """What checkpoints call it."""
+        """The key of the callback's state in checkpoints."""
         return _KEY
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,7 +49,7 @@ class Elapsed(Callback):
 
 
 def seconds_of(checkpoint: Path) -> float:
-    """Return how long a run had adapted when it wrote a checkpoint; 0 where there is none, or it does not say.
+    """Return how long a run had adapted when it wrote a checkpoint; 0 without one, or where it does not say.
 
     Raises:
         InputError: If the checkpoint is damaged.

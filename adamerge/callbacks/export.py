@@ -27,7 +27,7 @@ class ExportMergedWeights(Callback):
 
     Args:
         dirpath: The folder, checked for writing before training starts.
-        filename: Of the merged checkpoint.
+        filename: Name of the merged checkpoint.
         head_info: JSON-ready facts about the heads by task, such as class names.
         sidecar: Content of ``open_clip_config.json``, to load the export in plain open_clip.
         recipe: Further content of ``merge.json``, such as the resolved configuration.

@@ -46,13 +46,13 @@ class KeepBest(Callback):
         """Refuse data without held-out images.
 
         Raises:
-            InputError: If there are none.
+            InputError: If no images are held out.
         """
         if not isinstance(data, UnlabeledTasks) or not data.holdout_streams:
             raise InputError("KeepBest: expected held-out images, found none. Set data.holdout, for example to 0.2.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the start."""
+        """Evaluate the coefficients that the run starts from."""
         self.check_data(getattr(trainer, "datamodule", None))
         if self.best is None:
             self._evaluate(trainer, pl_module)
@@ -60,7 +60,7 @@ class KeepBest(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Evaluate now and then, and stop when patience has run out."""
+        """Evaluate the coefficients every so many steps, and stop when patience has run out."""
         if trainer.global_step % self._every or trainer.global_step == self._latest:
             return
         pl_module.log("holdout/loss", self._evaluate(trainer, pl_module))
@@ -69,7 +69,7 @@ class KeepBest(Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate the end."""
+        """Evaluate the coefficients that the run ends with."""
         if trainer.global_step != self._latest:
             self._evaluate(trainer, pl_module)
 

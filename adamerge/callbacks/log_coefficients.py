@@ -44,7 +44,7 @@ class LogCoefficients(Callback):
         self._logged = -1  # step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what it cannot work with."""
+        """Refuse a method that is not adamerge's, and a run without a logger that takes pictures."""
         if not isinstance(pl_module, MergingMethod):
             raise InputError(f"LogCoefficients: expected a method of adamerge, found {type(pl_module).__name__}.")
         if not any(isinstance(logger, tuple(_SENDERS)) for logger in trainer.loggers):
@@ -65,7 +65,7 @@ class LogCoefficients(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Send the coefficients where it is time to."""
+        """Send the coefficients every ``every_n_steps`` steps."""
         if trainer.global_step % self._every == 0:
             self._log(trainer, pl_module)
 

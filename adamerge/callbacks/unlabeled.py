@@ -22,11 +22,11 @@ _ACTIONS = ("warn", "lower", "stop")
 
 @dataclass
 class _Sums:
-    """Over one task's samples of a step on one device.
+    """Sums over one task's samples of a step on one device.
 
     Attributes:
         predicted: Probabilities, (C,).
-        entropy: Of the predictions, in nats.
+        entropy: Entropy of the predictions, in nats.
         differing: Samples for which the expert names another class; None if it is not asked.
         count: Samples.
     """
@@ -135,12 +135,12 @@ class UnlabeledCriteria(Callback):
         self._model: MergedModel | None = None  # where the experts are asked
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask to see the steps."""
+        """Ask the method to hand over its steps."""
         if isinstance(pl_module, MergingMethod):
             pl_module.observers.append(self.observe)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether the experts are asked."""
+        """Keep the model if the method asks the experts."""
         if isinstance(pl_module, MergingMethod) and pl_module.uses_teacher:
             self._model = pl_module.model
 
@@ -182,7 +182,7 @@ class CollapseGuard(Callback):
         marginal: A task has collapsed when its marginal entropy is below this share of what it was.
         disagreement: Or when its disagreement has risen by this much, in [0, 1]; None to not ask the experts.
         window: Steps.
-        factor: Of ``"lower"``.
+        factor: Factor of ``"lower"``.
 
     Attributes:
         reason: Why the run was stopped; None if it was not.
@@ -214,14 +214,14 @@ class CollapseGuard(Callback):
         self.reason: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask to see the steps, and the experts if they are to be compared with."""
+        """Ask the method to hand over its steps, and to ask the experts if they are compared with."""
         if not isinstance(pl_module, MergingMethod):
             raise InputError(f"CollapseGuard: expected a method of adamerge, found {type(pl_module).__name__}.")
         pl_module.uses_teacher |= self._disagreement is not None
         pl_module.observers.append(self.observe)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lower again what was lowered before a resume."""
+        """Lower the weights of tasks again that were lowered before a resume."""
         assert isinstance(pl_module, MergingMethod)
         for task, factor in self._lowered.items():
             pl_module.task_weights[task] = pl_module.task_weights.get(task, 1.0) * factor

@@ -23,10 +23,10 @@ class Piece:
     """Where a tensor comes from.
 
     Attributes:
-        checkpoint: What has it.
+        checkpoint: The checkpoint that has the tensor.
         keys: Its name there, or those of its parts, stacked along dimension 0.
         transposed: Whether it is the transpose of what is there.
-        part: Which of several parts of what is there it is, along dimension 0.
+        part: Number of the part, along dimension 0, where the checkpoint's tensor has several.
         parts: How many there are.
     """
 

@@ -68,7 +68,7 @@ class Global:
         name: Its import path.
         makes_records: Whether a call of it is taken for the making of an object.
         stand_in: The function of this module that is called in its place.
-        dtype: Of the elements, where it is a class of storages.
+        dtype: Dtype of the elements, where it is a class of storages.
     """
 
     name: str
@@ -128,9 +128,9 @@ class Storage:
     """A run of stored bytes.
 
     Attributes:
-        dtype: Of its elements.
+        dtype: Dtype of its elements.
         data: The bytes (n,), mapped from a zip archive, or memory that the end of a legacy file is copied to.
-        budget: Of the file.
+        budget: The budget of the file.
         holds_bools: Whether a view reads the bytes as truth values.
     """
 

@@ -22,10 +22,10 @@ class TensorCache:
     """A folder of tensors by key, which several processes may share.
 
     Args:
-        kind: Of the tensors, such as ``head``: log lines begin with ``head_cache``, and the checksum is the metadata's
+        kind: Kind of the tensors, such as ``head``: log lines begin with ``head_cache``, and the checksum is the metadata's
             ``adamerge_head``.
         folder: Where the files lie.
-        level: Of the log line about a file that cannot be written.
+        level: Level of the log line about a file that cannot be written.
     """
 
     def __init__(self, kind: str, folder: Path, level: int = logging.WARNING) -> None:

@@ -39,7 +39,7 @@ class Stream:
 
     Args:
         data: The bytes.
-        budget: Of the file; every read takes a step.
+        budget: The budget of the file; every read takes a step.
     """
 
     def __init__(self, data: memoryview, budget: Budget) -> None:

@@ -53,7 +53,7 @@ def adapt(overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 def _check_flags(flags: tuple[str, ...], resume: str, as_json: bool) -> None:
-    """Refuse what does not go with a sweep."""
+    """Refuse flags that do not go with a sweep."""
     if {"-m", "--multirun"} & set(flags):
         if resume == "auto":
             raise InputError("resume=auto does not go with -m: start the jobs one by one, each with its own run_dir.")

@@ -59,7 +59,7 @@ def plan_of(output: Path, seed: int, *, fast: bool, transductive: bool) -> compa
 
     Args:
         output: The demo's folder.
-        seed: Of the split and the order of the images.
+        seed: Seed of the split and the order of the images.
         fast: A tenth of the steps, to try the machinery; the accuracies mean little then.
         transductive: Whether the scored images adapt.
     """

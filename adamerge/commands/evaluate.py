@@ -63,7 +63,7 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
 
 
 def _row_name(checkpoint: Path) -> str:
-    """Return the name of a foreign checkpoint's row: with its folder's, where its own is a reference's or any run's."""
+    """Return a foreign checkpoint's row name: its file's, after its folder's where a reference or run has that name."""
     from adamerge.results.scoring import REFERENCES
 
     stem = checkpoint.stem

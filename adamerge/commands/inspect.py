@@ -45,7 +45,7 @@ def _as_json(pool: ExpertPool) -> dict[str, Any]:
 
 
 def _findings(pool: ExpertPool, facts: PoolReport) -> list[str]:
-    """Return what deserves a second look, though it can be merged."""
+    """Return notes on a pool that merges, but deserves a second look."""
     notes = []
     names = pool.expert_names
     for i, j in (facts.cosines.triu(1) > _ALIKE).nonzero().tolist():

@@ -127,7 +127,7 @@ def run(
 def _assemble(
     files: "PoolFiles", overrides: Sequence[str], policy: "BatchNormPolicy"
 ) -> tuple["Assembly", dict[str, Any]]:
-    """Build backbone, data and heads around the pool, as ``adapt`` would; and what of them is exported."""
+    """Build backbone, data and heads around the pool, as ``adapt`` would; return them and the parts to export."""
     from lightning.pytorch import seed_everything  # as is all of a run, it is heavy, and most rules read no data
 
     from adamerge.commands.run.compose import compose, name_experts
@@ -151,7 +151,7 @@ def _assemble(
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse what has no say in a merge."""
+    """Refuse overrides that have no say in a merge."""
     used = ("backbone", "data", "seed", "--config-dir", "-cd")
     for argument in overrides:
         key = argument.lstrip("+~").split("=")[0]

@@ -40,7 +40,7 @@ Option = Callable[[Callable[..., None]], Callable[..., None]]  # of a command, a
 
 
 class Agreed(InputError):
-    """Raised by all processes of a run; the first says it."""
+    """An error that all processes of a run raise, and the first prints."""
 
 
 class JobFailed(SystemExit):
@@ -52,7 +52,7 @@ class JobFailed(SystemExit):
 
 
 def report(problems: Sequence[str], explain: Callable[[], None] | None = None) -> None:
-    """List all problems, one a line, with what is to be said besides, and leave; nothing where there are none."""
+    """Print all problems, one a line, then call ``explain``, and exit; do nothing without problems."""
     for problem in problems:
         err.print(Text.assemble(("error:", "red"), f" {problem}"))
     if problems:
@@ -134,7 +134,7 @@ def print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]
 
 
 def fail(error: Exception, debug: bool) -> None:
-    """Say what is wrong in one line and leave; where all processes know, the first says it."""
+    """Print an error in one line and exit; where all processes raise it, the first prints it."""
     code = EXIT_GUARD if isinstance(error, GuardError) else EXIT_INPUT
     if not ranks.is_first() and isinstance(error, (Agreed, GuardError)):
         sys.exit(code)
@@ -152,7 +152,7 @@ def fail(error: Exception, debug: bool) -> None:
 
 
 def configure_logging(debug: bool, quiet: bool = False) -> None:
-    """Own messages to the terminal; Lightning's and open_clip's chatter and known-harmless warnings not.
+    """Send adamerge's messages to the terminal, but not other libraries' chatter and harmless warnings.
 
     Args:
         debug: Show everything.
@@ -224,7 +224,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 def record(shown: RenderableType) -> None:
-    """Write into the log files what the terminal is shown as a table."""
+    """Write a table that the terminal shows into the log files."""
     plain = Console(file=io.StringIO(), width=PIPED_WIDTH, color_system=None)
     with plain.capture() as captured:
         plain.print(shown)

@@ -50,7 +50,7 @@ def run(node: Mapping[str, Any], pool_files: "PoolFiles", folder: Path, dtype: s
         node: ``_target_`` of the transform (null for none) and its options.
         pool_files: Base and raw experts.
         folder: Where to write.
-        dtype: Of the packed task vectors; None for the pool's compute dtype.
+        dtype: Dtype of the packed task vectors; None for the pool's compute dtype.
 
     Returns:
         Short name to file, of what was written.

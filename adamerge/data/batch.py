@@ -1,4 +1,4 @@
-"""What a batch is, and what a model says about it: plain values that streams, backbones and the engine share."""
+"""Batches, and a model's outputs for them: plain values that streams, backbones and the engine share."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,18 +16,18 @@ class TaskBatch(NamedTuple):
 
 @dataclass
 class Outputs:
-    """What a model says about a batch: logits (B, C), features (B, F), hidden name to (B, ...)."""
+    """A model's outputs for a batch: logits (B, C), features (B, F), hidden name to (B, ...)."""
 
     logits: Tensor
     features: Tensor
     hidden: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Outputs":
-        """Return the same on another device."""
+        """Return the batch on another device."""
         hidden = {name: value.to(device) for name, value in self.hidden.items()}
         return Outputs(self.logits.to(device), self.features.to(device), hidden)
 
     def __getitem__(self, rows: slice | Tensor) -> "Outputs":
-        """Return what is said about some samples of the batch."""
+        """Return the outputs for some samples of the batch."""
         hidden = {name: value[rows] for name, value in self.hidden.items()}
         return Outputs(self.logits[rows], self.features[rows], hidden)

@@ -109,7 +109,7 @@ class Unlabeled(Dataset[TaskBatch]):
         return range(count) if self._views.mix else sorted({position % count for position in positions})
 
     def _readable_image(self, number: int) -> Tensor:
-        """Return an image, or what stands in for it."""
+        """Return an image, or the one that stands in for it."""
         return self.readable.first(number, self._image)[1]
 
     def _image(self, number: int) -> Tensor:
@@ -142,7 +142,7 @@ class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
         self.readable = readable or Readable(dataset)
 
     def changed(self, change: Callable[[Dataset[Any]], Dataset[Any]]) -> "Labelled":
-        """Return the same images, labels and account of what cannot be read, with a change to the data set."""
+        """Return the same images, labels and account of unreadable ones, with a change to the data set."""
         return Labelled(change(self._dataset), self._preprocess, self.readable, self._classes)
 
     def __len__(self) -> int:

@@ -33,7 +33,7 @@ def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None
     """Check a task's class names, and a few of the inputs to adapt on; labels and what is scored are left alone.
 
     Args:
-        name: Of the task.
+        name: Name of the task.
         task: Its data.
         preprocess: Applied to inputs that are not tensors yet.
 
@@ -70,7 +70,7 @@ def check_scored(name: str, task: Task, preprocess: Callable[[Any], Tensor] | No
     All labels are looked at where the data set has them beside its images, else those of a few items.
 
     Args:
-        name: Of the task.
+        name: Name of the task.
         task: Its data.
         preprocess: Applied to inputs that are not tensors yet.
 
@@ -154,7 +154,7 @@ def _names(dataset: Any) -> list[str] | None:
 
 
 def _check_folders(where: str, names: Sequence[str], *, may_be_pile: bool) -> None:
-    """Refuse what does not look like the name of a class; images to adapt on may lie in one folder of any name."""
+    """Refuse folders whose names are no class's; images to adapt on may lie in one folder of any name."""
     strange = [name for name in names if name.startswith(".") or name.lower() in _NO_CLASSES]
     if strange:
         raise InputError(

@@ -101,8 +101,8 @@ class Steps(Dataset[dict[str, TaskBatch]]):
     Args:
         streams: Task to its stream.
         batch_size: Inputs per task, step and rank; a stream shorter than a global batch gives each input once.
-        seed: Of the orders.
-        rank: Of ``world`` ranks, the one whose parts these are.
+        seed: Seed of the orders.
+        rank: The one of ``world`` ranks whose parts these are.
         world: Number of ranks.
         by_task: A rank takes whole batches of some tasks, instead of a part of every task's batch.
         draws: Whether items draw random numbers; then they draw from generators that are seeded for their step, so

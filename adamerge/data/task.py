@@ -50,10 +50,10 @@ def divide(name: str, task: Task, protocol: Protocol, seed: int) -> tuple[Datase
     """Return a task's adaptation and evaluation data under the protocol.
 
     Args:
-        name: Of the task.
+        name: Name of the task.
         task: Its data.
         protocol: See :class:`~adamerge.data.UnlabeledTasks`.
-        seed: Of the division into halves.
+        seed: Seed of the division into halves.
 
     Raises:
         InputError: If the task has no data, or data that the protocol cannot divide.
@@ -95,7 +95,7 @@ def scored_only(name: str, task: Task) -> Dataset[Any]:
 
 
 def checked_unseen(unseen: Sequence[str], tasks: Mapping[str, Task]) -> tuple[str, ...]:
-    """Refuse names of no task, and data without a task to adapt on."""
+    """Refuse unseen names that no task has, and data without a task to adapt on."""
     if isinstance(unseen, str):
         raise InputError(f"data.unseen: expected a list of tasks, found {unseen!r}; write [{unseen}].")
     for name in unseen:

@@ -50,7 +50,7 @@ class UnlabeledTasks(LightningDataModule):
         holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
         views: Random views that replace the adaptation images (not those held out or scored); None for
             the images themselves.
-        seed: Of splits, samples and orders.
+        seed: Seed of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
         prefetch: Steps whose images are loaded ahead, by each process or, without any, by a thread; 0 loads them when
             they are due. The thread is for images that are neither in memory nor drawn at random.
@@ -61,7 +61,7 @@ class UnlabeledTasks(LightningDataModule):
         unseen: Names of tasks that are scored only: they have no stream, and their experts do not merge.
         corruption: What is done to the images to adapt on, see :mod:`adamerge.data.corruptions`; None for nothing. The
             scored images stay clean (``adamerge evaluate --corruptions``).
-        severity: Of the corruption, 1 to 5.
+        severity: Severity of the corruption, 1 to 5.
         max_unreadable: Largest share of each task's images that may be damaged: they are left out, counted and named;
             beyond it the run ends.
         root: Not used here: the folder of the data sets, for tasks to refer to as ``${data.root}``.
@@ -211,12 +211,12 @@ class UnlabeledTasks(LightningDataModule):
         return {"unreadable": {name: stream.readable.unreadable for name, stream in self.streams.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on leaving out what was left out before a checkpoint."""
+        """Leave out the images that were left out before a checkpoint."""
         for name, indices in state_dict["unreadable"].items():
             self.streams[name].readable.unreadable = indices
 
     def setup(self, stage: str) -> None:
-        """Look at how inputs come about, and decide what is kept and read ahead."""
+        """Find out how inputs come about, and decide which are kept and which are read ahead."""
         if stage != "fit":
             return
         steps = self._steps()
@@ -241,7 +241,7 @@ class UnlabeledTasks(LightningDataModule):
         return StreamLoader(steps, self._steps_per_epoch(steps), self._position, self.num_workers, self._ahead)
 
     def first_batch(self) -> dict[str, TaskBatch]:
-        """Return what the first step of a run sees; on each of several devices its part of that."""
+        """Return the batches of a run's first step; on each of several devices its part of them."""
         return self._steps()[0]
 
     def shares(self) -> dict[str, float]:

@@ -55,7 +55,7 @@ class Views:
             image: Number of an image to its tensor (C, H, W).
             length: Number of images.
             index: Position in the stream; view ``index // length`` of image ``index % length``.
-            key: Of the stream; with ``index`` it fixes everything random.
+            key: Key of the stream; with ``index`` it fixes everything random.
 
         Raises:
             InputError: If the transform changes the shape.

@@ -212,7 +212,7 @@ def _grams(pool: ExpertPool, name: str, rows: int) -> Tensor:
 
 
 def _parts(where: slice, width: int) -> Sequence[tuple[int, slice]]:
-    """Cut a piece of a flattened matrix at its rows: row, and where in the piece."""
+    """Cut a piece of a flattened matrix at its rows; return each row's number and its slice of the piece."""
     cuts = [where.start, *range((where.start // width + 1) * width, where.stop, width), where.stop]
     return [
         (start // width, slice(start - where.start, stop - where.start)) for start, stop in itertools.pairwise(cuts)

@@ -27,7 +27,7 @@ class BlockChain:
 
     Args:
         model: Its encoder lends the code.
-        path: Of the module that holds the blocks.
+        path: Path of the module that holds the blocks.
         blocks: The blocks by name below ``path``.
     """
 
@@ -107,7 +107,7 @@ class BlockChain:
 
 
 class _Entered(Exception):
-    """The first block has been reached."""
+    """Raised where the first block has been reached."""
 
 
 def open_chain(model: MergedModel, path: str | None) -> BlockChain:
@@ -115,7 +115,7 @@ def open_chain(model: MergedModel, path: str | None) -> BlockChain:
 
     Args:
         model: Its encoder has them.
-        path: Of the module that holds them; None takes the one with the most parameters among those that hold at
+        path: Path of the module that holds them; None takes the one with the most parameters among those that hold at
             least two modules of one class.
 
     Raises:

@@ -37,8 +37,8 @@ class DOGE:
         scale: Eta.
         density: Share of each expert's entries that stays, in (0, 1].
         subspace: The shared directions are r / ``subspace``.
-        steps: Of Adam.
-        lr: Of Adam.
+        steps: Steps of Adam.
+        lr: Learning rate of Adam.
         rest: ``base``: all else keeps the base's values, as in the released code; ``average``: it is averaged.
         skip: Globs of matrices that are not merged so.
 

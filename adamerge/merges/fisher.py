@@ -50,7 +50,7 @@ class Fisher:
             that an expert with unsure predictions does not drown the others; otherwise 1.
         floor: Epsilon. Where every expert's F is far below it, the plain average results;
             1e-6 in FusionBench.
-        seed: Of ``draws``.
+        seed: Seed of ``draws``.
 
     Reference:
         Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv:2111.09832.

@@ -122,21 +122,21 @@ class IsoCTS:
 
 
 def merge_singular_vectors(stack: Tensor) -> Tensor:
-    """TSV-Merge of task vectors (T, m, n), before the scale, (m, n)."""
+    """Return TSV-Merge of task vectors (T, m, n), before the scale, (m, n)."""
     count = min(stack.shape[1:]) // len(stack)
     left, values, right = zip(*(singular_vectors(matrix, count) for matrix in stack), strict=True)
     return (polar(torch.cat(left, 1)) * torch.cat(values)) @ polar(torch.cat(right, 1)).T
 
 
 def flatten_spectrum(stack: Tensor) -> Tensor:
-    """Iso-C of task vectors (T, m, n), before the scale, (m, n)."""
+    """Return Iso-C of task vectors (T, m, n), before the scale, (m, n)."""
     left, values, right = torch.linalg.svd(stack.sum(0), full_matrices=False)
     flat: Tensor = values.mean() * (left @ right)
     return flat
 
 
 def flatten_common_and_own(stack: Tensor, common: float) -> Tensor:
-    """Iso-CTS of task vectors (T, m, n), before the scale, (m, n)."""
+    """Return Iso-CTS of task vectors (T, m, n), before the scale, (m, n)."""
     experts, rank = len(stack), min(stack.shape[1:])
     shared = int(common * rank)
     share = min(round((rank - shared) / experts), rank // experts)  # of each expert
@@ -157,7 +157,7 @@ def polar(matrix: Tensor) -> Tensor:
 def _merge_matrices(
     pool: ExpertPool, scale: float, skip: Sequence[str], merge: Callable[[Tensor], Tensor | None]
 ) -> Merged:
-    """Merge matrices by a function of their task vectors (T, m, n), average the rest and what it gives None for."""
+    """Merge matrices by a function of their task vectors (T, m, n); average the others and where it returns None."""
     for name in pool.names:
         update = merge(pool.task_vectors(name)) if is_matrix(pool, name, skip) else None
         yield name, average(pool, name, scale) if update is None else pool.base[name] + scale * update

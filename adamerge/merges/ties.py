@@ -70,7 +70,7 @@ def aggregate(elected: Tensor, how: Aggregate) -> Tensor:
 
 
 def _pieces(pool: ExpertPool, name: str, elected: Prepared) -> Iterator[tuple[slice, Tensor]]:
-    """Yield a parameter's transformed task vectors: where, and (E, k)."""
+    """Yield a parameter's transformed task vectors: a slice of its entries, and their values (E, k)."""
     if elected.elementwise:
         for where, tile in pool.pieces(name):
             yield where, elected(name, tile.clone())  # what is stored stays as it is

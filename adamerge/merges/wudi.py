@@ -35,8 +35,8 @@ class WUDI:
     Cost per matrix: E products m n^2 at the start, then one per step, whatever the number of experts.
 
     Args:
-        steps: Of Adam; 300 in the authors' script.
-        lr: Of Adam; 1e-5 in the authors' script, for CLIP. None takes 0.04 times the root mean square of the matrix's
+        steps: Steps of Adam; 300 in the authors' script.
+        lr: Learning rate of Adam; 1e-5 in the authors' script, for CLIP. None takes 0.04 times the root mean square of the matrix's
             task vectors, this package's own choice, so that the merge scales with them.
         rest: ``base``: all else keeps the base's values, as in the authors' script; ``average``: it is averaged.
         skip: Globs of matrices that are not optimized.

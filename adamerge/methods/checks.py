@@ -18,7 +18,7 @@ Again = Callable[[Mapping[str, TaskBatch], Callable[[str, Tensor], None]], objec
 
 
 def check_loss(loss: object, objective: Objective, task: str) -> Tensor:
-    """Return what an objective gave for a task.
+    """Check the loss that an objective gave for a task, and return it.
 
     Raises:
         InputError: If that is no scalar, or autograd is on and it has no graph.

@@ -53,7 +53,7 @@ class FrankWolfeMerging(MergingMethod):
         ranking: ``"inner_product"``, or ``"cosine"`` where each parameter lies in one group.
         top_k: Vertices of ``soft``.
         inner_steps: Optimizer steps in one iteration of ``soft``: a run of S steps has S / inner_steps iterations.
-        inner_lr: Of the weights of ``soft``.
+        inner_lr: Learning rate of the weights of ``soft``.
         average_gradients: Choose vertices by a running average of the gradients, so that the noise of single batches
             does not choose irrelevant experts (Mokhtari et al., arXiv:1804.09554; not in FW-Merging).
         task_weights: This and what follows: see :class:`~adamerge.methods.step.StepOptions`.
@@ -130,7 +130,7 @@ class FrankWolfeMerging(MergingMethod):
         self._optimizer: Callable[..., FrankWolfe] = partial(SoftFrankWolfe if mode == "soft" else FrankWolfe, **limits)
 
     def on_fit_start(self) -> None:
-        """Prepare as all methods do."""
+        """Refuse a ranking that does not fit the run, and prepare as all methods do."""
         if self._is_cosine and (self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1):
             raise InputError(
                 "method.ranking: 'cosine' ranks by one batch's gradient on one device, found several. "
@@ -198,13 +198,13 @@ class FrankWolfeMerging(MergingMethod):
         return Vertices(count, has_base, start, self._is_joint, self._vertex_scale)
 
     def _loss_at(self, values: Tensor) -> float:
-        """The objective at coefficients (E, G) on the current batch, the same on all devices."""
+        """Return the objective at coefficients (E, G) on the current batch, the same on all devices."""
         with self.trainer.precision_plugin.forward_context():
             loss, _ = self.step(self._batch, values, needs_gradient=False)
         return float(loss)
 
     def _cosine(self, name: str, gradient: Tensor) -> Tensor:
-        """Cosines of one parameter's gradient with all vertices, (V,)."""
+        """Return the cosines of one parameter's gradient with all vertices, (V,)."""
         (group,) = self.model.coefficients.groups[name]
         base, tau = self.model.pool.base[name], self.model.pool.task_vectors(name)
         points = [base + task_vector for task_vector in tau]
@@ -216,7 +216,7 @@ class FrankWolfeMerging(MergingMethod):
         return torch.stack([torch.cosine_similarity(flat, point.flatten(), dim=0) for point in points])
 
     def _ranking(self) -> Tensor:
-        """Each group's sum of cosines, (V, G); a parameter counts as one, whatever its size."""
+        """Return each group's sum of cosines, (V, G); a parameter counts as one, whatever its size."""
         groups = self.model.coefficients.groups
         vertices = self._vertices()
         scores = self.model.coefficients.raw.new_zeros(len(vertices), self.model.coefficients.index.size)

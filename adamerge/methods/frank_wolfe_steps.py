@@ -216,7 +216,7 @@ class SoftFrankWolfe(FrankWolfe):
         vertices: What to choose from.
         top_k: k.
         inner_steps: Steps in an iteration.
-        lr: Of the weights: each moves by at most about lr per step.
+        lr: Learning rate of the weights: each moves by at most about lr per step.
         limit: Iterations after which nothing moves any more.
         tolerance: Gap at which no further iteration begins.
         averages: Choose the vertices by a running average of the gradients; the weights follow each batch's own.

@@ -18,7 +18,7 @@ class ShardedStrategy(DDPStrategy):
     """
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse a model that every device would hold all of."""
+        """Refuse a model that is not sharded."""
         model = getattr(self.lightning_module, "model", None)
         if not isinstance(model, ShardedModel):
             raise InputError(

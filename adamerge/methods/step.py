@@ -1,4 +1,4 @@
-"""What a step is told, and what it gives."""
+"""A step's options, and its result."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

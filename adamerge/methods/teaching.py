@@ -1,4 +1,4 @@
-"""Asking the experts what they say of a method's images."""
+"""The experts' outputs for a method's images, asked for once and cached."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Teaching:
     """Asks the experts of a model, and keeps their answers in its cache.
 
     Args:
-        model: Whose experts.
+        model: The model whose experts are asked.
         hidden_layers: Modules of the encoder to capture, by path or glob.
         files: A folder that keeps the answers from run to run; None for none.
         trainer: Says with which precision.
@@ -33,7 +33,7 @@ class Teaching:
     trainer: Trainer
 
     def __call__(self, task: str, inputs: Tensor, indices: Tensor) -> Outputs:
-        """Return what a task's expert says of inputs (B, ...) at positions (B,) in the midst of a step."""
+        """Return the outputs of a task's expert for inputs (B, ...) at positions (B,), in the midst of a step."""
         if self.files is not None and self.model.teacher_cache.get(task, indices) is None:
             self._ask(task, [TaskBatch(inputs, indices)])  # held-out images
         return self.model.teacher(task, inputs, indices, self.hidden_layers)
@@ -51,7 +51,7 @@ class Teaching:
             log.info("Teachers: %s", self.files.summary())
 
     def ask_together(self, batch: Mapping[str, TaskBatch]) -> None:
-        """Ask about what any process has no answers for, before the encoder holds merged weights."""
+        """Ask about all inputs that any process lacks answers for, before the encoder holds merged weights."""
         cache = self.model.teacher_cache
         missing = [task for task, part in batch.items() if cache.get(task, part.indices) is None]
         for task in dict.fromkeys(task for tasks in ranks.everyones(missing) for task in tasks):

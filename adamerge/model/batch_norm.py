@@ -101,7 +101,7 @@ class BatchNormPolicy:
 
         Args:
             state_dict: The merge: every key of the base.
-            model: Of the pool; to recalibrate.
+            model: The model of the pool; to recalibrate.
             pool: Base and experts.
             data: Unlabeled streams; to recalibrate.
 

@@ -202,7 +202,7 @@ def _run(
 
 @contextmanager
 def _replaced(encoder: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules other forward functions for a while."""
+    """Give modules other forward functions while a block lasts."""
     modules = {name: encoder.get_submodule(name) for name in forwards}
     overridden = {name: vars(module).get("forward") for name, module in modules.items()}
     for name, module in modules.items():

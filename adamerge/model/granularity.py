@@ -257,7 +257,7 @@ def by_name(name: str) -> Granularity:
 
 
 def _within(segment: Segment, entries: range) -> Iterator[Segment]:
-    """Yield what of a segment lies within a range of entries, at most five pieces, counted from the range's start."""
+    """Yield the parts of a segment within a range of entries, at most five, counted from the range's start."""
     at, end = max(segment.start, entries.start), min(segment.stop, entries.stop)
     row = segment.groups * segment.inner
     while at < end:

@@ -27,7 +27,7 @@ Run = Callable[[Mapping[str, Tensor]], dict[str, Outputs]]  # inputs (B, ...) by
 
 
 class MergedEncoder:
-    """What :meth:`~adamerge.MergedModel.merged` gives: call it while its block lasts.
+    """The encoder on the merge of :meth:`~adamerge.MergedModel.merged`: call it while that block lasts.
 
     Args:
         run: Runs the encoder on the leaves.

@@ -87,7 +87,7 @@ class MergedModel(nn.Module):
 
     Attributes:
         heads: Task to head, on the pool's device.
-        weights: What the encoder runs on: all of it, or this process's parts.
+        weights: The parameters that the encoder runs on: whole ones, or this process's parts.
 
     Example:
         >>> encoder, head = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)

@@ -30,7 +30,7 @@ from adamerge.system import ranks
 
 
 class ShardedWeights:
-    """This process's parts of what an encoder runs on; see :class:`~adamerge.model.weights.WholeWeights`.
+    """This process's parts of an encoder's parameters; see :class:`~adamerge.model.weights.WholeWeights`.
 
     All processes must run the same passes in the same order: one that lacks a task of a step, or has fewer batches for
     an expert, takes part with zeros, whose outputs do not count.
@@ -148,7 +148,7 @@ class ShardedWeights:
         local(self.parameters[name]).view(-1).copy_(whole.reshape(-1)[entries.start : entries.stop])
 
     def _drop_gathered(self) -> None:
-        """Forget what has been gathered of older values, which torch may keep for the root until its backward pass."""
+        """Forget gathered parameters of older values, which torch may keep for the root until its backward pass."""
         for module in self._encoder.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -184,7 +184,7 @@ class PartialPullBack(PullBack):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, without autograd."""
+    """Return this process's part of a tensor, without autograd."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -210,7 +210,7 @@ def _shard(encoder: nn.Module, dtype: torch.dtype, device: torch.device) -> None
 
 
 def _blocks(encoder: nn.Module) -> list[nn.Module]:
-    """Return what is gathered as one: members of the outermost containers that share no parameter with the rest."""
+    """Return the modules gathered as one: members of the outermost containers that share no parameter with others."""
     uses = Counter(id(p) for _, p in encoder.named_parameters(remove_duplicate=False))
     blocks = []
     for name in members(encoder):
@@ -231,7 +231,7 @@ def _entries(parameter: Tensor) -> range:
 
 
 class BatchKind(NamedTuple):
-    """What one process tells the others of a batch: shape of an input, dtype, and the number of inputs."""
+    """What processes tell one another of a batch: shape of an input, dtype, and number of inputs."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

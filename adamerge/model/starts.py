@@ -26,8 +26,8 @@ class DepthStart:
     r"""Start from LiNeS: :math:`\lambda_e = \alpha + \beta\, l / (L - 1)` for block l of L, alpha outside the blocks.
 
     Args:
-        alpha: Of the first block; default the paper's 1 / E.
-        beta: What the last block gets more; the paper searches 0.1 to 1, 0.5 is this package's choice.
+        alpha: Coefficient of the first block; default the paper's 1 / E.
+        beta: Increase from the first block to the last; the paper searches 0.1 to 1, 0.5 is this package's choice.
         pattern: Regular expression whose match in a parameter's name identifies its block.
 
     Reference:

@@ -50,7 +50,7 @@ class TeacherFiles:
         return f"{self._read} batches read from {self._cache.folder}, {self._written} computed and added"
 
     def get(self, key: str) -> Outputs | None:
-        """Return the outputs under a key, on the CPU; None where there are none, or damaged ones."""
+        """Return the outputs under a key, on the CPU; None where the folder has no sound ones."""
         tensors = self._cache.get(key, ("logits", "features"))
         if tensors is None:
             return None
@@ -72,11 +72,11 @@ def ask_expert(
     files: TeacherFiles | None = None,
     computed: Mapping[str, str] | None = None,
 ) -> None:
-    """Put what a task's expert says of batches into the model's cache.
+    """Put the outputs of a task's expert for batches into the model's cache.
 
     Args:
         model: Its pool has the expert, its ``teacher_cache`` gets the outputs.
-        task: Whose expert.
+        task: The task whose expert gives the outputs.
         batches: Inputs (B, ...) and their positions in the task's stream (B,).
         hidden_layers: Modules of the encoder to capture, by path or glob.
         files: Looked into before the expert is asked; if they have all, not even its parameters are read.

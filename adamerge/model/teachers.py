@@ -1,4 +1,4 @@
-"""A cache of what the experts say, so that they need not stay in memory."""
+"""A cache of the experts' outputs, so that the experts need not stay in memory."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What an encoder runs on, where this process holds all of it."""
+"""The parameters that an encoder runs on, where this process holds all of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
@@ -70,7 +70,7 @@ class WholeWeights:
     def passes(
         self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch
     ) -> tuple[Mapping[str, Tensor], list[list[str]]]:
-        """Return what runs through the encoder in a step, by task, and which tasks share a pass."""
+        """Return a step's inputs by task, and for each pass of the encoder the tasks that share it."""
         return inputs, fused(inputs, micro_batch)
 
     def padded(self, batches: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, bool]]:

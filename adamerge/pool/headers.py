@@ -73,7 +73,7 @@ class KeyMap:
 
 @dataclass(frozen=True)
 class PoolLayout:
-    """What the headers say.
+    """Which tensors of a pool merge, by the headers of its files.
 
     Attributes:
         merged: Parameters that merge.
@@ -226,7 +226,7 @@ def _is_statistic(name: str) -> bool:
 
 
 def _option_problems(base: Checkpoint, keys: KeyMap, options: PoolOptions) -> list[str]:
-    """List what the options name that is not there."""
+    """List names that the options give and the files lack, and names given twice."""
     problems: list[str] = []
     by_name: dict[str, str] = {}
     for key in base.keys:
@@ -275,7 +275,7 @@ class Headers:
         shapes: Name to shape, of the parameters that merge; empty where the base could not be opened.
         problems: All that is wrong.
         remarks: What is left unmerged of the experts, and is no error.
-        compute_dtype: As the pool's.
+        compute_dtype: The pool's dtype for computing.
         source: The base, where its file could be opened.
     """
 

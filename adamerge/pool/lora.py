@@ -66,7 +66,7 @@ class AdapterCheckpoint:
     Args:
         folder: The adapter's.
         base: The checkpoint that it was trained on.
-        prefix: Of the encoder's keys in ``base``: an adapter may have been trained on the encoder alone.
+        prefix: Prefix of the encoder's keys in ``base``: an adapter may have been trained on the encoder alone.
 
     Attributes:
         changed: The tensors that are not the base's.
@@ -242,8 +242,8 @@ def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpo
     Args:
         path: The file or folder, or a reference to the Hub. One of another library is seen under open_clip's names,
             and takes from the base what its format may lack.
-        base: Of the pool, under open_clip's names if it is a CLIP.
-        prefix: Of the encoder's keys.
+        base: The base of the pool, under open_clip's names if it is a CLIP.
+        prefix: Prefix of the encoder's keys.
 
     Raises:
         FileNotFoundError: If there is no such file.

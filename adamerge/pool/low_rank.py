@@ -111,7 +111,7 @@ def rectangles(start: int, stop: int, width: int, run: Tensor) -> Iterator[tuple
         start: First entry.
         stop: End, exclusive.
         width: Length of the matrix' rows.
-        run: What lies there, (..., stop - start).
+        run: The run's values, (..., stop - start).
 
     Yields:
         Rows, columns, and the view (..., rows, columns) of ``run``.

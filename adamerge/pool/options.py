@@ -21,7 +21,7 @@ class PoolOptions:
     Attributes:
         storage: Where task vectors live: ``device``, ``ram`` (of the host), ``stream`` (formed tile by tile from
             the mapped files), or ``auto``: the first of these where they fit into half of the free memory.
-        dtype: Of task vectors in memory: bfloat16 halves it, int8 quarters it. Default: as computed. Streamed
+        dtype: Dtype of task vectors in memory: bfloat16 halves it, int8 quarters it. Default: as computed. Streamed
             ones are never rounded, and products of LoRA stay as computed.
         include: Globs of parameter names to merge (default all).
         exclude: Globs of parameter names to leave at the base's values.
@@ -76,7 +76,7 @@ class PoolOptions:
 
     @property
     def after(self) -> str:
-        """What messages about task vectors add where they are transformed."""
+        """The words that messages about task vectors add where these are transformed."""
         return "" if self.transform is None else f" after the transform {type(self.transform).__name__}"
 
 
@@ -84,7 +84,7 @@ def stored_dtype(options: PoolOptions, packed: PackedFile | None, computed: torc
     """Return the dtype that task vectors are kept in.
 
     Args:
-        options: Of the pool.
+        options: The options of the pool.
         packed: The file that ``task_vectors`` names.
         computed: The dtype that task vectors are formed in.
 

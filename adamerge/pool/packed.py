@@ -25,7 +25,7 @@ _REMEDY = "Pack the pool again, or open the one that was packed."
 
 
 class PackedFile:
-    """A packed file, opened and understood.
+    """A packed file, opened and checked.
 
     Args:
         path: The file.
@@ -38,7 +38,7 @@ class PackedFile:
         experts: Their names, in the order of the stacks.
         hashes: SHA-256 of the base (key ``base``) and of each expert.
         transform: Description of what was done to the task vectors, or None.
-        dtype: Of the stacks.
+        dtype: Dtype of the stacks.
         unchanged: Parameters that no expert changed, and that the file therefore lacks.
     """
 

@@ -25,9 +25,9 @@ class PoolPart:
         ranges: Parameter name to entries of the flattened parameter, for all of ``pool.names``.
 
     Attributes:
-        names: As the pool's.
-        expert_names: As the pool's.
-        compute_dtype: As the pool's.
+        names: The pool's names.
+        expert_names: The pool's names.
+        compute_dtype: The pool's dtype for computing.
         base: Name to tensor (n,) in ``compute_dtype``.
         ranges: As given.
         device: Where tiles are wanted.

@@ -30,7 +30,7 @@ def places_of(names: Names, keys: Collection[str], fits: Callable[[Place], bool]
 
     Args:
         names: That the adapter's factors belong to.
-        keys: Of the base.
+        keys: Keys of the base.
         fits: Whether shapes agree in a place; where they do in none, all are returned.
     """
     starts = {"", *(key[: dot.end()] for key in keys for dot in re.finditer(r"\.", key))}

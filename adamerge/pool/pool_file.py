@@ -50,7 +50,7 @@ class PoolFile:
     Attributes:
         file: Where it is: a file or folder, or a reference to the Hub.
         task: That the expert was trained on; None for the base, or where it is the expert's name.
-        licence: Of the weights, if known.
+        licence: Licence of the weights, if known.
         sha256: Of the file, if known; checked before the pool is opened.
     """
 
@@ -66,12 +66,12 @@ class PoolFile:
 
 @dataclass(frozen=True)
 class PoolFiles:
-    """What a pool file says.
+    """The content of a pool file.
 
     Attributes:
         base: The pretrained model.
         experts: By name.
-        key_prefix: Of the encoder's keys.
+        key_prefix: Prefix of the encoder's keys.
         task_vectors: A file of packed task vectors.
         options: Those of ``ExpertPool.from_files`` in ``DEFAULTS``, ready for yaml.
     """
@@ -168,7 +168,7 @@ class PoolFiles:
             check_hash(entry.file, name, entry.sha256, partial(self.hash_of, path))
 
     def no_such_file(self, name: str, path: Path) -> str:
-        """Return what is to be said of an entry whose file is not there."""
+        """Return the message about an entry whose file is not there."""
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         return (
             f"{path}: no such file, named for {name}; paths in a pool file start from its own folder, not from yours "

@@ -128,10 +128,10 @@ def check_differ(
     """Refuse experts that are the base, or (a coefficient would count twice) each other.
 
     Args:
-        norms: Of the task vectors, by parameter, (E,).
+        norms: Norms of the task vectors, by parameter, (E,).
         experts: Name to checkpoint.
         base: What the base is called.
-        options: Of the pool.
+        options: The options of the pool.
         are_equal: Whether two experts' task vectors are the same.
 
     Raises:

@@ -50,8 +50,8 @@ class TaskVectors:
             ``auto`` begin as one of these, and choose again in :meth:`to`.
         start: ``ram`` or ``stream``, what they begin as: see :func:`choose_storage`.
         size: Bytes that all stacks take.
-        dtype: Of stacks; int8 has one scale per expert and index of dimension 0.
-        compute_dtype: Of tiles.
+        dtype: Dtype of stacks; int8 has one scale per expert and index of dimension 0.
+        compute_dtype: Dtype of tiles.
 
     Attributes:
         stacks: Parameter to its task vectors.

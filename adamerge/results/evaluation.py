@@ -38,7 +38,7 @@ class TableRow:
         uses_labels: Whether labels entered anywhere before scoring.
         uses_data: Whether unlabeled (or labelled) data was used.
         seconds: To make it, without scoring.
-        seed: Of the adaptation.
+        seed: Seed of the adaptation.
     """
 
     scores: Mapping[str, TaskScore]
@@ -115,7 +115,7 @@ def score_tasks(
         model: Its encoder and heads are used, on the device of its pool.
         params: Parameter name to tensor (*S), such as a merge or an expert.
         data: Holds the labelled images.
-        description: Of the progress bar.
+        description: Description of the progress bar.
         tasks: Which tasks; default all that have evaluation images.
     """
     todo = list(tasks or data.evaluation)
@@ -135,10 +135,10 @@ def bootstrap(
     It covers the choice of test images, not of training seeds.
 
     Args:
-        scores: Of the tasks.
+        scores: Scores of the tasks.
         minus: Scores to subtract, paired by image: the interval is that of the difference of the means.
         samples: Number of resamples.
-        seed: Of the resamples.
+        seed: Seed of the resamples.
     """
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(samples)
@@ -180,7 +180,7 @@ def summary(
 
     Args:
         rows: What was scored, by name.
-        protocol: Of the data.
+        protocol: The protocol of the data.
         unreadable: Images that could not be read and are not scored, by task.
     """
     experts, start = rows.get("experts"), rows.get("task_arithmetic_0.3")
@@ -243,7 +243,7 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
 
 
 def _beside(value: float, row: Mapping[str, Any], task: str | None = None) -> str:
-    """Return an accuracy in percent, and in parentheses what was published of the task, or of the mean, if anything."""
+    """Return an accuracy in percent, and in parentheses the published one of the task, or the mean, if any."""
     published = row.get("published") or {}
     figure = published.get("mean") if task is None else published.get("tasks", {}).get(task)
     return percent(value) if figure is None else f"{percent(value)} ({figure:.1f})"

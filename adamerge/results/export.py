@@ -49,11 +49,11 @@ def export(
         pool: Base and experts.
         merged: Coefficients to merge with; or of a merge without any its state dict, every key of the base.
         folder: Made if needed; files of an earlier export are replaced one by one.
-        filename: Of the merged checkpoint: the base's keys and dtypes. Its bytes depend on pool, coefficients and
+        filename: Name of the merged checkpoint: the base's keys and dtypes. Its bytes depend on pool, coefficients and
             statistics, or on pool and facts, only, so that a replay gives the same file.
-        statistics: Of BatchNorm layers, by the encoder's names, where they are not the base's. They are kept beside the
+        statistics: Statistics of BatchNorm layers, by the encoder's names, where they are not the base's. They are kept beside the
             coefficients, in ``batch_norm.safetensors``.
-        facts: Of a merge without coefficients: what besides the pool decides the bytes, for the file's metadata.
+        facts: Facts of a merge without coefficients: what besides the pool decides the bytes, for the file's metadata.
         heads: Task to classifier, written to ``heads.safetensors``.
         head_info: JSON-ready facts about the heads by task, such as class names.
         sidecar: ``open_clip_config.json``'s content; with it, ``open_clip/`` loads in

@@ -24,7 +24,7 @@ def command_facts(seconds: float) -> dict[str, Any]:
 
 
 def read_recipe(path: Path, command: str, keys: Sequence[str]) -> dict[str, Any]:
-    """Read what a command wrote, ``{command}.json``.
+    """Read a recipe, the ``{command}.json`` that a command wrote.
 
     Args:
         path: The file.

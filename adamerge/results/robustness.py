@@ -1,4 +1,4 @@
-"""Accuracy under corruptions: a merged checkpoint and what it is compared with, corruption by corruption."""
+"""Accuracy under corruptions: a merged checkpoint and its references, corruption by corruption."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def score_corruptions(
     """Score a checkpoint, the pretrained model, task arithmetic and the experts, on clean and on corrupted images.
 
     Args:
-        model: Of the run, as it adapted.
-        data: Of the run.
+        model: The model of the run, as it adapted.
+        data: The data of the run.
         batch_norm: Which statistics each row has.
         result: The checkpoint.
-        corruptions: Of the scored images; each image is corrupted in the same way for every row.
+        corruptions: Corruptions of the scored images; each image is corrupted in the same way for every row.
 
     Returns:
         ``format``, ``protocol``, ``tasks``, ``checkpoint`` (its row), ``adapted_on`` and ``corruptions``: name, with

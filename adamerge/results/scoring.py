@@ -1,4 +1,4 @@
-"""Score a merged checkpoint, and what it should be compared with."""
+"""Score a merged checkpoint and its references."""
 
 import logging
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ def score_run(
     """Score an exported checkpoint as it was written.
 
     Args:
-        model: Of the run.
+        model: The model of the run.
         data: Its tasks.
         result: The checkpoint.
         batch_norm: Which statistics task arithmetic's BatchNorm layers have; default the base's.

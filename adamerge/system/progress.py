@@ -60,7 +60,7 @@ def bar(unit: str, *, draw: bool = True) -> Progress:
 def phase(
     description: str, total: int | None = None, unit: str = "", *, draw: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Show that something is done, and log at its end how long it took.
+    """Show a phase of work while it lasts, and log at its end how long it took.
 
     Args:
         description: What is done.
@@ -96,7 +96,7 @@ def track(items: Sequence[T], description: str, unit: str, *, draw: bool = True)
 
 
 def line(done: int, total: int | None, rate: float | None, unit: str, detail: str = "") -> str:
-    """Return how far something is: count, rate, time left and whatever else there is to say.
+    """Return a line about work in progress: count, rate, time left and a detail.
 
     >>> line(30, 150, 12.0, "steps", "loss 0.5")
     '30/150 steps, 12.0 steps/s, 0:00:10 left, loss 0.5'

@@ -41,7 +41,7 @@ def total(values: "Tensor") -> "Tensor":
 
 
 def everyones(value: T) -> list[T]:
-    """Return what each rank has, in their order; for small things."""
+    """Return every rank's value, in the ranks' order; for small values."""
     if count() == 1:
         return [value]
     values: list[Any] = [None] * count()
@@ -50,7 +50,7 @@ def everyones(value: T) -> list[T]:
 
 
 def of_first(value: T) -> T:
-    """Return what the first rank has."""
+    """Return the first rank's value."""
     if count() == 1:
         return value
     values = [value]

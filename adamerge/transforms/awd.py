@@ -24,8 +24,8 @@ class Awd:
 
     Args:
         penalty: a >= 0.
-        step_size: Of gradient descent.
-        steps: Of gradient descent.
+        step_size: Step size of gradient descent.
+        steps: Steps of gradient descent.
 
     Reference:
         Xiong et al., Adaptive Weight Disentanglement, arXiv:2411.18729. The three constants are second-hand: the
@@ -66,8 +66,8 @@ def redundant_vector(gram: Tensor, penalty: float, step_size: float, steps: int)
     Args:
         gram: Inner products of the task vectors, (E, E), float64.
         penalty: Weight of the norm.
-        step_size: Of gradient descent.
-        steps: Of gradient descent.
+        step_size: Step size of gradient descent.
+        steps: Steps of gradient descent.
     """
     experts = len(gram)
     redundant = torch.zeros(experts, dtype=torch.float64)

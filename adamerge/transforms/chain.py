@@ -30,7 +30,7 @@ class Chain:
 
     @property
     def elementwise(self) -> bool:
-        """Whether all are."""
+        """Whether all transforms of the chain are."""
         return all(getattr(transform, "elementwise", False) for transform in self.transforms)
 
     def prepare(self, source: Source) -> TransformFunction:

@@ -22,7 +22,7 @@ class Dare:
 
     Args:
         drop: p, in [0, 1). The papers use 0.5 to 0.9.
-        seed: Of the masks; recorded with the result.
+        seed: Seed of the masks; recorded with the result.
         rescale: Whether to divide by 1 - p. (mergekit rescales to the old L1 norm instead; not offered.)
 
     Reference:

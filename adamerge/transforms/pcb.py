@@ -16,7 +16,7 @@ from adamerge.transforms.selection import kth_smallest
 
 @dataclass(frozen=True)
 class _Statistics:
-    """What the rule needs of each expert: bounds of magnitudes, and of scores, all (E,)."""
+    """Bounds of each expert's magnitudes and scores, all (E,)."""
 
     low: Tensor
     high: Tensor
@@ -74,7 +74,7 @@ class Pcb:
         return lambda name, task_vectors: self._weighed(task_vectors, statistics)
 
     def _scores(self, tile: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Return s, (E, k)."""
+        """Return the scores s, (E, k)."""
         normal = _scaled(_clamped(tile, low, high), low, high)
         balance = tile if self.balance == "raw" else tile.sign() * normal
         # Weights do not change with a common factor: exp(E (N^2 - 1)) in place of exp(E N^2) does not overflow.

@@ -43,7 +43,7 @@ _GARMENTS = 0.25  # share of them in the generic part of the pretraining set
 
 
 class FashionImages(TensorDataset):
-    """Images of Fashion-MNIST as the zoos have theirs.
+    """Images of Fashion-MNIST in the form of the zoos' images.
 
     Args:
         split: ``train`` or ``test``.
@@ -87,7 +87,7 @@ def benchmark_tasks(root: str | Path, seed: int = 0) -> dict[str, Task]:
 
     Args:
         root: Folder of the data sets.
-        seed: Of the drawn characters.
+        seed: Seed of the drawn characters.
 
     Raises:
         InputError: If Fashion-MNIST is not there.

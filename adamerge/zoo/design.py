@@ -33,7 +33,7 @@ class TrainingPlan:
         steps: Optimizer steps.
         batch_size: Images per step.
         learning_rate: Largest learning rate.
-        weight_decay: Of tensors with two dimensions or more; the others have none.
+        weight_decay: Weight decay of tensors with two dimensions or more; the others have none.
         warmup: Steps of linear warm-up.
     """
 
@@ -46,7 +46,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What the base sees when.
+    """The images that the base is pretrained on, and their order.
 
     Args:
         num_images: Size of the pretraining set, one third clean and two thirds generic.
@@ -62,7 +62,7 @@ class Design:
     """A zoo to be made.
 
     Args:
-        name: Of the zoo.
+        name: Name of the zoo.
         classes: Task to its class names, in label order.
         pretraining_classes: Class names of the pretraining set, in label order.
         templates: Prompts.
@@ -72,7 +72,7 @@ class Design:
         pretraining: Style (``clean`` or ``generic``), count and seed to images and labels.
         base: How the base is trained.
         expert: How each expert is trained.
-        curriculum: What the base sees when.
+        curriculum: The images that the base is pretrained on, and their order.
         sources: Where images and vocabulary come from, and their licences.
     """
 

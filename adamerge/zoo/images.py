@@ -143,7 +143,7 @@ def tasks(split: str = "test", seed: int = 0) -> dict[str, Task]:
 
     Args:
         split: Which images, see :class:`ZooImages`; the protocol divides them.
-        seed: Of the images.
+        seed: Seed of the images.
     """
     images = _images(split, seed)
     return {name: Task(dataset=images[name], classes=CLASSES[name], templates=TEMPLATES) for name in TASKS}

@@ -43,9 +43,9 @@ def clip_config(embed_dim: int, width: int, layers: int, head_width: int, vocabu
 
     Args:
         embed_dim: Features of both towers.
-        width: Of the image tower.
-        layers: Of the image tower.
-        head_width: Of the image tower's attention heads.
+        width: Width of the image tower.
+        layers: Layers of the image tower.
+        head_width: Width of the image tower's attention heads.
         vocabulary: Number of token ids.
     """
     vision = {"image_size": 28, "patch_size": 7, "width": width, "layers": layers, "head_width": head_width}

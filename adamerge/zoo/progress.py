@@ -15,12 +15,12 @@ class BuildRecord:
     """Hashes, seconds and accuracies of the models that are made, in ``building.json``, and at the end in ``zoo.json``.
 
     Args:
-        folder: Of the zoo.
+        folder: Folder of the zoo.
         key: Seed and recipe, which decide the weights.
 
     Attributes:
         hashes: SHA-256 by file.
-        seconds: Of each model's training.
+        seconds: Seconds of each model's training.
         accuracy: Held-out accuracies by expert.
         finished: The content of ``zoo.json`` where all files are as it says; else None.
 

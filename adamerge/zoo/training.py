@@ -24,7 +24,7 @@ def train_base(model: CLIP, design: Design, seed: int, advance: Callable[[], Non
 
     Args:
         model: Changed in place.
-        design: What it sees when, and how it is trained.
+        design: The images that the base is pretrained on, their order, and how it is trained.
         seed: Seed of images, batches and captions.
         advance: Called after every step.
     """

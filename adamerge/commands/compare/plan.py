@@ -38,9 +38,9 @@ class Plan:
 
     Attributes:
         rows: Name to what it is, see :mod:`adamerge.commands.compare.row`.
-        overrides: Of the configuration of ``adapt``, for all rows: pool, data, backbone.
+        overrides: Overrides of the configuration of ``adapt``, for all rows: pool, data, backbone.
         seeds: Every row is made with each.
-        folder: Of results and tables.
+        folder: Folder of results and tables.
         published: Figures to stand beside the rows, if the preset has any.
     """
 
@@ -133,7 +133,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write(plan: Plan, results: Mapping[tuple[int, str], Any], console: Console) -> None:
-    """Write summary, tables and picture of what is there."""
+    """Write summary, tables and picture of the rows that are made."""
     content = compared(
         {name: [results[seed, name] for seed in plan.seeds if (seed, name) in results] for name in plan.rows}
     )

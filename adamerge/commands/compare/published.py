@@ -1,4 +1,4 @@
-"""What was published of a table, as a preset of ``adamerge compare`` says it, to stand beside its rows."""
+"""The published figures of a table, as a preset of ``adamerge compare`` states them beside its rows."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,7 @@ def with_published(content: dict[str, Any], published: Published, protocols: Map
     """Put the figures that were published beside the rows of a comparison.
 
     Args:
-        content: Of ``summary.json``.
+        content: The content of ``summary.json``.
         published: See :func:`read_published`.
         protocols: How each row is obtained here, in words.
 
@@ -90,7 +90,7 @@ def with_published(content: dict[str, Any], published: Published, protocols: Map
 
 
 def protocols_table(content: Mapping[str, Any]) -> Table:
-    """Return how each row was obtained, here and there."""
+    """Return a table of how each row was obtained, here and in the publication."""
     lines = []
     for name, row in content["rows"].items():
         figures = row.get("published") or {"protocol": "-", "source": "-"}

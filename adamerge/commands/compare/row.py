@@ -46,13 +46,13 @@ _STARTED = "started.json"  # what an adapting row was begun with
 
 @dataclass(frozen=True)
 class Spec:
-    """A row, understood.
+    """A row's text, taken apart.
 
     Attributes:
         text: As the user wrote it.
         reference: Which of :data:`REFERENCES` it is, or None.
         rule: Node of the merge that is the row or its start; None for references and runs from the pool's base.
-        overrides: Of the configuration of ``adapt``.
+        overrides: Overrides of the configuration of ``adapt``.
         adapts: Whether it is a run of ``adapt``.
     """
 
@@ -68,7 +68,7 @@ class Spec:
 
 
 def read_row(text: str) -> Spec:
-    """Understand a row's text.
+    """Take a row's text apart.
 
     Raises:
         InputError: If it names no rule, or an option is wrong.
@@ -114,7 +114,7 @@ def make_row(spec: Spec, common: Sequence[str], seed: int, folder: Path) -> dict
     Args:
         spec: The row.
         common: Overrides for all rows, which name pool, data and backbone.
-        seed: Of splits, orders and everything random.
+        seed: Seed of splits, orders and everything random.
         folder: Made if needed; a run in there goes on.
 
     Returns:
@@ -163,7 +163,7 @@ def _assembled(config: DictConfig) -> run.Assembly:
 
 
 def _transformed(config: DictConfig, of: run.Assembly) -> run.Assembly:
-    """Return an assembly with the pool that the configuration's transform makes; itself where there is none."""
+    """Return an assembly with the pool that the configuration's transform makes; itself without a transform."""
     transform = config.get("transform")
     if transform is None or transform.get("_target_") is None:
         return of
@@ -264,7 +264,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[str, Any]:
-    """Merge what a row starts from, if anything; write down, and return, what it is begun with and what that took."""
+    """Merge the rule that a row starts from, if any; write and return the row's options, and what the merge took."""
     begun: dict[str, Any] = {"options": _options(spec, config), "seconds": 0.0, "uses_labels": False}
     if spec.rule is not None:
         rule, begun["seconds"] = _merge(spec.rule, _assembled(config), start)
@@ -278,7 +278,7 @@ def _options(spec: Spec, config: DictConfig) -> dict[str, Any]:
 
 
 def _check_same(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
-    """Return what an interrupted row was begun with; refuse to go on if that was something else."""
+    """Return the record of an interrupted row's start; refuse to go on with other options."""
     path = folder / _STARTED
     try:
         begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -97,7 +97,7 @@ def unknown_keys(config: DictConfig) -> list[str]:
 
 
 def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: Problems) -> None:
-    """Hold the first stage to what the run is held to; what both have wrong is said once."""
+    """Check the first stage as the run is checked; a problem of both is said once."""
     stage = first_stage(config)
     if stage is None:
         return
@@ -112,7 +112,7 @@ def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: Prob
 
 
 def _check_settings(config: DictConfig, options: Iterable[str], problems: Problems) -> None:
-    """Check what is a number, a switch or a text of the run itself."""
+    """Check the run's own numbers, switches and texts."""
     for option in options:
         with problems.naming(option):
             value = config.get(option)
@@ -152,7 +152,7 @@ def check_folder(option: str, path: Any) -> Path:
 
 
 def _build_stage(config: DictConfig, parts: dict[str, Any], problems: Problems) -> None:
-    """Build what is ours of a stage of the run, and look at the rest."""
+    """Build adamerge's parts of a stage, and check the signatures of the others."""
     for node in ("objective", "granularity", "constraint"):
         with problems.naming(node):
             parts[node] = build(config, node)

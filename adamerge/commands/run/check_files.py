@@ -1,4 +1,4 @@
-"""Hold a run's pool, data and start against one another: the part of a check that opens files, headers only."""
+"""Compare a run's pool, data and start with one another: the part of a check that opens files, headers only."""
 
 import json
 import logging
@@ -38,11 +38,11 @@ _ZOO = "backbone=zoo (the demo zoo's model, meant where no backbone is named)"  
 
 
 class Problems(list[str]):
-    """What is wrong, in the order in which it was seen."""
+    """Problems, in the order in which they were seen."""
 
     @contextmanager
     def naming(self, node: str) -> Iterator[None]:
-        """Collect what goes wrong; an error that nobody expected is named after its node."""
+        """Collect the errors of a block; an unexpected one is named after its node."""
         try:
             yield
         except (InputError, OSError) as error:
@@ -207,7 +207,7 @@ def _check_precisions(tasks: Mapping[str, Task], headers: Headers | None, proble
 
 
 def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems) -> None:
-    """Hold the tasks against the pool and what the run does with them."""
+    """Compare the tasks with the pool, and with what the run does with them."""
     data: Any = parts.get("data")
     backbone = parts.get("backbone")
     if not isinstance(getattr(data, "tasks", None), Mapping):

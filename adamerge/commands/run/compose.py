@@ -38,7 +38,7 @@ _NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
 
 @dataclass(frozen=True)
 class Line:
-    """What stands on the command line of ``adapt``.
+    """The command line of ``adapt``, taken apart.
 
     Attributes:
         overrides: All that is no flag.
@@ -196,7 +196,7 @@ def _readable(override: str, *, is_sweep: bool) -> str:
 
 
 def expanded(config: DictConfig) -> DictConfig:
-    """Put in what a pool file says, and leave out the experts of tasks that are to be unseen.
+    """Put in a pool file's content, and leave out the experts of tasks that are to be unseen.
 
     Raises:
         FileNotFoundError: If there is no such pool file.
@@ -284,7 +284,7 @@ def quoted(text: object) -> str:
 
 
 def _unknown_flag(flag: str) -> InputError:
-    """Say that there is no such flag, and how what may be meant, an option, is written."""
+    """Say that there is no such flag, and how the option that may be meant is written."""
     name, _, value = flag.lstrip("-").partition("=")
     near = difflib.get_close_matches(name.replace("-", "_"), _option_names(), n=1)
     example = f"{near[0]}={value or 'VALUE'}" if near else "steps=300"

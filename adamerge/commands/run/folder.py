@@ -28,7 +28,7 @@ LAST_GOOD = "last_good.json"  # coefficients before a step that was not finite
 
 @contextlib.contextmanager
 def held(folder: Path, *, unused: bool = False, option: str = "run_dir") -> Iterator[None]:
-    """Hold a run's folder for this process, and clear away what a killed one left half-written there.
+    """Lock a run's folder for this process, and remove files that a killed one left half-written there.
 
     A record lock on a file in the folder, which the kernel releases when this process ends, however it ends. Unlike
     ``flock``'s it is not inherited by the processes that load data, which outlive a killed run by seconds, and it works

@@ -57,7 +57,7 @@ def shipped_pools() -> list[str]:
 
 
 def _shipped(name: str) -> dict[str, Any]:
-    """Return what a file of the group says, unresolved."""
+    """Return the content of a file of the group ``pool``, unresolved."""
     content: Any = OmegaConf.to_container(OmegaConf.load(shipped_folder("pool") / f"{name}.yaml"), resolve=False)
     return {str(key): value for key, value in content.items()}
 

@@ -29,7 +29,7 @@ Environment = TorchElasticEnvironment | SLURMEnvironment
 
 
 def environment() -> Environment | None:
-    """Return what tells this process its place among several; None where it is alone.
+    """Return the launcher that tells this process its place among several; None where it is alone.
 
     Raises:
         InputError: If srun was called with options that do not say how many processes a node has.
@@ -148,7 +148,7 @@ def start(count: int, arguments: Sequence[str]) -> int:
 
 
 def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
-    """Wait for all, or for a while after the first failure, and return the first code that is not 0."""
+    """Wait for all processes, or for a while after the first failure, and return the first code that is not 0."""
     failed: int | None = None
     limit = float("inf")
     while time.monotonic() < limit:

@@ -79,7 +79,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     """Build data, pool, heads and merged model.
 
     Args:
-        config: Of a run or stage.
+        config: The configuration of a run or stage.
         of: Another stage of the same run, whose data, pool, heads and encoder are taken over.
 
     Raises:

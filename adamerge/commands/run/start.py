@@ -101,7 +101,7 @@ def resume(folder: Path, overrides: Sequence[str], *, as_json: bool) -> None:
 
 
 def _further(folder: Path) -> str:
-    """Say how a run's steps are followed by more."""
+    """Say how to add steps to a run."""
     return f" For more steps, start another run from its coefficients: init={folder / 'coefficients.json'} steps=N."
 
 
@@ -126,14 +126,14 @@ def sweep_job(config: DictConfig) -> None:
 
 
 def _command_of_job() -> list[str]:
-    """Return what starts a job of a sweep alone, with its own values."""
+    """Return the command that starts a job of a sweep alone, with its own values."""
     hydra = HydraConfig.get()
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.provider == "command-line"]
     return command_of_run(folders[0] if folders else None, hydra.overrides.task)
 
 
 def command_of_run(config_dir: Path | None, overrides: Sequence[str]) -> list[str]:
-    """Return what starts a run, without the folder that its processes have agreed on, which stands in quotes."""
+    """Return the command that starts a run, without the folder that its processes agreed on, which stands in quotes."""
     words = [word for word in overrides if ranks.count() == 1 or not word.startswith("run_dir='")]
     if config_dir is not None and config_dir.is_relative_to(Path.cwd()):
         config_dir = config_dir.relative_to(Path.cwd())

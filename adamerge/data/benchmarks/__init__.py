@@ -25,7 +25,7 @@ def task(
     """Return one of the field's tasks, from files that are there; nothing is downloaded.
 
     Args:
-        name: Of the data set, see :func:`names`.
+        name: Name of the data set, see :func:`names`.
         root: Folder of the data sets, as torchvision's ``root``.
         adapt: Images to adapt on: ``test``, which the protocol divides or uses twice; ``train`` or ``val``, with the
             whole test set scored.

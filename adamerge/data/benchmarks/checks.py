@@ -25,7 +25,7 @@ class DatasetReport:
     """One data set.
 
     Attributes:
-        name: Of the data set.
+        name: Name of the data set.
         state: ``complete``, ``incomplete`` (a split or some images are missing), ``wrong`` or ``missing``.
         layout: How it lies on disk.
         folder: Where.
@@ -44,7 +44,7 @@ class DatasetReport:
         return list(dict.fromkeys(problem for split in self.splits.values() for problem in split.problems))
 
     def as_json(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
+        """Return the report, ready for JSON."""
         return {**asdict(self), "folder": None if self.folder is None else str(self.folder)}
 
 
@@ -52,7 +52,7 @@ def check(name: str, root: Path, sample: int | None = 20) -> DatasetReport:
     """Look whether a data set is there, has all its images, and can be read.
 
     Args:
-        name: Of the data set.
+        name: Name of the data set.
         root: Folder of the data sets.
         sample: Images of each split to decode, spread over it; None for all.
     """

@@ -70,10 +70,10 @@ class Definition:
     Attributes:
         name: By which options call it.
         title: Its own name.
-        homepage: Of its authors.
+        homepage: Homepage of its authors.
         licence: In their words, or that there are none.
         size: On disk, roughly.
-        channels: Of its images, 1 or 3; they are always given as RGB.
+        channels: Channels of its images, 1 or 3; they are always given as RGB.
         labels: ``names`` where the files name the classes, so that their order can be checked; else ``numbers``.
         splits: Split to number of images.
         sources: Where classes, templates and splits come from.

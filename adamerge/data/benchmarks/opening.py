@@ -121,7 +121,7 @@ def open_split(name: str, split: str, root: str | Path) -> Split:
     """Open a split of a data set; where its number of images is not the known one, a warning says so.
 
     Args:
-        name: Of the data set.
+        name: Name of the data set.
         split: ``train``, ``val`` or ``test``.
         root: Folder of the data sets.
 

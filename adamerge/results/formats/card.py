@@ -43,8 +43,8 @@ def write_card(merged: MergedFolder, folder: Path, name: str, usage: Usage) -> N
 
     Args:
         merged: What was exported.
-        folder: Of the export.
-        name: Of the model, its heading.
+        folder: Folder of the export.
+        name: Name of the model, its heading.
         usage: What the format says.
     """
     recipe = merged.recipe

@@ -34,7 +34,7 @@ def export_as(
     """Write a merge in another library's format, load it back there, and compare; nothing is left if that fails.
 
     Args:
-        folder: Of a run, or of a merge.
+        folder: Folder of a run, or of a merge.
         target: One of :data:`FORMATS`.
         out: A new folder, or an empty one.
         backbone_of: See :func:`~adamerge.results.formats.merged.open_merged`.

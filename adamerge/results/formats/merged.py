@@ -1,4 +1,4 @@
-"""A merged model as the folder of a run, or of ``adamerge merge``, holds it; what a format says of it, and compares."""
+"""A merged model in the folder of a run or of ``adamerge merge``, and what all formats share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class MergedFolder:
     Attributes:
         checkpoint: The merged weights, under the base's keys.
         backbone: What they are weights of.
-        path: Of the weights' file.
+        path: Path of the weights' file.
         recipe: The content of ``merge.json``.
         heads: Task to its classifier's tensors; {} where none were written.
         info: Task to class names and templates.
@@ -131,7 +131,7 @@ def open_merged(folder: Path, backbone_of: BackboneOf) -> MergedFolder:
 
 
 def describe(backbone: Backbone) -> str:
-    """Return what messages call a backbone."""
+    """Return a backbone's name for messages."""
     return f"{type(backbone).__name__} {getattr(backbone, 'model', '')}".rstrip()
 
 
@@ -157,10 +157,10 @@ class Usage:
 
 
 def check_equal(outputs: Tensor, expected: Tensor, name: str, tolerance: float = 1e-4) -> None:
-    """Compare outputs of what was loaded back with those of the merge.
+    """Compare the outputs of an export, loaded back, with those of the merge.
 
     Args:
-        outputs: Of the foreign library.
+        outputs: Outputs of the foreign library.
         expected: Outputs of the merge, in float32.
         name: What gives the outputs, for the message.
         tolerance: Largest difference, as a share of the largest expected value.

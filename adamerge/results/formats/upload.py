@@ -23,7 +23,7 @@ def upload(folder: Path, repository: str, *, public: bool = False) -> str:
     """Upload a folder's files, into a new private repository or an existing one.
 
     Args:
-        folder: Of an export.
+        folder: Folder of an export.
         repository: ``org/name``.
         public: Whether the files may become public: a new repository is made so, an existing one may be.
 

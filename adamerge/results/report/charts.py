@@ -28,7 +28,7 @@ class Chart(ABC):
 
     Attributes:
         key: Short name, for files and anchors.
-        title: Of the figure.
+        title: Title of the figure.
         text: What it shows and how to read it, a sentence or two.
     """
 
@@ -157,7 +157,7 @@ class BarChart(Chart):
         bar: Name and values in [0, 1], or None.
         marks: Name to values in [0, 1].
         intervals: Ends in [0, 1] of the interval of each bar; empty for none.
-        x: Of what the values are.
+        x: The quantity that the values are of.
     """
 
     categories: Sequence[str]

@@ -40,7 +40,7 @@ class Series:
 
 @dataclass
 class Learned:
-    """Coefficients.
+    """The coefficients that a run learned.
 
     Attributes:
         experts: Names, E.
@@ -67,7 +67,7 @@ class Learned:
 
 @dataclass
 class Run:
-    """What is known of a run; what is not is empty, and why is in ``notes``."""
+    """The facts about a run; missing ones are empty, and ``notes`` say why."""
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -191,7 +191,7 @@ def learned_of(content: Mapping[str, Any], folder: Path) -> Learned:
     """Return the coefficients of a ``coefficients.json``; a damaged one raises one of many errors.
 
     Args:
-        content: Of the file.
+        content: The content of the file.
         folder: Where the file lies, with the tensors beside it.
     """
     experts = [str(name) for name in content["experts"]]
@@ -211,7 +211,7 @@ def learned_of(content: Mapping[str, Any], folder: Path) -> Learned:
 
 
 def _described(described: Any) -> str:
-    """Return what `describe` told as a few words."""
+    """Return a description by `describe` in a few words."""
     if not isinstance(described, Mapping):
         return str(described)
     options = ", ".join(f"{key}={value}" for key, value in described.items() if key != "name")

@@ -36,7 +36,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what they are."""
+    """Facts by name, one a line."""
 
     facts: Sequence[tuple[str, str]]
     block: ClassVar[str] = "facts"

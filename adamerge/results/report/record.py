@@ -25,7 +25,7 @@ def save_record(folder: Path, pool: ExpertPool | None, costs: Mapping[str, Any] 
     """Write ``report.json``; one pass over the task vectors, in small tiles.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         pool: What was merged; None where that cannot be read as a whole.
         costs: JSON-ready; default what an earlier record says.
 
@@ -71,7 +71,7 @@ def costs_of(seconds: Mapping[str, float], steps: int, device: torch.device, *, 
     """Return times and memory of this process as JSON-ready content.
 
     Args:
-        seconds: Of the run's phases; of ``adapt`` for all sessions of the run.
+        seconds: Seconds of the run's phases; of ``adapt`` for all sessions of the run.
         steps: Optimizer steps in all.
         device: That adapted.
         resumed: Whether the run was stopped in between: then the other times are those since.
@@ -89,7 +89,7 @@ def costs_of(seconds: Mapping[str, float], steps: int, device: torch.device, *, 
 
 
 def _rounded(value: float) -> float:
-    """Six digits; more would only be read by nobody."""
+    """Round to six digits."""
     return float(f"{value:.6g}")
 
 

@@ -223,7 +223,7 @@ def norms(run: Run) -> LineChart | None:
 
 
 def _in_order(series: Mapping[str, Series], names: Sequence[str]) -> dict[str, Series]:
-    """Order by known names, so that a colour means the same in all figures; CSV files are ordered by letters."""
+    """Order series by ``names``, so that a colour means the same in all figures; CSV files are ordered by letters."""
     places = {name: at for at, name in enumerate(names)}
     return dict(sorted(series.items(), key=lambda item: places.get(item[0], len(places))))
 
@@ -253,7 +253,7 @@ def _panels(learned: Learned, statistic: Callable[[Values], Values]) -> list[Pan
 
 
 def _rounded(values: Values) -> list[float]:
-    """Four digits: what can be seen."""
+    """Round to four digits, as many as a figure shows."""
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 

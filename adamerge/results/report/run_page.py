@@ -175,7 +175,7 @@ def collapse_table(run: Run) -> list[Block] | None:
 
 
 def support(run: Run) -> Table | None:
-    """What Frank-Wolfe has chosen."""
+    """The experts that Frank-Wolfe has chosen."""
     facts = run.recipe.get("frank_wolfe")
     if not facts:
         return None
@@ -203,7 +203,7 @@ def cost_table(run: Run) -> Table | None:
 
 
 def commands(run: Run) -> list[Block]:
-    """How to get the same again."""
+    """Commands that give the same result again."""
     words = [str(word) for word in run.recipe.get("command") or []]
     blocks: list[Block] = []
     if words:
@@ -224,7 +224,7 @@ def versions(run: Run) -> Facts | None:
 
 
 def configuration(run: Run) -> Code | None:
-    """All options."""
+    """All options of the run."""
     rule = {"rule": run.recipe["rule"]} if "rule" in run.recipe else None
     content = run.config or run.recipe.get("config") or rule
     if not content:
