@@ -202,7 +202,7 @@ class Systems:
                 self._sums[rows] = gram, right
 
     def solve(self, name: str) -> Tensor:
-        """Return the merged weight (out, in); inputs that no expert has seen are averaged."""
+        """Return the merged weight (out, in); rows without equations are averaged."""
         weight = average(self._pool, name)
         for rows, (gram, right) in self._sums.items():
             if rows.name == name:
