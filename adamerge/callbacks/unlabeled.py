@@ -182,7 +182,7 @@ class CollapseGuard(Callback):
         marginal: A task has collapsed when its marginal entropy is below this share of what it was.
         disagreement: Or when its disagreement has risen by this much, in [0, 1]; None to not ask the experts.
         window: Steps.
-        factor: Factor of ``"lower"``.
+        factor: What ``"lower"`` multiplies a task's weight by.
 
     Attributes:
         reason: Why the run was stopped; None if it was not.

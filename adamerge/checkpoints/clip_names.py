@@ -78,7 +78,7 @@ def as_own(checkpoint: Checkpoint, base: Checkpoint | None = None) -> ComposedCh
     """See a Hugging Face CLIP under open_clip's names; a name that the table lacks stays.
 
     Args:
-        checkpoint: A checkpoint of Hugging Face's names.
+        checkpoint: The Hugging Face checkpoint.
         base: An expert's, under open_clip's names: what the expert's format may lack is taken from it.
 
     Raises:

@@ -22,7 +22,7 @@ class TensorCache:
     """A folder of tensors by key, which several processes may share.
 
     Args:
-        kind: Kind of the tensors, such as ``head``: log lines begin with ``head_cache``, and the checksum is the metadata's
+        kind: A word for them, as ``head``: log lines begin with ``head_cache``, and the checksum is the metadata's
             ``adamerge_head``.
         folder: Where the files lie.
         level: Level of the log line about a file that cannot be written.

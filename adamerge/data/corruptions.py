@@ -178,7 +178,7 @@ class Corruption:
 
         Args:
             image: Shape (C, H, W), values in [0, 1].
-            generator: Generator of all that is random.
+            generator: The source of all that is random.
         """
         kind = KINDS[self.name]
         table = kind.small if min(image.shape[-2:]) <= _SMALL else kind.large

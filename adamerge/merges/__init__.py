@@ -54,7 +54,7 @@ def merged_state_dict(
     Args:
         pool: Base and experts; not modified.
         rule: How to merge.
-        model: The model of this pool, for rules that need data.
+        model: A merged model of this pool, for rules that need data.
         data: Unlabeled tasks, for rules that need data.
         on_parameter: Called with each name once it is merged, for progress bars.
 

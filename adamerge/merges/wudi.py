@@ -36,8 +36,8 @@ class WUDI:
 
     Args:
         steps: Steps of Adam; 300 in the authors' script.
-        lr: Learning rate of Adam; 1e-5 in the authors' script, for CLIP. None takes 0.04 times the root mean square of the matrix's
-            task vectors, this package's own choice, so that the merge scales with them.
+        lr: Learning rate of Adam; 1e-5 in the authors' script, for CLIP. None takes 0.04 times the root mean
+            square of the matrix's task vectors, this package's own choice, so that the merge scales with them.
         rest: ``base``: all else keeps the base's values, as in the authors' script; ``average``: it is averaged.
         skip: Globs of matrices that are not optimized.
 

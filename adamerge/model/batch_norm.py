@@ -101,7 +101,7 @@ class BatchNormPolicy:
 
         Args:
             state_dict: The merge: every key of the base.
-            model: The model of the pool; to recalibrate.
+            model: The pool's merged model, to recalibrate.
             pool: Base and experts.
             data: Unlabeled streams; to recalibrate.
 

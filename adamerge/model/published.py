@@ -107,7 +107,7 @@ def named_coefficients(
         published: The list.
         parameters: Those that merge, of open_clip's ViT without its prefix, in any order.
         experts: The pool's, in any order.
-        order: Names of the list's columns, by the pool's names; default the eight of AdaMerging.
+        order: Names of the list's columns, as the pool has them; default the eight of AdaMerging.
 
     Raises:
         InputError: If rows or columns are not those of the pool.

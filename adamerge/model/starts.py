@@ -113,7 +113,7 @@ def stock_ratio(grams: Tensor, agreement: Agreement = "cosine") -> Tensor:
 
     Args:
         grams: Inner products of the task vectors, (rows, E, E), float64.
-        agreement: What is averaged.
+        agreement: ``"cosine"`` or ``"angle"``, which is averaged.
 
     Returns:
         (rows,), in [0, 1].

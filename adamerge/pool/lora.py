@@ -242,7 +242,7 @@ def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpo
     Args:
         path: The file or folder, or a reference to the Hub. One of another library is seen under open_clip's names,
             and takes from the base what its format may lack.
-        base: The base of the pool, under open_clip's names if it is a CLIP.
+        base: The pool's base, under open_clip's names if it is a CLIP.
         prefix: Prefix of the encoder's keys.
 
     Raises:

@@ -39,7 +39,7 @@ def write_packed(
         pool: Any; LoRA experts are written in full.
         path: The file.
         dtype: float32, bfloat16, float16 or int8; default the pool's compute dtype.
-        transform: Transform of a pool that has none, applied while writing: in tiles where it is elementwise, else to one
+        transform: For a pool that has none, applied while writing: in tiles where it is elementwise, else to one
             parameter at a time. A pool that streams its experts then never holds the result.
         on_parameter: Called with each name once it is written, for progress bars.
 

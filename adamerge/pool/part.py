@@ -25,8 +25,8 @@ class PoolPart:
         ranges: Parameter name to entries of the flattened parameter, for all of ``pool.names``.
 
     Attributes:
-        names: The pool's names.
-        expert_names: The pool's names.
+        names: The pool's parameters.
+        expert_names: The pool's experts.
         compute_dtype: The pool's dtype for computing.
         base: Name to tensor (n,) in ``compute_dtype``.
         ranges: As given.

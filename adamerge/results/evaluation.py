@@ -115,7 +115,7 @@ def score_tasks(
         model: Its encoder and heads are used, on the device of its pool.
         params: Parameter name to tensor (*S), such as a merge or an expert.
         data: Holds the labelled images.
-        description: Description of the progress bar.
+        description: Text of the progress bar.
         tasks: Which tasks; default all that have evaluation images.
     """
     todo = list(tasks or data.evaluation)
@@ -180,7 +180,7 @@ def summary(
 
     Args:
         rows: What was scored, by name.
-        protocol: The protocol of the data.
+        protocol: The data's protocol.
         unreadable: Images that could not be read and are not scored, by task.
     """
     experts, start = rows.get("experts"), rows.get("task_arithmetic_0.3")

@@ -51,7 +51,7 @@ def export(
         folder: Made if needed; files of an earlier export are replaced one by one.
         filename: Name of the merged checkpoint: the base's keys and dtypes. Its bytes depend on pool, coefficients and
             statistics, or on pool and facts, only, so that a replay gives the same file.
-        statistics: Statistics of BatchNorm layers, by the encoder's names, where they are not the base's. They are kept beside the
+        statistics: For BatchNorm, by the encoder's names, where they are not the base's. They are kept beside the
             coefficients, in ``batch_norm.safetensors``.
         facts: Facts of a merge without coefficients: what besides the pool decides the bytes, for the file's metadata.
         heads: Task to classifier, written to ``heads.safetensors``.

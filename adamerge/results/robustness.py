@@ -38,7 +38,7 @@ def score_corruptions(
         data: The data of the run.
         batch_norm: Which statistics each row has.
         result: The checkpoint.
-        corruptions: Corruptions of the scored images; each image is corrupted in the same way for every row.
+        corruptions: What is done to the scored images; each image is corrupted in the same way for every row.
 
     Returns:
         ``format``, ``protocol``, ``tasks``, ``checkpoint`` (its row), ``adapted_on`` and ``corruptions``: name, with

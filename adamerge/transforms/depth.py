@@ -23,7 +23,7 @@ class Lines:
         alpha: Scale of the first block. Default the paper's rule for multi-task merging,
             ``|sum of the raw tau|_1 / |sum of these tau|_1 / E``: 1 / E, or more after a transform that zeroes entries
             (in a :class:`~adamerge.transforms.chain.Chain`; two passes).
-        beta: Increase from the first block to the last. The paper searches 0.1 to 1 on validation data; 0.5 is our choice.
+        beta: Increase from first to last block. The paper searches 0.1 to 1 on validation data; 0.5 is our choice.
         pattern: Regular expression whose match in a parameter's name identifies its block.
 
     Reference:
