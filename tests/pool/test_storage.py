@@ -104,7 +104,7 @@ def test_pool_follows_to_a_device_as_its_storage_says(tmp_path, storage, dtype):
     assert pool.storage == {"ram": "ram", "stream": "stream"}.get(storage, "device")
     for name in pool.names:
         assert pool.task_vectors(name).device.type == pool.base[name].device.type == "meta"
-    on_host = {name for name, stack in pool._task_vectors._stacks.items() if _device(stack) == "cpu"}
+    on_host = {name for name, stack in pool._task_vectors.stacks.items() if _device(stack) == "cpu"}
     assert on_host == (set() if pool.storage == "device" else set(pool.names))
     assert pool.storage == "device" or pool.nbytes == held
 
@@ -152,9 +152,9 @@ def test_storages_on_a_gpu_agree_with_the_cpu(tmp_path, storage, dtype):
     assert pool.storage == storage
     free = torch.cuda.memory_allocated()
     if storage != "device":
-        assert all(_device(stack) == "cpu" for stack in pool._task_vectors._stacks.values())
+        assert all(_device(stack) == "cpu" for stack in pool._task_vectors.stacks.values())
         assert storage == "stream" or all(
-            (s.data if isinstance(s, Dense) else s.codes).is_pinned() for s in pool._task_vectors._stacks.values()
+            (s.data if isinstance(s, Dense) else s.codes).is_pinned() for s in pool._task_vectors.stacks.values()
         )
     on_gpu, gradient_on_gpu = passes(pool, "row")
     assert torch.cuda.memory_allocated() - free < 2**28
