@@ -10,9 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
-from adamerge.methods.method import MergingMethod
+from adamerge.methods.method import MergingMethod, data_of
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.export import export
@@ -70,8 +69,8 @@ class ExportMergedWeights(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; also where a resumed run had no step left, which skips ``on_train_end``."""
         watch = Stopwatch()
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, UnlabeledTasks):
+        data = data_of(trainer)
+        if data is not None:
             data.gather_unreadable()
         model = pl_module.model
         assert isinstance(model, MergedModel)
@@ -79,8 +78,7 @@ class ExportMergedWeights(Callback):
         runs = trainer.is_global_zero or model.is_sharded  # whose passes all processes run together
         if runs and self.batch_norm.applies(model):
             with torch.no_grad():
-                params = model.merge()
-                statistics = self.batch_norm.final(model, params, data if isinstance(data, UnlabeledTasks) else None)
+                statistics = self.batch_norm.final(model, model.merge(), data)
         self._export(trainer, pl_module, model, statistics)
         self.seconds = watch.seconds()
 
@@ -89,8 +87,8 @@ class ExportMergedWeights(Callback):
         self, trainer: Trainer, pl_module: LightningModule, model: MergedModel, statistics: Mapping[str, Tensor]
     ) -> None:
         recipe = {"steps": trainer.global_step, **self.recipe}
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, UnlabeledTasks):
+        data = data_of(trainer)
+        if data is not None:
             recipe |= {"protocol": data.protocol, "seed": data.seed, "unreadable": data.unreadable()}
         if isinstance(pl_module, MergingMethod):
             recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}

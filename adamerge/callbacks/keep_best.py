@@ -38,8 +38,7 @@ class KeepBest(Callback):
         self._every = every
         self._patience = patience
         self._coefficients: Tensor | None = None
-        self._latest = -1
-        self._waited = 0
+        self._latest, self._waited = -1, 0  # the step of the last evaluation, and evaluations without a new best
         self.best: tuple[int, float] | None = None
 
     def check_data(self, data: object) -> None:
@@ -57,10 +56,8 @@ class KeepBest(Callback):
         if self.best is None:
             self._evaluate(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate the coefficients every so many steps, and stop when patience has run out."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Evaluate now and then, and stop when patience has run out."""
         if trainer.global_step % self._every or trainer.global_step == self._latest:
             return
         pl_module.log("holdout/loss", self._evaluate(trainer, pl_module))

@@ -2,8 +2,8 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
+from adamerge.methods.method import data_of
 from adamerge.results.baselines import LabelledCrossEntropy, stream_labels
 
 
@@ -19,13 +19,13 @@ class HandOverLabels(Callback):
         Raises:
             InputError: If the objective is another, or the data has no labels.
         """
-        objective, data = getattr(pl_module, "objective", None), getattr(trainer, "datamodule", None)
+        objective, data = getattr(pl_module, "objective", None), data_of(trainer)
         if not isinstance(objective, LabelledCrossEntropy):
             raise InputError(
                 f"HandOverLabels: expected the objective adamerge.results.baselines.LabelledCrossEntropy, found "
                 f"{type(objective).__name__}, which takes no labels. Remove the callback."
             )
-        if not isinstance(data, UnlabeledTasks):
+        if data is None:
             raise InputError("HandOverLabels: expected the data of a run, adamerge.data.UnlabeledTasks, found none.")
         for task, stream in data.streams.items():
             try:

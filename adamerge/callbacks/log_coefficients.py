@@ -47,7 +47,7 @@ class LogCoefficients(Callback):
         """Refuse a method that is not adamerge's, and a run without a logger that takes pictures."""
         if not isinstance(pl_module, MergingMethod):
             raise InputError(f"LogCoefficients: expected a method of adamerge, found {type(pl_module).__name__}.")
-        if not any(isinstance(logger, tuple(_SENDERS)) for logger in trainer.loggers):
+        if not _senders(trainer.loggers):
             loggers = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
             raise InputError(
                 f"LogCoefficients: no logger of the run takes pictures, found {loggers}. Choose logger=tensorboard, "
@@ -57,15 +57,12 @@ class LogCoefficients(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Send the configuration, and the coefficients that the run starts from."""
         assert isinstance(pl_module, MergingMethod)
-        for logger in trainer.loggers:
-            if isinstance(logger, tuple(_SENDERS)) and pl_module.recipe:
-                logger.log_hyperparams(dict(pl_module.recipe))
+        for logger in _senders(trainer.loggers) if pl_module.recipe else ():
+            logger.log_hyperparams(dict(pl_module.recipe))
         self._log(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Send the coefficients every ``every_n_steps`` steps."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Send the coefficients where it is time to."""
         if trainer.global_step % self._every == 0:
             self._log(trainer, pl_module)
 
@@ -79,23 +76,19 @@ class LogCoefficients(Callback):
             return
         assert isinstance(model, MergedModel)
         self._logged = step
-        values = model.coefficients().detach().float().cpu()
         learned = learned_of(model.coefficients)
-        means = {f"{_VALUES}/mean/{name}": row.mean().item() for name, row in _rows(model.coefficients, values)}
-        for logger in trainer.loggers:
-            for kind, send in _SENDERS.items():
-                if isinstance(logger, kind):
-                    logger.log_metrics(means, step)
-                    send(logger, learned, dict(_rows(model.coefficients, values)), step)
+        rows = dict(zip(model.pool.expert_names, model.coefficients().detach().float().cpu(), strict=True))
+        for logger, send in _senders(trainer.loggers).items():
+            logger.log_metrics({f"{_VALUES}/mean/{name}": row.mean().item() for name, row in rows.items()}, step)
+            send(logger, learned, rows, step)
 
 
 def log_scores(loggers: Iterable[Logger], row: Mapping[str, Any], step: int) -> None:
     """Send the accuracies of a row of ``summary.json`` to the loggers that take pictures: by task, and the mean."""
     scores = {f"test/acc/{task}": value for task, value in row["per_task"].items()}
-    for logger in loggers:
-        if isinstance(logger, tuple(_SENDERS)):
-            logger.log_metrics({**scores, "test/acc": row["mean"]}, step)
-            logger.finalize("success")
+    for logger in _senders(loggers):
+        logger.log_metrics({**scores, "test/acc": row["mean"]}, step)
+        logger.finalize("success")
 
 
 def learned_of(coefficients: Coefficients) -> Learned:
@@ -104,10 +97,6 @@ def learned_of(coefficients: Coefficients) -> Learned:
     index = coefficients.index
     labels = {label: values[:, first : first + count] for label, (first, count) in index.labels.items()}
     return Learned(list(coefficients.expert_names), "", "", labels)
-
-
-def _rows(coefficients: Coefficients, values: Tensor) -> Iterable[tuple[str, Tensor]]:
-    return zip(coefficients.expert_names, values, strict=True)
 
 
 def _to_tensorboard(logger: Any, learned: Learned, values: Mapping[str, Tensor], step: int) -> None:
@@ -129,8 +118,14 @@ def _to_mlflow(logger: Any, learned: Learned, values: Mapping[str, Tensor], step
         logger.experiment.log_image(logger.run_id, pixels(chart), key=key, step=step)
 
 
-_SENDERS: Mapping[type[Logger], Callable[[Any, Learned, Mapping[str, Tensor], int], None]] = {
-    TensorBoardLogger: _to_tensorboard,
-    WandbLogger: _to_wandb,
-    MLFlowLogger: _to_mlflow,
-}
+Sender = Callable[[Any, Learned, Mapping[str, Tensor], int], None]
+
+
+def _senders(loggers: Iterable[Logger]) -> dict[Logger, Sender]:
+    """Return how each logger that takes pictures gets them."""
+    senders: Mapping[type[Logger], Sender] = {
+        TensorBoardLogger: _to_tensorboard,
+        WandbLogger: _to_wandb,
+        MLFlowLogger: _to_mlflow,
+    }
+    return {logger: send for logger in loggers for kind, send in senders.items() if isinstance(logger, kind)}

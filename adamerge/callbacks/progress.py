@@ -46,9 +46,7 @@ class MergingProgress(ProgressBar):
             self._description, total=_total(trainer), completed=trainer.global_step, detail=""
         )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Advance the bar, and log a line now and then."""
         if self._bar is None:
             return
@@ -60,18 +58,13 @@ class MergingProgress(ProgressBar):
             rate = (step - first) / max(time.perf_counter() - clock, 1e-9)
             progress.log.info("%s: %s", self._description, progress.line(step, total, rate, "steps", _metrics(trainer)))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away."""
-        self._stop()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the bar away when the run is stopped."""
-        self._stop()
-
-    def _stop(self) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Take the bar away, at the end and when the run is stopped."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    on_exception = on_train_end
 
 
 def _total(trainer: Trainer) -> int | None:

@@ -46,19 +46,13 @@ class GracefulStop(Callback):
             log.info("Stopped after step %d, saved to %s", trainer.global_step, self.checkpoint)
             raise Interrupted(EXIT_INTERRUPTED if signals == signal.SIGINT else EXIT_PREEMPTED)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back when the fit is stopped."""
-        self._restore()
-
-    def _restore(self) -> None:
-        """Put the handlers back; before Lightning does, whose own would otherwise outlive the fit."""
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Put the handlers back, at the end and when the fit is stopped; Lightning's own would outlive the fit."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    on_exception = on_train_end
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:

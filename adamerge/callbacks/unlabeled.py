@@ -1,9 +1,11 @@
-"""What can be known of each task without labels: criteria of its predictions, and a guard that acts on them."""
+"""What can be known of each task without labels: criteria of its predictions, and a guard that acts on them.
+
+Legend: C classes.
+"""
 
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,41 +19,6 @@ from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
 
-_ACTIONS = ("warn", "lower", "stop")
-
-
-@dataclass
-class _Sums:
-    """Sums over one task's samples of a step on one device.
-
-    Attributes:
-        predicted: Probabilities, (C,).
-        entropy: Entropy of the predictions, in nats.
-        differing: Samples for which the expert names another class; None if it is not asked.
-        count: Samples.
-    """
-
-    predicted: Tensor | float = 0.0
-    entropy: float = 0.0
-    differing: int | None = None
-    count: int = 0
-
-
-@dataclass
-class _Means:
-    """One task's running means over about the last steps; ``steps`` counts all."""
-
-    predicted: Tensor
-    entropy: float
-    disagreement: float | None
-    steps: int = 1
-
-    def criteria(self) -> dict[str, float]:
-        """Return the criteria by name, entropies as a share of ln C."""
-        p, most = self.predicted / self.predicted.sum(), math.log(len(self.predicted))
-        entropies = {"entropy": self.entropy / most, "marginal": float(torch.special.entr(p).sum()) / most}
-        return entropies if self.disagreement is None else {**entropies, "disagreement": self.disagreement}
-
 
 class RunningCriteria:
     """Criteria of each task's predictions that need no label, as running means over about the last ``window`` steps.
@@ -60,13 +27,16 @@ class RunningCriteria:
     of ln C; ``disagreement`` the share of samples on which the task's expert names another class.
 
     Attributes:
-        means: Task to its means.
+        means: Task to its running means (2 + C,): entropy in nats, disagreement (NaN where no expert is asked), and
+            the mean prediction.
+        steps: Task to the number of its steps.
     """
 
     def __init__(self, window: int) -> None:
         self._window = window
-        self._sums: dict[str, _Sums] = {}
-        self.means: dict[str, _Means] = {}
+        self._sums: dict[str, Tensor] = {}  # of a step on this device: samples, and what ``means`` has, (3 + C,)
+        self.means: dict[str, Tensor] = {}
+        self.steps: dict[str, int] = {}
 
     @torch.no_grad()
     def observe(self, step: TaskStep, asks_expert: bool) -> None:
@@ -75,47 +45,41 @@ class RunningCriteria:
         p = logits.softmax(-1)
         if logits.shape[-1] < 2 or not torch.isfinite(p).all():
             return
-        sums = self._sums.setdefault(step.task, _Sums())
-        sums.count += len(p)
-        sums.predicted = sums.predicted + p.sum(0).cpu()
-        sums.entropy += float(torch.special.entr(p).sum())
+        differing = math.nan
         if asks_expert:
-            differs = p.argmax(-1) != step.teacher().logits.flatten(0, -2).argmax(-1)
-            sums.differing = (sums.differing or 0) + int(differs.sum())
+            classes = step.teacher().logits.flatten(0, -2).argmax(-1)
+            differing = float((p.argmax(-1) != classes).sum())
+        facts = torch.tensor([len(p), float(torch.special.entr(p).sum()), differing], dtype=torch.float64)
+        sums = torch.cat([facts, p.sum(0).cpu().double()])
+        self._sums[step.task] = self._sums.get(step.task, 0) + sums
 
     def update(self) -> list[str]:
         """Move the means by what all devices counted since the last update; return the tasks that were seen."""
         everyones, self._sums = ranks.everyones(self._sums), {}
         tasks = list(dict.fromkeys(task for sums in everyones for task in sums))
         for task in tasks:
-            self._move(task, [sums[task] for sums in everyones if task in sums])
+            sums = torch.stack([sums[task] for sums in everyones if task in sums]).sum(0)
+            here, self.steps[task] = sums[1:] / sums[0], self.steps.get(task, 0) + 1
+            mean = self.means.get(task, here)
+            moved = mean + (here - mean) / min(self.steps[task], self._window)
+            self.means[task] = torch.where(mean.isnan(), here, moved)
         return tasks
 
-    def _move(self, task: str, parts: list[_Sums]) -> None:
-        count = sum(part.count for part in parts)
-        predicted = torch.stack([torch.as_tensor(part.predicted) for part in parts]).sum(0) / count
-        entropy = sum(part.entropy for part in parts) / count
-        differing = [part.differing for part in parts if part.differing is not None]
-        disagreement = sum(differing) / count if differing else None
-        means = self.means.get(task)
-        if means is None:
-            self.means[task] = _Means(predicted, entropy, disagreement)
-            return
-        means.steps += 1
-        share = 1 / min(means.steps, self._window)
-        means.predicted = means.predicted + share * (predicted - means.predicted)
-        means.entropy += share * (entropy - means.entropy)
-        if disagreement is not None:
-            before = disagreement if means.disagreement is None else means.disagreement
-            means.disagreement = before + share * (disagreement - before)
+    def criteria(self, task: str) -> dict[str, float]:
+        """Return a task's criteria by name; without ``disagreement`` where the expert is not asked."""
+        entropy, disagreement, *_ = self.means[task].tolist()
+        p = self.means[task][2:]
+        marginal = float(torch.special.entr(p / p.sum()).sum())
+        criteria = {"entropy": entropy / math.log(len(p)), "marginal": marginal / math.log(len(p))}
+        return criteria if math.isnan(disagreement) else {**criteria, "disagreement": disagreement}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the means, for checkpoints."""
-        return {task: dict(vars(means)) for task, means in self.means.items()}
+        return {"means": self.means, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a checkpoint stood."""
-        self.means = {task: _Means(**means) for task, means in state.items()}
+        self.means, self.steps = dict(state["means"]), dict(state["steps"])
 
 
 class UnlabeledCriteria(Callback):
@@ -148,23 +112,19 @@ class UnlabeledCriteria(Callback):
         """Count one task's batch."""
         self._criteria.observe(step, self._model is not None and step.task in self._model.teachers)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Update the means with what all devices saw, and log."""
-        scalars: dict[str, float] = {}
         for task in self._criteria.update():
-            criteria = self._criteria.means[task].criteria()
-            scalars |= {f"unlabeled/{name}/{task}": value for name, value in criteria.items()}
-        pl_module.log_dict(scalars)
+            criteria = self._criteria.criteria(task)
+            pl_module.log_dict({f"unlabeled/{name}/{task}": value for name, value in criteria.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running means, for checkpoints."""
-        return {"means": self._criteria.state_dict()}
+        return self._criteria.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stood."""
-        self._criteria.load_state_dict(state_dict["means"])
+        self._criteria.load_state_dict(state_dict)
 
 
 class CollapseGuard(Callback):
@@ -196,16 +156,13 @@ class CollapseGuard(Callback):
         window: int = 10,
         factor: float = 0.5,
     ) -> None:
-        check_choice("CollapseGuard.action", action, _ACTIONS)
+        check_choice("CollapseGuard.action", action, ("warn", "lower", "stop"))
         for option, value in (("marginal", marginal), ("factor", factor), ("disagreement", disagreement)):
             if option != "disagreement" or value is not None:
                 check_number(f"CollapseGuard.{option}", value, 0, 1)
         check_number("CollapseGuard.window", window, 1, whole=True)
-        self._action = action
-        self._marginal = marginal
-        self._disagreement = disagreement
-        self._window = window
-        self._factor = factor
+        self._action, self._marginal, self._disagreement = action, marginal, disagreement
+        self._window, self._factor = window, factor
         self._criteria = RunningCriteria(window)
         self._references: dict[str, dict[str, float]] = {}  # criteria to compare with, by task
         self._told: set[str] = set()  # tasks that were warned of
@@ -230,22 +187,19 @@ class CollapseGuard(Callback):
         """Count one task's batch."""
         self._criteria.observe(step, asks_expert=self._disagreement is not None)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log, and act on what has collapsed."""
         assert isinstance(pl_module, MergingMethod)
         self._criteria.update()
         if self._action == "stop" and self._is_good():
             self._good = (trainer.global_step, pl_module.model.coefficients.raw.detach().clone())
-        for task, means in self._criteria.means.items():
-            criteria = means.criteria()
-            for name in ("marginal", "disagreement"):
-                if name in criteria:
-                    pl_module.log(f"guard/{name}/{task}", criteria[name])
+        for task, steps in self._criteria.steps.items():
+            criteria = self._criteria.criteria(task)
+            logged = {f"guard/{name}/{task}": value for name, value in criteria.items() if name != "entropy"}
+            pl_module.log_dict(logged)
             reference = self._references.get(task)
             if reference is None:
-                if means.steps >= self._window:
+                if steps >= self._window:
                     self._references[task] = criteria
             elif task not in self._told and (problem := self._problem(reference, criteria)):
                 self._act(trainer, pl_module, task, problem)
@@ -253,8 +207,8 @@ class CollapseGuard(Callback):
 
     def _is_good(self) -> bool:
         """Whether no task is half-way to collapse."""
-        means = self._criteria.means
-        return not any(self._problem(before, means[task].criteria(), 0.5) for task, before in self._references.items())
+        criteria = self._criteria.criteria
+        return not any(self._problem(before, criteria(task), 0.5) for task, before in self._references.items())
 
     def _problem(self, before: Mapping[str, float], now: Mapping[str, float], share: float = 1.0) -> str | None:
         """Say what is wrong with a task, from its criteria before and now, at a share of the limits."""

@@ -110,7 +110,7 @@ def test_keep_best_needs_held_out_images_and_checks_its_options(toy, tmp_path):
     for data in (make_data(), batches(toy, 1)):
         with pytest.raises(InputError, match=r"KeepBest: expected held-out images, found none\. Set data\.holdout"):
             fit(make_method(toy), data, tmp_path, steps=1, callbacks=[KeepBest()])
-    with pytest.raises(InputError, match=r"KeepBest\.every: expected a whole number >= 1, found 0"):
+    with pytest.raises(InputError, match=r"KeepBest\.every: .*>= 1, found 0"):
         KeepBest(every=0)
-    with pytest.raises(InputError, match=r"KeepBest\.patience: expected a whole number >= 1"):
+    with pytest.raises(InputError, match=r"KeepBest\.patience: .*>= 1"):
         KeepBest(patience=0)
