@@ -6,7 +6,7 @@ Legend: C channels of a layer; statistics are its ``running_mean`` and ``running
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.encoder import fused
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
@@ -47,13 +47,8 @@ class BatchNormPolicy:
     batches: int = 32
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise InputError(
-                f"batch_norm.policy: expected one of {', '.join(POLICIES)}, found {self.policy!r}."
-                f"{did_you_mean(str(self.policy), POLICIES)}"
-            )
-        if not isinstance(self.batches, int) or isinstance(self.batches, bool) or self.batches < 1:
-            raise InputError(f"batch_norm.batches: expected a whole number >= 1, found {self.batches!r}.")
+        check_choice("batch_norm.policy", self.policy, POLICIES)
+        check_number("batch_norm.batches", self.batches, 1, whole=True)
 
     @property
     def needs_data(self) -> bool:
@@ -123,8 +118,8 @@ def average(pool: ExpertPool) -> dict[str, Tensor]:
     Means are taken in float64, and kept in the dtype of the base's file.
     """
     names = [name for key in pool.source.keys if (name := pool.keys.name(key) or "").endswith(_STATISTICS)]
-    sums = {name: torch.zeros_like(pool.source.get(pool.keys.file_key(name)), dtype=torch.float64) for name in names}
     like = {name: pool.source.get(pool.keys.file_key(name)) for name in names}
+    sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in like.items()}
     for expert in pool.expert_names:
         for name, tensor in pool.buffers(like, expert).items():
             sums[name] += tensor.double()
@@ -174,12 +169,11 @@ def load_statistics(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _layers(model: MergedModel) -> dict[str, _BatchNorm]:
     """Return the encoder's layers that normalise by kept statistics."""
-    modules = model.encoder.named_modules()
-    return {name: module for name, module in modules if isinstance(module, _BatchNorm) and _keeps_statistics(module)}
-
-
-def _keeps_statistics(module: _BatchNorm) -> bool:
-    return module.running_mean is not None and module.running_var is not None
+    return {
+        name: module
+        for name, module in model.encoder.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    }
 
 
 @torch.no_grad()
@@ -240,18 +234,11 @@ class _Moments:
 @contextmanager
 def _watched(layers: Mapping[str, _BatchNorm], moments: Mapping[str, _Moments]) -> Iterator[None]:
     """Let layers normalise by the batch, and add what they see to ``moments``; their own statistics stay."""
-    handles = []
-    kept: list[tuple[_BatchNorm, bool, bool]] = []
-    for name, layer in layers.items():
-        seen = moments[name]
-        handles.append(layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0])))
-        kept.append((layer, layer.training, layer.track_running_stats))
-        # Both: with statistics that are tracked, a layer in training mode would write into the buffers.
-        layer.training, layer.track_running_stats = True, False
-    try:
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            seen = moments[name]
+            stack.enter_context(layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0])))
+            stack.callback(vars(layer).update, training=layer.training, track_running_stats=layer.track_running_stats)
+            # Both: with statistics that are tracked, a layer in training mode would write into the buffers.
+            layer.training, layer.track_running_stats = True, False
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, training, tracks in kept:
-            layer.training, layer.track_running_stats = training, tracks

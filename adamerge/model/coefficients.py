@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import InputError, check_choice, shorten
 from adamerge.model import constraints, starts
 from adamerge.model import granularity as granularities
 from adamerge.model.coefficients_file import FORMAT, check_content, granularity_of
@@ -190,27 +190,21 @@ class Coefficients(nn.Module):
             raise InputError(f"{source}: {error}") from error
         values = torch.empty_like(result.raw)
         for row, expert in zip(values, pool.expert_names, strict=True):
-            stored = content["coefficients"][expert]
-            missing = [label for label in result.index.labels if label not in stored]
-            extra = [label for label in stored if label not in result.index.labels]
-            if missing or extra:
+            stored, labels = content["coefficients"][expert], result.index.labels
+            if stored.keys() != labels.keys():
+                missing, extra = shorten(labels.keys() - stored.keys()), shorten(stored.keys() - labels.keys())
                 raise InputError(
-                    f"{source}: the groups of expert {expert!r} are not this pool's: missing "
-                    f"{shorten(missing) or 'none'}, not in the pool {shorten(extra) or 'none'}. "
-                    "Was the file made for another model?"
+                    f"{source}: the groups of expert {expert!r} are not this pool's: missing {missing or 'none'}, not "
+                    f"in the pool {extra or 'none'}. Was the file made for another model?"
                 )
-            for label, (first, count) in result.index.labels.items():
+            for label, (first, count) in labels.items():
                 try:
-                    numbers = torch.as_tensor(stored[label], dtype=values.dtype).reshape(-1)
+                    row[first : first + count] = torch.as_tensor(stored[label], dtype=values.dtype).reshape(count)
                 except (TypeError, ValueError, OverflowError, RuntimeError) as error:
                     raise InputError(
-                        f"{source}: expert {expert!r}, {label!r}: expected numbers, found {stored[label]!r:.80}."
+                        f"{source}: expert {expert!r}, {label!r}: expected {count} numbers, found "
+                        f"{stored[label]!r:.80}."
                     ) from error
-                if len(numbers) != count:
-                    raise InputError(
-                        f"{source}: expert {expert!r}, {label!r}: expected {count} values, found {len(numbers)}."
-                    )
-                row[first : first + count] = numbers
         if not torch.isfinite(values).all():
             raise InputError(f"{source}: contains NaN or infinite coefficients.")
         result.assign(values)
@@ -276,12 +270,7 @@ def _initial_values(
     experts = len(pool.expert_names)
     values: Any = init
     if isinstance(init, str):
-        if init != "mean":
-            names = ["mean", *starts.STARTS]
-            raise InputError(
-                f"init: expected a number, a list, a mapping by expert, a rule, or one of {', '.join(names)}, "
-                f"found {init!r}.{did_you_mean(init, names)}"
-            )
+        check_choice("init, where it is a name and no number, list or mapping", init, ["mean", *starts.STARTS])
         values = 1 / experts
     if isinstance(init, Mapping):
         if set(init) != set(pool.expert_names):
@@ -295,17 +284,16 @@ def _initial_values(
             "0.3 suits up to 8 experts, try init=mean.",
             stacklevel=3,
         )
-    expected = f"init: expected a number, {experts} numbers or a tensor ({experts}, {groups}), found"
     try:
         tensor = torch.as_tensor(values, dtype=pool.compute_dtype).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{expected} {init!r}.") from error
-    if tensor.ndim == 1 and len(tensor) == experts:
-        tensor = tensor.unsqueeze(1)
-    try:
+        if tensor.ndim == 1 and len(tensor) == experts:
+            tensor = tensor.unsqueeze(1)
         tensor = tensor.expand(experts, groups).clone()
-    except RuntimeError as error:
-        raise InputError(f"{expected} shape {tuple(tensor.shape)}.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f"shape {tuple(init.shape)}" if isinstance(init, Tensor) else repr(init)
+        raise InputError(
+            f"init: expected a number, {experts} numbers or a tensor ({experts}, {groups}), found {shape}."
+        ) from error
     if not torch.isfinite(tensor).all():
         raise InputError("init: contains NaN or infinite values.")
     return tensor

@@ -28,13 +28,13 @@ def granularity_of(described: Any, fallback: Granularity | None, source: str) ->
     kinds: dict[str, Any] = {**granularities.BY_NAME, "pattern": granularities.Pattern}
     if name not in kinds and fallback is not None:
         return fallback
-    if name not in kinds:
+    try:
+        result: Granularity = kinds[name](**options)
+    except KeyError as error:
         raise InputError(
             f"{source}: granularity {name!r} is not built in (one of {', '.join(kinds)}). "
             "Pass the granularity object it was made with."
-        )
-    try:
-        result: Granularity = kinds[name](**options)
+        ) from error
     except TypeError as error:
         raise InputError(f"{source}: granularity {name!r} does not take these options: {error}.") from error
     return result
@@ -57,12 +57,9 @@ def check_content(content: Any, pool: ExpertPool, source: str) -> None:
     if content["format"] != FORMAT:
         raise InputError(f"{source}: format {content['format']!r} is not {FORMAT}; update adamerge to read it.")
     experts, stored, recorded = content["experts"], content["coefficients"], content.get("pool", {})
+    are_names = isinstance(experts, Sequence) and all(isinstance(name, str) for name in experts)
     for key, fits, expected in (
-        (
-            "experts",
-            isinstance(experts, Sequence) and all(isinstance(name, str) for name in experts),
-            "a list of names",
-        ),
+        ("experts", are_names, "a list of names"),
         ("coefficients", _is_nested(stored), "a mapping from expert to a mapping from group to value"),
         ("pool", isinstance(recorded, Mapping), "a mapping from name to hash"),
     ):

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, check_choice
 
 
 class Constraint(Protocol):
@@ -47,7 +47,23 @@ class Unconstrained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Clamp(Unconstrained):
+class _Bounded(Unconstrained):
+    """Coefficients in an interval."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise InputError(f"constraint: expected finite bounds low < high, found low={self.low}, high={self.high}.")
+
+    def inverse(self, values: Tensor) -> Tensor:
+        """Clamp ``values``, so that none starts where the gradient is zero."""
+        return values.clamp(self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clamp(_Bounded):
     """AdaMerging's constraint: clamp in the forward pass, gradient zero strictly outside the bounds.
 
     A raw value that leaves the interval never comes back (10-31 % of the published layer-wise
@@ -57,35 +73,15 @@ class Clamp(Unconstrained):
         AdaMerging (arXiv:2310.02575), released code.
     """
 
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_bounds(self.low, self.high)
-
     def forward(self, raw: Tensor) -> Tensor:
         """Clamp, inclusive at both bounds."""
         inside = (raw >= self.low) & (raw <= self.high)
         return torch.where(inside, raw, raw.detach().clamp(self.low, self.high))
 
-    def inverse(self, values: Tensor) -> Tensor:
-        """Clamp ``values``, so that none starts in the dead zone."""
-        return values.clamp(self.low, self.high)
-
 
 @dataclasses.dataclass(frozen=True)
-class Box(Unconstrained):
+class Box(_Bounded):
     """Projection onto an interval after each step: gradients always act."""
-
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_bounds(self.low, self.high)
-
-    def inverse(self, values: Tensor) -> Tensor:
-        """Clamp ``values``."""
-        return values.clamp(self.low, self.high)
 
     def project(self, raw: Tensor) -> Tensor:
         """Clamp ``raw``."""
@@ -116,8 +112,7 @@ class Simplex(Unconstrained):
     total: str = "equal"
 
     def __post_init__(self) -> None:
-        if self.total not in ("equal", "at_most"):
-            raise InputError(f"constraint.total: expected 'equal' or 'at_most', found {self.total!r}.")
+        check_choice("constraint.total", self.total, ("equal", "at_most"))
 
     def inverse(self, values: Tensor) -> Tensor:
         """Project ``values``."""
@@ -161,14 +156,5 @@ _CONSTRAINTS: dict[str, type[Unconstrained]] = {
 
 def by_name(constraint: str) -> Constraint:
     """Return a built-in constraint with its defaults."""
-    if constraint not in _CONSTRAINTS:
-        raise InputError(
-            f"constraint: expected one of {', '.join(_CONSTRAINTS)}, found {constraint!r}."
-            f"{did_you_mean(constraint, _CONSTRAINTS)}"
-        )
+    check_choice("constraint", constraint, list(_CONSTRAINTS))
     return _CONSTRAINTS[constraint]()
-
-
-def _check_bounds(low: float, high: float) -> None:
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise InputError(f"constraint: expected finite bounds low < high, found low={low}, high={high}.")

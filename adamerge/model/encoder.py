@@ -7,7 +7,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import InputError, check_choice, check_globs, did_you_mean, shorten
 from adamerge.pool.pool import ExpertPool
 
 MicroBatch = int | Literal["auto"] | None
@@ -44,18 +44,9 @@ class EncoderOptions:
     compile: bool | str = False
 
     def __post_init__(self) -> None:
-        patterns = self.checkpoint
-        if not isinstance(patterns, bool) and (
-            isinstance(patterns, str)
-            or not isinstance(patterns, Iterable)
-            or not all(isinstance(pattern, str) for pattern in patterns)
-        ):
-            raise InputError(
-                f"encoder.checkpoint: expected true, false or a list of module paths or globs, found {patterns!r}; "
-                "such as encoder.checkpoint=['transformer.resblocks.*']."
-            )
-        if not isinstance(self.channels_last, bool):
-            raise InputError(f"encoder.channels_last: expected true or false, found {self.channels_last!r}.")
+        if not isinstance(self.checkpoint, bool):
+            check_globs("encoder.checkpoint", self.checkpoint)
+        check_choice("encoder.channels_last", self.channels_last, (True, False))
         if self.backend is not None:
             _check_backend(self.backend)
 
@@ -175,13 +166,11 @@ class _Hooks:
 
     @contextmanager
     def attached(self, encoder: nn.Module) -> Iterator[None]:
-        handles = [encoder.get_submodule(name).register_forward_hook(keep) for name, keep in self._keep.items()]
-        try:
+        with ExitStack() as stack:
+            for name, keep in self._keep.items():
+                stack.enter_context(encoder.get_submodule(name).register_forward_hook(keep))
+            stack.callback(self.outputs.clear)
             yield
-        finally:
-            self.outputs.clear()
-            for handle in handles:
-                handle.remove()
 
 
 def _keep(outputs: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
@@ -202,20 +191,16 @@ def _run(
 
 @contextmanager
 def _replaced(encoder: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules other forward functions while a block lasts."""
-    modules = {name: encoder.get_submodule(name) for name in forwards}
-    overridden = {name: vars(module).get("forward") for name, module in modules.items()}
-    for name, module in modules.items():
-        module.forward = forwards[name]
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            before = overridden[name]
-            if before is None:
-                del module.forward
+    """Give modules other forward functions for a while."""
+    with ExitStack() as stack:
+        for name, forward in forwards.items():
+            module = encoder.get_submodule(name)
+            if "forward" in vars(module):
+                stack.callback(setattr, module, "forward", module.forward)
             else:
-                module.forward = before
+                stack.callback(delattr, module, "forward")
+            module.forward = forward
+        yield
 
 
 def members(encoder: nn.Module) -> list[str]:

@@ -7,12 +7,11 @@ columns are (rows, columns, n / (rows * columns)). The engine knows nothing else
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, check_choice, check_number, check_pattern, did_you_mean
 from adamerge.transforms.depth import BLOCK_PATTERN
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -139,7 +138,7 @@ class Block:
 
     def __call__(self, shapes: Shapes) -> GroupIndex:
         """Return one group per block."""
-        expression = _compile(self.pattern)
+        expression = check_pattern("granularity.pattern", self.pattern)
 
         def block(name: str) -> str:
             match = expression.search(name)
@@ -167,7 +166,9 @@ class Pattern:
         """
         if not isinstance(self.groups, Mapping):
             raise InputError(f"granularity.groups: expected group name to pattern, found {self.groups!r}.")
-        expressions = {group: _compile(pattern) for group, pattern in self.groups.items()}
+        expressions = {
+            group: check_pattern(f"granularity.groups[{group!r}]", pattern) for group, pattern in self.groups.items()
+        }
         chosen = {name: next((group for group, e in expressions.items() if e.search(name)), "rest") for name in shapes}
         for group in expressions:
             if group not in chosen.values():
@@ -226,8 +227,7 @@ class Chunk:
         by_name = self.pieces if isinstance(self.pieces, Mapping) else {}
         common = {"default": self.default} if isinstance(self.pieces, Mapping) else {"all": self.pieces}
         for name, number in {**by_name, **common}.items():
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise InputError(f"granularity.pieces: expected a whole number >= 0, found {number!r} for {name!r}.")
+            check_number(f"granularity.pieces, of {name!r}", number, 0, whole=True)
         unknown = [name for name in by_name if name not in shapes]
         if unknown:
             raise InputError(f"granularity.pieces names no parameter {unknown[0]!r}.{did_you_mean(unknown[0], shapes)}")
@@ -249,10 +249,7 @@ def by_name(name: str) -> Granularity:
     >>> by_name("layer")({"w": (2, 3)}).size
     1
     """
-    if name not in BY_NAME:
-        raise InputError(
-            f"granularity: expected one of {', '.join(BY_NAME)}, found {name!r}.{did_you_mean(name, BY_NAME)}"
-        )
+    check_choice("granularity", name, list(BY_NAME))
     return BY_NAME[name]()
 
 
@@ -293,13 +290,6 @@ def _per_parameter(shapes: Shapes, block: Callable[[tuple[int, ...]], tuple[int,
         labels[name] = (first, groups)
         first += groups
     return GroupIndex(segments, labels, first)
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise InputError(f"granularity: {pattern!r} is not a regular expression ({error}).") from error
 
 
 def names_of(index: GroupIndex) -> Iterable[str]:

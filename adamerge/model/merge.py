@@ -13,7 +13,7 @@ Parameters whose task vectors are products of thin matrices (LoRA) stay so: see 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +31,6 @@ _TILE_OF_ACCELERATORS = 1 << 22  # entries, not CACHED: most tensors are one til
 _SHORT = 16  # entries of a group, below which one small product per group costs more than broadcasting
 
 
-@overload
-def merge(pool: ExpertPool, coefficients: Coefficients) -> dict[str, Tensor]: ...
-@overload
-def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool) -> dict[str, Tensor]: ...
 def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False) -> dict[str, Tensor]:
     r"""Add coefficient-weighted task vectors to the base.
 

@@ -10,7 +10,6 @@ the merged weights. Nothing keeps a graph of the merge, and the gradients of a w
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +18,6 @@ from adamerge.data.batch import Outputs
 from adamerge.errors import InputError
 from adamerge.model.encoder import MicroBatch
 from adamerge.model.weights import WholeWeights
-
-if TYPE_CHECKING:
-    from adamerge.model.sharding import ShardedWeights
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Outputs]]  # inputs (B, ...) by task, as one pass
 
@@ -45,7 +41,7 @@ class MergedEncoder:
     def __init__(
         self,
         run: Run,
-        weights: "WholeWeights | ShardedWeights",
+        weights: WholeWeights,
         leaves: Mapping[str, Tensor],
         values: Tensor,
         micro_batch: MicroBatch,

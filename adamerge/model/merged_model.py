@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +25,6 @@ from adamerge.model.teachers import TeacherCache
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.pool import ExpertPool
-
-if TYPE_CHECKING:
-    from adamerge.model.sharding import ShardedWeights
 
 
 @dataclass
@@ -87,7 +83,8 @@ class MergedModel(nn.Module):
 
     Attributes:
         heads: Task to head, on the pool's device.
-        weights: The parameters that the encoder runs on: whole ones, or this process's parts.
+        weights: What the encoder runs on: all of it, or this process's parts.
+        encoder_buffers: The buffers that the merged model runs with, by the encoder's names.
 
     Example:
         >>> encoder, head = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
@@ -117,8 +114,8 @@ class MergedModel(nn.Module):
         self._runner = Runner(encoder, options or EncoderOptions())
         self.heads = {task: copy.deepcopy(head).eval().requires_grad_(False) for task, head in heads.items()}
         self.pool = pool
-        self._buffers_of_encoder = pool.buffers({name: b.detach().clone() for name, b in encoder.named_buffers()})
-        self.weights: WholeWeights | ShardedWeights = WholeWeights(encoder, pool, coefficients.index)
+        self.encoder_buffers = pool.buffers({name: b.detach().clone() for name, b in encoder.named_buffers()})
+        self.weights = WholeWeights(encoder, pool, coefficients.index)
         self.teachers = {task: task for task in heads if task in pool.expert_names} | dict(teachers or {})
         for task, expert in self.teachers.items():
             if expert not in pool.expert_names:
@@ -129,7 +126,7 @@ class MergedModel(nn.Module):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this process holds a part of the model only: see :mod:`adamerge.model.sharded_model`."""
+        """Whether this process holds a part of the model only: see :class:`~adamerge.model.sharding.ShardedModel`."""
         return self.weights.is_sharded
 
     @property
@@ -143,7 +140,7 @@ class MergedModel(nn.Module):
         self.pool.to(device)
         for head in self.heads.values():
             head.to(device)
-        self._buffers_of_encoder = {name: b.to(device) for name, b in self._buffers_of_encoder.items()}
+        self.encoder_buffers = {name: b.to(device) for name, b in self.encoder_buffers.items()}
         self.weights.forget()
         return self
 
@@ -153,24 +150,19 @@ class MergedModel(nn.Module):
         Args:
             values: Buffer name to value; names that the encoder lacks are left out.
         """
-        buffers = self._buffers_of_encoder
+        buffers = self.encoder_buffers
         chosen = {name: t.to(buffers[name], copy=True) for name, t in values.items() if name in buffers}
-        self._buffers_of_encoder = buffers | chosen
-
-    @property
-    def encoder_buffers(self) -> dict[str, Tensor]:
-        """The buffers that the merged model runs with, by the encoder's names."""
-        return dict(self._buffers_of_encoder)
+        self.encoder_buffers = buffers | chosen
 
     def base_parameters(self) -> MutableMapping[str, Tensor]:
         """Return the base's own parameters and buffers, as :meth:`forward` takes them."""
-        return self.weights.read(self.pool.base.__getitem__, self.pool.buffers(self._buffers_of_encoder))
+        return self.weights.read(self.pool.base.__getitem__, self.pool.buffers(self.encoder_buffers))
 
     def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
         """Return the raw expert's own parameters and buffers, as :meth:`forward` takes them; one model's memory."""
         parameters = self.pool.expert_parameters(expert)
         return self.weights.read(
-            parameters.__getitem__, self.pool.buffers(self._buffers_of_encoder, expert), with_fixed=True
+            parameters.__getitem__, self.pool.buffers(self.encoder_buffers, expert), with_fixed=True
         )
 
     def merge(self) -> dict[str, Tensor] | LazyTensors:
@@ -272,7 +264,7 @@ class MergedModel(nn.Module):
         return self.teachers[task]
 
     def _swapped(self, params: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        return self.weights.swapped(params, self._buffers_of_encoder)
+        return self.weights.swapped(params, self.encoder_buffers)
 
     def _outputs(
         self, inputs: Mapping[str, Tensor], hidden_layers: Sequence[str], *, plain: bool = False

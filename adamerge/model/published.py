@@ -6,13 +6,13 @@ leftovers included, and one column per expert after the base's.
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from adamerge.errors import InputError, did_you_mean, shorten
@@ -69,7 +69,7 @@ def shipped_lists() -> dict[str, PublishedList]:
     content: dict[str, Any] = yaml.safe_load(text)
     source = {"paper": content["paper"], "repository": content["repository"], "licence": content["licence"]}
     lists = content["lists"]
-    return {name: PublishedList(name, _of_lines(rows, name), source) for name, rows in lists.items()}
+    return {name: PublishedList(name, _rows_of(rows, name), source) for name, rows in lists.items()}
 
 
 def chosen_list(target: str) -> PublishedList:
@@ -91,11 +91,10 @@ def chosen_list(target: str) -> PublishedList:
             f"{', '.join(shipped)}.{did_you_mean(target, shipped)}"
         )
     try:
-        text = path.read_text(encoding="utf-8").strip()
-        rows = _checked(json.loads(text), target) if text.startswith("[") else _of_lines(text, target)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise _no_list(target, str(error)) from error
-    return PublishedList(path.stem, rows, {"file": path.name, "sha256": sha256(path)})
+    return PublishedList(path.stem, _rows_of(text, target), {"file": path.name, "sha256": sha256(path)})
 
 
 def named_coefficients(
@@ -198,29 +197,23 @@ def _visual(name: str, rows: Rows, count: int) -> Rows:
     return rows[_BEFORE:-_AFTER]
 
 
-def _of_lines(text: str, where: str) -> Rows:
-    """Read lines of numbers, divided by blanks or commas."""
-    lines = [re.split(r"[,;\s]+", line.strip(" \t,;")) for line in text.splitlines() if line.strip()]
+def _rows_of(text: str, where: str) -> Rows:
+    """Read lines of numbers, divided by blanks or commas, or a list of lists in JSON."""
     try:
-        rows = [[float(word) for word in line] for line in lines]
-    except ValueError as error:
+        if text.lstrip().startswith("["):
+            values = np.array(json.loads(text))
+        else:
+            lines = [line.strip(" \t,;") for line in text.splitlines() if line.strip()]
+            values = np.array([re.split(r"[,;\s]+", line) for line in lines]).astype(float)
+    except (ValueError, RecursionError) as error:  # no JSON, no numbers, or rows of several lengths
         raise _no_list(where, str(error)) from error
-    return _checked(rows, where)
-
-
-def _checked(rows: Any, where: str) -> Rows:
-    """Check that something is a list of equally long rows of finite numbers."""
-    are_rows = isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)
-    numbers = [value for row in rows for value in row] if are_rows else []
-    if not are_rows or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
-        raise _no_list(where, "no rows of numbers")
-    if len({len(row) for row in rows}) != 1 or not all(abs(value) <= sys.float_info.max for value in numbers):
-        raise InputError(f"{where}: expected rows of one length, of finite numbers.")
-    return tuple(tuple(float(value) for value in row) for row in rows)
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise _no_list(where, "no rows of numbers, or infinite ones")
+    return tuple(map(tuple, values.astype(float).tolist()))
 
 
 def _no_list(where: str, reason: str) -> InputError:
     return InputError(
-        f"{where}: expected a text of numbers, found something else ({reason}). Write one line per row, one number per "
-        "expert with a blank between them, or a JSON list, [[0.3, ...], ...]."
+        f"{where}: expected rows of one length, of finite numbers, found something else ({reason}). Write one line per "
+        "row, one number per expert with a blank between them, or a JSON list, [[0.3, ...], ...]."
     )

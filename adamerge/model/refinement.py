@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_number
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.granularity import Chunk, Granularity, GroupIndex, Segment, Shapes
 from adamerge.pool.pool import ExpertPool
@@ -56,10 +56,8 @@ class ImportanceChunks:
     kappa: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.budget) and self.budget > 0):
-            raise InputError(f"granularity.budget: expected a number > 0, found {self.budget}.")
-        if not (math.isfinite(self.kappa) and self.kappa >= 0):
-            raise InputError(f"granularity.kappa: expected a number >= 0, found {self.kappa}.")
+        check_number("granularity.budget", self.budget, 0, above=True)
+        check_number("granularity.kappa", self.kappa, 0)
 
     def __call__(self, shapes: Shapes) -> GroupIndex:
         """Refuse: names and shapes alone do not say what matters.

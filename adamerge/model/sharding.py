@@ -23,14 +23,16 @@ from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import MicroBatch, fused, members, swapped
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.merge import PullBack, merge_into
+from adamerge.model.merged_model import MergedModel
+from adamerge.model.weights import WholeWeights
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.part import PoolPart
 from adamerge.pool.pool import ExpertPool
 from adamerge.system import ranks
 
 
-class ShardedWeights:
-    """This process's parts of an encoder's parameters; see :class:`~adamerge.model.weights.WholeWeights`.
+class ShardedWeights(WholeWeights):
+    """This process's parts of what an encoder runs on; see :class:`~adamerge.model.weights.WholeWeights`.
 
     All processes must run the same passes in the same order: one that lacks a task of a step, or has fewer batches for
     an expert, takes part with zeros, whose outputs do not count.
@@ -152,6 +154,24 @@ class ShardedWeights:
         for module in self._encoder.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+class ShardedModel(MergedModel):
+    """Base, task vectors, merged weights and their gradients in parts, one on each process.
+
+    A model like :class:`MergedModel`, with its arguments, until :meth:`to_device` finds several processes and cuts the
+    encoder, which from then on is changed.
+
+    The pool should be a mapped one (``ExpertPool.from_files(..., mapped=True)``).
+    """
+
+    def to_device(self, device: torch.device | str) -> "ShardedModel":
+        """Cut the encoder, read this process's part of the pool, and move all to the device."""
+        if ranks.count() > 1 and not self.is_sharded:
+            self.pool.to("cpu")
+            self.weights = ShardedWeights(self.encoder, self.pool, self.coefficients.index, torch.device(device))
+        super().to_device(device)
+        return self
 
 
 class PartialPullBack(PullBack):

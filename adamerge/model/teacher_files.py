@@ -23,11 +23,11 @@ from adamerge.checkpoints.hashes import digest
 from adamerge.checkpoints.tensor_cache import TensorCache
 from adamerge.data.batch import Outputs
 from adamerge.model.merged_model import MergedModel
+from adamerge.model.teachers import outputs_of, tensors_of
 from adamerge.pool.low_rank import matmul_precision
 from adamerge.system.files import ensure_writable
 
 _FORMAT = 1
-_HIDDEN = "hidden/"
 
 
 class TeacherFiles:
@@ -55,13 +55,11 @@ class TeacherFiles:
         if tensors is None:
             return None
         self._read += 1
-        hidden = {name.removeprefix(_HIDDEN): value for name, value in tensors.items() if name.startswith(_HIDDEN)}
-        return Outputs(tensors["logits"], tensors["features"], hidden)
+        return outputs_of(tensors)
 
     def put(self, key: str, outputs: Outputs) -> None:
         """Write the outputs of a batch; where that fails the run goes on without."""
-        hidden = {f"{_HIDDEN}{name}": value for name, value in outputs.hidden.items()}
-        self._written += self._cache.put(key, {"logits": outputs.logits, "features": outputs.features, **hidden})
+        self._written += self._cache.put(key, tensors_of(outputs))
 
 
 def ask_expert(

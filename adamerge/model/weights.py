@@ -11,6 +11,7 @@ from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import MicroBatch, fused, swapped
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.merge import PullBack, merge, merge_into
+from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.pool import ExpertPool
 
 
@@ -33,7 +34,7 @@ class WholeWeights:
         self._fixed = [name for name, _ in encoder.named_parameters() if name in pool.fixed]
         self.leaves: dict[str, Tensor] = {}
 
-    def merge(self, coefficients: Coefficients) -> dict[str, Tensor]:
+    def merge(self, coefficients: Coefficients) -> dict[str, Tensor] | LazyTensors:
         """Return new merged parameters, differentiable in the coefficients."""
         return merge(self._pool, coefficients)
 

@@ -32,7 +32,7 @@ from adamerge import Coefficients, ExpertPool, MergedModel
 from adamerge.commands.run import processes
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.methods import GradientMerging, ShardedStrategy
-from adamerge.model.sharded_model import ShardedModel
+from adamerge.model.sharding import ShardedModel
 from adamerge.objectives.entropy import Entropy
 from adamerge.system import ranks
 from adamerge.system.memory import peak_memory

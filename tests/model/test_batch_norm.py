@@ -171,7 +171,7 @@ def test_recalibrate_without_data_or_with_one_value_per_channel_says_what_to_do(
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(InputError, match=r"policy: expected one of base, .* found 'recalibrated'\. Did you"):
+    with pytest.raises(InputError, match=r"batch_norm\.policy: .* found 'recalibrated'\. Did you"):
         BatchNormPolicy("recalibrated")
     with pytest.raises(InputError, match=r"batch_norm\.batches: expected a whole number >= 1, found 0"):
         BatchNormPolicy(batches=0)

@@ -172,5 +172,5 @@ def test_unconstrained_changes_nothing():
 
 
 def test_by_name_unknown_lists_and_suggests():
-    with pytest.raises(InputError, match=r"constraint: expected one of none, .*found 'clmap'\. Did you mean 'clamp'\?"):
+    with pytest.raises(InputError, match=r"constraint: .*found 'clmap'\. Did you mean 'clamp'\?"):
         by_name("clmap")

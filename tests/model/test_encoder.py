@@ -227,10 +227,10 @@ def test_channels_last_leaves_other_inputs_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"checkpoint": "blocks.*"}, r"encoder\.checkpoint: expected true, false or a list .* found 'blocks\.\*'"),
-        ({"checkpoint": [3]}, r"encoder\.checkpoint: expected true, false or a list"),
-        ({"checkpoint": 3}, r"encoder\.checkpoint: expected true, false or a list"),
-        ({"channels_last": "yes"}, r"encoder\.channels_last: expected true or false, found 'yes'"),
+        ({"checkpoint": "blocks.*"}, r"encoder\.checkpoint: expected a list .* found 'blocks\.\*'"),
+        ({"checkpoint": [3]}, r"encoder\.checkpoint: expected a list"),
+        ({"checkpoint": 3}, r"encoder\.checkpoint: expected a list"),
+        ({"channels_last": "yes"}, r"encoder\.channels_last: .* found 'yes'"),
         ({"compile": "inductr"}, r"encoder\.compile: .* found 'inductr'\. Did you mean 'inductor'\?"),
         ({"compile": 1.5}, r"encoder\.compile: expected true, false or a backend"),
     ],

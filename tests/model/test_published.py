@@ -177,7 +177,7 @@ def test_chosen_list_of_texts(tmp_path):
 )  # fmt: skip
 def test_chosen_list_of_anything_else_is_refused_and_says_how_to_write_it(tmp_path, content):
     (tmp_path / "b.py").write_bytes(content)
-    with pytest.raises(InputError, match=r"b\.py: expected a text of numbers.*one line per row.*JSON list") as caught:
+    with pytest.raises(InputError, match=r"b\.py: expected rows .*one line per row.*JSON list") as caught:
         chosen_list(str(tmp_path / "b.py"))
     assert "\n" not in str(caught.value)
 

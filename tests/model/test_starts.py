@@ -48,7 +48,7 @@ def test_model_stock_start_of_one_expert_is_one(toy: Toy):
 @pytest.mark.parametrize(
     ("init", "message"),
     [
-        ("line", r"one of mean, lines, model_stock, found 'line'\. Did you mean 'lines'\?"),
+        ("line", r"init.*'model_stock', found 'line'\. Did you mean 'lines'\?"),
         (DepthStart(pattern="x{9}"), "matches no parameter"),
         (lambda pool: {}, r"init: parameter '.*': expected a number, or 3, from the rule, found 0"),
         (lambda pool: dict.fromkeys(pool.names, torch.ones(2)), "or 3, from the rule, found 2"),

@@ -41,7 +41,7 @@ from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import Coefficients, load_coefficients, save_coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.refinement import Refinement, transfer
-from adamerge.model.sharded_model import ShardedModel
+from adamerge.model.sharding import ShardedModel
 from adamerge.model.teacher_files import TeacherFiles
 from adamerge.pool.describe import describe
 from adamerge.pool.pool import ExpertPool
