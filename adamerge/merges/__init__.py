@@ -8,7 +8,7 @@ A rule is any callable ``rule(pool)`` that yields each parameter's name and merg
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -72,8 +72,13 @@ def merged_state_dict(
         >>> merged_state_dict(pool, WeightAverage())
         {'w': tensor([2.])}
     """
+    inputs: tuple[Any, ...] = ()
+    if getattr(rule, "needs_data", False):
+        if model is None or data is None:
+            raise InputError(f"{type(rule).__name__} needs unlabeled data: give merged_state_dict model= and data=.")
+        inputs = model, data
     merged: dict[str, Tensor] = {}
-    for name, tensor in _run(pool, rule, model, data):
+    for name, tensor in rule(pool, *inputs):
         if name not in pool.shapes or name in merged or tuple(tensor.shape) != pool.shapes[name]:
             raise InputError(
                 f"{type(rule).__name__} yields {name!r} with shape {tuple(tensor.shape)}, expected each of the pool's "
@@ -92,11 +97,3 @@ def merged_state_dict(
         name = pool.tied.get(name, name)
         state_dict[key] = merged[name] if name in merged else pool.source.get(key).clone()
     return state_dict
-
-
-def _run(pool: ExpertPool, rule: Rule | DataRule, model: MergedModel | None, data: UnlabeledTasks | None) -> Merged:
-    if not getattr(rule, "needs_data", False):
-        return rule(pool)  # type: ignore[call-arg]
-    if model is None or data is None:
-        raise InputError(f"{type(rule).__name__} needs unlabeled data: give merged_state_dict model= and data=.")
-    return rule(pool, model, data)  # type: ignore[call-arg]

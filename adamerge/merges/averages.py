@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError, check_choice, check_number, did_you_mean, shorten
+from adamerge.errors import InputError, check_choice, check_number, check_pattern, did_you_mean, shorten
 from adamerge.merges import Merged
 from adamerge.merges.tensors import average, weighted
 from adamerge.model.starts import stock_ratio
@@ -134,10 +134,7 @@ class LayerSwapping:
     def __post_init__(self) -> None:
         for option in ("bottom", "top", "transition"):
             check_number(f"LayerSwapping.{option}", getattr(self, option), 0, whole=True)
-        try:
-            re.compile(self.blocks)
-        except re.error as error:
-            raise InputError(f"LayerSwapping.blocks: {self.blocks!r} is no regular expression ({error}).") from error
+        check_pattern("LayerSwapping.blocks", self.blocks)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and parameters: the outer expert's, the inner one's, or between them their mean."""

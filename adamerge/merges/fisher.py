@@ -78,7 +78,8 @@ class Fisher:
             information = self._estimate(model, data, expert, tasks)
             add_expert(sums, weights, information, lambda name, row=row: task_vector(pool, name, row), self)  # type: ignore[misc]
         for name in pool.names:
-            yield name, pool.base[name] + _quotient(sums.pop(name), weights.pop(name))
+            weight = weights.pop(name)  # where no expert has any, the base's value stays
+            yield name, pool.base[name] + torch.where(weight > 0, sums.pop(name) / weight, 0)
 
     def _estimate(self, model: MergedModel, data: "UnlabeledTasks", expert: str, tasks: list[str]) -> dict[str, Tensor]:
         """Return an expert's Fisher diagonal over the examples of its tasks, name to (*S)."""
@@ -164,8 +165,3 @@ def _classes(probabilities: Tensor, draws: int | None, generator: torch.Generato
     labels = torch.multinomial(probabilities.cpu(), draws, replacement=True, generator=generator)
     labels = labels.to(probabilities.device)
     return labels, torch.full_like(labels, 1, dtype=probabilities.dtype) / draws
-
-
-def _quotient(total: Tensor, weight: Tensor) -> Tensor:
-    """Divide; where no expert has any weight the base's value stays."""
-    return torch.where(weight > 0, total / weight, 0)

@@ -27,7 +27,21 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RegMean:
+class _LeastSquares:
+    examples: int = 256
+    off_diagonal: float = 0.95
+    ridge: float = 1e-6
+    needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_number(f"{name}.examples", self.examples, 1, whole=True)
+        check_number(f"{name}.off_diagonal", self.off_diagonal, 0, 1)
+        check_number(f"{name}.ridge", self.ridge, 0, 1)
+
+
+@dataclass(frozen=True)
+class RegMean(_LeastSquares):
     r"""The weight whose outputs are nearest to every expert's, on that expert's inputs.
 
     Per Linear layer, with :math:`G_i = X_i^T X_i / \text{tokens}`, its off-diagonal entries times ``off_diagonal``,
@@ -49,14 +63,6 @@ class RegMean:
         Jin et al., Dataless knowledge fusion, arXiv:2212.09849; ``off_diagonal`` 0.95 as in FusionBench.
     """
 
-    examples: int = 256
-    off_diagonal: float = 0.95
-    ridge: float = 1e-6
-    needs_data: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check(self)
-
     @torch.no_grad()
     def __call__(self, pool: ExpertPool, model: MergedModel, data: "UnlabeledTasks") -> Merged:
         """Yield names and merged parameters, once all experts have seen their data."""
@@ -75,7 +81,7 @@ class RegMean:
 
 
 @dataclass(frozen=True)
-class RegMeanPlusPlus:
+class RegMeanPlusPlus(_LeastSquares):
     r"""RegMean, block by block, on activations that the merged blocks before have made.
 
     Embeddings and whatever else comes before the blocks are averaged. Then, for each block in turn: every task's
@@ -97,14 +103,7 @@ class RegMeanPlusPlus:
         RegMean++, arXiv:2508.03121; 256 examples and ``off_diagonal`` 0.95 as there.
     """
 
-    examples: int = 256
-    off_diagonal: float = 0.95
-    ridge: float = 1e-6
     blocks: str | None = None
-    needs_data: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @torch.no_grad()
     def __call__(self, pool: ExpertPool, model: MergedModel, data: "UnlabeledTasks") -> Merged:
@@ -158,7 +157,7 @@ class Grams:
             return
         tokens = inputs.reshape(-1, inputs.shape[-1])
         product = tokens.T @ tokens
-        self._products[rows] = self._products[rows] + product if rows in self._products else product
+        self._products[rows] = self._products.get(rows, 0) + product
         self._tokens[rows] = self._tokens.get(rows, 0) + len(tokens)
 
     def pop_means(self) -> Iterator[tuple[Rows, Tensor]]:
@@ -245,10 +244,3 @@ def solve(gram: Tensor, right: Tensor) -> Tensor:
             f"RegMean: a layer's system of {len(gram)} equations is singular: there are more inputs than tokens, or "
             "dead ones. Give ridge above 0 (such as 1e-6), or more examples."
         ) from error
-
-
-def _check(rule: RegMean | RegMeanPlusPlus) -> None:
-    name = type(rule).__name__
-    check_number(f"{name}.examples", rule.examples, 1, whole=True)
-    check_number(f"{name}.off_diagonal", rule.off_diagonal, 0, 1)
-    check_number(f"{name}.ridge", rule.ridge, 0, 1)

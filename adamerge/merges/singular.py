@@ -8,7 +8,7 @@ Only matrices have singular vectors: all other tensors (biases, norms, convoluti
 All factorisations are made in ``pool.compute_dtype``; the task vectors of one tensor are in memory at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,29 @@ from adamerge.transforms.tsv import singular_vectors
 
 
 @dataclass(frozen=True)
-class TSVMerge:
+class _MatrixRule:
+    """Merges matrices by their singular vectors, and averages all else."""
+
+    scale: float = 1.0
+    skip: Sequence[str] = ("*text_projection*",)
+
+    def __post_init__(self) -> None:
+        check_number(f"{type(self).__name__}.scale", self.scale, -100, 100)
+        check_globs(f"{type(self).__name__}.skip", self.skip)
+
+    def __call__(self, pool: ExpertPool) -> Merged:
+        """Yield names and merged parameters."""
+        for name in pool.names:
+            update = self.merge(pool.task_vectors(name)) if is_matrix(pool, name, self.skip) else None
+            yield name, average(pool, name, self.scale) if update is None else pool.base[name] + self.scale * update
+
+    def merge(self, stack: Tensor) -> Tensor | None:
+        """Return the merge of task vectors (T, m, n), before the scale, (m, n); None to average them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TSVMerge(_MatrixRule):
     r"""Keep each expert's strongest singular directions and make them orthogonal across experts.
 
     Per matrix: the top q = int(r / T) singular triplets of every :math:`D_i`, side by side as U, S, V;
@@ -39,25 +61,13 @@ class TSVMerge:
         Gargiulo et al., Task Singular Vectors, arXiv:2412.00081.
     """
 
-    scale: float = 1.0
-    skip: Sequence[str] = ("*text_projection*",)
-
-    def __post_init__(self) -> None:
-        check_number("TSVMerge.scale", self.scale, -100, 100)
-        check_globs("TSVMerge.skip", self.skip)
-
-    def __call__(self, pool: ExpertPool) -> Merged:
-        """Yield names and merged parameters."""
-        experts = len(pool.expert_names)
-
-        def merge(stack: Tensor) -> Tensor | None:
-            return merge_singular_vectors(stack) if min(stack.shape[1:]) >= experts else None
-
-        yield from _merge_matrices(pool, self.scale, self.skip, merge)
+    def merge(self, stack: Tensor) -> Tensor | None:
+        """Return the sum of the decorrelated leading triplets."""
+        return merge_singular_vectors(stack) if min(stack.shape[1:]) >= len(stack) else None
 
 
 @dataclass(frozen=True)
-class IsoC:
+class IsoC(_MatrixRule):
     r"""Give the summed task vectors one singular value: their mean.
 
     Per matrix: :math:`\sum_i D_i = U S V^T`, :math:`\theta = \theta_0 + \alpha\, \bar s\, U V^T`. What is averaged: see
@@ -72,20 +82,15 @@ class IsoC:
         Marczak et al., No Task Left Behind, arXiv:2502.04959.
     """
 
-    scale: float = 1.0
-    skip: Sequence[str] = ("*text_projection*",)
-
-    def __post_init__(self) -> None:
-        check_number("IsoC.scale", self.scale, -100, 100)
-        check_globs("IsoC.skip", self.skip)
-
-    def __call__(self, pool: ExpertPool) -> Merged:
-        """Yield names and merged parameters."""
-        yield from _merge_matrices(pool, self.scale, self.skip, flatten_spectrum)
+    def merge(self, stack: Tensor) -> Tensor:
+        """Return the sum with one singular value."""
+        left, values, right = torch.linalg.svd(stack.sum(0), full_matrices=False)
+        flat: Tensor = values.mean() * (left @ right)
+        return flat
 
 
 @dataclass(frozen=True)
-class IsoCTS:
+class IsoCTS(_MatrixRule):
     r"""Iso-C in a common space and each expert's own directions beside it.
 
     Per matrix: the top c singular triplets of :math:`\sum_i D_i`; from each :math:`D_i - U_c U_c^T D_i` its top q; then
@@ -105,20 +110,15 @@ class IsoCTS:
         Marczak et al., No Task Left Behind, arXiv:2502.04959.
     """
 
-    scale: float = 1.0
     common: float = 0.8
-    skip: Sequence[str] = ("*text_projection*",)
 
     def __post_init__(self) -> None:
-        check_number("IsoCTS.scale", self.scale, -100, 100)
+        super().__post_init__()
         check_number("IsoCTS.common", self.common, 0, 1)
-        check_globs("IsoCTS.skip", self.skip)
 
-    def __call__(self, pool: ExpertPool) -> Merged:
-        """Yield names and merged parameters."""
-        yield from _merge_matrices(
-            pool, self.scale, self.skip, lambda stack: flatten_common_and_own(stack, self.common)
-        )
+    def merge(self, stack: Tensor) -> Tensor:
+        """Return the common and the experts' own directions with one singular value."""
+        return flatten_common_and_own(stack, self.common)
 
 
 def merge_singular_vectors(stack: Tensor) -> Tensor:
@@ -126,13 +126,6 @@ def merge_singular_vectors(stack: Tensor) -> Tensor:
     count = min(stack.shape[1:]) // len(stack)
     left, values, right = zip(*(singular_vectors(matrix, count) for matrix in stack), strict=True)
     return (polar(torch.cat(left, 1)) * torch.cat(values)) @ polar(torch.cat(right, 1)).T
-
-
-def flatten_spectrum(stack: Tensor) -> Tensor:
-    """Return Iso-C of task vectors (T, m, n), before the scale, (m, n)."""
-    left, values, right = torch.linalg.svd(stack.sum(0), full_matrices=False)
-    flat: Tensor = values.mean() * (left @ right)
-    return flat
 
 
 def flatten_common_and_own(stack: Tensor, common: float) -> Tensor:
@@ -152,12 +145,3 @@ def polar(matrix: Tensor) -> Tensor:
     """Return the nearest matrix with orthonormal rows or columns; directions that the matrix lacks stay out."""
     left, _, right = singular_vectors(matrix)
     return left @ right.T
-
-
-def _merge_matrices(
-    pool: ExpertPool, scale: float, skip: Sequence[str], merge: Callable[[Tensor], Tensor | None]
-) -> Merged:
-    """Merge matrices by a function of their task vectors (T, m, n); average the others and where it returns None."""
-    for name in pool.names:
-        update = merge(pool.task_vectors(name)) if is_matrix(pool, name, skip) else None
-        yield name, average(pool, name, scale) if update is None else pool.base[name] + scale * update

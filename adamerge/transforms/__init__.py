@@ -7,10 +7,10 @@ on the result; teachers stay the raw experts.
 """
 
 from adamerge.transforms.awd import Awd as Awd
-from adamerge.transforms.breadcrumbs import Breadcrumbs as Breadcrumbs
 from adamerge.transforms.chain import Chain as Chain
 from adamerge.transforms.dare import Dare as Dare
 from adamerge.transforms.depth import Lines as Lines
+from adamerge.transforms.magnitude import Breadcrumbs as Breadcrumbs
 from adamerge.transforms.magnitude import Magnitude as Magnitude
 from adamerge.transforms.magnitude import Trim as Trim
 from adamerge.transforms.masks import Consensus as Consensus

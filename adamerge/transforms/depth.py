@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adamerge.errors import InputError, check_number
+from adamerge.errors import InputError, check_number, check_pattern
 from adamerge.transforms.protocol import Source, TransformFunction, total
 
 BLOCK_PATTERN = r"^.*?\.\d+(?=\.)"  # of a parameter's name: everything up to the first number, transformer.resblocks.3
@@ -62,10 +62,7 @@ def relative_depths(names: Iterable[str], pattern: str = BLOCK_PATTERN) -> dict[
     >>> relative_depths(["conv1", "blocks.0.w", "blocks.10.w", "blocks.2.w"])
     {'conv1': 0.0, 'blocks.0.w': 0.0, 'blocks.10.w': 1.0, 'blocks.2.w': 0.5}
     """
-    try:
-        expression = re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise InputError(f"pattern: {pattern!r} is not a regular expression ({error}).") from error
+    expression = check_pattern("pattern", pattern)
     names = list(names)
     blocks = {name: match.group() for name in names if (match := expression.search(name))}
     if not blocks:

@@ -3,14 +3,13 @@
 Legend: E experts, n entries of a flattened parameter, ``*S`` its shape.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from adamerge.errors import InputError
+from adamerge.errors import InputError, check_call
 
 TransformFunction = Callable[[str, Tensor], Tensor]
 _TILE = 1 << 16  # entries of a tile, of all experts together
@@ -144,16 +143,9 @@ def check_transform(transform: Any) -> None:
     """
     if hasattr(transform, "prepare"):
         return
-    kind = type(transform).__name__
     if not callable(transform) or isinstance(transform, type):
         raise InputError(f"transform: expected a callable (name, task_vectors), found {transform!r}.")
-    try:
-        inspect.signature(transform).bind("name", None)
-    except TypeError as error:
-        raise InputError(
-            f"transform {kind}: expected a call with a parameter's name and its task vectors, (name, task_vectors), "
-            f"found {inspect.signature(transform)}. Change its signature."
-        ) from error
+    check_call(transform, ["name", "task_vectors"], "Change the transform's signature.")
 
 
 def entries(source: Source) -> int:
