@@ -87,8 +87,7 @@ class MetricsWeighted:
         if not isinstance(self.scores, Mapping):
             raise InputError(f"MetricsWeighted.scores: expected {{expert: score}}, found {self.scores!r}.")
         for name, score in self.scores.items():
-            if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 < score < float("inf"):
-                raise InputError(f"MetricsWeighted.scores.{name}: expected a positive number, found {score!r}.")
+            check_number(f"MetricsWeighted.scores.{name}", score, 0, above=True)
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and weighted means."""
@@ -138,12 +137,8 @@ class LayerSwapping:
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and parameters: the outer expert's, the inner one's, or between them their mean."""
-        for option, expert in (("outer", self.outer), ("inner", self.inner)):
-            if expert not in pool.expert_names:
-                raise InputError(
-                    f"LayerSwapping.{option}: expected one of {shorten(pool.expert_names)}, found {expert!r}."
-                    f"{did_you_mean(str(expert), pool.expert_names)}"
-                )
+        check_choice("LayerSwapping.outer", self.outer, pool.expert_names)
+        check_choice("LayerSwapping.inner", self.inner, pool.expert_names)
         block_of = {name: match.group() for name in pool.names if (match := re.search(self.blocks, name))}
         order = {block: number for number, block in enumerate(sorted(set(block_of.values()), key=block_order))}
         if self.bottom + self.top + 2 * self.transition > len(order):

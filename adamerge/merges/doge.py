@@ -30,7 +30,7 @@ class DOGE:
     over all these matrices (int(density d) + 1 of them). Deterministic. (Adam's scaling by element leaves the
     orthogonal complement a little, although the gradient lies in it; that is the published algorithm.)
 
-    Tensors that are no matrices, and matrices that ``skip`` matches, are ``rest``. Cost per matrix: E + 1 singular
+    Tensors that are no matrices, and matrices that ``skip`` names, are ``rest``. Cost per matrix: E + 1 singular
     value decompositions, then 2 E m n + 2 m^2 n / ``subspace`` per step; the task vectors of one matrix in memory.
 
     Args:
@@ -40,7 +40,7 @@ class DOGE:
         steps: Steps of Adam.
         lr: Learning rate of Adam.
         rest: ``base``: all else keeps the base's values, as in the released code; ``average``: it is averaged.
-        skip: Globs of matrices that are not merged so.
+        skip: Matrices that are not merged so: kinds (see :mod:`adamerge.transforms.kinds`), or globs of names.
 
     Reference:
         Wei et al., Adaptive projective gradient descent, arXiv:2501.01230.
@@ -52,7 +52,7 @@ class DOGE:
     steps: int = 400
     lr: float = 1e-4
     rest: Literal["base", "average"] = "base"
-    skip: Sequence[str] = ("*embed*", "proj", "*.proj", "*projection")
+    skip: Sequence[str] = ("embedding", "position", "head", "projection")
 
     def __post_init__(self) -> None:
         check_number("DOGE.scale", self.scale, 0, 100)

@@ -28,7 +28,7 @@ class OPCM:
     of the experts' task vectors, both over the whole model. (The published running factor lambda_t scales P alone,
     which changes no projection, so it can be applied once.)
 
-    The result depends on the order. Every 2-D tensor that ``skip`` does not match is projected, open_clip's
+    The result depends on the order. Every matrix that ``skip`` does not name is projected, open_clip's
     attention input among them; the published code projects Linear layers only, and leaves raw parameters
     (positional embedding, projection) the first expert's. Cost: T - 1 singular value decompositions per matrix; memory
     of one merged model and one matrix's factors, whatever the number of experts.
@@ -36,7 +36,8 @@ class OPCM:
     Args:
         alpha: Share of the singular values that the protected leading directions hold, in [0, 1].
         seed: Shuffles the order of the experts; None keeps the pool's.
-        skip: Globs of 2-D tensors that are added without projection.
+        skip: Matrices that are added without projection: kinds (see :mod:`adamerge.transforms.kinds`), or globs of
+            names.
 
     Reference:
         Tang et al., Merging models on the fly, arXiv:2501.09522.
@@ -44,7 +45,7 @@ class OPCM:
 
     alpha: float = 0.5
     seed: int | None = None
-    skip: Sequence[str] = ("*embed*",)
+    skip: Sequence[str] = ("embedding", "position", "head")
 
     def __post_init__(self) -> None:
         check_number("OPCM.alpha", self.alpha, 0, 1)

@@ -3,8 +3,9 @@
 Legend: T experts; D_i task vector of one matrix (m, n) in expert i; r = min(m, n); polar(A) = P Q^T where
 A = P S Q^T, the nearest matrix with orthonormal rows or columns.
 
-Only matrices have singular vectors: all other tensors (biases, norms, convolutions), matrices that a glob of
-``skip`` matches, and matrices with fewer than T rows or columns (TSV-Merge) are averaged, times ``scale``.
+Only matrices have singular vectors: all other tensors (biases, norms, convolutions), matrices that ``skip`` names by
+kind or glob, and matrices with fewer than T rows or columns (TSV-Merge) are averaged, times ``scale``. By default
+``skip`` names tables of tokens, whose rows are looked up one by one, heads, and ``text_projection``, as the authors do.
 All factorisations are made in ``pool.compute_dtype``; the task vectors of one tensor are in memory at a time.
 """
 
@@ -18,7 +19,7 @@ from adamerge.errors import check_globs, check_number
 from adamerge.merges import Merged
 from adamerge.merges.tensors import average, is_matrix
 from adamerge.pool.pool import ExpertPool
-from adamerge.transforms.tsv import singular_vectors
+from adamerge.transforms.tsv import AVERAGED, singular_vectors
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class _MatrixRule:
     """Merges matrices by their singular vectors, and averages all else."""
 
     scale: float = 1.0
-    skip: Sequence[str] = ("*text_projection*",)
+    skip: Sequence[str] = AVERAGED
 
     def __post_init__(self) -> None:
         check_number(f"{type(self).__name__}.scale", self.scale, -100, 100)
@@ -55,7 +56,7 @@ class TSVMerge(_MatrixRule):
 
     Args:
         scale: Alpha; 1 needs no tuning, the authors search 0.1 to 3 on labelled data.
-        skip: Globs of matrices to average instead; the authors' script averages ``text_projection``.
+        skip: Matrices to average instead: kinds (see :mod:`adamerge.transforms.kinds`), or globs of names.
 
     Reference:
         Gargiulo et al., Task Singular Vectors, arXiv:2412.00081.
@@ -70,13 +71,14 @@ class TSVMerge(_MatrixRule):
 class IsoC(_MatrixRule):
     r"""Give the summed task vectors one singular value: their mean.
 
-    Per matrix: :math:`\sum_i D_i = U S V^T`, :math:`\theta = \theta_0 + \alpha\, \bar s\, U V^T`. What is averaged: see
-    the module. Cost: one singular value decomposition per matrix.
+    Per matrix: :math:`\sum_i D_i = U S V^T`, :math:`\theta = \theta_0 + \alpha\, \bar s\, U V^T`. Directions that the
+    sum lacks stay out (this package's choice: they would be arbitrary), so that rows which no expert changed stay too.
+    What is averaged: see the module. Cost: one singular value decomposition per matrix.
 
     Args:
         scale: Alpha. The authors' values, found on labelled validation data for CLIP ViT-B/32 with 8, 14, 20 tasks:
             1.3, 1.0, 0.9; for ViT-L/14 1.5, 1.3, 1.0.
-        skip: Globs of matrices to average instead; the authors' script averages ``text_projection``.
+        skip: Matrices to average instead: kinds (see :mod:`adamerge.transforms.kinds`), or globs of names.
 
     Reference:
         Marczak et al., No Task Left Behind, arXiv:2502.04959.
@@ -84,9 +86,9 @@ class IsoC(_MatrixRule):
 
     def merge(self, stack: Tensor) -> Tensor:
         """Return the sum with one singular value."""
-        left, values, right = torch.linalg.svd(stack.sum(0), full_matrices=False)
-        flat: Tensor = values.mean() * (left @ right)
-        return flat
+        left, values, right = singular_vectors(stack.sum(0))
+        flat: Tensor = values.mean() * (left @ right.T)
+        return flat if len(values) else stack[0]
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class IsoCTS(_MatrixRule):
         scale: Alpha. The authors' values, found on labelled validation data for CLIP ViT-B/32 with 8, 14, 20 tasks:
             1.5, 1.2, 1.1; for ViT-L/14 1.9, 1.5, 1.2.
         common: Share of the directions that is common, in [0, 1].
-        skip: Globs of matrices to average instead; the authors' script averages ``text_projection``.
+        skip: Matrices to average instead: kinds (see :mod:`adamerge.transforms.kinds`), or globs of names.
 
     Reference:
         Marczak et al., No Task Left Behind, arXiv:2502.04959.

@@ -3,13 +3,13 @@
 Legend: E experts, ``*S`` the shape of one parameter.
 """
 
-import fnmatch
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from adamerge.pool.pool import ExpertPool
+from adamerge.transforms.kinds import is_skipped
 
 
 def task_vector(pool: ExpertPool, name: str, row: int) -> Tensor:
@@ -43,5 +43,5 @@ def average(pool: ExpertPool, name: str, scale: float = 1.0) -> Tensor:
 
 
 def is_matrix(pool: ExpertPool, name: str, skip: Sequence[str]) -> bool:
-    """Whether a parameter has two dimensions and no glob of ``skip`` matches its name."""
-    return len(pool.shapes[name]) == 2 and not any(fnmatch.fnmatchcase(name, glob) for glob in skip)
+    """Whether a parameter has two dimensions and ``skip`` has neither its kind nor a glob of its name."""
+    return len(pool.shapes[name]) == 2 and not is_skipped(name, pool.shapes[name], skip)

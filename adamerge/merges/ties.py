@@ -13,18 +13,16 @@ from adamerge.errors import check_choice, check_number
 from adamerge.merges import Merged
 from adamerge.pool.pool import ExpertPool
 from adamerge.transforms.protocol import Prepared, total
-from adamerge.transforms.ties import Ties
-
-Aggregate = Literal["mean", "sum", "max"]
+from adamerge.transforms.ties import Aggregate, Ties
 
 
 @dataclass(frozen=True)
 class TiesMerge:
     r"""Keep each expert's largest entries, elect a sign per entry, merge those that have it.
 
-    :math:`\theta = \theta_0 + \alpha\, m`, m the mean, sum or largest of the entries that the transform
-    :class:`adamerge.transforms.Ties` leaves at a position. No tensor is skipped. Where neither the sum nor the majority
-    has a sign, negative entries are merged, in ``max`` too, for which the reference has 0 there.
+    :math:`\theta = \theta_0 + \alpha\, m`, m the sum of the task vectors that the transform
+    :class:`adamerge.transforms.Ties` leaves: the mean, sum or largest of a position's elected entries. No tensor is
+    skipped.
 
     Cost: five passes in float32, eight in float64, in constant memory; with ``tensor`` one, and one parameter's stack.
 
@@ -51,22 +49,13 @@ class TiesMerge:
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""
-        elected = Prepared(Ties(self.density, self.scope), pool)
+        elected = Prepared(Ties(self.density, self.scope, self.aggregate), pool)
         for name in pool.names:
             merged = pool.base[name].clone()
             flat = merged.view(-1)
             for where, tile in _pieces(pool, name, elected):
-                flat[where] += self.scale * aggregate(tile, self.aggregate)
+                flat[where] += self.scale * total(tile)
             yield name, merged
-
-
-def aggregate(elected: Tensor, how: Aggregate) -> Tensor:
-    """Merge entries that agree in sign or are 0, (E, k) to (k,)."""
-    if how == "max":
-        return elected.abs().amax(0) * total(elected).sign()
-    if how == "mean":
-        return total(elected) / (elected != 0).sum(0).clamp(min=1)
-    return total(elected)
 
 
 def _pieces(pool: ExpertPool, name: str, elected: Prepared) -> Iterator[tuple[slice, Tensor]]:

@@ -29,7 +29,7 @@ class WUDI:
     itself is not wanted: published accuracies fall again after about 500 steps, so ``lr`` times ``steps``, the
     distance that an entry can move, is what regularises. Deterministic.
 
-    Tensors that are no matrices, and matrices that ``skip`` matches, are ``rest``: embeddings and projections are not
+    Tensors that are no matrices, and matrices that ``skip`` names, are ``rest``: embeddings and projections are not
     applied as Linear layers are.
 
     Cost per matrix: E products m n^2 at the start, then one per step, whatever the number of experts.
@@ -39,7 +39,7 @@ class WUDI:
         lr: Learning rate of Adam; 1e-5 in the authors' script, for CLIP. None takes 0.04 times the root mean
             square of the matrix's task vectors, this package's own choice, so that the merge scales with them.
         rest: ``base``: all else keeps the base's values, as in the authors' script; ``average``: it is averaged.
-        skip: Globs of matrices that are not optimized.
+        skip: Matrices that are not optimized: kinds (see :mod:`adamerge.transforms.kinds`), or globs of names.
 
     Reference:
         Cheng et al., WUDI-Merging, arXiv:2503.08099.
@@ -48,7 +48,7 @@ class WUDI:
     steps: int = 300
     lr: float | None = None
     rest: Literal["base", "average"] = "base"
-    skip: Sequence[str] = ("*embed*", "proj", "*.proj", "*projection")
+    skip: Sequence[str] = ("embedding", "position", "head", "projection")
 
     def __post_init__(self) -> None:
         check_number("WUDI.steps", self.steps, 0, whole=True)

@@ -175,13 +175,9 @@ class FrankWolfeMerging(MergingMethod):
         return self._frank_wolfe
 
     def export_recipe(self) -> dict[str, Any]:
-        """Return the facts under the method's key."""
-        return {"frank_wolfe": self.export_facts()}
-
-    def export_facts(self) -> dict[str, Any]:
-        """Return the support, for ``merge.json``: each expert that has weight, its mean weight and its groups."""
+        """Return the support, under the method's key: each expert that has weight, its mean weight and its groups."""
         values = self.model.coefficients().detach()
-        return {
+        facts = {
             "support": {
                 name: {"mean": row.mean().item(), "groups": int(row.count_nonzero())}
                 for name, row in zip(self.model.pool.expert_names, values, strict=True)
@@ -191,6 +187,7 @@ class FrankWolfeMerging(MergingMethod):
             "start": self._frank_wolfe.kept.mean().item(),
             "iterations": self._frank_wolfe.iteration,
         }
+        return {"frank_wolfe": facts}
 
     def _vertices(self) -> Vertices:
         start = self.model.coefficients.initial if "start" in self._vertex_kinds else None

@@ -179,8 +179,7 @@ class MergedModel(nn.Module):
 
     def logits(self, inputs: Tensor, task: str, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits (B, C) of one task's head under ``params`` (default: a fresh merge)."""
-        logits: Tensor = self._head(task)(self(inputs, params))
-        return logits
+        return self._logits(task, self(inputs, params))
 
     @contextmanager
     def merged(
@@ -276,13 +275,21 @@ class MergedModel(nn.Module):
         sizes = [len(batch) for batch in batches]
         pieces = {name: tensor.split(sizes) for name, tensor in hidden.items()}
         return {
-            task: Outputs(self._head(task)(part), part, {name: piece[i] for name, piece in pieces.items()})
+            task: Outputs(self._logits(task, part), part, {name: piece[i] for name, piece in pieces.items()})
             for i, (task, part) in enumerate(zip(inputs, features.split(sizes), strict=True))
         }
 
-    def _head(self, task: str) -> nn.Module:
+    def _logits(self, task: str, features: Tensor) -> Tensor:
+        """Apply a task's head to features (B, F)."""
         if task not in self.heads:
             raise InputError(
                 f"No head for task {task!r}; there are {shorten(self.heads)}.{did_you_mean(task, self.heads)}"
             )
-        return self.heads[task]
+        logits: Tensor = self.heads[task](features)
+        if logits.ndim > 2:
+            raise InputError(
+                f"Task {task!r}: expected logits (B, C) from its head, one row per input, found shape "
+                f"{tuple(logits.shape)}: which axis holds the classes is not known. Pool the features in the head, or "
+                "give the task a head of its own for each position."
+            )
+        return logits

@@ -49,7 +49,7 @@ class ModelStockStart:
     r"""Start from Model Stock: the more the experts agree on a tensor, the further from the base.
 
     :math:`\lambda = t / E`, :math:`t = E c / (1 + (E - 1) c)`, c the mean cosine of the experts' task vectors of that
-    tensor, clipped to [0, 1] (the formula has a pole at negative cosines). One pass over the task vectors.
+    tensor, clipped to [0, 1] (our choice: the formula has a pole at negative cosines). One pass over the task vectors.
 
     Reference:
         Jang et al., Model Stock, arXiv:2403.19522; cosines are averaged, as mergekit does.
@@ -108,8 +108,9 @@ def by_group(values: Mapping[str, float | Tensor], index: GroupIndex, experts: i
 def stock_ratio(grams: Tensor, agreement: Agreement = "cosine") -> Tensor:
     r"""Return how far from the base the mean of the experts belongs, :math:`t = E c / (1 + (E - 1) c)`.
 
-    c is the mean cosine of pairs of task vectors, or the cosine of their mean angle. A negative c counts as 0, as t
-    has a pole at -1 / (E - 1); a task vector of zeros agrees with none; one expert alone has t = 1.
+    c is the mean cosine of pairs of task vectors, or the cosine of their mean angle. A negative c counts as 0 (this
+    package's choice), as t has a pole at -1 / (E - 1); a task vector of zeros agrees with none; one expert alone has
+    t = 1.
 
     Args:
         grams: Inner products of the task vectors, (rows, E, E), float64.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert
-from adamerge.transforms.selection import kth_smallest
+from adamerge.transforms.selection import kth_magnitude
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Magnitude:
     def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after finding the thresholds where they are the model's."""
         rank = int(self.drop * entries(source)) if self.scope == "model" else 0
-        model_threshold = kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), rank) if rank else None
+        model_threshold = kth_magnitude(source, rank) if rank else None
 
         def rule(name: str, task_vectors: Tensor) -> Tensor:
             magnitudes = task_vectors.abs()

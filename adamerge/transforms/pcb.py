@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adamerge.errors import check_choice, check_number
 from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert, total
-from adamerge.transforms.selection import kth_smallest
+from adamerge.transforms.selection import kth_magnitude, kth_smallest
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,8 @@ class Pcb:
     def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after finding the quantiles of magnitudes and scores."""
         size = entries(source)
-
-        def quantile(index: int) -> Tensor:
-            return kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), index + 1)
-
-        low, high = quantile(int(size * self.clip)), quantile(max(int(size * (1 - self.clip) - 1), 0))
+        low = kth_magnitude(source, int(size * self.clip) + 1)
+        high = kth_magnitude(source, max(int(size * (1 - self.clip) - 1), 0) + 1)
         cut = kth_smallest(
             lambda: (self._scores(tile, low, high) for _, tile in source.tiles()), int(size * (1 - self.ratio)) + 1
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
+from adamerge.transforms.protocol import Source
 
 _DIGIT = 11  # bits of a float's pattern that one pass decides
 
@@ -60,6 +61,11 @@ def kth_smallest(tiles: Callable[[], Iterable[Tensor]], rank: int | Sequence[int
         above = shift
     keys = (prefix + torch.iinfo(kind).min).to(kind)  # undo the flip of the sign bit; int64 wraps around
     return _magnitudes_reversed(keys).view(first.dtype).to(first.device)
+
+
+def kth_magnitude(source: Source, rank: int) -> Tensor:
+    """Return the ``rank``-th smallest magnitude of each expert's whole task vector, (E,)."""
+    return kth_smallest(lambda: (tile.abs() for _, tile in source.tiles()), rank)
 
 
 def _check_ranks(ranks: Sequence[int], sizes: Sequence[int]) -> None:

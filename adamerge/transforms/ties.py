@@ -15,6 +15,8 @@ from adamerge.transforms.magnitude import Trim
 from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert, total
 from adamerge.transforms.selection import kth_smallest
 
+Aggregate = Literal["sum", "mean", "max"]
+
 
 @dataclass(frozen=True)
 class Ties:
@@ -23,8 +25,8 @@ class Ties:
     :math:`\tau'_e = \hat\tau_e [\mathrm{sign}\,\hat\tau_e = \mathrm{sign} \sum_j \hat\tau_j]`, with
     :math:`\hat\tau_e = \tau_e [|\tau_e| \ge m_e]`, m_e the ``d - int(density d)``-th smallest magnitude of expert e (so
     one entry more than ``int(density d)`` stays, as in the released codes). Where the sum is 0, the majority of all
-    elected signs decides; where that is 0, negative. Nothing is averaged or rescaled, unless ``average`` says so:
-    this is AdaMerging++'s input.
+    elected signs decides; where that is 0, negative. Nothing is averaged or rescaled: this is AdaMerging++'s input.
+    With ``aggregate=mean`` coefficient 1 for all gives TIES-Merging, and a transform behind, such as LiNeS, scales it.
 
     No tensor is skipped: biases and norms compete with the matrices for the model's threshold. d counts the merged
     parameters that an expert changed; published figures count the unchanged text tower of old checkpoints too.
@@ -34,8 +36,9 @@ class Ties:
         density: Share of each task vector that stays, in (0, 1]; the papers' K = 20 %.
         scope: Threshold over the ``model`` (paper, AdaMerging), or per ``tensor`` as mergekit has it: exactly
             ``int(density n)`` entries, at least one, and a zero sum elects positive.
-        average: Divide each entry by the number of experts that keep one there, so that with coefficient 1 the task
-            vectors sum to TIES' own merge, a mean; in a chain, LiNeS then scales that, as it was published.
+        aggregate: What the experts' entries at a position add up to: their ``sum`` (all stay), their ``mean`` (each is
+            divided by how many stay), or their ``max`` (the largest stays; where the sum and the majority are 0, none,
+            as in the released code).
 
     Reference:
         Yadav et al., TIES-Merging, arXiv:2306.01708, steps 1 and 2; AdaMerging (arXiv:2310.02575), released code.
@@ -43,11 +46,12 @@ class Ties:
 
     density: float = 0.2
     scope: Literal["model", "tensor"] = "model"
-    average: bool = False
+    aggregate: Aggregate = "sum"
 
     def __post_init__(self) -> None:
         check_number("transform.density", self.density, 0, 1, above=True)
         check_choice("transform.scope", self.scope, ("model", "tensor"))
+        check_choice("transform.aggregate", self.aggregate, ("sum", "mean", "max"))
 
     @property
     def elementwise(self) -> bool:
@@ -58,15 +62,22 @@ class Ties:
         """Return the rule, after finding thresholds and majority sign where they are the model's."""
         if self.scope == "tensor":
             trim = Trim(self.density)
-            return lambda name, task_vectors: self._shared(elect(trim(name, task_vectors), 1.0))
+            return lambda name, task_vectors: self._elected(trim(name, task_vectors), 1)
         threshold = trim_threshold(lambda: (tile for _, tile in source.tiles()), self.density, entries(source))
         signs = sum(int(total(_trimmed(tile, threshold)).sign().sum(dtype=torch.int64)) for _, tile in source.tiles())
-        majority = 1.0 if signs > 0 else -1.0
-        return lambda name, task_vectors: self._shared(elect(_trimmed(task_vectors, threshold), majority))
+        majority = (signs > 0) - (signs < 0)
+        return lambda name, task_vectors: self._elected(_trimmed(task_vectors, threshold), majority)
 
-    def _shared(self, elected: Tensor) -> Tensor:
-        """Divide entries (E, *S) by how many agree at their position, where the mean is asked for."""
-        return elected / (elected != 0).sum(0).clamp(min=1) if self.average else elected
+    def _elected(self, trimmed: Tensor, majority: int) -> Tensor:
+        """Return what agrees with the elected signs, so that it adds up to the aggregate, (E, *S)."""
+        kept = elect(trimmed, majority or -1.0)
+        if self.aggregate == "mean":
+            return kept / (kept != 0).sum(0).clamp(min=1)
+        if self.aggregate == "max":
+            largest = torch.zeros_like(kept).scatter_(0, kept.abs().argmax(0, keepdim=True), 1.0)
+            kept = kept * largest
+            return kept if majority else kept.masked_fill(total(trimmed) == 0, 0)
+        return kept
 
 
 def trim_threshold(tiles: Callable[[], Iterable[Tensor]], density: float, size: int) -> Tensor | None:

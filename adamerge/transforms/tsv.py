@@ -3,7 +3,6 @@
 Legend: E experts, (m, n) the shape of a matrix, r = min(m, n), q singular triplets per expert.
 """
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import check_globs
+from adamerge.transforms.kinds import is_skipped
+
+AVERAGED = ("embedding", "head", "*text_projection*")  # by rules of singular vectors
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,15 @@ class Tsv:
     Cost: E + 2 SVDs per matrix, by far the slowest transform here.
 
     Args:
-        average: Globs of parameter names that are averaged though they are matrices, such as embeddings; the authors
-            leave out ``*text_projection*``.
+        average: Matrices that are averaged: kinds (see :mod:`adamerge.transforms.kinds`), or globs of names. Rows of an
+            embedding are looked up one by one, so directions of the table mean little; the authors leave out
+            ``*text_projection*``.
 
     Reference:
         Gargiulo et al., Task Singular Vectors, arXiv:2412.00081.
     """
 
-    average: Sequence[str] = ()
+    average: Sequence[str] = AVERAGED
 
     def __post_init__(self) -> None:
         check_globs("transform.average", self.average)
@@ -41,7 +44,7 @@ class Tsv:
         """Return the decorrelated task vectors."""
         experts = len(task_vectors)
         is_matrix = task_vectors.ndim == 3 and min(task_vectors.shape[1:]) >= experts
-        if not is_matrix or any(fnmatch.fnmatchcase(name, glob) for glob in self.average):
+        if not is_matrix or is_skipped(name, task_vectors.shape[1:], self.average):
             return task_vectors / experts
         share = min(task_vectors.shape[1:]) // experts
         left, values, right = zip(*(singular_vectors(matrix, share) for matrix in task_vectors), strict=True)

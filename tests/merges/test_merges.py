@@ -1,5 +1,6 @@
 """Laws of the merges: identities, permutations, scales; and what data-driven rules see of a model."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -181,6 +182,41 @@ def test_wudi_lowers_interference_towards_its_closed_form():
     assert torch.equal(updates(base, experts, WUDI(skip=["w"]))["w"], base["w"])
 
 
+def tables():
+    """A base and two experts of GPT-2's names that changed some rows of its tables, and every matrix."""
+    shapes = {"wte.weight": (50, 8), "wpe.weight": (6, 8), "h.0.mlp.c_fc.weight": (8, 8), "lm_head.weight": (9, 8)}
+    base = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    experts = {}
+    for expert in ("a", "b"):
+        experts[expert] = {name: tensor.clone() for name, tensor in base.items()}
+        for name, changed in (("wte.weight", 5), ("wpe.weight", 3), ("h.0.mlp.c_fc.weight", 8), ("lm_head.weight", 9)):
+            experts[expert][name][:changed] += torch.randn(changed, 8, dtype=torch.float64)
+    return base, experts
+
+
+@pytest.mark.parametrize("rule", [TSVMerge(), IsoC(), IsoCTS(), OPCM(), WUDI(rest="average"), DOGE(rest="average")],
+                         ids=lambda rule: type(rule).__name__)  # fmt: skip
+def test_rows_that_no_expert_changed_stay_whatever_the_rule(rule):
+    base, experts = tables()
+    updated = updates(base, experts, rule)
+    for name, changed in (("wte.weight", 5), ("wpe.weight", 3)):
+        moved = updated[name].norm(dim=1)
+        assert moved[:changed].min() > 1e-3
+        assert moved[changed:].max() < 1e-12
+
+
+@pytest.mark.parametrize("rule", [TSVMerge(), IsoC(), IsoCTS()], ids=lambda rule: type(rule).__name__)
+def test_spectral_rules_average_tables_of_tokens_and_heads_by_any_name(rule):
+    base, experts = tables()
+    mean = updates(base, experts, WeightAverage())
+    updated = updates(base, experts, rule)
+    for name in ("wte.weight", "lm_head.weight"):
+        torch.testing.assert_close(updated[name], mean[name])
+    assert not torch.allclose(updated["h.0.mlp.c_fc.weight"], mean["h.0.mlp.c_fc.weight"])
+    everything = updates(base, experts, dataclasses.replace(rule, skip=()))
+    assert not torch.allclose(everything["lm_head.weight"], mean["lm_head.weight"])
+
+
 def test_doge_lowers_conflicts_and_starts_off_the_shared_directions():
     stack = torch.randn(3, 8, 7, dtype=torch.float64)
     rule = DOGE(steps=40, lr=1e-2, subspace=2)
@@ -360,7 +396,7 @@ def test_merged_state_dict_refuses_a_rule_that_leaves_parameters_out():
         (lambda: WUDI(steps=1.5), "WUDI.steps: expected a whole number"),
         (lambda: RegMean(off_diagonal=2), "RegMean.off_diagonal"),
         (lambda: Fisher(examples=0), "Fisher.examples"),
-        (lambda: LayerSwapping("a", "b", blocks="("), "no regular expression"),
+        (lambda: LayerSwapping("a", "b", blocks="("), "is not a regular expression"),
         (lambda: MetricsWeighted({"a": -1.0}), "MetricsWeighted.scores.a"),
     ],
 )

@@ -343,7 +343,7 @@ def test_fit_cosine_ranking_and_released_constants_barely_move(toy, tmp_path):
     options = {"ranking": "cosine", "step_size": 0.1, "scaling": 0.3, "vertices": ["experts", "start"]}
     method = make(toy, constraint="none", **options)
     fit(method, batches(toy, 10), tmp_path, steps=10)
-    facts = method.export_facts()
+    facts = method.export_recipe()["frank_wolfe"]
     assert facts["iterations"] == 10
     assert facts["start"] >= 0.885 - 1e-3
     assert (values(method) - 0.3).abs().max() <= 0.115 * 0.7 + 1e-3
@@ -389,7 +389,7 @@ def test_fit_resumed_from_the_middle_equals_uninterrupted(toy, tmp_path, options
         )
         assert trainer.global_step == 7
         assert torch.equal(values(resumed), values(whole))
-        assert resumed.export_facts() == whole.export_facts()
+        assert resumed.export_recipe() == whole.export_recipe()
 
 
 def test_fit_stops_at_its_steps_and_at_its_tolerance(toy, tmp_path):

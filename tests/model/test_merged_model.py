@@ -591,3 +591,13 @@ def test_model_of_half_precision_files_computes_in_float32_with_an_excluded_tens
     features = model(toy.inputs["red"].float())
     assert features.dtype == torch.float32
     assert math.isfinite(features.sum().item())
+
+
+def test_logits_of_more_than_two_axes_are_refused(toy):
+    class Pixels(torch.nn.Module):
+        def forward(self, features):
+            return features[:, :, None, None].expand(-1, -1, 2, 5)
+
+    model = MergedModel(toy.encoder, toy.pool(), Coefficients(toy.pool()), {"red": Pixels()})
+    with pytest.raises(InputError, match=r"Task 'red': .*\(B, C\).*found shape \(4, \d+, 2, 5\)"):
+        model.logits(toy.inputs["red"], "red")

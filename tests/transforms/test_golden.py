@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from adamerge import Coefficients, ExpertPool, merge
 from adamerge.model.starts import ModelStockStart
-from adamerge.transforms import Breadcrumbs, Consensus, Lines, Magnitude, Pcb, Tall, Ties, Tsv, apply
+from adamerge.transforms import Breadcrumbs, Chain, Consensus, Lines, Magnitude, Pcb, Tall, Ties, Tsv, apply
 from adamerge.transforms.dare import drop_entries
 from adamerge.transforms.masks import tall_masks
 
@@ -184,18 +184,20 @@ def test_pcb_equals_the_authors_code(reference, transform, scale, tolerance):
 
 def test_lines_equals_the_authors_code():
     check(summed(apply(Lines(beta=0.5), TAU)), golden("lines", "sum."))  # alpha 1 / 4 by its own rule
+    on_mean = Chain([Ties(0.2, aggregate="mean"), Lines(beta=0.5)])
+    check(summed(apply(on_mean, TAU)), golden("lines", "ties."))
     ties = {name: tensor.unsqueeze(0) for name, tensor in golden("ties_global", "dis_mean.").items()}
     check(summed(apply(Lines(0.38549955922158535, 0.5), ties)), golden("lines", "ties."))
 
 
 def test_tsv_sum_equals_the_reference_merge():
-    check(summed(apply(Tsv(), TAU)), golden("tsvm", "merged."))
-    averaged_too = apply(Tsv(average=["*text_projection*"]), TAU)
+    check(summed(apply(Tsv(average=()), TAU)), golden("tsvm", "merged."))
+    averaged_too = apply(Tsv(), TAU)
     check(summed(averaged_too), golden("tsvm", "merged_original_repo."))
 
 
 def test_tsv_parts_equal_the_single_task_vectors():
-    found = apply(Tsv(), TAU)
+    found = apply(Tsv(average=()), TAU)
     matrices = {name: tensor for name, tensor in golden("tsvm_single_task", "t1.").items() if tensor.ndim == 2}
     check({name: found[name][1] for name in matrices}, matrices, SINGLE)
 

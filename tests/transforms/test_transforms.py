@@ -284,7 +284,7 @@ def test_lines_without_blocks_is_refused(pattern, message):
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_ties_averaged_sums_to_the_mean_of_its_merge(scope):
     stacks = random_stacks()
-    elected, averaged = (apply(Ties(0.4, scope, average=average), stacks) for average in (False, True))
+    elected, averaged = (apply(Ties(0.4, scope, aggregate), stacks) for aggregate in ("sum", "mean"))
     for name, stack in elected.items():
         count = (stack != 0).sum(0)
         expected = torch.where(count > 0, stack.sum(0) / count.clamp(min=1), 0)
