@@ -135,10 +135,11 @@ def check_pattern(option: str, value: str) -> re.Pattern[str]:
         raise InputError(f"{option}: {value!r} is not a regular expression ({error}).") from error
 
 
-def check_call(function: Callable[..., Any], arguments: Sequence[str], remedy: str) -> None:
+def check_call(option: str, function: Callable[..., Any], arguments: Sequence[str], remedy: str) -> None:
     """Check that a function takes so many arguments by position, without calling it.
 
     Args:
+        option: Where the function was given.
         function: What is called; its class is named.
         arguments: What they are.
         remedy: For the message.
@@ -150,6 +151,6 @@ def check_call(function: Callable[..., Any], arguments: Sequence[str], remedy: s
         inspect.signature(function).bind(*arguments)
     except TypeError as error:
         raise InputError(
-            f"{type(function).__name__}: expected a call with ({', '.join(arguments)}), found "
+            f"{option} {type(function).__name__}: expected a call with ({', '.join(arguments)}), found "
             f"{inspect.signature(function)} ({error}). {remedy}"
         ) from error

@@ -41,7 +41,7 @@ def check_objective(objective: object) -> None:
     """
     if not callable(objective) or isinstance(objective, type):
         raise InputError(f"objective: expected a callable that takes a TaskStep, found {objective!r}.")
-    check_call(objective, ["step"], "Give further arguments a default or set them in __init__.")
+    check_call("objective", objective, ["step"], "Give further arguments a default or set them in __init__.")
     layers = getattr(objective, "hidden_layers", ())
     if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
         raise InputError(

@@ -145,7 +145,7 @@ def check_transform(transform: Any) -> None:
         return
     if not callable(transform) or isinstance(transform, type):
         raise InputError(f"transform: expected a callable (name, task_vectors), found {transform!r}.")
-    check_call(transform, ["name", "task_vectors"], "Change the transform's signature.")
+    check_call("transform", transform, ["name", "task_vectors"], "Change the transform's signature.")
 
 
 def entries(source: Source) -> int:

@@ -154,8 +154,8 @@ class Layers:
     [
         ("entropy", "objective: expected a callable that takes a TaskStep, found 'entropy'"),
         (Entropy, "objective: expected a callable that takes a TaskStep, found <class"),
-        (Two(), r"Objective Two must take one argument, the TaskStep, found \(step, other\)"),
-        (lambda: 0, r"must take one argument, the TaskStep, found \(\)"),
+        (Two(), r"objective Two: expected a call with \(step\), found \(step, other\)"),
+        (lambda: 0, r"objective .*: expected a call with \(step\), found \(\)"),
         (Layers(), r"Layers\.hidden_layers: expected a list of module paths or globs, found 'blocks.0'"),
     ],
     ids=["text", "class", "two arguments", "none", "hidden_layers"],
@@ -196,7 +196,7 @@ def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(conf
     assert (tmp_path / "run" / "merged.safetensors").is_file()
     for command, name, words in (
         ("adapt", "Vector", "must return a scalar"),
-        ("check", "Signature", "must take one argument"),
+        ("check", "Signature", "expected a call with (step)"),
     ):
         with pytest.raises(SystemExit) as exit_info:
             cli.main([command, *arguments, "run_dir=no", f"objective._target_=my_package.objectives.{name}"])
