@@ -4,7 +4,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from adamerge.errors import InputError
-from adamerge.model.sharded_model import ShardedModel
+from adamerge.model.sharding import ShardedModel
 
 
 class ShardedStrategy(DDPStrategy):

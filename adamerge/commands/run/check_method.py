@@ -11,8 +11,8 @@ from adamerge.commands.run.build import build, check_node
 from adamerge.commands.run.check_files import Problems
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
+from adamerge.methods.checks import check_task_weights
 from adamerge.methods.method import MergingMethod
-from adamerge.methods.objective_checks import check_task_weights
 from adamerge.model.constraints import Unconstrained
 from adamerge.model.granularity import GroupIndex
 from adamerge.objectives.entropy import Entropy
