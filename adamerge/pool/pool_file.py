@@ -29,6 +29,7 @@ from adamerge.pool.lora import open_expert
 from adamerge.pool.options import PoolOptions
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
+from adamerge.transforms import Transform
 
 DEFAULTS = {
     "storage": "auto",
@@ -175,14 +176,27 @@ class PoolFiles:
             f"(those of a yaml file below --config-dir start from yours).{did_you_mean(path.name, siblings)}"
         )
 
-    def headers(self, *, base_is_here: bool = True) -> Headers:
+    def headers(self, *, base_is_here: bool = True, transform: Transform | None = None) -> Headers:
         """Return what the headers of the files say: names and shapes of what merges, and all that is wrong.
 
         Args:
             base_is_here: Whether the base can be opened; without it the experts are looked at alone.
+            transform: Of the task vectors, which does not go together with all options.
         """
         base = self.base.file if base_is_here else None
-        return read_headers(base, self._expert_files, PoolOptions(**self.pool_options))
+        options, problems = self.sound_options(transform)
+        headers = read_headers(base, self._expert_files, options)
+        return replace(headers, problems=(*problems, *headers.problems))
+
+    def sound_options(self, transform: Transform | None = None) -> tuple[PoolOptions, list[str]]:
+        """Return the options of the pool but those that are refused, and why they are."""
+        options, problems = PoolOptions(key_map=self.key_prefix or None), list[str]()
+        for option, value in {**self.options, "transform": transform}.items():
+            try:
+                options = replace(options, **{option: dtype_of(value) if option == "dtype" else value})
+            except InputError as error:
+                problems.append(str(error))
+        return options, problems
 
     def hash_of(self, path: Path) -> str:
         """Return the SHA-256 of a checkpoint of the pool: of its file, or for a folder of all that is read there."""

@@ -25,10 +25,11 @@ from adamerge.commands.run.shipped import CONFIG_NAME, shipped_folder
 from adamerge.commands.run.stages import first_stage
 from adamerge.errors import InputError, check_number, did_you_mean, shorten
 from adamerge.objectives import check_objective
+from adamerge.results.scoring import REFERENCES
 from adamerge.system.files import ensure_writable
 from adamerge.transforms import check_transform
 
-RESERVED = ("pretrained", "experts", "task_arithmetic_0.3", "weight_average", "start")
+RESERVED = (*REFERENCES, "start")
 _LIMITS = {"steps": (1, math.inf), "checkpoint_every": (1, math.inf), "seed": (0, 2**32 - 1)}
 _SWITCHES = ("evaluate", "references")
 _LOGGERS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}  # to their packages
@@ -69,7 +70,7 @@ def check(config: DictConfig) -> list[str]:
         problems += _sharding_problems(config) if is_sharded(config) else []
     if "backbone" in parts:
         with problems.naming("pool"):
-            parts["headers"] = check_pool(config, parts["backbone"], problems)
+            parts["headers"] = check_pool(config, parts["backbone"], problems, parts.get("transform"))
             problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
             problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
         with problems.naming("data"):
@@ -160,9 +161,9 @@ def _build_stage(config: DictConfig, parts: dict[str, Any], problems: Problems) 
         if "objective" in parts:
             check_objective(parts["objective"])
     with problems.naming("transform"):
-        transform = build_optional(config, "transform")
-        if transform is not None:
+        if (transform := build_optional(config, "transform")) is not None:
             check_transform(transform)
+            parts["transform"] = transform
     with problems.naming("optimizer"):
         _try_optimizer(config)
     for node in (f"logger.{name}" for name in config.get("logger") or {}):

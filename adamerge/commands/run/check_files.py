@@ -29,8 +29,10 @@ from adamerge.model.encoder import EncoderOptions, select
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.refinement import Refinement
 from adamerge.pool.headers import Headers
+from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
 from adamerge.system.memory import free_memory
+from adamerge.transforms import Transform
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,9 @@ class Problems(list[str]):
             self.append(f"{node}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> Headers:
+def check_pool(
+    config: DictConfig, backbone: Backbone, problems: list[str], transform: Transform | None = None
+) -> Headers:
     """Compare the headers of the pool's files with one another, with the backbone and with the pool's options."""
     tag = getattr(backbone, "pretrained", None)
     has_base = isinstance(config.get("pool"), DictConfig) and config.pool.get("base") is not None
@@ -63,7 +67,7 @@ def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> H
     files = pool_of(config, backbone, base if is_here else Path(str(tag)))
     if not is_here:
         log.info("backbone.pretrained=%s: its weights are not in the cache; the run downloads them first.", tag)
-    headers = files.headers(base_is_here=is_here)
+    headers = files.headers(base_is_here=is_here, transform=transform)
     problems += headers.problems
     for remark in headers.remarks:
         tell_once(remark, logging.WARNING)
@@ -73,17 +77,19 @@ def check_pool(config: DictConfig, backbone: Backbone, problems: list[str]) -> H
             said = getattr(backbone, find)(checkpoints)
             problems += [text.replace(f"backbone.model={zoo.files()}", _ZOO) for text in said]
     if files.task_vectors is not None:
-        problems += _packed_problems(files.task_vectors.file, headers)
+        problems += _packed_problems(files.task_vectors.file, headers, files.sound_options(transform)[0])
     return headers
 
 
-def _packed_problems(path: Path | HubReference, headers: Headers) -> list[str]:
+def _packed_problems(path: Path | HubReference, headers: Headers, options: PoolOptions) -> list[str]:
     """List how a file of packed task vectors differs from a pool, by its header; its hashes wait for the run."""
-    try:
+    problems = Problems()
+    with problems.naming("pool.task_vectors"):
         packed = PackedFile(str(path))
-    except (InputError, OSError) as error:
-        return [str(error)]
-    return list(packed.problems(headers.expert_names, headers.shapes)) if headers.shapes else []
+        if headers.shapes:
+            problems += packed.problems(headers.expert_names, headers.shapes)
+        stored_dtype(options, packed, headers.compute_dtype)
+    return problems
 
 
 def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None) -> list[str]:

@@ -88,6 +88,7 @@ LANES = {
         ("name=weight_average", ["name", "reserved", "'weight_average'"]),
         ("name=start", ["name", "reserved", "'start'"]),
         ("name=task_arithmetic_0.3", ["name", "reserved"]),
+        ("name=weight_average_transformed", ["name", "reserved"]),
         ("name=null", ["name", "None"]),
     ],
     "run_dir": [
@@ -141,6 +142,7 @@ LANES = {
         ("pool.experts.digits=null", ["pool.experts.digits", "checkpoint FILE", "None"]),
         ("+pool.exclude=proj", ["pool.exclude", "list of globs", "'proj'"]),
         ("+pool.dtype=half8", ["pool.dtype", "'half8'"]),
+        ("+pool.storage=stream transform=ties", ["pool.storage", "transformed"]),
     ],
     "data": [
         ("data.tasks.mnist.classes=[a, b]", ["data.tasks.mnist.classes", "2 names", "10 classes"]),
@@ -300,6 +302,14 @@ def test_check_tensors_of_an_expert_without_a_place_are_named(found, tmp_path, c
     assert "pool.unplaced=list" in problem
 
 
+def test_check_each_wrong_option_of_the_pool_is_named_and_the_others_hold(found, tmp_path):
+    tensors = load_file(zoo.files() / "experts" / "digits.safetensors")
+    save_file({**tensors, "visual.extra": torch.ones(2)}, tmp_path / "extra.safetensors")
+    wrong = ["+pool.dtype=flot", "+pool.storage=nope"]
+    problems = found(*wrong, "pool.experts.digits=extra.safetensors", "+pool.exclude=[extra]")
+    assert [problem.split(":")[0] for problem in problems] == ["pool.storage", "pool.dtype"]
+
+
 def test_check_packed_task_vectors_are_held_against_the_pool(found, tmp_path):
     experts = {name: zoo.files() / "experts" / f"{name}.safetensors" for name in ("mnist", "digits")}
     pool = ExpertPool.from_files(
@@ -308,7 +318,10 @@ def test_check_packed_task_vectors_are_held_against_the_pool(found, tmp_path):
     write_packed(pool, tmp_path / "packed.safetensors")
     narrow = "+pool.include=[proj,conv1.weight]"
     assert found("+pool.task_vectors=packed.safetensors", narrow) == []
+    packed = ("+pool.task_vectors=packed.safetensors", narrow)
     for override, words in (
+        ([*packed, "transform=ties"], "packed.safetensors: holds plain task vectors; expected no transform"),
+        ([*packed, "+pool.dtype=int8"], "pool.dtype: "),
         (["+pool.task_vectors=packed.safetensors"], "packed.safetensors: lacks 54 parameters that the pool merges"),
         (["+pool.task_vectors=absent.safetensors"], "absent.safetensors: no such file"),
         (
