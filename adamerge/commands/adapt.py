@@ -76,7 +76,8 @@ def check(overrides: tuple[str, ...], as_json: bool) -> None:
     adamerge check objective=entropy granularity=row
     adamerge check --config-dir my_configs pool=mine data=mine
 
-    It takes what `adamerge adapt` takes; see `adamerge adapt --help`.
+    It takes the options of one run of `adamerge adapt`, see `adamerge adapt --help`; jobs of a sweep are checked one by
+    one.
     """  # noqa: D301
     from adamerge.commands.run.build import containers
     from adamerge.commands.run.check import check as problems_of

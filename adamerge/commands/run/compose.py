@@ -23,7 +23,7 @@ from omegaconf.errors import InterpolationResolutionError
 from adamerge.commands.run.named_pools import register_resolvers, with_pool_files
 from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names, shipped_folder
 from adamerge.errors import InputError, did_you_mean
-from adamerge.pool.pool_file import DEFAULTS, PoolFiles, load_pool_file
+from adamerge.pool.pool_file import PoolFiles, load_pool_file
 
 _CONFIG_DIR = ("--config-dir", "-cd")
 _FLAGS_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
@@ -31,6 +31,7 @@ _FLAGS = (
     *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
     *("--shell-completion", "-sc", "--experimental-rerun", "--info", "-i"),
 )
+_SWEEP = ("-m", "--multirun")
 _DECIDED_BY_FILE = ("file", "base", "experts")  # options of a pool
 _OPTIONAL = ("experiment", "benchmark")  # groups of which a run need have none
 _NOT_OF_ADAPT = ("merge", "compare")  # groups that other commands read
@@ -85,7 +86,10 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     """
     line = read_line(arguments)
     if line.flags:
-        if line.flags[0].split("=")[0] not in _FLAGS_WITH_VALUE:
+        flag = line.flags[0].split("=")[0]
+        if flag in _SWEEP:
+            raise InputError(f"{flag}: a sweep is checked job by job: give one value of each option, such as seed=0.")
+        if flag not in _FLAGS_WITH_VALUE:
             raise _unknown_flag(line.flags[0])
         raise InputError(f"{line.flags[0]}: not supported; put your yaml files into a folder and use --config-dir.")
     setup_globals()
@@ -125,7 +129,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 
 def _for_hydra(line: Line) -> list[str]:
     """Return overrides as Hydra takes them: pool files by path, and texts in quotes."""
-    is_sweep = bool({"-m", "--multirun"} & set(line.flags))
+    is_sweep = not set(_SWEEP).isdisjoint(line.flags)
     overrides = [_choice(override) for override in with_pool_files(line.overrides, line.config_dir)]
     overrides = [_readable(override, is_sweep=is_sweep) for override in overrides if override]
     return _with_new_keys(overrides)
@@ -249,11 +253,7 @@ def _with_pool_file(config: DictConfig) -> DictConfig:
         if options.get(key) not in (None, "???"):
             raise InputError(f"pool.{key}: pool.file={node.file} says it already; leave one of the two out.")
     files = load_pool_file(Path(str(options.pop("file"))).absolute())
-    chosen = {
-        key: value
-        for key, value in options.items()
-        if key not in _DECIDED_BY_FILE and value not in (None, DEFAULTS.get(key))
-    }
+    chosen = {key: value for key, value in options.items() if key not in _DECIDED_BY_FILE and value is not None}
     config.pool = {**options, **files.node(), **chosen}
     name_experts(config, files)
     return config

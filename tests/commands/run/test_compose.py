@@ -50,3 +50,20 @@ def test_override_that_nothing_can_be_made_of_is_named(override, words):
         compose([override])
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
+
+
+def test_option_beside_a_pool_file_goes_before_the_file_also_where_it_is_the_default(tmp_path):
+    path = tmp_path / "pool.yaml"
+    options = {"storage": "stream", "duplicates": "allow", "unplaced": "list"}
+    path.write_text("base: a\nexperts: {b: b}\n" + "".join(f"{key}: {value}\n" for key, value in options.items()))
+    of_file = compose(["pool=files", f"pool.file={path}"]).pool
+    assert {key: of_file[key] for key in options} == options
+    defaults = {"storage": "auto", "duplicates": "refuse", "unplaced": "auto"}
+    chosen = compose(["pool=files", f"pool.file={path}", *(f"pool.{key}={value}" for key, value in defaults.items())])
+    assert {key: chosen.pool[key] for key in options} == defaults
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_compose_of_a_sweep_says_that_a_job_is_checked_alone(flag):
+    with pytest.raises(InputError, match=f"{flag}: a sweep is checked job by job"):
+        compose([flag, "seed=0,1"])
