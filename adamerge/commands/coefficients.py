@@ -39,7 +39,7 @@ def import_list(source: str, pool: str, order: str | None, output: Path) -> None
 
     \b
     adamerge coefficients import lw_adamerging/ViT-B-32 --pool ours --out lw.json             a list that ships
-    adamerge export --pool ours --coefficients lw.json --output merged                        the paper's merge
+    adamerge export --pool ours --coefficients lw.json --out merged                           the paper's merge
     adamerge coefficients import rows.txt --pool ours --order cars,dtd --out mine.json        a file of numbers
 
     SOURCE is a list that ships, which all of AdaMerging's do, or a file of rows of numbers, as text or JSON. No image

@@ -31,7 +31,15 @@ _OF_ALL = ("summary.json", "comparison.png")
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Folder.")
+@click.option(
+    "--out",
+    "--output",
+    "output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the splits and the order of the images.")
 @click.option("--fast", is_flag=True, help="Fewer steps: a look at the machinery in under a minute.")
 @click.option("--transductive", is_flag=True, help="Adapt on the scored images, as the AdaMerging paper does.")

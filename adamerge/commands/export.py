@@ -36,7 +36,7 @@ from adamerge.system.files import atomic_path
 @click.argument("run_dir", type=click.Path(path_type=Path), required=False)
 @click.option("--coefficients", type=click.Path(path_type=Path), help="Replay this coefficients.json.")
 @pool_options()
-@click.option("--output", "--out", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
+@click.option("--out", "--output", "output", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
 @click.option("--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx"]), help="Another format.")
 @click.option("--task", help="With --to torchvision: the task whose classifier to write; default the base's.")
 @click.option("--model", help="With --to: what RUN_DIR merges, where it does not say; of torchvision NAME[:HEAD].")
@@ -59,9 +59,9 @@ def export(
 
     \b
     adamerge export RUN_DIR                                  an interrupted run's last checkpoint
-    adamerge export RUN_DIR --coefficients FILE --output DIR
-    adamerge export --pool NAME --coefficients FILE --output DIR
-    adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --output DIR
+    adamerge export RUN_DIR --coefficients FILE --out DIR
+    adamerge export --pool NAME --coefficients FILE --out DIR
+    adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --out DIR
     adamerge export RUN_DIR --to hf --out DIR                what transformers loads; or open_clip, torchvision, onnx
     adamerge export RUN_DIR --to open_clip --out DIR --upload ORG/NAME
 
@@ -90,7 +90,7 @@ def export(
     if run_dir is not None:
         files = export_run(run_dir, coefficients, output or run_dir)
     elif coefficients is None or output is None or not any(pool.values()):
-        raise InputError("export: give RUN_DIR, or --coefficients, --output, and --pool or both --base and --expert.")
+        raise InputError("export: give RUN_DIR, or --coefficients, --out, and --pool or both --base and --expert.")
     else:
         files = export_files(chosen_pool("export", **pool), coefficients, output)
     print_files(files, as_json)
@@ -113,7 +113,7 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
     coefficients = coefficients.absolute() if coefficients else None
     config = load_config(run_dir)
     if output.resolve() == run_dir.resolve() and (run_dir / "merged.safetensors").exists():
-        raise InputError(f"{run_dir} has an export already, which would be replaced. Give --output.")
+        raise InputError(f"{run_dir} has an export already, which would be replaced. Give --out.")
     source = coefficients or run_dir / LAST
     recipe = {"config": plain(config), "replayed": str(source)}
     if coefficients is None:

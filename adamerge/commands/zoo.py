@@ -22,7 +22,9 @@ def zoo() -> None:
 @zoo.command("build")
 @click.argument("name", type=click.Choice(("demo", "offline_benchmark")), default="demo")
 @click.option(
+    "--out",
     "--output",
+    "output",
     type=click.Path(path_type=Path),
     help="Folder.  [zoo; offline_benchmark below the folder of the data sets]",
 )
@@ -33,7 +35,7 @@ def zoo_build(name: str, output: Path | None, seed: int, root: Path, as_json: bo
     """Train a zoo anew: the demo's (a few minutes), or that of the offline benchmark (half an hour on one core).
 
     \b
-    adamerge zoo build --output my_zoo --seed 1
+    adamerge zoo build --out my_zoo --seed 1
     adamerge zoo build offline_benchmark        for experiment=offline_benchmark
 
     After an interruption the same command trains the models that are missing. The benchmark needs Fashion-MNIST:

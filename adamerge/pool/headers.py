@@ -136,7 +136,11 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
         problems += _differences(base, where, checkpoint, [keys.file_key(name) for name in merged], extra)
         if outside:
             is_refused = options.unplaced == "refuse" or (options.unplaced == "auto" and is_adapter)
-            meant = "" if options.unplaced == "list" else " If that is meant: --unplaced list (pool.unplaced=list)."
+            meant = (
+                ""
+                if options.unplaced == "list"
+                else " If that is meant: pool.unplaced=list, or unplaced: list in a pool file."
+            )
             (problems if is_refused else remarks).append(
                 f"{where}: {len(outside)} tensors have no place in the encoder (key prefix {keys.map!r}), and are not "
                 f"merged: {shorten(outside)}.{meant}" + (f" Or: {REMEDY}" if is_adapter and meant else "")

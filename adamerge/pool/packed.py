@@ -48,7 +48,7 @@ class PackedFile:
         if content is None or not isinstance(opened, SafetensorsCheckpoint):
             raise InputError(
                 f"pool.task_vectors: {path}: not a file of packed task vectors: its metadata lacks {METADATA!r}. "
-                "Name a file that adamerge.pool.pack.write_packed wrote."
+                "Name a file that adamerge transform wrote."
             )
         if content.get("format") != FORMAT:
             raise InputError(

@@ -329,7 +329,7 @@ def test_adapt_resume_says_how_to_go_on_where_it_cannot(arguments, capsys, tmp_p
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     text = refusal(capsys, "adapt", "resume=run")
     assert "trainer.accelerator: found gpu" in text
-    assert f"adamerge export {tmp_path / 'run'} --output DIR and init=DIR/coefficients.json" in text
+    assert f"adamerge export {tmp_path / 'run'} --out DIR and init=DIR/coefficients.json" in text
 
 
 def test_adapt_resume_from_another_folder_finds_relative_files(arguments, tmp_path, monkeypatch):

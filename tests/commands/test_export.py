@@ -206,7 +206,7 @@ def test_export_run_into_its_own_folder_replaces_no_export(toy, tmp_path):
     run, own = run_folder(toy, tmp_path, "layer")
     files = export_run(run, None, run)
     assert files["merged"].read_bytes() == own["merged"].read_bytes()
-    with pytest.raises(InputError, match=r"has an export already, which would be replaced\. Give --output"):
+    with pytest.raises(InputError, match=r"has an export already, which would be replaced\. Give --out"):
         export_run(run, own["coefficients"], run)
     again = export_run(run, own["coefficients"], tmp_path / "again")
     assert again["heads"].read_bytes() == files["heads"].read_bytes()

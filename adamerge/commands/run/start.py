@@ -94,7 +94,7 @@ def resume(folder: Path, overrides: Sequence[str], *, as_json: bool) -> None:
     except InputError as error:
         raise Agreed(
             f"{error} A run goes on as it was begun: there, or here from what it has learned, with "
-            f"adamerge export {folder} --output DIR and init=DIR/coefficients.json."
+            f"adamerge export {folder} --out DIR and init=DIR/coefficients.json."
         ) from error
     if not start_ranks(config, [f"resume={folder}"], as_json=as_json):
         _run(config, folder, resume=True, as_json=as_json)

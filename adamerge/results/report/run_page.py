@@ -212,7 +212,7 @@ def commands(run: Run) -> list[Block]:
         blocks.append(Code("The command", where + command))
     if run.learned is not None and run.config:
         folder, file = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / "coefficients.json"))
-        replay = f"adamerge export {folder} --coefficients {file} --output DIR"
+        replay = f"adamerge export {folder} --coefficients {file} --out DIR"
         blocks.append(Code("The merged checkpoint again, to the byte and without data", replay))
     return blocks
 
