@@ -47,7 +47,7 @@ class Unconstrained:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bounded(Unconstrained):
+class _Interval(Unconstrained):
     """Coefficients in an interval."""
 
     low: float = 0.0
@@ -63,7 +63,7 @@ class _Bounded(Unconstrained):
 
 
 @dataclasses.dataclass(frozen=True)
-class Clamp(_Bounded):
+class Clamp(_Interval):
     """AdaMerging's constraint: clamp in the forward pass, gradient zero strictly outside the bounds.
 
     A raw value that leaves the interval never comes back (10-31 % of the published layer-wise
@@ -80,7 +80,7 @@ class Clamp(_Bounded):
 
 
 @dataclasses.dataclass(frozen=True)
-class Box(_Bounded):
+class Box(_Interval):
     """Projection onto an interval after each step: gradients always act."""
 
     def project(self, raw: Tensor) -> Tensor:
