@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 LIGHTNING = ("lightning", "torchmetrics")
 TRAINING = (*LIGHTNING, "hydra")
 MODELS = ("open_clip", "torchvision", "transformers")
-PLOTTING = ("matplotlib", "plotly")
+PLOTTING = ("matplotlib",)
 
 POOL = ("--base", "base.safetensors", "--expert", "a=a.safetensors", "--expert", "b=b.safetensors")
 
