@@ -151,6 +151,7 @@ def run_folder(toy, folder, granularity):
         "pool": {"base": str(base), "experts": {name: str(path) for name, path in experts.items()}},
         "granularity": {"_target_": f"adamerge.model.granularity.{type(coefficients.granularity).__name__}"},
         "constraint": {"_target_": "adamerge.model.constraints.Clamp"},
+        "batch_norm": {"_target_": "adamerge.model.batch_norm.BatchNormPolicy", "policy": "base"},
         "init": 0.3,
     }
     if isinstance(granularity, Chunk):

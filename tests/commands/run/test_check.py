@@ -131,7 +131,7 @@ LANES = {
     "optimizer": [("optimizer._target_=builtins.len", ["optimizer"])],
     "pool": [
         ("init=high", ["init", "'high'"]),
-        ("init=[0.1, 0.2, 0.3]", ["init", "2 numbers", "(3,)"]),
+        ("init=[0.1, 0.2, 0.3]", ["init", "2 numbers", "found [0.1, 0.2, 0.3]"]),
         ("init={mnist: 0.3}", ["init", "'mnist', 'digits'"]),
         ("init={mnist: 0.3, digits: null}", ["init", "2 numbers"]),
         ("granularity=pattern granularity.groups={typo:atn}", ["granularity.groups['typo']", "'atn'"]),
