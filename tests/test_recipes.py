@@ -75,7 +75,14 @@ def test_figures_that_only_summaries_give_say_so(name):
         assert "not checked against the paper" in text
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "compare").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem == "demo" else [])  # of more than 50 rows
+        for path in sorted((FOLDER / "compare").glob("*.yaml"))
+    ],
+    ids=lambda path: path.stem,
+)
 def test_rows_of_a_comparison_compose_and_start_frank_wolfe_near_many_experts(path):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     overrides = [word for word in content.get("overrides", []) if not word.startswith("pool=ta_")]  # made by its user

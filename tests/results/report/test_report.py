@@ -85,6 +85,7 @@ def test_cells_of_a_heat_map_tell_names_and_value(tmp_path):
     assert f"dtd, proj: coefficient {float(f'{shown:.4g}'):.4g}" in hints
 
 
+@pytest.mark.slow
 def test_report_of_thousands_of_coefficients_stays_below_3_mb(tmp_path):
     run = write_run(
         tmp_path / "run", experts=[f"expert_{i}" for i in range(20)], rows=800, steps=2000, frank_wolfe=True
@@ -322,7 +323,8 @@ def test_report_of_a_comparison_shows_its_rows(tmp_path):
     assert "not finished" not in text
 
 
-@pytest.mark.parametrize("suffix", ["png", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pdf", "svg"))])
+@pytest.mark.slow  # the fast tests draw the same charts into pages
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_figures_for_papers_are_files(tmp_path, capsys, suffix):
     run = write_run(tmp_path / "run", rows=3, frank_wolfe=True, experts=("a", "_b", "$x^2$"))
     assert call("report", run, "--figures", tmp_path / "first", "--format", suffix) == 0
@@ -331,7 +333,6 @@ def test_figures_for_papers_are_files(tmp_path, capsys, suffix):
     if suffix == "png":
         with Image.open(tmp_path / "first" / "coefficients.png") as image:
             assert min(image.size) > 300
-        return
     call("report", run, "--figures", tmp_path / "again", "--format", suffix)
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
