@@ -16,7 +16,7 @@ from tests.support.command_line import QUIET, call, refusal
 
 FOLDER = Path(adamerge.configs.__file__).parent
 EXPERIMENTS = sorted(path.stem for path in (FOLDER / "experiment").glob("*.yaml"))
-QUICK = ("fw_hard", "fw_hard_labelled")  # runs of seconds
+QUICK = ("fw_hard",)  # a run of seconds
 SUMMARIES = ("2503.12649", "2509.25712")  # papers whose figures are known from third parties' summaries only
 MANY = 8  # experts, beyond which 0.3 each is far from any of them
 

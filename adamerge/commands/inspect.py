@@ -7,7 +7,7 @@ import torch
 from rich.text import Text
 
 from adamerge.commands.run.named_pools import chosen_pool
-from adamerge.commands.terminal import GLOB_OPTIONS, json_option, out, pool_options, print_json, print_table, report
+from adamerge.commands.terminal import json_option, out, pool_options, print_json, print_table, report
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.report import PoolReport
 from adamerge.results.numbers import decimal
@@ -16,11 +16,11 @@ _ALIKE = 0.9  # cosine from which two experts are probably the same fine-tuning
 
 
 @click.command()
-@pool_options(*GLOB_OPTIONS)
+@pool_options()
 @json_option
-def inspect(include: tuple[str, ...], exclude: tuple[str, ...], as_json: bool, **pool: Any) -> None:
+def inspect(as_json: bool, **pool: Any) -> None:
     """Show what is in a pool: experts, tensors, sizes, task-vector norms and cosines, problems found."""
-    files = chosen_pool("inspect", **pool).with_options(include, exclude)
+    files = chosen_pool("inspect", **pool)
     report(files.headers().problems)
     opened = files.open(storage="stream", dtype=None, duplicates="allow")  # duplicates are shown as a finding
     if as_json:

@@ -66,12 +66,6 @@ json_option = click.option(
 )
 
 
-GLOB_OPTIONS = (
-    click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat."),
-    click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out, such as a head's; repeat."),
-)
-
-
 def pool_options(*further: Option) -> Option:
     """Return the options that name a pool, and further ones after them."""
     path = click.Path(path_type=Path)
@@ -80,6 +74,9 @@ def pool_options(*further: Option) -> Option:
         click.option("--expert", "experts", multiple=True, metavar="NAME=FILE", help="An expert; repeat."),
         click.option("--pool", help="Instead: zoo, or a pool file (yaml; its paths start from its own folder)."),
         click.option("--key-prefix", "--prefix", help="Key prefix of the encoder in the files, such as visual."),
+        click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out; repeat."),
+        click.option("--unplaced", type=click.Choice(["auto", "refuse", "list"]), help="As pool.unplaced.  [auto]"),
         *further,
     )
 
@@ -99,8 +96,6 @@ def rule_options(rule: str, recipe: str) -> Option:
         recipe: The file that holds all of them, and is given in their place.
     """
     return pool_options(
-        *GLOB_OPTIONS,
-        click.option("--unplaced", type=click.Choice(["auto", "refuse", "list"]), help="As pool.unplaced.  [auto]"),
         click.option("--rule", help=rule),
         click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the rule; repeat."),
         click.option("--recipe", type=click.Path(path_type=Path), help=f"Instead of all else: a {recipe}, run again."),

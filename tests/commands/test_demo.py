@@ -41,6 +41,7 @@ def test_verdict_says_what_holds_and_what_does_not():
     assert "+50.0 points" in lines[0]
 
 
+@pytest.mark.slow
 def test_fast_demo_takes_a_tenth_of_the_steps(tmp_path):
     plan = demo.plan_of(tmp_path, 0, fast=True, transductive=False)
     assert list(plan.rows) == ROWS

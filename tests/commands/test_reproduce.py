@@ -69,6 +69,7 @@ def run(*arguments, code=0):
     assert (done.value.code or 0) == code
 
 
+@pytest.mark.slow
 def test_reproduce_makes_the_rows_and_puts_the_published_figures_beside(preset, tmp_path, capsys):
     run("reproduce", preset, "--check", "--json")
     content = json.loads(capsys.readouterr().out)

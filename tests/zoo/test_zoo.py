@@ -176,6 +176,7 @@ def test_expert_masters_its_task(task, base, test_images):
     assert accuracy(model, task, test_images[task]) > max(0.75, accuracy(base, task, test_images[task]))
 
 
+@pytest.mark.slow
 def test_import_stays_light():
     heavy = "{'open_clip', 'mlxtend'}"
     code = f"import sys, adamerge.zoo; sys.exit(len({heavy} & set(sys.modules)))"

@@ -104,9 +104,17 @@ def named_pool(pool: str) -> PoolFiles:
 
 
 def chosen_pool(
-    command: str, base: Path | None, experts: Sequence[str], pool: str | None, key_prefix: str | None
+    command: str,
+    *,
+    base: Path | None,
+    experts: Sequence[str],
+    pool: str | None,
+    key_prefix: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    unplaced: str | None,
 ) -> PoolFiles:
-    """Read a command's options that name a pool: ``--pool``, or ``--base`` and ``--expert``.
+    """Read a command's options that name a pool, ``--pool`` or ``--base`` and ``--expert``, and what merges of it.
 
     Raises:
         InputError: If both or neither are given, or one is wrong.
@@ -116,7 +124,8 @@ def chosen_pool(
     if pool is None and (base is None or not experts):
         raise InputError(f"{command}: give --base FILE and --expert NAME=FILE (repeat), or --pool NAME or FILE.")
     files = named_pool(pool) if pool is not None else PoolFiles(PoolFile(place(str(base))), named_files(experts))
-    return files if key_prefix is None else replace(files, key_prefix=key_prefix)
+    files = files if key_prefix is None else replace(files, key_prefix=key_prefix)
+    return files.with_options(include, exclude, unplaced=unplaced)
 
 
 def rule_and_pool(
@@ -126,9 +135,6 @@ def rule_and_pool(
     recipe: Path | None,
     rule: str | None,
     settings: Sequence[str],
-    include: Sequence[str],
-    exclude: Sequence[str],
-    unplaced: str | None,
     **pool: Any,
 ) -> tuple[dict[str, Any], PoolFiles, dict[str, Any]]:
     """Read what ``merge`` or ``transform`` is to do: from its options, or from a recipe that it has written.
@@ -139,9 +145,6 @@ def rule_and_pool(
         recipe: The file, in which all of these are; its checkpoints must still have the hashes that it records.
         rule: Name or import path.
         settings: Options of the rule.
-        include: Globs of parameter names to merge.
-        exclude: Globs of those to leave out.
-        unplaced: What becomes of tensors without a place.
         pool: See :func:`chosen_pool`.
 
     Returns:
@@ -151,7 +154,7 @@ def rule_and_pool(
         InputError: If they do not go together, or one is wrong.
     """
     if recipe is not None:
-        if any((rule, settings, include, exclude, unplaced, *pool.values(), *extra.values())):
+        if any((rule, settings, *pool.values(), *extra.values())):
             raise InputError(f"{command}: --recipe holds everything but --out; leave the other options out.")
         content = read_recipe(recipe, command, ("rule", "files", "hashes", *extra))
         files = pool_files(content["files"], f"{recipe}: ", recipe.parent).pinned(content["hashes"])
@@ -159,8 +162,7 @@ def rule_and_pool(
     if rule is None:
         remark = "; none packs only" if command == "transform" else ""
         raise InputError(f"{command}: give --rule NAME; docs/methods.md lists them{remark}.")
-    files = chosen_pool(command, **pool).with_options(include, exclude, unplaced=unplaced)
-    return rule_node(command, rule, settings), files, extra
+    return rule_node(command, rule, settings), chosen_pool(command, **pool), extra
 
 
 def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[str]:

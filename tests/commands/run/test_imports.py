@@ -92,7 +92,8 @@ def test_check_targets_installed_module_comes_first(folder, monkeypatch):
     check_targets(config("numpy.array"))
 
 
-@pytest.mark.parametrize("given", [pytest.param(True, marks=pytest.mark.slow), False], ids=["PYTHONPATH", "nothing"])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False], ids=["PYTHONPATH", "nothing"])
 def test_check_command_shows_or_refuses_code_of_the_working_directory(folder, given):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": "."} if given else {})
     code = "from adamerge.commands.cli import main; main()"
