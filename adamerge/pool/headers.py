@@ -103,23 +103,7 @@ class PoolLayout:
 
 def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyMap, options: PoolOptions) -> PoolLayout:
     """Compare names, shapes and dtypes without reading a tensor; collect everything that is wrong."""
-    merged, fixed, skipped = [], [], {}
-    tied = options.tied or {}
-    for key in base.keys:
-        name = keys.name(key)
-        if name is None:
-            skipped[key] = "not part of the encoder"
-        elif name in tied:
-            skipped[key] = f"tied to {tied[name]}"
-        elif _is_statistic(name):
-            skipped[key] = "normalisation statistics: see batch_norm"
-        elif options.leaves_out(name):
-            skipped[key] = "excluded"
-            fixed.append(name)
-        elif not base.spec(key)[1].is_floating_point:
-            skipped[key] = f"integer tensor ({str(base.spec(key)[1]).removeprefix('torch.')})"
-        else:
-            merged.append(name)
+    merged, fixed, skipped = _sorted_keys(base, keys, options)
     problems = _option_problems(base, keys, options)
     if not merged:
         problems.append(
@@ -136,11 +120,7 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
         problems += _differences(base, where, checkpoint, [keys.file_key(name) for name in merged], extra)
         if outside:
             is_refused = options.unplaced == "refuse" or (options.unplaced == "auto" and is_adapter)
-            meant = (
-                ""
-                if options.unplaced == "list"
-                else " If that is meant: pool.unplaced=list, or unplaced: list in a pool file."
-            )
+            meant = "" if options.unplaced == "list" else " If that is meant: pool.unplaced=list, or --unplaced list."
             (problems if is_refused else remarks).append(
                 f"{where}: {len(outside)} tensors have no place in the encoder (key prefix {keys.map!r}), and are not "
                 f"merged: {shorten(outside)}.{meant}" + (f" Or: {REMEDY}" if is_adapter and meant else "")
@@ -158,6 +138,28 @@ def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             if canonical != name:
                 result[name] = canonical
     return result
+
+
+def _sorted_keys(base: Checkpoint, keys: KeyMap, options: PoolOptions) -> tuple[list[str], list[str], dict[str, str]]:
+    """Return the names that merge, those that are the base's, and by key why a tensor does not merge."""
+    merged, fixed, skipped = list[str](), list[str](), dict[str, str]()
+    tied = options.tied or {}
+    for key in base.keys:
+        name = keys.name(key)
+        if name is None:
+            skipped[key] = "not part of the encoder"
+        elif name in tied:
+            skipped[key] = f"tied to {tied[name]}"
+        elif _is_statistic(name):
+            skipped[key] = "normalisation statistics: see batch_norm"
+        elif options.leaves_out(name):
+            skipped[key] = "excluded"
+            fixed.append(name)
+        elif not base.spec(key)[1].is_floating_point:
+            skipped[key] = f"integer tensor ({str(base.spec(key)[1]).removeprefix('torch.')})"
+        else:
+            merged.append(name)
+    return merged, fixed, skipped
 
 
 def _unplaced(
