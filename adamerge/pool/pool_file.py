@@ -193,7 +193,8 @@ class PoolFiles:
         options, problems = PoolOptions(key_map=self.key_prefix or None), list[str]()
         for option, value in {**self.options, "transform": transform}.items():
             try:
-                options = replace(options, **{option: dtype_of(value) if option == "dtype" else value})
+                choice: dict[str, Any] = {option: dtype_of(value) if option == "dtype" else value}
+                options = replace(options, **choice)
             except InputError as error:
                 problems.append(str(error))
         return options, problems
