@@ -41,9 +41,8 @@ def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None
         InputError: If something is wrong; the message names the task, the split, the item and the remedy.
     """
     check_class_names(name, task)
-    for key in ("dataset", "adapt"):
-        if getattr(task, key) is not None and not _is_unmade(getattr(task, key)):
-            _check_inputs(f"data.tasks.{name}.{key}", getattr(task, key), preprocess)
+    for where, dataset in _to_adapt(name, task):
+        _check_inputs(where, dataset, preprocess)
 
 
 def check_precision(name: str, task: Task) -> None:
@@ -52,11 +51,7 @@ def check_precision(name: str, task: Task) -> None:
     Raises:
         InputError: If a data set gives such tensors; the message names the task, the split and the item.
     """
-    for key in ("dataset", "adapt"):
-        dataset = getattr(task, key)
-        if dataset is None or _is_unmade(dataset):
-            continue
-        where = f"data.tasks.{name}.{key}"
+    for where, dataset in _to_adapt(name, task):
         for item, inputs in _looks(where, dataset, lambda item: split_item(item)[0]):
             if isinstance(inputs, Tensor) and inputs.dtype == torch.float64:
                 raise InputError(
@@ -104,6 +99,14 @@ def check_labels(name: str, task: Task, classes: int) -> None:
         f"data.tasks.{name}.{key}: labels: expected class numbers from 0 to {classes - 1}, found {low} to {high}. "
         f"{remedy}"
     )
+
+
+def _to_adapt(name: str, task: Task) -> Iterator[tuple[str, Dataset[Any]]]:
+    """Yield a task's data sets to adapt on that can be looked at, after their options."""
+    for key in ("dataset", "adapt"):
+        dataset = getattr(task, key)
+        if dataset is not None and not _is_unmade(dataset):
+            yield f"data.tasks.{name}.{key}", dataset
 
 
 def _is_unmade(dataset: Any) -> bool:

@@ -19,6 +19,7 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.pool.lora import CONFIG as ADAPTER
 from adamerge.pool.lora import REMEDY, changed_by, open_expert
 from adamerge.pool.options import PoolOptions
+from adamerge.pool.task_vectors import compute_dtype_of
 
 _BASE = ""  # of the base among the experts' names, here where an expert may have any
 ModelPlace = str | Path | HubReference
@@ -343,5 +344,7 @@ def read_headers(base: ModelPlace | None, experts: Mapping[str, ModelPlace], opt
         return Headers(opened, problems=problems)
     keys = KeyMap(source.keys, options.key_map)
     layout = check_layout(source, opened, keys, options)
-    shapes = {name: tuple(source.spec(keys.file_key(name))[0]) for name in layout.merged}
-    return Headers(opened, shapes, (*problems, *layout.problems), layout.remarks, source=source)
+    specs = {name: source.spec(keys.file_key(name)) for name in layout.merged}
+    shapes = {name: tuple(shape) for name, (shape, _) in specs.items()}
+    dtype = compute_dtype_of(dtype for _, dtype in specs.values())
+    return Headers(opened, shapes, (*problems, *layout.problems), layout.remarks, dtype, source)

@@ -29,7 +29,7 @@ from adamerge.pool.low_rank import Factors
 from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
 from adamerge.pool.report import PoolReport, check_differ, check_finite, check_norms, norms_of, pool_report
-from adamerge.pool.task_vectors import TaskVectors, choose_storage
+from adamerge.pool.task_vectors import TaskVectors, choose_storage, compute_dtype_of
 from adamerge.pool.tiles import READ, tiles
 from adamerge.system.memory import return_freed_memory
 from adamerge.transforms import Prepared
@@ -80,7 +80,7 @@ class ExpertPool:
         self.skipped, self._every_name = dict(layout.skipped), sorted((*layout.merged, *layout.fixed))
         specs = {name: base.spec(self.keys.file_key(name)) for name in layout.merged}
         shapes = {name: shape for name, (shape, _) in specs.items()}
-        self.compute_dtype = torch.float64 if torch.float64 in {dtype for _, dtype in specs.values()} else torch.float32
+        self.compute_dtype = compute_dtype_of(dtype for _, dtype in specs.values())
         self.packed = None if options.task_vectors is None else PackedFile(options.task_vectors)
         self._dtype = stored_dtype(options, self.packed, self.compute_dtype)
         if self.packed is not None:

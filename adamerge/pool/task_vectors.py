@@ -222,6 +222,11 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def compute_dtype_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return what a pool computes in, whose parameters have these dtypes in the base's file."""
+    return torch.float64 if torch.float64 in set(dtypes) else torch.float32
+
+
 def free_device_memory(device: torch.device) -> float:
     """Return the free bytes of an accelerator; infinity where only trying would tell."""
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else float("inf")

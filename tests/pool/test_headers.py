@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from adamerge import ExpertPool
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
 from adamerge.pool.headers import KeyMap, check_layout, read_headers, shared_names
 from adamerge.pool.options import PoolOptions
@@ -27,6 +28,13 @@ def test_read_headers_a_wrong_name_is_one_problem_and_hides_no_other(tmp_path):
     problems = read_headers(base, names, PoolOptions()).problems
     assert len(problems) == len(set(problems)) == 2
     assert any("'w'" in problem and "b" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_read_headers_say_what_the_pool_computes_in(tmp_path, dtype):
+    base, experts = save_files(tmp_path, {"w": W.to(dtype), "n": torch.arange(2)}, {"a": {"w": (W + 1).to(dtype)}})
+    pool = ExpertPool.from_files(base, experts)
+    assert read_headers(base, experts, PoolOptions()).compute_dtype == pool.compute_dtype == dtype
 
 
 def test_check_layout_reads_no_tensor():

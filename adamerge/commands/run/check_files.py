@@ -202,10 +202,8 @@ def _check_start_file(path: Path) -> None:
 
 
 def _check_precisions(tasks: Mapping[str, Task], headers: Headers | None, problems: Problems) -> None:
-    """Refuse inputs in double precision, unless the base is in double precision too."""
-    if headers is None or headers.source is None:
-        return
-    if torch.float64 in {headers.source.spec(key)[1] for key in headers.source.keys}:
+    """Refuse inputs in double precision, unless the pool computes in it."""
+    if headers is None or not headers.shapes or headers.compute_dtype == torch.float64:
         return
     for name, task in tasks.items():
         with problems.naming(f"data.tasks.{name}"):
