@@ -15,6 +15,7 @@ from adamerge.commands.run.named_pools import named_pool
 from adamerge.errors import InputError
 from adamerge.model.merged_model import TaskStep
 
+pytestmark = pytest.mark.usefixtures("listed_benchmark")
 FOLDER = Path(adamerge.configs.__file__).parent
 # Options that these choices leave to the user.
 REQUIRED = {
@@ -42,16 +43,6 @@ def combinations():
     for row in itertools.zip_longest(*rest.values()):
         together.append([f"{group}={choice}" for group, choice in zip(rest, row, strict=True) if choice])
     return alone + together
-
-
-@pytest.fixture(autouse=True)
-def _benchmark(tmp_path, monkeypatch):
-    """Let the offline benchmark find a zoo, of which only the list of its files is read."""
-    folder = tmp_path / "data" / "offline_benchmark"
-    folder.mkdir(parents=True)
-    (folder / "zoo.json").write_text("{}")
-    (folder / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: experts/mnist.safetensors}\n")
-    monkeypatch.setenv("ADAMERGE_DATA", str(tmp_path / "data"))
 
 
 def nodes(config, path=""):
@@ -126,7 +117,7 @@ def test_compose_flag_that_hydra_does_not_know_is_refused():
 
 
 def test_compose_config_dir_of_any_name_but_none(tmp_path):
-    folder = tmp_path / "it's mine"
+    folder = tmp_path / "it's \\ mine'"
     (folder / "objective").mkdir(parents=True)
     (folder / "objective" / "mine.yaml").write_text("_target_: adamerge.objectives.entropy.Entropy\n")
     assert compose(["--config-dir", str(folder), "objective=mine"]).objective._target_.endswith("Entropy")

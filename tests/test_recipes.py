@@ -20,17 +20,7 @@ QUICK = ("fw_hard",)  # a run of seconds
 SUMMARIES = ("2503.12649", "2509.25712")  # papers whose figures are known from third parties' summaries only
 MANY = 8  # experts, beyond which 0.3 each is far from any of them
 
-pytestmark = QUIET
-
-
-@pytest.fixture(autouse=True)
-def _benchmark(tmp_path, monkeypatch):
-    """Let the offline benchmark find a zoo, of which only the list of its files is read."""
-    folder = tmp_path / "data" / "offline_benchmark"
-    folder.mkdir(parents=True)
-    (folder / "zoo.json").write_text("{}")
-    (folder / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: experts/mnist.safetensors}\n")
-    monkeypatch.setenv("ADAMERGE_DATA", str(tmp_path / "data"))
+pytestmark = [*QUIET, pytest.mark.usefixtures("listed_benchmark")]
 
 
 def header(name):

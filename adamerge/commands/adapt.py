@@ -22,7 +22,8 @@ from adamerge.system import ranks
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def adapt(overrides: tuple[str, ...], as_json: bool) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
-    from adamerge.commands.run.compose import compose, hand_over, quoted, read_line
+    from adamerge.commands.run.compose import compose, hand_over, read_line
+    from adamerge.commands.run.named_pools import quoted
 
     line = read_line([word for word in overrides if not word.startswith("resume=")])
     resume = ([word.split("=", 1)[1] for word in overrides if word.startswith("resume=")] or [""])[-1]

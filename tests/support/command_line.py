@@ -51,6 +51,16 @@ def configs(tmp_path_factory):
 
 
 @pytest.fixture
+def listed_benchmark(tmp_path, monkeypatch):
+    """Let the offline benchmark find a zoo, of which only the list of its files is read."""
+    folder = tmp_path / "data" / "offline_benchmark"
+    folder.mkdir(parents=True)
+    (folder / "zoo.json").write_text("{}")
+    (folder / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: experts/mnist.safetensors}\n")
+    monkeypatch.setenv("ADAMERGE_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
 def arguments(configs, tmp_path, monkeypatch):
     """Arguments of a small run; the working directory is empty, as the command must work from anywhere."""
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
-from adamerge.commands.run.named_pools import register_resolvers, with_pool_files
+from adamerge.commands.run.named_pools import quoted, register_resolvers, with_pool_files
 from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names, shipped_folder
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFiles, load_pool_file
@@ -276,11 +276,6 @@ def _help(main: Callable[[], None]) -> None:
     for line in printed.getvalue().splitlines():
         if not line.startswith(tuple(f"{group}: " for group in _NOT_OF_ADAPT)):
             click.echo(line)
-
-
-def quoted(text: object) -> str:
-    """Return a text as a value of an override, whatever is in it."""
-    return "'" + str(text).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _unknown_flag(flag: str) -> InputError:

@@ -165,6 +165,11 @@ def rule_and_pool(
     return rule_node(command, rule, settings), chosen_pool(command, **pool), extra
 
 
+def quoted(text: object) -> str:
+    """Return a text as a value of an override; Hydra reads a backslash as itself, but before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda end: 2 * end[1] + ("\\'" if end[2] else ""), str(text)) + "'"
+
+
 def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[str]:
     """Return arguments of ``adapt`` in which ``pool=NAME`` of a user's pool, or a file, stands as the file.
 
@@ -191,7 +196,7 @@ def with_pool_files(arguments: Sequence[str], config_dir: Path | None) -> list[s
         if path is None:
             hint = f" Is it a yaml file of yours, FOLDER/{_CHOICE.format(name)}? Name the folder: --config-dir FOLDER."
             raise InputError(f"{argument}: {_no_such_name(name, config_dir)}{hint if config_dir is None else ''}")
-        result += [f"pool={_FORM}", "pool.file='" + str(path.absolute()).replace("'", "\\'") + "'"]
+        result += [f"pool={_FORM}", f"pool.file={quoted(path.absolute())}"]
     keys = {argument.partition("=")[0] for argument in result}
     return [*result, f"pool={_FORM}"] if "pool.file" in keys and "pool" not in keys else result
 
