@@ -85,6 +85,7 @@ def test_mlflow_gets_images_and_scalars_by_task(method, tmp_path):
     assert client.get_run(run).data.params["optimizer/lr"] == "0.05"
 
 
+@pytest.mark.slow
 def test_wandb_offline_gets_images_histograms_and_scalars_by_task(method, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")

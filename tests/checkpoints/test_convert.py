@@ -1,7 +1,8 @@
+import argparse
 import io
-import subprocess
+import pickle
 import sys
-import textwrap
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -12,6 +13,7 @@ from adamerge import InputError, load_state_dict, zoo
 from adamerge.checkpoints.checkpoint import open_checkpoint
 from adamerge.checkpoints.convert import convert_file
 from adamerge.commands import cli
+from tests.support.small_run import CONTEXT
 
 MODELING = """
 import torch
@@ -31,23 +33,23 @@ class ImageEncoder(torch.nn.Module):
         if not keep_lang:
             delattr(self.model, "transformer")
 """
-MAKE = """
-import argparse, pickle, sys, warnings
-warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[1])
-import torch
-from src.modeling import ImageEncoder
-torch.manual_seed(0)
-args = argparse.Namespace(model=sys.argv[2], lr=1e-5, train_dataset="MNIST")
-encoder = ImageEncoder(args)
-torch.save(encoder, sys.argv[1] + "/zip.pt")
-torch.save(encoder, sys.argv[1] + "/legacy.pt", _use_new_zipfile_serialization=False)
-with open(sys.argv[1] + "/plain.pt", "wb") as file:  # as older scripts of the field wrote it
-    pickle.dump(encoder, file)
-torch.save(torch.nn.DataParallel(encoder.model), sys.argv[1] + "/parallel.pt")
-torch.save({k: v.clone() for k, v in encoder.state_dict().items()}, sys.argv[1] + "/wanted.pt")
-torch.save(ImageEncoder(args, keep_lang=False), sys.argv[1] + "/vision.pt")
-"""
+
+
+def make(folder: Path, model: Path) -> None:
+    """Save modules of a class that is importable in this process only."""
+    sys.path.insert(0, str(folder))
+    from src.modeling import ImageEncoder
+
+    torch.manual_seed(0)
+    args = argparse.Namespace(model=str(model), lr=1e-5, train_dataset="MNIST")
+    encoder = ImageEncoder(args)
+    torch.save(encoder, folder / "zip.pt")
+    torch.save(encoder, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    with open(folder / "plain.pt", "wb") as file:  # as older scripts of the field wrote it
+        pickle.dump(encoder, file)
+    torch.save(torch.nn.DataParallel(encoder.model), folder / "parallel.pt")
+    torch.save({k: v.clone() for k, v in encoder.state_dict().items()}, folder / "wanted.pt")
+    torch.save(ImageEncoder(args, keep_lang=False), folder / "vision.pt")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +59,10 @@ def published(tmp_path_factory):
     (folder / "src").mkdir()
     (folder / "src" / "__init__.py").touch()
     (folder / "src" / "modeling.py").write_text(MODELING)
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MAKE), str(folder), str(zoo.files())], check=True, capture_output=True
-    )
+    process = CONTEXT.Process(target=make, args=(folder, zoo.files()))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     (folder / "src" / "modeling.py").unlink()
     return folder
 

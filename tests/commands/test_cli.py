@@ -20,6 +20,7 @@ from adamerge.callbacks.elapsed import seconds_of
 from adamerge.commands.evaluate import _row_name
 from adamerge.commands.run.compose import compose
 from tests.support.command_line import QUIET, call, command, environment, refusal
+from tests.support.small_run import output, start
 
 pytestmark = QUIET
 
@@ -386,23 +387,17 @@ def test_adapt_sweep_checks_each_job(arguments, capsys, tmp_path, configs):
 def test_adapt_interrupted_and_resumed_equals_uninterrupted(arguments, tmp_path):
     arguments = [*arguments, "steps=20", "evaluate=false", "report=true", "granularity=row", "optimizer.lr=0.01"]
     assert call("adapt", *arguments, "run_dir=whole") == 0
-    process = subprocess.Popen(
-        command("adapt", *arguments, "run_dir=cut"),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
+    process = start("adapt", *arguments, "run_dir=cut", cwd=tmp_path)
     log = tmp_path / "cut" / "adapt.log"
     deadline = time.monotonic() + 120
     while not (log.exists() and "4/20 steps" in log.read_text()):
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive(), output(tmp_path)
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "adamerge adapt resume=" in errors
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130, output(tmp_path)
+    assert "adamerge adapt resume=" in output(tmp_path)
     assert not (tmp_path / "cut" / "merged.safetensors").exists()
     checkpoint = tmp_path / "cut" / "checkpoints" / "last.ckpt"
     before = seconds_of(checkpoint)

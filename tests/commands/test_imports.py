@@ -25,10 +25,10 @@ NOT_IMPORTED = {  # a command, and the packages that it must do without
 }
 
 
-# Each command runs in a fork of one process, which has imported torch and nothing that a command must do without.
+# Each command runs in a fork of one process, which has imported what all of them may.
 CODE = """
     import json, os, sys
-    import torch
+    import rich.console, rich.progress, rich.table, safetensors.torch, torch, yaml
     from adamerge.commands import cli
     for name, (command, packages) in json.loads(sys.argv[1]).items():
         child = os.fork()

@@ -162,7 +162,7 @@ def test_run_with_an_unreadable_image_lists_it_and_scores_the_rest(tmp_path):
     for path in broken:
         path.write_bytes(path.read_bytes()[:50])
     options = ("steps=2", "evaluate=true", "logger=none", "data.batch_size=15")
-    options = (*options, "+data.num_workers=1", "+data.max_unreadable=0.2")
+    options = (*options, "+data.max_unreadable=0.2")
     assert run(*arguments(configs, tmp_path / "run", *options), cwd=tmp_path) == 0, output(tmp_path)
     recipe = json.loads((tmp_path / "run" / "merge.json").read_text())
     found = [*recipe["unreadable"].get("mnist", []), *recipe["unreadable_evaluation"].get("mnist", [])]

@@ -43,7 +43,7 @@ def assert_resumes(folder, whole, cwd):
 
 @pytest.mark.parametrize(
     ("step", "seconds"),
-    [pytest.param(*point, marks=[pytest.mark.slow] if number >= 5 else []) for number, point in enumerate(points(20))],
+    [pytest.param(*point, marks=[pytest.mark.slow] if number >= 2 else []) for number, point in enumerate(points(20))],
 )
 def test_run_killed_anywhere_resumes_to_the_same_bytes(configs, whole, tmp_path, step, seconds):
     folder = tmp_path / "run"

@@ -26,6 +26,7 @@ def arguments(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_eight_tasks_adapt_and_are_scored(arguments, tmp_path, capsys):
     main_ends(["check", *arguments], 0)
     assert "No problems found" in capsys.readouterr().out

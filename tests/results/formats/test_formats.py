@@ -151,6 +151,7 @@ def test_hf_export_loads_in_transformers_with_equal_logits_tokens_and_pixels(cli
     assert difference < 0.03  # resized as floats there, as bytes here: two steps of 255
 
 
+@pytest.mark.slow
 def test_onnx_export_gives_each_tasks_logits_for_any_batch_size(clip_run, tmp_path):
     ends(0, "export", clip_run, "--to", "onnx", "--out", tmp_path / "out")
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
