@@ -23,6 +23,7 @@ REQUIRED = {
     "backbone=torchvision": ["backbone.model=resnet18"],
     "pool=files": ["pool.base=base.safetensors", "pool.experts={cars: cars.safetensors}"],
     "data=folders": ["data.tasks={cars: {_target_: adamerge.data.Task}}"],
+    "data=texts": ["data.tasks={maths: {_target_: adamerge.data.Task}}"],
     "transform=chain": ["transform.transforms=[{_target_: adamerge.transforms.Trim}]"],
     "granularity=pattern": [r"granularity.groups={attention: \.attn\.}"],
 }

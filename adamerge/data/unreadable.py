@@ -115,5 +115,8 @@ def listed_files(dataset: Dataset[Any]) -> list[Path]:
 def item_name(dataset: Dataset[Any], index: int) -> str:
     """Return the file of an item where the data set tells, else its number."""
     dataset, index = in_whole(dataset, index)
+    name = getattr(dataset, "item_name", None)  # of texts, many of which are in one file
+    if callable(name):
+        return str(name(index))
     files = listed_files(dataset)
     return str(files[index]) if index < len(files) else f"image {index}"
