@@ -31,6 +31,7 @@ GROUPS: dict[str, list[str]] = {}
 for path in sorted(FOLDER.rglob("*.yaml")):
     if path.parent not in (FOLDER, FOLDER / "merge", FOLDER / "compare"):  # of other commands
         GROUPS.setdefault(str(path.parent.relative_to(FOLDER)), []).append(path.stem)
+BUILT = ("offline_benchmark", "text_zoo")  # zoos whose parts only fit one another
 WHOLE = ("experiment", "benchmark")  # these set many groups, so each is composed alone
 
 
@@ -38,9 +39,9 @@ def combinations():
     """Return lists of choices that compose together, in which each choice of each group stands once."""
     alone = [[f"{group}={choice}"] for group in WHOLE for choice in GROUPS[group]]
     rest = {group: list(choices) for group, choices in GROUPS.items() if group not in WHOLE}
-    together = [[f"{group}=offline_benchmark" for group in rest if "offline_benchmark" in rest[group]]]
+    together = [[f"{group}={zoo}" for group in rest if zoo in rest[group]] for zoo in BUILT]
     for choices in rest.values():
-        choices[:] = [choice for choice in choices if choice != "offline_benchmark"]
+        choices[:] = [choice for choice in choices if choice not in BUILT]
     for row in itertools.zip_longest(*rest.values()):
         together.append([f"{group}={choice}" for group, choice in zip(rest, row, strict=True) if choice])
     return alone + together

@@ -6,7 +6,7 @@ Shapes: B images in a batch, U different classes among them, F features, C class
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +48,7 @@ def train_base(model: CLIP, design: Design, seed: int, advance: Callable[[], Non
         image = model.encode_image(images[index], normalize=True)  # (B, F)
         return _contrast(model.logit_scale.exp() * image @ text.T, target)
 
-    _fit(model, loss, draw, recipe, advance)
+    fit(model.parameters(), loss, draw, recipe, advance)
 
 
 def train_expert(
@@ -80,18 +80,18 @@ def train_expert(
         features = model.encode_image(images[index], normalize=True)
         return functional.cross_entropy(scale * features @ head, labels[index])
 
-    _fit(model.visual, loss, draw, recipe, advance)
+    fit(model.visual.parameters(), loss, draw, recipe, advance)
 
 
-def _fit(
-    model: nn.Module,
+def fit(
+    parameters: Iterable[nn.Parameter],
     loss: Callable[[Tensor], Tensor],
     draw: Callable[[int], Tensor],
     recipe: TrainingPlan,
     advance: Callable[[], None],
 ) -> None:
-    """Minimize ``loss`` of the image indices that ``draw`` gives for each step; changes the parameters."""
-    parameters = list(model.parameters())
+    """Minimize ``loss`` of the sample indices (B,) that ``draw`` gives for each step; changes the parameters."""
+    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

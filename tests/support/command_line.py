@@ -52,11 +52,12 @@ def configs(tmp_path_factory):
 
 @pytest.fixture
 def listed_benchmark(tmp_path, monkeypatch):
-    """Let the offline benchmark find a zoo, of which only the list of its files is read."""
-    folder = tmp_path / "data" / "offline_benchmark"
-    folder.mkdir(parents=True)
-    (folder / "zoo.json").write_text("{}")
-    (folder / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: experts/mnist.safetensors}\n")
+    """Let the offline benchmark and the text zoo find a zoo, of which only the list of its files is read."""
+    for name in ("offline_benchmark", "text_zoo"):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / "zoo.json").write_text("{}")
+        (folder / "pool.yaml").write_text("base: base.safetensors\nexperts: {mnist: experts/mnist.safetensors}\n")
     monkeypatch.setenv("ADAMERGE_DATA", str(tmp_path / "data"))
 
 

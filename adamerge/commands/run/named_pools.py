@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,37 @@ from adamerge.commands.run.shipped import rule_names, rule_node, shipped_folder
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, place, pool_files
 from adamerge.results.recipes import read_recipe
-from adamerge.zoo import benchmark_folder, files
+from adamerge.zoo import benchmark_folder, files, text_zoo_folder
 
 FOLDERS = "ADAMERGE_POOLS"
 _DEFAULT_FOLDER = "pools"
 _SHIPPED_PREFIX = "visual."  # all that ship are CLIPs
 _CHOICE = "pool/{}.yaml"  # below a folder for --config-dir
+_BUILT = (("offline_benchmark", benchmark_folder, "half an hour"), ("text_zoo", text_zoo_folder, "ten minutes"))
 _FORM = "files"  # the choice of the group ``pool`` that takes a user's files
 
 
 def register_resolvers() -> None:
-    """Let yaml files name the shipped zoo, ``${zoo:base.safetensors}``, and that of the offline benchmark."""
+    """Let yaml files name the zoo that ships, ``${zoo:base.safetensors}``, and those that users build."""
     OmegaConf.register_new_resolver("zoo", lambda path="": str(files() / str(path)), replace=True)
-    OmegaConf.register_new_resolver("offline_benchmark", _benchmark_file, replace=True)
+    for name, folder_of, length in _BUILT:
+        resolver = partial(_built_file, name, folder_of, length)
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
-def _benchmark_file(root: str, path: str = "") -> str:
-    """Return a path in the zoo of the offline benchmark, below the folder of the data sets.
+def _built_file(name: str, folder_of: Callable[[str], Path], length: str, root: str, path: str = "") -> str:
+    """Return a path in a zoo that a user builds, below the folder of the data sets.
 
     Raises:
         InputError: If the zoo is not there, or not finished.
     """
-    folder = benchmark_folder(root)
+    folder = folder_of(root)
     if not (folder / "zoo.json").is_file():
         state = "is not finished" if (folder / "building.json").is_file() else "is not there"
         raise InputError(
-            f"{folder}: the zoo of the offline benchmark {state}. Make it, in about half an hour on one CPU core: "
-            f"adamerge zoo build offline_benchmark --root {root}; or name the folder that it is in: data.root=DIR or "
-            "the environment variable ADAMERGE_DATA."
+            f"{folder}: this zoo {state}. Make it, in about {length} on one CPU core: adamerge zoo build "
+            f"{name.removesuffix('_zoo')} --root {root}; or name the folder that it is in: data.root=DIR or the "
+            "environment variable ADAMERGE_DATA."
         )
     return str(folder / path)
 

@@ -1,0 +1,101 @@
+"""A sentence encoder of the library transformers: texts to normalised mean-pooled features, and heads on them.
+
+Shapes: B texts in a batch, L ids of its longest text, F features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adamerge.errors import InputError
+
+SCALE = 20.0
+"""Of the cosines of a text and a class sentence, to logits: that of the encoder's own training."""
+
+_PENALTY = 1e-3  # of a fitted head's squared weights, beside the mean cross-entropy
+
+
+class SentenceEncoder:
+    """A network and its tokenizer.
+
+    Args:
+        folder: Folder that ``transformers`` reads.
+        max_length: Ids that a text is cut to.
+
+    Raises:
+        InputError: If the library is not installed.
+    """
+
+    def __init__(self, folder: Path, max_length: int) -> None:
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError as error:
+            raise InputError('The text zoo needs transformers: pip install "adamerge[hf]"') from error
+        self.network: nn.Module = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._max_length = max_length
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts, cut and not padded."""
+        return [
+            list(ids) for ids in self._tokenizer(list(texts), truncation=True, max_length=self._max_length).input_ids
+        ]
+
+    def features(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return the features (B, F) of one batch, of norm 1."""
+        batch = self._tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt")
+        hidden = self.network(**batch).last_hidden_state  # (B, L, F)
+        mask = batch["attention_mask"][..., None].to(hidden)  # (B, L, 1)
+        return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    @torch.no_grad()
+    def all_features(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Return the features (N, F) of many texts, those of similar length in one batch."""
+        ids, training = self.ids(texts), self.network.training
+        self.network.eval()
+        order = sorted(range(len(ids)), key=lambda position: len(ids[position]))
+        parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        features = torch.cat([self.features([ids[position] for position in part]) for part in parts])
+        self.network.train(training)
+        return features[torch.tensor(order).argsort()]
+
+
+def zero_shot_head(encoder: SentenceEncoder, sentences: Sequence[str]) -> nn.Linear:
+    """Return a head (F to C) whose rows are the features of class sentences, times :data:`SCALE`."""
+    weight = SCALE * encoder.all_features(sentences)
+    return linear(weight, torch.zeros(len(weight)))
+
+
+def fitted_head(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+    """Return the logistic regression (F to C) of labels (N,) on features (N, F).
+
+    Args:
+        features: Of norm 1.
+        labels: Whole numbers from 0.
+        classes: C.
+    """
+    weight = torch.zeros(classes, features.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(features @ weight.T + bias, labels) + _PENALTY * weight.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return linear(weight.detach(), bias.detach())
+
+
+def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """Return a frozen layer with the given weight (C, F) and bias (C,)."""
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return layer.requires_grad_(False)
