@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.data.batch import Collate, Read, Valid, read_output, stack
 from adamerge.data.first_look import check_labels
 from adamerge.data.task import Task
 from adamerge.errors import InputError
@@ -15,6 +16,19 @@ from adamerge.errors import InputError
 
 class Backbone(Protocol):
     """A shared encoder, and how its checkpoints and tasks go with it.
+
+    A backbone may have three methods more, for networks whose inputs are mappings or whose output is no tensor:
+
+    - ``collate(samples) -> Inputs``: makes what :meth:`preprocess` gives, B samples without batch axis, a batch, and
+      pads them where their lengths differ (:func:`adamerge.data.batch.pad`). Default: stacks them, of one shape.
+    - ``read(output, inputs) -> Outputs``: reads the network's result. Its ``features`` are what a task's head takes,
+      its ``logits`` (B, ..., C) what counts where there is no head. Default: :func:`adamerge.data.batch.read_output`.
+    - ``valid(inputs) -> Tensor | None``: the rows of the logits that count, see
+      :class:`adamerge.data.batch.Outputs`; known before the network runs, so that devices can weigh by their rows.
+      Default None: all of them.
+
+    A mapping is the network's keyword arguments. Keys that begin with an underscore go to ``read`` and ``valid`` only.
+    What a network keeps from call to call, such as the cache of a language model, must be off.
 
     Attributes:
         prefix: Prefix of the encoder's keys in checkpoint files; other keys are not merged.
@@ -32,17 +46,20 @@ class Backbone(Protocol):
         ...
 
     def encoder(self) -> nn.Module:
-        """Return the encoder, inputs to features (B, F); its weights do not matter."""
+        """Return the network, called with inputs, in general to features (B, F); its weights do not matter."""
         ...
 
-    def preprocess(self) -> Callable[[Any], Tensor] | None:
-        """Return the transform from a PIL image to an input; None where data sets give tensors themselves."""
+    def preprocess(self) -> Callable[[Any], Any] | None:
+        """Return the transform from a data set's item, such as a PIL image or a text, to an input without batch axis.
+
+        That is a tensor, or a mapping of tensors; None where data sets give tensors themselves.
+        """
         ...
 
     def heads(
         self, base: Checkpoint, experts: Mapping[str, Checkpoint], tasks: Mapping[str, Task]
     ) -> dict[str, nn.Module]:
-        """Return each task's frozen classifier, features (B, F) to logits (B, C)."""
+        """Return each task's frozen classifier, features (B, F) to logits (B, C); {} where the network has its own."""
         ...
 
     def sidecar(self) -> dict[str, Any] | None:
@@ -60,6 +77,24 @@ def own_base(backbone: Backbone, *, download: bool) -> Path | None:
     find = getattr(backbone, "base", None)
     path: Path | None = None if find is None else find(download=download)
     return path
+
+
+def collate_of(backbone: Backbone) -> Collate:
+    """Return how a backbone makes samples a batch."""
+    collate: Collate = getattr(backbone, "collate", stack)
+    return collate
+
+
+def read_of(backbone: Backbone) -> Read:
+    """Return how a backbone reads its network's result."""
+    read: Read = getattr(backbone, "read", read_output)
+    return read
+
+
+def valid_of(backbone: Backbone) -> Valid | None:
+    """Return how a backbone tells which rows count; None where all do."""
+    valid: Valid | None = getattr(backbone, "valid", None)
+    return valid
 
 
 def check_classes(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module], features: int) -> None:

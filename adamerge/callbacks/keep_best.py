@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from adamerge.data.batch import TaskBatch
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, check_number
 from adamerge.methods.method import MergingMethod
@@ -101,21 +100,26 @@ class KeepBest(Callback):
 
 @torch.no_grad()
 def holdout_loss(trainer: Trainer, method: MergingMethod) -> float:
-    """Return the objective on the held-out streams: means over each task's images, weighted as in training.
+    """Return the objective on the held-out streams: means over each task's rows, weighted as in training.
 
     The devices share the work, and get the same.
     """
     data: UnlabeledTasks = trainer.datamodule  # type: ignore[attr-defined]
     totals = dict.fromkeys(data.holdout_streams, 0.0)
+    rows = dict.fromkeys(data.holdout_streams, 0)
+    counts_all = method.model.valid is None
     values = method.model.coefficients()
     with trainer.precision_plugin.forward_context():
         for batch in data.holdout_batches():
             if not batch and not method.model.is_sharded:
                 continue
-            moved = {task: TaskBatch(*(t.to(method.device) for t in part)) for task, part in batch.items()}
+            moved = {task: part.to(method.device) for task, part in batch.items()}
             _, result = method.run(moved, values, needs_gradient=False)
             for task, loss in result.losses.items():
-                totals[task] += float(loss) * len(batch[task].indices) / len(data.holdout_streams[task])
-    means = ranks.total(torch.tensor(list(totals.values()), dtype=torch.float64).to(method.device)).tolist()
+                count = method.model.count_rows(batch[task].inputs)
+                rows[task] += count
+                totals[task] += float(loss) * count / (len(data.holdout_streams[task]) if counts_all else 1)
+    sums = ranks.total(torch.tensor([[*totals.values()], [*rows.values()]], dtype=torch.float64).to(method.device))
+    means = (sums[0] if counts_all else sums[0] / sums[1].clamp(min=1)).tolist()
     weights = method.weights(totals)
     return float(sum(weights[task] * mean for task, mean in zip(totals, means, strict=True)))

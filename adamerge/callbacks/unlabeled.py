@@ -24,7 +24,8 @@ class RunningCriteria:
     """Criteria of each task's predictions that need no label, as running means over about the last ``window`` steps.
 
     ``entropy`` is the mean entropy of the predictions, ``marginal`` the entropy of the mean prediction, both as a share
-    of ln C; ``disagreement`` the share of samples on which the task's expert names another class.
+    of ln C; ``disagreement`` the share of rows (samples, or positions of texts) on which the task's expert names
+    another class.
 
     Attributes:
         means: Task to its running means (2 + C,): entropy in nats, disagreement (NaN where no expert is asked), and
@@ -41,13 +42,13 @@ class RunningCriteria:
     @torch.no_grad()
     def observe(self, step: TaskStep, asks_expert: bool) -> None:
         """Count one task's batch; one that is not finite, or of a single class, is skipped."""
-        logits = step.outputs.logits.detach().float().flatten(0, -2)
+        logits = step.outputs.rows().detach().float()
         p = logits.softmax(-1)
         if logits.shape[-1] < 2 or not torch.isfinite(p).all():
             return
         differing = math.nan
         if asks_expert:
-            classes = step.teacher().logits.flatten(0, -2).argmax(-1)
+            classes = step.teacher().rows().argmax(-1)
             differing = float((p.argmax(-1) != classes).sum())
         facts = torch.tensor([len(p), float(torch.special.entr(p).sum()), differing], dtype=torch.float64)
         sums = torch.cat([facts, p.sum(0).cpu().double()])

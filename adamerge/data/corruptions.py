@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from adamerge.data.batch import described
 from adamerge.data.images import as_seen
 from adamerge.data.unreadable import in_whole
 from adamerge.errors import InputError, check_number, did_you_mean
@@ -239,6 +240,11 @@ class Corrupted(Dataset[Any]):
     def _picture(self, image: Any, generator: torch.Generator) -> Any:
         from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image  # imports slowly
 
+        if not isinstance(image, Image.Image):
+            raise InputError(
+                f"{self._key.split(',')[0]}: a corruption needs images, found {described(image)}. Set "
+                "data.corruption=null (of adamerge evaluate: leave --corruptions out)."
+            )
         pixels = pil_to_tensor(as_seen(image).convert("RGB")).float() / 255
         return to_pil_image(_as_bytes(self._corruption(pixels, generator)))
 

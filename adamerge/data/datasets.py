@@ -1,4 +1,4 @@
-"""Data sets as streams and scores see them: images without labels and their positions, or images with labels."""
+"""Data sets as streams and scores see them: inputs without labels and their positions, or inputs with labels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from adamerge.data.batch import TaskBatch
+from adamerge.data.batch import Inputs, TaskBatch
 from adamerge.data.images import as_seen
 from adamerge.data.unreadable import Readable, UnreadableError, item_name
 from adamerge.data.views import Views
@@ -51,12 +51,33 @@ class InputCache:
             self._filled[row] = True  # last: whoever sees it finds the whole input
 
 
+class MappingCache:
+    """Inputs that are mappings, such as of token ids, by position, in the memory of one process.
+
+    Args:
+        positions: Those that are kept.
+    """
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._positions = positions if isinstance(positions, range) else frozenset(positions)
+        self._inputs: dict[int, Mapping[str, Tensor]] = {}
+
+    def get(self, position: int) -> Mapping[str, Tensor] | None:
+        """Return the input, or None where it is not kept."""
+        return self._inputs.get(position)
+
+    def put(self, position: int, inputs: Inputs) -> None:
+        """Keep an input, if it can be kept."""
+        if position in self._positions and isinstance(inputs, Mapping):
+            self._inputs[position] = inputs
+
+
 class Unlabeled(Dataset[TaskBatch]):
     """A dataset without its labels: items are (input, position).
 
     Args:
         dataset: Items are inputs, or tuples that begin with the input.
-        preprocess: Applied to inputs that are not tensors yet (PIL images).
+        preprocess: Applied to inputs that are not tensors, or mappings of tensors, yet (PIL images, texts).
         first: Position of the first item, where several data sets make up a stream.
         readable: Keeps account of items that cannot be read; by default the first such ends the run.
         views: Views of the images to give instead; item i is a view of image i modulo their number.
@@ -73,7 +94,7 @@ class Unlabeled(Dataset[TaskBatch]):
     def __init__(
         self,
         dataset: Dataset[Any],
-        preprocess: Callable[[Any], Tensor] | None = None,
+        preprocess: Callable[[Any], Inputs] | None = None,
         first: int = 0,
         readable: Readable | None = None,
         views: Views | None = None,
@@ -84,7 +105,7 @@ class Unlabeled(Dataset[TaskBatch]):
                 f"data.views: expected adamerge.data.views.Views (with _target_) or null, found {views!r}."
             )
         self.source = dataset
-        self.cache: InputCache | None = None
+        self.cache: InputCache | MappingCache | None = None
         self.readable = readable or Readable(dataset)
         self._preprocess = preprocess
         self._first = first
@@ -95,44 +116,45 @@ class Unlabeled(Dataset[TaskBatch]):
         return length_of(self.source) * (self._views.count if self._views else 1)
 
     def __getitem__(self, index: int) -> TaskBatch:
+        inputs: Inputs
         if self._views is None:
-            position, inputs = self.readable.first(index, self._image)
+            position, inputs = self.readable.first(index, self._input)
         else:
-            position, inputs = index, self._views(self._readable_image, length_of(self.source), index, self._key)
+            position, inputs = index, self._views(self._readable_input, length_of(self.source), index, self._key)
         return TaskBatch(inputs, torch.tensor(self._first + position))
 
-    def images(self, positions: Sequence[int]) -> Sequence[int]:
-        """Return the numbers of the images in the data set that inputs at these positions are made of."""
+    def numbers(self, positions: Sequence[int]) -> Sequence[int]:
+        """Return the numbers of the items in the data set that inputs at these positions are made of."""
         count = length_of(self.source)
         if self._views is None:
             return positions
         return range(count) if self._views.mix else sorted({position % count for position in positions})
 
-    def _readable_image(self, number: int) -> Tensor:
-        """Return an image, or the one that stands in for it."""
-        return self.readable.first(number, self._image)[1]
+    def _readable_input(self, number: int) -> Inputs:
+        """Return an item's input, or the one that stands in for it."""
+        return self.readable.first(number, self._input)[1]
 
-    def _image(self, number: int) -> Tensor:
-        """Return an image, from the cache where that has it."""
-        inputs = None if self.cache is None else self.cache.get(number)
+    def _input(self, number: int) -> Inputs:
+        """Return an item's input, from the cache where that has it."""
+        inputs: Inputs | None = None if self.cache is None else self.cache.get(number)
         if inputs is None:
             inputs = self.load(number)
             if self.cache is not None:
-                self.cache.put(number, inputs)
+                self.cache.put(number, inputs)  # type: ignore[arg-type]  # each kind of cache keeps its own kind
         return inputs
 
-    def load(self, number: int) -> Tensor:
-        """Return an image from the data set itself."""
-        return input_tensor(split_item(self.source[number])[0], self._preprocess)
+    def load(self, number: int) -> Inputs:
+        """Return an item's input from the data set itself."""
+        return input_of(split_item(self.source[number])[0], self._preprocess)
 
 
-class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
+class Labelled(Dataset[tuple[Inputs, Tensor] | None]):
     """A dataset with its labels, for evaluation only: items are (input, label), None where one cannot be read."""
 
     def __init__(
         self,
         dataset: Dataset[Any],
-        preprocess: Callable[[Any], Tensor] | None = None,
+        preprocess: Callable[[Any], Inputs] | None = None,
         readable: Readable | None = None,
         classes: int | None = None,
     ) -> None:
@@ -142,23 +164,23 @@ class Labelled(Dataset[tuple[Tensor, Tensor] | None]):
         self.readable = readable or Readable(dataset)
 
     def changed(self, change: Callable[[Dataset[Any]], Dataset[Any]]) -> "Labelled":
-        """Return the same images, labels and account of unreadable ones, with a change to the data set."""
+        """Return the same items, labels and account of unreadable ones, with a change to the data set."""
         return Labelled(change(self._dataset), self._preprocess, self.readable, self._classes)
 
     def __len__(self) -> int:
         return length_of(self._dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | None:
+    def __getitem__(self, index: int) -> tuple[Inputs, Tensor] | None:
         return self.readable.get(index, self._get)
 
-    def _get(self, index: int) -> tuple[Tensor, Tensor]:
+    def _get(self, index: int) -> tuple[Inputs, Tensor]:
         inputs, label = split_item(self._dataset[index])
         try:
             number = class_number(label, self._classes)
         except InputError as error:
             item = f"item {index} ({item_name(self._dataset, index)})"
             raise InputError(f"{self.readable.where}: {item}: {error}") from error
-        return input_tensor(inputs, self._preprocess), torch.tensor(number)
+        return input_of(inputs, self._preprocess), torch.tensor(number)
 
 
 def split_item(item: Any) -> tuple[Any, Any]:
@@ -211,35 +233,48 @@ def _shown(label: Any) -> str:
     return f"{type(label).__name__} of {len(label)} entries" if shape is None else f"numbers of shape {tuple(shape)}"
 
 
-def input_tensor(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:
-    """Return an input as a tensor: tensors as they are, images upright and with 8 bits through the preprocessing.
+def input_of(item: Any, preprocess: Callable[[Any], Inputs] | None) -> Inputs:
+    """Return an item as an input: tensors and mappings of tensors as they are, all else through the preprocessing.
+
+    Images go upright and with 8 bits into the preprocessing.
 
     Raises:
         InputError: If it can become none.
         UnreadableError: If it has values that are not finite.
     """
-    tensor = inputs if isinstance(inputs, Tensor) else _preprocessed(inputs, preprocess)
-    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise UnreadableError("NaN or infinite values")
-    return tensor
+    inputs: Inputs = item if is_input(item) else _preprocessed(item, preprocess)
+    for tensor in (inputs,) if isinstance(inputs, Tensor) else inputs.values():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UnreadableError("NaN or infinite values")
+    return inputs
 
 
-def _preprocessed(inputs: Any, preprocess: Callable[[Any], Tensor] | None) -> Tensor:
-    kind = type(inputs).__name__
+def is_input(item: Any) -> bool:
+    """Whether an item is a tensor or a mapping of names to tensors."""
+    if isinstance(item, Mapping):
+        return bool(item) and all(isinstance(k, str) and isinstance(tensor, Tensor) for k, tensor in item.items())
+    return isinstance(item, Tensor)
+
+
+def _preprocessed(item: Any, preprocess: Callable[[Any], Inputs] | None) -> Inputs:
+    kind = type(item).__name__
     remedy = "Give PIL images, or a transform that ends in a float32 tensor (torch.from_numpy for NumPy arrays)."
-    if isinstance(inputs, np.ndarray):  # which torchvision's transforms pass on as they are
-        raise InputError(f"expected a tensor or a PIL image, found a NumPy array of shape {inputs.shape}. {remedy}")
+    if isinstance(item, np.ndarray):  # which torchvision's transforms pass on as they are
+        raise InputError(f"expected a tensor or a PIL image, found a NumPy array of shape {item.shape}. {remedy}")
     if preprocess is None:
         raise InputError(f"expected a tensor, found {kind}, and the backbone has no preprocessing. {remedy}")
-    if isinstance(inputs, Image.Image):
-        inputs = as_seen(inputs)
+    if isinstance(item, Image.Image):
+        item = as_seen(item)
     try:
-        tensor = preprocess(inputs)
+        inputs = preprocess(item)
     except (TypeError, AttributeError) as error:
         raise InputError(f"found {kind}, which the preprocessing cannot take ({error}). {remedy}") from error
-    if not isinstance(tensor, Tensor):
-        raise InputError(f"expected a tensor from the preprocessing, found {type(tensor).__name__}. {remedy}")
-    return tensor
+    if not is_input(inputs):
+        raise InputError(
+            f"expected a tensor, or a mapping of names to tensors, from the preprocessing, found "
+            f"{type(inputs).__name__}. {remedy}"
+        )
+    return inputs
 
 
 def length_of(dataset: Dataset[Any], where: str = "data") -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from adamerge.data.datasets import class_number, input_tensor, length_of, split_item
+from adamerge.data.batch import Inputs, described
+from adamerge.data.datasets import class_number, input_of, length_of, split_item
 from adamerge.data.random_states import seeded
 from adamerge.data.task import Task
 from adamerge.data.unreadable import DAMAGE, item_name
@@ -29,7 +30,7 @@ _ALIKE = (
 )
 
 
-def check_task(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None = None) -> None:
+def check_task(name: str, task: Task, preprocess: Callable[[Any], Inputs] | None = None) -> None:
     """Check a task's class names, and a few of the inputs to adapt on; labels and what is scored are left alone.
 
     Args:
@@ -59,7 +60,7 @@ def check_precision(name: str, task: Task) -> None:
                 )
 
 
-def check_scored(name: str, task: Task, preprocess: Callable[[Any], Tensor] | None = None) -> None:
+def check_scored(name: str, task: Task, preprocess: Callable[[Any], Inputs] | None = None) -> None:
     """Check inputs and labels that a task is scored by, before the work that scoring comes after.
 
     All labels are looked at where the data set has them beside its images, else those of a few items.
@@ -247,16 +248,23 @@ def _looks(where: str, dataset: Dataset[Any], read: Callable[[Any], T]) -> Itera
         raise InputError(f"{where}: none of the items {positions} can be read ({reason}). Mend the data set.")
 
 
-def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any], Tensor] | None) -> None:
+def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any], Inputs] | None) -> None:
     """Read a few items as a run would."""
-    shapes: dict[tuple[int, ...], str] = {}
-    for item, inputs in _looks(where, dataset, lambda item: input_tensor(split_item(item)[0], preprocess)):
-        shapes.setdefault(tuple(inputs.shape), item)
+    shapes: dict[Any, tuple[str, Inputs]] = {}
+    for item, inputs in _looks(where, dataset, lambda item: input_of(split_item(item)[0], preprocess)):
+        # The lengths of a mapping's tensors may differ: the backbone pads them.
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else frozenset(inputs)
+        shapes.setdefault(shape, (item, inputs))
     if len(shapes) > 1:
-        (first, of_first), (second, of_second) = list(shapes.items())[:2]
+        (of_first, first), (of_second, second) = list(shapes.values())[:2]
+        if isinstance(first, Tensor) and isinstance(second, Tensor):
+            raise InputError(
+                f"{where}: {of_first} has the shape {tuple(first.shape)}, {of_second} {tuple(second.shape)}: no batch "
+                "has both. Give images, which the backbone's preprocessing resizes, or resize and crop in the data "
+                "set's transform."
+            )
         raise InputError(
-            f"{where}: {of_first} has the shape {first}, {of_second} {second}: no batch has both. Give "
-            "images, which the backbone's preprocessing resizes, or resize and crop in the data set's transform."
+            f"{where}: {of_first} is {described(first)}, {of_second} {described(second)}: no batch has both."
         )
 
 

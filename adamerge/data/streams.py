@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from adamerge.data.batch import TaskBatch
+from adamerge.data.batch import Collate, Inputs, TaskBatch, stack
 from adamerge.data.datasets import Unlabeled
 from adamerge.data.random_states import permutation, seeded
 from adamerge.errors import InputError
@@ -107,6 +107,7 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         by_task: A rank takes whole batches of some tasks, instead of a part of every task's batch.
         draws: Whether items draw random numbers; then they draw from generators that are seeded for their step, so
             that a step is the same after a resume and with any number of workers.
+        collate: Makes samples a batch.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         world: int,
         by_task: bool = False,
         draws: bool = False,
+        collate: Collate = stack,
     ) -> None:
         self._streams = dict(streams)
         self._sizes = {task: min(batch_size * world, len(stream)) for task, stream in streams.items()}
@@ -125,6 +127,7 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         self._rank, self._world = rank, world
         self._by_task = by_task
         self._draws = draws
+        self._collate = collate
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def per_pass(self, task: str) -> int:
@@ -149,7 +152,7 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         indices = {task: self._indices(task, step) for task in self._streams}
         with seeded(f"{self._seed}/draws/{step}/{self._rank}") if self._draws else nullcontext():
             return {
-                task: collate([self._streams[task][i] for i in part], f"data.tasks.{task}")
+                task: collate_batch([self._streams[task][i] for i in part], self._collate, f"data.tasks.{task}")
                 for task, part in indices.items()
                 if part
             }
@@ -179,23 +182,23 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         return self._orders[key]
 
 
-def collate(items: Sequence[TaskBatch], where: str = "data") -> TaskBatch:
-    """Stack items into a batch; ``where`` names the data in messages."""
-    return TaskBatch(*_stacked([tuple(item) for item in items], where))
+def collate_batch(items: Sequence[TaskBatch], collate: Collate = stack, where: str = "data") -> TaskBatch:
+    """Make items a batch; ``where`` names the data in messages."""
+    return TaskBatch(_collated([item.inputs for item in items], collate, where), torch.stack([i for _, i in items]))
 
 
-def collate_labelled(items: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
-    """Stack what could be read of a batch into inputs and labels; None where nothing could."""
+def collate_labelled(
+    items: Sequence[tuple[Inputs, Tensor] | None], collate: Collate = stack
+) -> tuple[Inputs, Tensor] | None:
+    """Make what could be read of a batch inputs and labels; None where nothing could."""
     read = [item for item in items if item is not None]
-    return _stacked(read, "data") if read else None
+    if not read:
+        return None
+    return _collated([inputs for inputs, _ in read], collate, "data"), torch.stack([label for _, label in read])
 
 
-def _stacked(items: Sequence[tuple[Tensor, ...]], where: str) -> tuple[Tensor, Tensor]:
-    shapes = list(dict.fromkeys(tuple(item[0].shape) for item in items))
-    if len(shapes) > 1:
-        raise InputError(
-            f"{where}: inputs of one batch have the shapes {shapes[0]} and {shapes[1]}. Give images, which the "
-            "backbone's preprocessing resizes, or resize and crop in the data set's transform."
-        )
-    inputs, numbers = default_collate(list(items))
-    return inputs, numbers
+def _collated(samples: Sequence[Inputs], collate: Collate, where: str) -> Inputs:
+    try:
+        return collate(samples)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error

@@ -6,6 +6,7 @@ number of workers, sees the same batches.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,13 +14,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from adamerge.data.batch import TaskBatch
+from adamerge.data.batch import Collate, Inputs, TaskBatch, stack
 from adamerge.data.cache import CACHES, Cache, Visits, keep_inputs, nature_of
 from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
 from adamerge.data.datasets import Labelled, Unlabeled
 from adamerge.data.first_look import check_scored, check_task
 from adamerge.data.images import read_as_seen
-from adamerge.data.streams import Steps, StreamLoader, collate, collate_labelled
+from adamerge.data.streams import Steps, StreamLoader, collate_batch, collate_labelled
 from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
 from adamerge.data.task import Protocol as Protocol
 from adamerge.data.task import Task as Task
@@ -30,7 +31,7 @@ from adamerge.system import ranks
 
 DISTRIBUTIONS = ("samples", "tasks")
 
-Preprocess = Callable[[Any], Tensor]
+Preprocess = Callable[[Any], Inputs]
 
 
 class UnlabeledTasks(LightningDataModule):
@@ -56,7 +57,9 @@ class UnlabeledTasks(LightningDataModule):
             they are due. The thread is for images that are neither in memory nor drawn at random.
         cache: ``"auto"`` keeps decoded images, in up to a quarter of the free memory; ``"ram"`` all or refuses;
             ``"off"`` none. What draws random numbers is never kept.
-        preprocess: Applied to inputs that are not tensors yet, usually the backbone's.
+        preprocess: Applied to inputs that are not tensors (or mappings of tensors) yet, usually the backbone's.
+        collate: Makes samples a batch, usually the backbone's: it pads those of unequal length. Default: samples of one
+            shape are stacked.
         evaluation_batch_size: Inputs per batch when scoring.
         unseen: Names of tasks that are scored only: they have no stream, and their experts do not merge.
         corruption: What is done to the images to adapt on, see :mod:`adamerge.data.corruptions`; None for nothing. The
@@ -87,6 +90,7 @@ class UnlabeledTasks(LightningDataModule):
         prefetch: int = 2,
         cache: Cache | Literal[False] = "auto",
         preprocess: Preprocess | None = None,
+        collate: Collate = stack,
         evaluation_batch_size: int = 256,
         unseen: Sequence[str] | None = None,
         corruption: str | None = None,
@@ -128,6 +132,7 @@ class UnlabeledTasks(LightningDataModule):
         self.evaluation: dict[str, Labelled] = {}
         self.unseen_evaluation: dict[str, Labelled] = {}
         self._preprocess = preprocess
+        self.collate = collate
         self._max_unreadable = max_unreadable
         for name, task in self.tasks.items():
             self._open(name, task, limit, holdout, views)
@@ -224,7 +229,7 @@ class UnlabeledTasks(LightningDataModule):
         visits = []
         for name, stream in self.streams.items():
             positions = range(len(stream)) if count is None else steps.visited(name, count)
-            visits.append(Visits(name, stream, stream.images(positions), nature_of(stream)))
+            visits.append(Visits(name, stream, stream.numbers(positions), nature_of(stream)))
         natures = {visit.name: visit.nature for visit in visits}
         for name, stream in self.holdout_streams.items():
             visits.append(Visits(f"{name}, held out", stream, range(len(stream)), natures[name]))
@@ -259,26 +264,26 @@ class UnlabeledTasks(LightningDataModule):
         for first in range(0, max(map(len, streams.values()), default=0), world * size):
             start = first + rank * size
             yield {
-                task: collate([stream[i] for i in range(start, min(start + size, len(stream)))])
+                task: collate_batch([stream[i] for i in range(start, min(start + size, len(stream)))], self.collate)
                 for task, stream in streams.items()
                 if start < len(stream)
             }
 
-    def mixed_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
+    def mixed_batches(self, count: int) -> Iterator[dict[str, Inputs]]:
         """Yield batches of images to adapt on, (B, ...) by task, that depend on the seed only.
 
         Args:
             count: Most batches; at most one pass over the longest stream, shorter ones are repeated.
         """
-        steps = Steps(self.streams, self.batch_size, self.seed, 0, 1, draws=True)
+        steps = Steps(self.streams, self.batch_size, self.seed, 0, 1, draws=True, collate=self.collate)
         for number in range(min(count, max(steps.per_pass(task) for task in self.streams))):
             yield {task: batch.inputs for task, batch in steps[number].items()}
 
-    def evaluation_loader(self, task: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_loader(self, task: str) -> Iterator[tuple[Inputs, Tensor]]:
         """Yield the labelled images of a task that can be read, in their own order, (inputs, labels)."""
         batches: DataLoader[Any] = DataLoader(
             self.scored[task], self.evaluation_batch_size,
-            num_workers=self.num_workers, collate_fn=collate_labelled,
+            num_workers=self.num_workers, collate_fn=functools.partial(collate_labelled, collate=self.collate),
         )  # fmt: skip
         return (batch for batch in batches if batch is not None)
 
@@ -291,12 +296,18 @@ class UnlabeledTasks(LightningDataModule):
         stream = self.streams[task]
         visited = range(len(stream)) if steps is None else self._steps().visited(task, steps)
         batch_size = max(self.batch_size, self.evaluation_batch_size)
-        return DataLoader(Subset(stream, visited), batch_size, num_workers=self.num_workers, collate_fn=collate)
+        return self.loader(Subset(stream, visited), batch_size)
+
+    def loader(self, stream: Dataset[TaskBatch], batch_size: int) -> DataLoader[TaskBatch]:
+        """Return some of a stream's samples as batches, in their own order."""
+        collate = functools.partial(collate_batch, collate=self.collate)
+        return DataLoader(stream, batch_size, num_workers=self.num_workers, collate_fn=collate)
 
     def _steps(self) -> Steps:
         world, rank = self._ranks()
         size = self.batch_size * self.batches_per_step
-        return Steps(self.streams, size, self.seed, rank, world, self.distribute == "tasks", self._draws)
+        by_task = self.distribute == "tasks"
+        return Steps(self.streams, size, self.seed, rank, world, by_task, self._draws, self.collate)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of devices, and which of them this is."""

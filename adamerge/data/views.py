@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adamerge.data.batch import Inputs, described
 from adamerge.errors import InputError, check_number
 
 
@@ -48,7 +49,7 @@ class Views:
                 "data.views: expected a transform or mix > 0, found neither. Set data.views=null for none."
             )
 
-    def __call__(self, image: Callable[[int], Tensor], length: int, index: int, key: str) -> Tensor:
+    def __call__(self, image: Callable[[int], Inputs], length: int, index: int, key: str) -> Tensor:
         """Return the view at a position of the stream.
 
         Args:
@@ -58,7 +59,7 @@ class Views:
             key: Key of the stream; with ``index`` it fixes everything random.
 
         Raises:
-            InputError: If the transform changes the shape.
+            InputError: If the transform changes the shape, or the inputs are no images.
         """
         with _alone(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{key}/{index}".encode()))
@@ -68,7 +69,12 @@ class Views:
                 view = torch.lerp(view, second, float(torch.rand(())))
         return view
 
-    def _transformed(self, image: Tensor) -> Tensor:
+    def _transformed(self, image: Inputs) -> Tensor:
+        if not isinstance(image, Tensor) or not (image.is_floating_point() or image.ndim > 2):
+            found = described(image) if not isinstance(image, Tensor) else f"whole numbers {tuple(image.shape)}"
+            raise InputError(
+                f"data.views: expected images, which views are made of, found {found}. Set data.views=null for texts."
+            )
         if self.transform is None:
             return image
         view = self.transform(image)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adamerge.data.batch import Inputs
 from adamerge.errors import InputError, did_you_mean
 from adamerge.merges.activations import Take, linear_inputs
 from adamerge.model.merged_model import MergedModel
@@ -40,7 +41,7 @@ class BlockChain:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def enter(self, inputs: Tensor, params: Mapping[str, Tensor]) -> BlockCall:
+    def enter(self, inputs: Inputs, params: Mapping[str, Tensor]) -> BlockCall:
         """Run the layers before the blocks on inputs (B, ...), and return the first block's call."""
         call: list[BlockCall] = []
 
@@ -73,7 +74,7 @@ class BlockChain:
         for call in calls:
             call.args = (self._run(block, tensors, call), *call.args[1:])
 
-    def check(self, inputs: Tensor, params: Mapping[str, Tensor]) -> None:
+    def check(self, inputs: Inputs, params: Mapping[str, Tensor]) -> None:
         """Refuse blocks that are called in another way than one after the other.
 
         Raises:

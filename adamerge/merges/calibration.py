@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
+from adamerge.data.batch import Inputs
 from adamerge.data.random_states import permutation
-from adamerge.data.streams import collate
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
 
@@ -34,7 +33,7 @@ def tasks_of(model: MergedModel, data: "UnlabeledTasks") -> dict[str, list[str]]
     return tasks
 
 
-def batches(data: "UnlabeledTasks", task: str, examples: int) -> Iterator[Tensor]:
+def batches(data: "UnlabeledTasks", task: str, examples: int) -> Iterator[Inputs]:
     """Yield inputs (B, ...) of a task: a random sample of its adaptation stream that depends on the data's seed only.
 
     Args:
@@ -44,7 +43,5 @@ def batches(data: "UnlabeledTasks", task: str, examples: int) -> Iterator[Tensor
     """
     stream = data.streams[task]
     order = permutation(len(stream), f"{data.seed}/calibration/{task}")[:examples]
-    subset = Subset(stream, sorted(order.tolist()))
-    loader = DataLoader(subset, data.evaluation_batch_size, num_workers=data.num_workers, collate_fn=collate)
-    for batch in loader:
+    for batch in data.loader(Subset(stream, sorted(order.tolist())), data.evaluation_batch_size):
         yield batch.inputs

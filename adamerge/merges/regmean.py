@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from adamerge.data.batch import to
 from adamerge.errors import InputError, check_number, shorten
 from adamerge.merges import Merged
 from adamerge.merges.activations import Rows, linear_inputs
@@ -73,7 +74,7 @@ class RegMean(_LeastSquares):
             with linear_inputs(model.encoder, model.expert_parameters(expert), grams.take) as params:
                 for task in tasks:
                     for inputs in batches(data, task, self.examples):
-                        model(inputs.to(pool.device), params)
+                        model(to(inputs, pool.device), params)
             systems.add(grams, row)
         systems.check_any()
         for name in pool.names:
@@ -112,10 +113,10 @@ class RegMeanPlusPlus(_LeastSquares):
         merged = {name: average(pool, name) for name in pool.names}  # Linear layers of blocks are replaced below
         chain = open_chain(model, self.blocks)
         first = next(batches(data, next(iter(data.streams)), 1))
-        chain.check(first.to(pool.device), merged)
+        chain.check(to(first, pool.device), merged)
         activations = {
             expert: [
-                chain.enter(inputs.to(pool.device), merged)
+                chain.enter(to(inputs, pool.device), merged)
                 for task in expert_tasks
                 for inputs in batches(data, task, self.examples)
             ]

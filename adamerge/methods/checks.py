@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adamerge.data.batch import TaskBatch
-from adamerge.errors import InputError, did_you_mean
+from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model.merged_model import MergedModel
 from adamerge.objectives import Objective
 from adamerge.system import ranks
@@ -15,6 +15,22 @@ KEPT = "The coefficients keep their last good values."
 
 # Runs a step again on some of its tasks, and hands each parameter's name and gradient (*S) to a function.
 Again = Callable[[Mapping[str, TaskBatch], Callable[[str, Tensor], None]], object]
+
+
+def check_same_pool(saved: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuse to go on with another pool than a checkpoint's; both by name, to the hash of the content.
+
+    Raises:
+        InputError: If base or experts have changed since the checkpoint was saved.
+    """
+    if saved and list(saved) != list(here):
+        raise InputError(f"The checkpoint is for the experts {list(saved)[1:]}, but the pool has {list(here)[1:]}.")
+    changed = [name for name in saved if saved[name] != here[name]]
+    if changed:
+        raise InputError(
+            f"The checkpoint cannot be resumed: the content of {shorten(changed)} has changed since it was saved. "
+            "Restore the files, or start a new run."
+        )
 
 
 def check_loss(loss: object, objective: Objective, task: str) -> Tensor:

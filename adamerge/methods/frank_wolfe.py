@@ -197,7 +197,7 @@ class FrankWolfeMerging(MergingMethod):
     def _loss_at(self, values: Tensor) -> float:
         """Return the objective at coefficients (E, G) on the current batch, the same on all devices."""
         with self.trainer.precision_plugin.forward_context():
-            loss, _ = self.step(self._batch, values, needs_gradient=False)
+            loss, _ = self.step([self._batch], values, needs_gradient=False)
         return float(loss)
 
     def _cosine(self, name: str, gradient: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-from adamerge.data.batch import Outputs, TaskBatch
+from adamerge.data.batch import Outputs, TaskBatch, take
 from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
-from adamerge.errors import InputError, NonfiniteError, shorten
+from adamerge.errors import NonfiniteError
 from adamerge.methods import checks
 from adamerge.methods.step import Observer, StepOptions, StepResult
 from adamerge.methods.teaching import Teaching
+from adamerge.methods.weighing import Window, has_rows, row_shares, shares_of_parts, summed
 from adamerge.model.merged_encoder import MergedEncoder
 from adamerge.model.merged_model import MergedModel, TaskStep
 from adamerge.model.teacher_files import TeacherFiles
@@ -72,6 +73,7 @@ class MergingMethod(LightningModule):
         self.recipe: Mapping[str, Any] = {}
         self.skipped = 0
         self._has_gradient = False  # whether any batch of the step to come was not skipped
+        self._window = Window()
         self._generators: Mapping[str, Any] | None = None  # of a checkpoint, until the first step after it
         # Constants, the same on all devices: torch would broadcast them before each step.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -101,15 +103,7 @@ class MergingMethod(LightningModule):
         Raises:
             InputError: If base or experts have changed since the checkpoint was saved.
         """
-        saved, here = checkpoint.get("pool", {}), self.model.pool.hashes()
-        if saved and list(saved) != list(here):
-            raise InputError(f"The checkpoint is for the experts {list(saved)[1:]}, but the pool has {list(here)[1:]}.")
-        changed = [name for name in saved if saved[name] != here[name]]
-        if changed:
-            raise InputError(
-                f"The checkpoint cannot be resumed: the content of {shorten(changed)} has changed since it was saved. "
-                "Restore the files, or start a new run."
-            )
+        checks.check_same_pool(checkpoint.get("pool", {}), self.model.pool.hashes())
         self.skipped = checkpoint.get("skipped", 0)
         self._generators = checkpoint.get("generators")
 
@@ -146,24 +140,30 @@ class MergingMethod(LightningModule):
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step, 0 to skip it; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
+        batches = [batch] if self.model.valid is None else self._window.complete(batch, batch_idx, self.trainer)
+        nothing: Tensor = (values * 0).sum()
+        if not batches:
+            return nothing
         scale = self._scaler.get_scale() if self._scaler else 1.0  # so that fp16 gradients do not underflow
         loss, result = self.step(
-            batch, values, scale=scale, observers=self.observers, on_gradient=self.on_parameter_gradient
+            batches, values, scale=scale, observers=self.observers, on_gradient=self.on_parameter_gradient
         )
-        if (problem := self._problem(batch, values, result)) is not None:  # the same on all devices
+        if (problem := self._problem(batches, values, result)) is not None:  # the same on all devices
             self._skip(problem)
-            nothing: Tensor = (values * 0).sum()
             return nothing
         self._has_gradient = True
-        self._report(loss, result.losses, values, sum(len(data.indices) for data in batch.values()))
+        samples = sum(len(data.indices) for part in batches for data in part.values())
+        self._report(loss, result.losses, values, samples)
         surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
-        return surrogate
+        return surrogate if len(batches) == 1 else surrogate * self.trainer.accumulate_grad_batches  # Lightning divides
 
-    def step(self, batch: Mapping[str, TaskBatch], values: Tensor, **options: Any) -> tuple[Tensor, StepResult]:
+    def step(
+        self, batches: Sequence[Mapping[str, TaskBatch]], values: Tensor, **options: Any
+    ) -> tuple[Tensor, StepResult]:
         """Run this device's part of a step.
 
         Args:
-            batch: Task to its unlabeled batch.
+            batches: Task to its unlabeled batch; several where these are one step in parts.
             values: Coefficients (E, G).
             options: Those of :meth:`run`.
 
@@ -172,10 +172,23 @@ class MergingMethod(LightningModule):
             devices is the whole one. Where it is not finite on one of them, it is not on any.
         """
         data = data_of(self.trainer) if ranks.count() > 1 else None
-        shares = data.shares() if data else dict.fromkeys(batch, 1.0)
+        shares = data.shares() if data else dict.fromkeys(batches[0], 1.0)
+        if self.model.valid is None or (len(batches) == 1 and ranks.count() == 1):
+            return self._shared_step(batches[0], values, shares, **options)
+        parts = zip(batches, row_shares(self.model, batches, list(shares)), strict=True)
+        losses, results = zip(
+            *(self._shared_step(batch, values, part, **options) for batch, part in parts), strict=True
+        )
+        return torch.stack(losses).sum(), summed(results)
+
+    def _shared_step(
+        self, batch: Mapping[str, TaskBatch], values: Tensor, shares: Mapping[str, float], **options: Any
+    ) -> tuple[Tensor, StepResult]:
+        """Run one batch, whose tasks count by their shares of a step."""
         loss, result = self.run(batch, values, shares=shares, **options)
         if ranks.count() == 1:
-            return loss, result
+            parts = {task: value * shares[task] for task, value in result.losses.items()}
+            return loss, result if set(shares.values()) == {1.0} else StepResult(parts, result.gradient)
         zero = values.new_zeros(())
         parts = [result.losses[task] * share if task in batch else zero for task, share in shares.items()]
         finite = (result.gradient * 0).sum()  # NaN unless it is
@@ -260,24 +273,28 @@ class MergingMethod(LightningModule):
         count = module.batches_per_step if module else 1
         size = -(-len(data.indices) // count)
         losses = []
-        for start in range(0, len(data.indices), size):
-            rows = slice(start, start + size)
+        if not has_rows(outputs):
+            zero: Tensor = outputs.logits.sum() * 0
+            return zero
+        parts = [slice(start, start + size) for start in range(0, len(data.indices), size)]
+        for rows, share in zip(parts, shares_of_parts(outputs, parts), strict=True):
             step = TaskStep(
-                task, data.inputs[rows], data.indices[rows], outputs if count == 1 else outputs[rows],
+                task, take(data.inputs, rows), data.indices[rows], outputs if count == 1 else outputs[rows],
                 merged.coefficients, self._teaching, merged.forward,
                 initial=self.model.coefficients.initial, num_tasks=num_tasks * count,
             )  # fmt: skip
-            losses.append(checks.check_loss(self.objective(step), self.objective, task))
+            loss = checks.check_loss(self.objective(step), self.objective, task)
+            losses.append(loss if share is None else loss * share)
             for observer in observers:
                 observer(step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _try_objective(self, data: UnlabeledTasks) -> None:
         """Run the first batch, before the first step, with random numbers that leave those of the run alone."""
-        batch = {task: TaskBatch(*(t.to(self.device) for t in part)) for task, part in data.first_batch().items()}
+        batch = {task: part.to(self.device) for task, part in data.first_batch().items()}
 
         def step(values: Tensor, needs_gradient: bool) -> tuple[Mapping[str, Tensor], Tensor]:
-            _, result = self.step(batch, values, needs_gradient=needs_gradient)
+            _, result = self.step([batch], values, needs_gradient=needs_gradient)
             return result.losses, result.gradient
 
         devices = [self.device] if self.device.type == "cuda" else []
@@ -294,8 +311,9 @@ class MergingMethod(LightningModule):
         plugin = self.trainer.precision_plugin
         return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
-    def _problem(self, batch: Mapping[str, TaskBatch], values: Tensor, result: StepResult) -> str | None:
+    def _problem(self, batches: Sequence[Mapping[str, TaskBatch]], values: Tensor, result: StepResult) -> str | None:
         """Say what of a step is NaN or infinite, before the optimizer sees it; None where nothing is."""
+        batch = batches[-1]
         problem = checks.loss_problem(result.losses, batch)
         if problem is None and self._scaler is None:  # a gradient scaler sees to gradients itself
             problem = checks.gradient_problem(

@@ -1,4 +1,4 @@
-"""The experts' outputs for a method's images, asked for once and cached."""
+"""The experts' outputs for a method's inputs, asked for once and cached."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from adamerge.data.batch import Outputs, TaskBatch
+from adamerge.data.batch import Inputs, Outputs, TaskBatch
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.teacher_files import TeacherFiles, ask_expert
@@ -32,10 +32,10 @@ class Teaching:
     files: TeacherFiles | None
     trainer: Trainer
 
-    def __call__(self, task: str, inputs: Tensor, indices: Tensor) -> Outputs:
+    def __call__(self, task: str, inputs: Inputs, indices: Tensor) -> Outputs:
         """Return the outputs of a task's expert for inputs (B, ...) at positions (B,), in the midst of a step."""
         if self.files is not None and self.model.teacher_cache.get(task, indices) is None:
-            self._ask(task, [TaskBatch(inputs, indices)])  # held-out images
+            self._ask(task, [TaskBatch(inputs, indices)])  # held-out inputs
         return self.model.teacher(task, inputs, indices, self.hidden_layers)
 
     def ask_all(self, data: UnlabeledTasks) -> None:

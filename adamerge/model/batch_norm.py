@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
+from adamerge.data.batch import Inputs, join, to
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.encoder import fused
 from adamerge.model.merged_model import MergedModel
@@ -181,7 +182,7 @@ def _recalibrated(
     model: MergedModel,
     layers: Mapping[str, _BatchNorm],
     params: Mapping[str, Tensor],
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Inputs]],
 ) -> dict[str, Tensor]:
     """Take the mean and variance of what each layer sees over all images, each batch normalised by its own statistics.
 
@@ -190,7 +191,7 @@ def _recalibrated(
     moments = {name: _Moments() for name in layers}
     for batch in batches:
         for tasks in fused(batch, None):
-            inputs = torch.cat([batch[task] for task in tasks]).to(model.pool.device)
+            inputs = to(join([batch[task] for task in tasks]), model.pool.device)
             with _watched(layers, moments):
                 try:
                     model(inputs, params)

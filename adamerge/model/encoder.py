@@ -1,12 +1,11 @@
 """How an encoder runs: on whose parameters, which tasks in one pass, what is kept, recomputed or compiled."""
 
-import fnmatch
 import functools
 import os
 import shutil
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
+from adamerge.data.batch import Inputs, kind, of_network, size
 from adamerge.errors import InputError, check_choice, check_globs, did_you_mean, shorten
+from adamerge.model.hidden_layers import Hooks, is_inside, matching, outermost, select
 from adamerge.pool.pool import ExpertPool
 
 MicroBatch = int | Literal["auto"] | None
-Run = Callable[[nn.Module, Tensor, tuple[str, ...], Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+Run = Callable[[nn.Module, Inputs, tuple[str, ...], Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 _FUSED_ENTRIES = 1 << 22  # of the inputs of one fused pass on a CPU: 27 images of 224 x 224
 
 
@@ -78,7 +79,7 @@ class Runner:
             name: functools.partial(checkpoint, encoder.get_submodule(name).forward, use_reentrant=False)
             for name in self._selected(encoder)
         }
-        self._hooks: dict[tuple[str, ...], _Hooks] = {}
+        self._hooks: dict[tuple[str, ...], Hooks] = {}
         self._run: Run = _run
         if options.backend is not None:
             # torch.compile counts its recompilations by code object, so each encoder gets one of its own.
@@ -86,9 +87,12 @@ class Runner:
             self._run = torch.compile(function, backend=options.backend)
 
     def __call__(
-        self, encoder: nn.Module, inputs: Tensor, hidden_layers: Sequence[str] = (), *, plain: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the features (B, F), and the outputs of the modules that ``hidden_layers`` selects, by path.
+        self, encoder: nn.Module, inputs: Inputs, hidden_layers: Sequence[str] = (), *, plain: bool = False
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return what the encoder returns, and the outputs of the modules that ``hidden_layers`` selects, by path.
+
+        A path selects its module. A glob selects, of the modules it matches that run once with a tensor (B, ...), or
+        with a tuple, list or ``ModelOutput`` that begins with one, the outermost.
 
         Args:
             encoder: As given before, with whatever parameters it has now.
@@ -99,30 +103,25 @@ class Runner:
         Raises:
             InputError: If one of ``hidden_layers`` selects no module, or one that cannot be seen in compiled code.
         """
-        if self._options.channels_last and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if self._options.channels_last:
+            inputs = _channels_last(inputs)
         hooks = self._hooks_of(tuple(hidden_layers))
         run, recomputed = (_run, {}) if plain else (self._run, self._recomputed)
         with hooks.attached(encoder), _replaced(encoder, recomputed):
-            features, hidden = run(encoder, inputs, hooks.names, hooks.outputs)
-        for name, output in hidden.items():
-            if not isinstance(output, Tensor):
-                raise InputError(
-                    f"hidden_layers: {name!r} gives no tensor when the encoder runs, as it is a container or is "
-                    f"not called itself. Name modules whose output is a tensor, such as its members: {name}.*."
-                )
-        return features, hidden
+            output, hidden = run(encoder, inputs, hooks.names, hooks.outputs)
+        return output, hooks.chosen(hidden, size(inputs))
 
-    def _hooks_of(self, patterns: tuple[str, ...]) -> "_Hooks":
+    def _hooks_of(self, patterns: tuple[str, ...]) -> "Hooks":
         if patterns not in self._hooks:
-            names = [name for pattern in patterns for name in select(self._names, pattern, "hidden_layers")]
-            hidden = [name for name in names if any(_inside(name, container) for container in self._recomputed)]
+            by_pattern = {pattern: matching(self._names, pattern, "hidden_layers") for pattern in patterns}
+            names = [name for chosen in by_pattern.values() for name in outermost(chosen)]
+            hidden = [name for name in names if any(is_inside(name, container) for container in self._recomputed)]
             if hidden and self._options.backend:
                 raise InputError(
                     f"encoder.compile, encoder.checkpoint: the hidden layer {hidden[0]!r} lies inside a recomputed "
                     "module, and compiled code does not show it. Set one of the two to false, or choose other layers."
                 )
-            self._hooks[patterns] = _Hooks(tuple(dict.fromkeys(names)))
+            self._hooks[patterns] = Hooks(by_pattern)
         return self._hooks[patterns]
 
     def _selected(self, encoder: nn.Module) -> list[str]:
@@ -137,56 +136,33 @@ class Runner:
                 )
         else:
             paths = [name for pattern in option for name in select(self._names, pattern, "encoder.checkpoint")]
-        return [path for path in paths if not any(_inside(path, container) for container in paths)]
-
-
-def select(names: Iterable[str], pattern: str, option: str) -> list[str]:
-    """Return the module paths that match a path or glob; of those inside each other the outermost.
-
-    Raises:
-        InputError: If no module matches.
-
-    >>> select(["blocks.0", "blocks.0.mlp", "blocks.10"], "blocks.*", "hidden_layers")
-    ['blocks.0', 'blocks.10']
-    """
-    names = list(names)
-    matching = fnmatch.filter(names, pattern)
-    if not matching:
-        raise InputError(f"{option}: {pattern!r} matches no module of the encoder.{did_you_mean(pattern, names)}")
-    return [name for name in matching if not any(_inside(name, container) for container in matching)]
-
-
-class _Hooks:
-    """Collects outputs of modules. The same hooks are attached again and again: compiled code holds on to them."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.outputs: dict[str, Tensor] = {}
-        self._keep = {name: functools.partial(_keep, self.outputs, name) for name in names}
-
-    @contextmanager
-    def attached(self, encoder: nn.Module) -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, keep in self._keep.items():
-                stack.enter_context(encoder.get_submodule(name).register_forward_hook(keep))
-            stack.callback(self.outputs.clear)
-            yield
-
-
-def _keep(outputs: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
-    outputs[name] = output[0] if isinstance(output, tuple) else output
+        return [path for path in paths if not any(is_inside(path, container) for container in paths)]
 
 
 def _run(
-    encoder: nn.Module, inputs: Tensor, names: tuple[str, ...], outputs: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+    encoder: nn.Module, inputs: Inputs, names: tuple[str, ...], outputs: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Run the encoder, and take what hooks have put into ``outputs``.
 
     By name: what a compiled function does not use of its arguments, it does not look at either, and would
     run the code of other hidden layers.
     """
-    features: Tensor = encoder(inputs)
-    return features, {name: outputs.get(name) for name in names}  # type: ignore[misc]  # judged by the caller
+    output = encoder(inputs) if isinstance(inputs, Tensor) else encoder(**of_network(inputs))
+    return output, {name: outputs.get(name) for name in names}
+
+
+def _channels_last(inputs: Inputs) -> Inputs:
+    """Return inputs whose images (B, C, H, W) have their channels innermost."""
+    if isinstance(inputs, Tensor):
+        return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+    changed = {key: _channels_last(tensor) for key, tensor in inputs.items() if tensor.is_floating_point()}
+    return {**inputs, **changed}  # type: ignore[dict-item]
+
+
+def embedding_width(encoder: nn.Module) -> int:
+    """Return the width of the encoder's largest table of embeddings; 1 where it has none."""
+    tables = [module for module in encoder.modules() if isinstance(module, nn.Embedding)]
+    return max(tables, key=lambda table: table.weight.numel()).embedding_dim if tables else 1
 
 
 @contextmanager
@@ -208,17 +184,12 @@ def members(encoder: nn.Module) -> list[str]:
     containers = [
         name for name, module in encoder.named_modules() if isinstance(module, (nn.Sequential, nn.ModuleList))
     ]
-    outermost = [name for name in containers if not any(_inside(name, container) for container in containers)]
     return [
         f"{name}.{child}".lstrip(".")
-        for name in outermost
+        for name in outermost(containers)
         for child, module in encoder.get_submodule(name).named_children()
         if next(module.parameters(), None) is not None
     ]
-
-
-def _inside(name: str, container: str) -> bool:
-    return name != container and (not container or name.startswith(f"{container}."))
 
 
 def _check_backend(backend: object) -> None:
@@ -248,28 +219,45 @@ def swapped(encoder: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool =
     return context
 
 
-def fused(inputs: Mapping[str, Tensor], micro_batch: MicroBatch) -> list[list[str]]:
+def fused(inputs: Mapping[str, Inputs], micro_batch: MicroBatch, width: int = 1) -> list[list[str]]:
     """Group tasks whose inputs agree in shape and dtype, so that one forward pass serves each group.
 
     Small batches gain up to 3x from fusing. On a CPU large ones lose, once the activations of the
-    whole group have left the cache: ``"auto"`` closes a group before its inputs exceed ``_FUSED_ENTRIES``.
+    whole group have left the cache: ``"auto"`` closes a group before its inputs exceed ``_FUSED_ENTRIES``. Of images
+    the entries count; of a mapping its floating-point entries, and the positions of its longest tensor of whole numbers
+    (token ids) as many times as an embedding is wide.
 
     Args:
         inputs: Task to inputs (B, ...).
         micro_batch: Most inputs in a group, in whole tasks; ``"auto"`` for a rule by size; None for no limit.
+        width: Entries of an embedding.
     """
-    kinds: dict[tuple[torch.Size, torch.dtype], list[list[str]]] = {}
+    kinds: dict[Hashable, list[list[str]]] = {}
     for task, batch in inputs.items():
-        groups = kinds.setdefault((batch.shape[1:], batch.dtype), [[]])
+        groups = kinds.setdefault(kind(batch), [[]])
         limit: float = float("inf")
-        if micro_batch == "auto" and batch.device.type == "cpu":
-            limit = _FUSED_ENTRIES // max(1, batch[:1].numel())
+        if micro_batch == "auto" and _device(batch).type == "cpu":
+            limit = _FUSED_ENTRIES // max(1, _entries(batch, width))
         elif isinstance(micro_batch, int):
             limit = micro_batch
-        if groups[-1] and sum(len(inputs[name]) for name in (*groups[-1], task)) > limit:
+        if groups[-1] and sum(size(inputs[name]) for name in (*groups[-1], task)) > limit:
             groups.append([])
         groups[-1].append(task)
     return [group for groups in kinds.values() for group in groups]
+
+
+def _device(inputs: Inputs) -> torch.device:
+    return (inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))).device
+
+
+def _entries(inputs: Inputs, width: int) -> int:
+    """Return the entries of one sample, see :func:`fused`."""
+    if isinstance(inputs, Tensor):
+        return inputs[:1].numel() * (1 if inputs.is_floating_point() or inputs.ndim > 2 else width)
+    counts: dict[bool, list[int]] = {True: [0], False: [0]}
+    for tensor in inputs.values():
+        counts[tensor.is_floating_point()].append(tensor[:1].numel())
+    return sum(counts[True]) + max(counts[False]) * width
 
 
 def check_names(encoder: nn.Module, pool: ExpertPool) -> None:

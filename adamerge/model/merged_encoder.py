@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from adamerge.data.batch import Outputs
+from adamerge.data.batch import Inputs, Outputs
 from adamerge.errors import InputError
 from adamerge.model.encoder import MicroBatch
 from adamerge.model.weights import WholeWeights
 
-Run = Callable[[Mapping[str, Tensor]], dict[str, Outputs]]  # inputs (B, ...) by task, as one pass
+Run = Callable[[Mapping[str, Inputs]], dict[str, Outputs]]  # inputs (B, ...) by task, as one pass
 
 
 class MergedEncoder:
@@ -53,7 +53,7 @@ class MergedEncoder:
         self.coefficients = values.detach().clone().requires_grad_()
         self._pull_back = weights.pull_back()
 
-    def groups(self, inputs: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    def groups(self, inputs: Mapping[str, Inputs]) -> Iterator[Mapping[str, Inputs]]:
         """Yield, for each forward pass of a step, the tasks that share it, with their inputs (B, ...).
 
         Where processes hold parts of the weights all of them run the same passes, with zeros for tasks they lack.
@@ -64,13 +64,13 @@ class MergedEncoder:
             self._is_last = number == len(groups)
             yield {task: passes[task] for task in tasks}
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Outputs]:
+    def __call__(self, inputs: Mapping[str, Inputs]) -> dict[str, Outputs]:
         """Run one group; return the outputs of this process's own tasks."""
         outputs = self._run(inputs)
         self._zero = self._weights.zero(outputs)
         return {task: output for task, output in outputs.items() if task in self._tasks}
 
-    def forward(self, inputs: Tensor, task: str) -> Outputs:
+    def forward(self, inputs: Inputs, task: str) -> Outputs:
         """Run a further pass of one task on the merged parameters.
 
         Raises:

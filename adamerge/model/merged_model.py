@@ -1,6 +1,7 @@
 """The functional-call wrapper: an encoder whose parameters are the merge of a pool.
 
-Legend: B batch, F features, C classes, E experts, G groups.
+Legend: B batch, F features, C classes, E experts, G groups. Inputs (B, ...) are a tensor or a mapping of tensors, see
+:mod:`adamerge.data.batch`.
 
 How a step runs through the encoder is in :mod:`adamerge.model.merged_encoder`; what it runs on in
 :mod:`adamerge.model.weights`, and in :mod:`adamerge.model.sharding` where processes hold parts of the weights.
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adamerge.data.batch import Outputs
+from adamerge.data.batch import PADDING, Inputs, Outputs, Read, Valid, join, read_output, size
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import EncoderOptions, MicroBatch, Runner, check_names
@@ -33,7 +36,7 @@ class TaskStep:
 
     Attributes:
         task: Its name.
-        inputs: (B, ...).
+        inputs: (B, ...), a tensor or a mapping.
         indices: Positions of the samples in the task's stream, (B,).
         outputs: The merged model's, with gradient.
         coefficients: (E, G), a leaf: for anchors and regularisers; its gradient is added.
@@ -42,23 +45,27 @@ class TaskStep:
     """
 
     task: str
-    inputs: Tensor
+    inputs: Inputs
     indices: Tensor
     outputs: Outputs
     coefficients: Tensor
-    _teacher: Callable[[str, Tensor, Tensor], Outputs] = field(repr=False)
-    _forward: Callable[[Tensor, str], Outputs] = field(repr=False)
+    _teacher: Callable[[str, Inputs, Tensor], Outputs] = field(repr=False)
+    _forward: Callable[[Inputs, str], Outputs] = field(repr=False)
     initial: Tensor | None = None
     num_tasks: int = 1
     _asked: Outputs | None = field(default=None, init=False, repr=False)
 
     def teacher(self) -> Outputs:
-        """Return the outputs of the task's own raw expert for ``inputs``, without gradient, cached by index."""
+        """Return the outputs of the task's own raw expert for ``inputs``, without gradient, cached by index.
+
+        They are compact: where not all rows count they hold those that do alone, in the order of
+        :meth:`Outputs.rows <adamerge.Outputs.rows>` and :meth:`Outputs.compact <adamerge.Outputs.compact>`.
+        """
         if self._asked is None:
             self._asked = self._teacher(self.task, self.inputs, self.indices)
         return self._asked
 
-    def forward(self, inputs: Tensor) -> Outputs:
+    def forward(self, inputs: Inputs) -> Outputs:
         """Run a further pass through the merged parameters (augmented views), with gradient."""
         return self._forward(inputs, self.task)
 
@@ -73,9 +80,13 @@ class MergedModel(nn.Module):
         encoder: The shared network; its parameters and buffers are named as in the pool.
         pool: Base and experts.
         coefficients: Made for ``pool``.
-        heads: Task to its frozen classifier, features (B, F) to logits (B, C); copied.
+        heads: Task to its frozen classifier, features (B, F) to logits (B, C); copied. {} where the network's own
+            output is the logits, of all tasks.
         teachers: Task to the expert that teaches it; default the expert of the same name.
         options: How a step runs the encoder; default as it is.
+        read: Reads the network's result; default :func:`~adamerge.data.batch.read_output`, which takes a tensor as it
+            is. Its ``features`` go through the head.
+        valid: The rows of the logits that count, by the inputs, see :class:`~adamerge.Outputs`; default all.
 
     Raises:
         InputError: If names or shapes of encoder and pool differ, the coefficients are another pool's,
@@ -103,6 +114,8 @@ class MergedModel(nn.Module):
         heads: Mapping[str, nn.Module],
         teachers: Mapping[str, str] | None = None,
         options: EncoderOptions | None = None,
+        read: Read = read_output,
+        valid: Valid | None = None,
     ) -> None:
         super().__init__()
         coefficients.check(pool)
@@ -113,10 +126,12 @@ class MergedModel(nn.Module):
         self._unregistered = (encoder.eval(),)
         self._runner = Runner(encoder, options or EncoderOptions())
         self.heads = {task: copy.deepcopy(head).eval().requires_grad_(False) for task, head in heads.items()}
+        self.read, self.valid = read, valid
         self.pool = pool
         self.encoder_buffers = pool.buffers({name: b.detach().clone() for name, b in encoder.named_buffers()})
         self.weights = WholeWeights(encoder, pool, coefficients.index)
-        self.teachers = {task: task for task in heads if task in pool.expert_names} | dict(teachers or {})
+        of_own_name = {task: task for task in heads or pool.expert_names if task in pool.expert_names}
+        self.teachers = of_own_name | dict(teachers or {})
         for task, expert in self.teachers.items():
             if expert not in pool.expert_names:
                 raise InputError(
@@ -172,14 +187,35 @@ class MergedModel(nn.Module):
         """
         return self.weights.merge(self.coefficients)
 
-    def forward(self, inputs: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the encoder's features (B, F) under ``params`` (default: a fresh merge)."""
-        with self._swapped(self.merge() if params is None else params):
-            return self._runner(self.encoder, inputs, plain=True)[0]
+    def forward(self, inputs: Inputs, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the encoder's features (B, F) under ``params`` (default: a fresh merge).
 
-    def logits(self, inputs: Tensor, task: str, params: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the logits (B, C) of one task's head under ``params`` (default: a fresh merge)."""
-        return self._logits(task, self(inputs, params))
+        Of a network whose result has none, its own logits (B, ..., C).
+        """
+        with self._swapped(self.merge() if params is None else self._of_encoder(params)):
+            outputs = self._read(self._runner(self.encoder, inputs, plain=True)[0], inputs)
+        return outputs.logits if outputs.features is None else outputs.features
+
+    def logits(self, inputs: Inputs, task: str, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits (B, ..., C) of one task under ``params`` (default: a fresh merge)."""
+        return self.outputs(inputs, task, params).logits
+
+    def outputs(self, inputs: Inputs, task: str, params: Mapping[str, Tensor] | None = None) -> Outputs:
+        """Return the outputs of one task, the rows that count among them, under ``params`` (default: a fresh merge).
+
+        Args:
+            inputs: (B, ...).
+            task: The one whose head is applied, if there are heads.
+            params: By the encoder's names, or a whole checkpoint by the names of the pool's files, such as
+                ``adamerge.merge(pool, coefficients, detach=True)``.
+        """
+        with self._swapped(self.merge() if params is None else self._of_encoder(params)):
+            return self._outputs({task: inputs}, (), plain=True)[task]
+
+    def count_rows(self, inputs: Inputs) -> int:
+        """Return how many rows of a batch count; B where all do."""
+        valid = None if self.valid is None else self.valid(inputs)
+        return size(inputs) if valid is None else int(valid.sum())
 
     @contextmanager
     def merged(
@@ -221,7 +257,7 @@ class MergedModel(nn.Module):
 
     @torch.no_grad()
     def expert_outputs(
-        self, expert: str, batches: Iterable[tuple[str, Tensor]], hidden_layers: Sequence[str] = ()
+        self, expert: str, batches: Iterable[tuple[str, Inputs]], hidden_layers: Sequence[str] = ()
     ) -> Iterator[Outputs]:
         """Yield the raw expert's outputs for batches of (task, inputs); its parameters are formed once.
 
@@ -234,8 +270,8 @@ class MergedModel(nn.Module):
             if is_own:
                 yield outputs
 
-    def teacher(self, task: str, inputs: Tensor, indices: Tensor, hidden_layers: Sequence[str] = ()) -> Outputs:
-        """Return the outputs of the task's teacher, from the cache where it has all of ``indices``.
+    def teacher(self, task: str, inputs: Inputs, indices: Tensor, hidden_layers: Sequence[str] = ()) -> Outputs:
+        """Return the compact outputs of the task's teacher, from the cache where it has all of ``indices``.
 
         Raises:
             InputError: If no expert teaches the task; or, of a sharded model, if the cache lacks one: in the midst of a
@@ -251,7 +287,7 @@ class MergedModel(nn.Module):
             )
         outputs = next(iter(self.expert_outputs(self.teacher_of(task), [(task, inputs)], hidden_layers)))
         self.teacher_cache.put(task, indices, outputs)
-        return outputs
+        return outputs.compact()
 
     def teacher_of(self, task: str) -> str:
         """Return the expert that teaches a task."""
@@ -265,31 +301,63 @@ class MergedModel(nn.Module):
     def _swapped(self, params: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         return self.weights.swapped(params, self.encoder_buffers)
 
-    def _outputs(
-        self, inputs: Mapping[str, Tensor], hidden_layers: Sequence[str], *, plain: bool = False
-    ) -> dict[str, Outputs]:
-        """Run the inputs of several tasks as one batch, divide it again, and apply each task's head."""
-        batches = list(inputs.values())
-        joined = torch.cat(batches) if len(batches) > 1 else batches[0]
-        features, hidden = self._runner(self.encoder, joined, hidden_layers, plain=plain)
-        sizes = [len(batch) for batch in batches]
-        pieces = {name: tensor.split(sizes) for name, tensor in hidden.items()}
+    def _of_encoder(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return parameters by the encoder's names, of those that may be a whole checkpoint's by its names."""
+        names = {name for name, _ in chain(self.encoder.named_parameters(), self.encoder.named_buffers())}
+        if params.keys() <= names:
+            return params
+        keys = {self.pool.keys.file_key(name): name for name in names if name in self.pool.keys}
+        chosen = {name: params[key] for key, name in keys.items() if key in params}
         return {
-            task: Outputs(self._logits(task, part), part, {name: piece[i] for name, piece in pieces.items()})
-            for i, (task, part) in enumerate(zip(inputs, features.split(sizes), strict=True))
+            name: tensor.to(self.pool.device, self.pool.compute_dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in (chosen | {name: params[name] for name in names if name in params}).items()
         }
 
-    def _logits(self, task: str, features: Tensor) -> Tensor:
-        """Apply a task's head to features (B, F)."""
-        if task not in self.heads:
+    def _outputs(
+        self, inputs: Mapping[str, Inputs], hidden_layers: Sequence[str], *, plain: bool = False
+    ) -> dict[str, Outputs]:
+        """Run the inputs of several tasks as one batch, divide it again, and apply each task's head."""
+        joined = join(list(inputs.values()))
+        output, hidden = self._runner(self.encoder, joined, hidden_layers, plain=plain)
+        whole = self._read(output, joined)
+        whole.hidden = {**whole.hidden, **hidden}
+        is_ambiguous = self.read is read_output and isinstance(output, Tensor)
+        sizes = [size(batch) for batch in inputs.values()]
+        return {
+            task: self._headed(task, part, is_ambiguous) for task, part in zip(inputs, whole.split(sizes), strict=True)
+        }
+
+    def _read(self, output: Any, inputs: Inputs) -> Outputs:
+        """Read the network's result, and say which rows count."""
+        outputs = self.read(output, inputs)
+        if self.valid is not None:
+            outputs.valid = self.valid(inputs)
+        if outputs.valid is not None and isinstance(inputs, Mapping) and PADDING in inputs:
+            outputs.padding = inputs[PADDING].bool()
+        return outputs
+
+    def _headed(self, task: str, outputs: Outputs, is_ambiguous: bool) -> Outputs:
+        """Apply a task's head to features (B, ..., F); without any heads the network's own logits stay.
+
+        Args:
+            task: The task.
+            outputs: As read.
+            is_ambiguous: Whether the network returned a bare tensor, of which only (B, F) says where the classes are.
+        """
+        if not self.heads:
+            outputs.features = None if outputs.features is outputs.logits else outputs.features
+        elif task not in self.heads:
             raise InputError(
                 f"No head for task {task!r}; there are {shorten(self.heads)}.{did_you_mean(task, self.heads)}"
             )
-        logits: Tensor = self.heads[task](features)
-        if logits.ndim > 2:
+        else:
+            if outputs.features is None:
+                raise InputError(f"Task {task!r}: it has a head, but the backbone's read() gives no features for it.")
+            outputs.logits = self.heads[task](outputs.features)
+        if is_ambiguous and outputs.logits.ndim > 2:
             raise InputError(
-                f"Task {task!r}: expected logits (B, C) from its head, one row per input, found shape "
-                f"{tuple(logits.shape)}: which axis holds the classes is not known. Pool the features in the head, or "
-                "give the task a head of its own for each position."
+                f"Task {task!r}: expected logits (B, C), one row per input, found shape {tuple(outputs.logits.shape)}: "
+                "which axis holds the classes is not known. Pool the features in the head, or give the backbone a "
+                "method read(output, inputs) that returns logits (B, ..., C), the classes last."
             )
-        return logits
+        return outputs

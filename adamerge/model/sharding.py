@@ -140,7 +140,8 @@ class ShardedWeights(WholeWeights):
 
     def zero(self, outputs: Mapping[str, Outputs]) -> Tensor:
         """Return a 0 that depends on all parameters, so that every process has gradients of the same ones."""
-        return torch.stack([output.features.sum() for output in outputs.values()]).sum() * 0
+        parts = [output.logits if output.features is None else output.features for output in outputs.values()]
+        return torch.stack([part.mean() for part in parts]).sum() * 0
 
     def _base(self, name: str) -> Tensor:
         return self._pool.base[name] if name in self._pool.base else self._pool.fixed[name]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints.hashes import digest
 from adamerge.checkpoints.tensor_cache import TensorCache
-from adamerge.data.batch import Outputs
+from adamerge.data.batch import Inputs, Outputs, TaskBatch, read_output, to
 from adamerge.model.merged_model import MergedModel
-from adamerge.model.teachers import outputs_of, tensors_of
+from adamerge.model.teachers import tensors_of
 from adamerge.pool.low_rank import matmul_precision
 from adamerge.system.files import ensure_writable
 
@@ -49,13 +49,11 @@ class TeacherFiles:
         """Say how many batches came from the folder and how many went there."""
         return f"{self._read} batches read from {self._cache.folder}, {self._written} computed and added"
 
-    def get(self, key: str) -> Outputs | None:
-        """Return the outputs under a key, on the CPU; None where the folder has no sound ones."""
-        tensors = self._cache.get(key, ("logits", "features"))
-        if tensors is None:
-            return None
-        self._read += 1
-        return outputs_of(tensors)
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """Return the tensors of the outputs under a key, on the CPU; None where the folder has no sound ones."""
+        tensors = self._cache.get(key, ("logits",))
+        self._read += tensors is not None
+        return tensors
 
     def put(self, key: str, outputs: Outputs) -> None:
         """Write the outputs of a batch; where that fails the run goes on without."""
@@ -65,7 +63,7 @@ class TeacherFiles:
 def ask_expert(
     model: MergedModel,
     task: str,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    batches: Sequence[TaskBatch],
     hidden_layers: Sequence[str] = (),
     files: TeacherFiles | None = None,
     computed: Mapping[str, str] | None = None,
@@ -84,15 +82,16 @@ def ask_expert(
     model_key = _model_key(model, task, hidden_layers, computed or {}) if files else ""
     asked: list[tuple[Tensor, str]] = []
 
-    def missing() -> Iterator[tuple[str, Tensor]]:
+    def missing() -> Iterator[tuple[str, Inputs]]:
         for inputs, indices in batches:
             key = digest({"model": model_key, "inputs": inputs})[:40] if files else ""
             stored = files.get(key) if files else None
             if stored is None:
                 asked.append((indices, key))
-                yield task, inputs.to(device)
+                yield task, to(inputs, device)
             else:
-                model.teacher_cache.put(task, indices, stored.to(device))
+                tensors = {name: tensor.to(device) for name, tensor in stored.items()}
+                model.teacher_cache.put_tensors(task, indices, tensors)
 
     questions = missing()
     first = next(questions, None)
@@ -112,13 +111,16 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
     The encoder counts with its class, its modules as they are printed, and its own buffers; a head with its tensors;
     the base too, as it stands in for what an expert's file lacks.
     """
-    hashes, encoder, head = model.pool.hashes(), model.encoder, model.heads[task]
+    hashes, encoder, head = model.pool.hashes(), model.encoder, model.heads.get(task)
+    readers = [model.read, model.valid] if model.read is not read_output or model.valid else []
+    read = {"read": [_name(reader) for reader in readers]} if readers else {}
     return digest(
         {
             "format": _FORMAT,
             "files": [hashes["base"], hashes[model.teacher_of(task)], model.pool.keys_digest],
             "encoder": [*_described(encoder), dict(encoder.named_buffers())],
-            "head": [*_described(head), head.state_dict()],
+            "head": [*_described(head), head.state_dict()] if head else [],
+            **read,
             "hidden_layers": list(hidden_layers),
             "dtype": str(model.pool.compute_dtype),
             "matmul": matmul_precision(),
@@ -128,6 +130,17 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
     )
 
 
+def _name(function: object) -> str:
+    """Return the import path of a function or method, with the print of what it is bound to."""
+    owner = getattr(function, "__self__", None)
+    path = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    return _without_addresses(f"{path} {owner!r}" if owner is not None else path)
+
+
 def _described(module: nn.Module) -> list[str]:
     """Return a module's class and print, without addresses in memory."""
-    return [f"{type(module).__module__}.{type(module).__qualname__}", re.sub(r" at 0x[0-9a-f]+", "", repr(module))]
+    return [f"{type(module).__module__}.{type(module).__qualname__}", _without_addresses(repr(module))]
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

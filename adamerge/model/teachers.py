@@ -5,28 +5,36 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adamerge.data.batch import Outputs
+from adamerge.data.batch import HIDDEN, Outputs
 
-_HIDDEN = "hidden/"
+_LENGTHS = "rows of "  # begins the name of the tensor that says how many rows each sample has
 
 
 def tensors_of(outputs: Outputs) -> dict[str, Tensor]:
-    """Return outputs as tensors (B, ...) by name."""
-    hidden = {f"{_HIDDEN}{name}": value for name, value in outputs.hidden.items()}
-    return {"logits": outputs.logits, "features": outputs.features, **hidden}
+    """Return what is kept of outputs, as tensors by name: compact, so that padding takes no room.
+
+    A tensor has a row for each sample, (B, ...), or several, (N, ...); then another tensor (B,) says how many.
+    """
+    tensors = {}
+    for name, (rows, lengths) in outputs.ragged().items():
+        tensors[name] = rows
+        if lengths is not None:
+            tensors[f"{_LENGTHS}{name}"] = lengths
+    return tensors
 
 
 def outputs_of(tensors: Mapping[str, Tensor]) -> Outputs:
-    """Return what :func:`tensors_of` made tensors of."""
-    hidden = {name.removeprefix(_HIDDEN): value for name, value in tensors.items() if name.startswith(_HIDDEN)}
-    return Outputs(tensors["logits"], tensors["features"], hidden)
+    """Return the compact outputs that :func:`tensors_of` made tensors of."""
+    hidden = {name.removeprefix(HIDDEN): value for name, value in tensors.items() if name.startswith(HIDDEN)}
+    return Outputs(tensors["logits"], tensors.get("features"), hidden)
 
 
 class TeacherCache:
     """The experts' outputs by task and sample index.
 
     Rows live in tensors that grow by doubling, on the device of the outputs. Memory: per sample that was put the
-    logits, the features, and whatever hidden layers the objective asks for; per position in the stream a number.
+    logits of its rows that count, the features where a head makes the logits of them, and whatever hidden layers the
+    objective asks for; per position in the stream a number.
     """
 
     def __init__(self) -> None:
@@ -34,32 +42,71 @@ class TeacherCache:
 
     def clear(self) -> None:
         """Forget everything: positions mean other samples in another data set."""
-        self._rows: dict[str, dict[str, Tensor]] = {}
-        self._row_of: dict[str, Tensor] = {}  # position to row, -1 where there is none
+        self._rows: dict[str, dict[str, _Rows]] = {}
+        self._row_of: dict[str, Tensor] = {}  # position to the number of its sample here, -1 where there is none
         self._counts: dict[str, int] = {}
 
     def get(self, task: str, indices: Tensor) -> Outputs | None:
-        """Return the outputs at ``indices`` (B,), or None if any of them is missing."""
+        """Return the compact outputs at ``indices`` (B,), or None if any of them is missing."""
         row_of, positions = self._row_of.get(task), indices.cpu()
         if row_of is None or int(positions.max()) >= len(row_of) or bool((row_of[positions] < 0).any()):
             return None
         at = row_of[positions]
-        return outputs_of({name: rows[at.to(rows.device)] for name, rows in self._rows[task].items()})
+        return outputs_of({name: rows.get(at) for name, rows in self._rows[task].items()})
 
     def put(self, task: str, indices: Tensor, outputs: Outputs) -> None:
-        """Store outputs (B, ...) at ``indices`` (B,)."""
-        positions, tensors = indices.cpu(), tensors_of(outputs)
-        if self._rows.get(task, tensors).keys() != tensors.keys():
+        """Store outputs of B samples at ``indices`` (B,)."""
+        self.put_tensors(task, indices, tensors_of(outputs))
+
+    def put_tensors(self, task: str, indices: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Store what :func:`tensors_of` made of the outputs of B samples at ``indices`` (B,)."""
+        positions = indices.cpu()
+        values = {name: value for name, value in tensors.items() if not name.startswith(_LENGTHS)}
+        if self._rows.get(task, values).keys() != values.keys():
             del self._rows[task], self._row_of[task], self._counts[task]  # another objective wants other layers
         row_of = _grown(self._row_of.get(task, torch.zeros(0, dtype=torch.long)), int(positions.max()) + 1, -1)
         new, count = positions[row_of[positions] < 0].unique(), self._counts.get(task, 0)
         row_of[new] = torch.arange(count, count + len(new))
         self._row_of[task], self._counts[task] = row_of, count + len(new)
         stored = self._rows.setdefault(task, {})
-        for name, value in tensors.items():
-            rows = _grown(stored.get(name, value.new_zeros(0, *value.shape[1:])), self._counts[task])
-            rows[row_of[positions].to(rows.device)] = value.detach()
-            stored[name] = rows
+        for name, value in values.items():
+            rows = stored.setdefault(name, _Rows(value))
+            rows.put(row_of[positions], self._counts[task], value.detach(), tensors.get(f"{_LENGTHS}{name}"))
+
+
+class _Rows:
+    """One tensor's rows of many samples, each with one or with any number of them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.rows = like.new_zeros(0, *like.shape[1:])
+        self._spans: Tensor | None = None  # first row and number of rows, (samples, 2); None: row i is sample i's
+        self._end = 0
+
+    def get(self, samples: Tensor) -> Tensor:
+        """Return the rows of samples (B,), one sample after the other."""
+        at = samples if self._spans is None else _ranges(*self._spans[samples].unbind(1))
+        return self.rows[at.to(self.rows.device)]
+
+    def put(self, samples: Tensor, count: int, value: Tensor, lengths: Tensor | None) -> None:
+        """Write the rows of samples (B,), of which there are ``count`` now."""
+        if lengths is None:
+            self.rows = _grown(self.rows, count)
+            self.rows[samples.to(self.rows.device)] = value
+            return
+        spans = _grown(torch.zeros(0, 2, dtype=torch.long) if self._spans is None else self._spans, count)
+        lengths = lengths.cpu()
+        new = spans[samples, 1] != lengths  # a sample that is put again keeps its rows
+        spans[samples[new], 0] = self._end + lengths[new].cumsum(0) - lengths[new]
+        spans[samples[new], 1] = lengths[new]
+        self._spans, self._end = spans, self._end + int(lengths[new].sum())
+        self.rows = _grown(self.rows, self._end)
+        self.rows[_ranges(*spans[samples].unbind(1)).to(self.rows.device)] = value
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Return the numbers from each start on, as many as each length says, one range after the other."""
+    firsts = starts - (lengths.cumsum(0) - lengths)
+    return firsts.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
 
 
 def _grown(rows: Tensor, size: int, fill: int = 0) -> Tensor:

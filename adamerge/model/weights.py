@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from adamerge.data.batch import Outputs
+from adamerge.data.batch import Inputs, Outputs
 from adamerge.model.coefficients import Coefficients
-from adamerge.model.encoder import MicroBatch, fused, swapped
+from adamerge.model.encoder import MicroBatch, embedding_width, fused, swapped
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.merge import PullBack, merge, merge_into
 from adamerge.pool.lazy import LazyTensors
@@ -32,6 +32,7 @@ class WholeWeights:
     def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
         self._encoder, self._pool, self._index = encoder, pool, index
         self._fixed = [name for name, _ in encoder.named_parameters() if name in pool.fixed]
+        self._width = embedding_width(encoder)
         self.leaves: dict[str, Tensor] = {}
 
     def merge(self, coefficients: Coefficients) -> dict[str, Tensor] | LazyTensors:
@@ -69,15 +70,15 @@ class WholeWeights:
         return swapped(self._encoder, {**fixed, **buffers, **params})
 
     def passes(
-        self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch
-    ) -> tuple[Mapping[str, Tensor], list[list[str]]]:
+        self, inputs: Mapping[str, Inputs], micro_batch: MicroBatch
+    ) -> tuple[Mapping[str, Inputs], list[list[str]]]:
         """Return a step's inputs by task, and for each pass of the encoder the tasks that share it."""
-        return inputs, fused(inputs, micro_batch)
+        return inputs, fused(inputs, micro_batch, self._width)
 
-    def padded(self, batches: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, bool]]:
+    def padded(self, batches: Iterable[tuple[str, Inputs]]) -> Iterator[tuple[str, Inputs, bool]]:
         """Yield batches of (task, inputs), and whether they are this process's own."""
         return ((task, inputs, True) for task, inputs in batches)
 
     def zero(self, outputs: Mapping[str, Outputs]) -> Tensor:
         """Return the 0 that the losses of a pass are added to."""
-        return torch.zeros((), device=next(iter(outputs.values())).features.device)
+        return torch.zeros((), device=next(iter(outputs.values())).logits.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
-from adamerge.model.encoder import select
+from adamerge.model.hidden_layers import select
 from adamerge.model.merged_model import TaskStep
 from adamerge.objectives.imitation import divergence
 
@@ -20,8 +20,9 @@ class Alignment:
 
     :math:`\beta_k \big(w_z t^2\, KL(\mathrm{softmax}(z^{expert}/t) \| \mathrm{softmax}(z/t)) + w_h \sum_{\ell}
     \|h_\ell - h^{expert}_\ell\|^2 + w_f \|f - f^{expert}\|^2\big) + \frac{\gamma}{K} R`, each a mean over
-    the batch, with :math:`R = \frac{1}{EG} \sum_{e,g} |\lambda_{eg} - \lambda^0_{eg}|` and K tasks in the
-    step, so that the sum over the tasks holds :math:`\gamma R` once, as in the paper.
+    the batch (of texts over the positions that count, of hidden states too), with
+    :math:`R = \frac{1}{EG} \sum_{e,g} |\lambda_{eg} - \lambda^0_{eg}|` and K tasks in the step, so that the sum over
+    the tasks holds :math:`\gamma R` once, as in the paper.
 
     Needs: unlabeled inputs (5 to 10 per task in the paper) and an expert for each task.
 
@@ -79,22 +80,27 @@ class Alignment:
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the loss of one task's batch."""
-        merged, expert = step.outputs, step.teacher()
+        merged, expert = step.outputs.compact(), step.teacher()
         loss = torch.zeros((), device=merged.logits.device)
         if self.logit_weight:
-            loss = loss + self.logit_weight * divergence(merged.logits, expert.logits, self.temperature).mean()
+            loss = loss + self.logit_weight * divergence(merged.rows(), expert.rows(), self.temperature).mean()
         if self.hidden_weight and self.hidden_layers:
             selected = [select(merged.hidden, pattern, "objective.hidden_layers") for pattern in self.hidden_layers]
             names = dict.fromkeys(chain.from_iterable(selected))
             distances = torch.stack([self._distance(merged.hidden[name], expert.hidden[name]) for name in names])
             loss = loss + self.hidden_weight * (distances.sum() if self.distance == "sum" else distances.mean())
         if self.feature_weight:
+            if merged.features is None or expert.features is None:
+                raise InputError(
+                    "objective.feature_weight: the network has no features, its own logits count. Set it to 0, or name "
+                    "the module before the logits in hidden_layers."
+                )
             loss = loss + self.feature_weight * self._distance(merged.features, expert.features)
         loss = loss * (self.task_weights or {}).get(step.task, 1.0)
         return loss + self._penalty(step) if self.anchor else loss
 
     def _distance(self, merged: Tensor, expert: Tensor) -> Tensor:
-        """Squared distance of two tensors (B, ...), averaged over the batch, or over all entries."""
+        """Squared distance of two tensors (B, ...) or (N, ...), averaged over their rows, or over all entries."""
         squares = (
             (merged.float() - expert.float()).square() if merged.dtype.itemsize < 4 else (merged - expert).square()
         )

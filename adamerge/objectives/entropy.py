@@ -13,14 +13,15 @@ from adamerge.model.merged_model import TaskStep
 class Entropy:
     r"""Mean Shannon entropy of the merged model's predictions.
 
-    :math:`-\frac1B \sum_b \sum_c p_{bc} \log p_{bc}`, with :math:`\log p` from a log-softmax in
-    float32, so that saturated predictions stay finite under half precision.
+    :math:`-\frac1N \sum_n \sum_c p_{nc} \log p_{nc}` over the N rows that count (samples, or
+    positions of texts), with :math:`\log p` from a log-softmax in float32, so that saturated predictions stay finite
+    under half precision.
 
     Needs: unlabeled inputs only. Known failure: a task on which the base is confidently wrong loses
     accuracy while its entropy falls; watch the per-task rows.
 
     Args:
-        reliable: Leave out samples whose entropy is ``reliable * ln C`` nats or more, and average over the
+        reliable: Leave out rows whose entropy is ``reliable * ln C`` nats or more, and average over the
             rest (a batch without any costs 0). EATA's value is 0.4; None keeps all. EATA's redundancy
             filter, sample weights and Fisher penalty are not part of this.
 
@@ -43,8 +44,8 @@ class Entropy:
             check_number("objective.reliable", self.reliable, 0, 1, above=True)
 
     def __call__(self, step: TaskStep) -> Tensor:
-        """Return the mean entropy of the batch's (reliable) samples in nats."""
-        entropy = softmax_entropy(step.outputs.logits)
+        """Return the mean entropy of the batch's (reliable) rows in nats."""
+        entropy = softmax_entropy(step.outputs.rows())
         if self.reliable is None:
             return entropy.mean()
         limit = self.reliable * math.log(step.outputs.logits.shape[-1])

@@ -25,8 +25,8 @@ class Imitation:
     Args:
         temperature: t of soft targets; above 1 the expert's ranking of the other classes counts more.
         targets: ``"soft"`` or ``"hard"``.
-        drop_unsure: Leave out a sample where expert and merged model name different classes and the expert
-            is the less confident of the two; the mean is over the rest, 0 where none is left.
+        drop_unsure: Leave out a row (a sample, or a position of a text) where expert and merged model name different
+            classes and the expert is the less confident of the two; the mean is over the rest, 0 where none is left.
 
     Example:
         >>> outputs = Outputs(torch.zeros(1, 2), features=torch.zeros(1, 3), hidden={})
@@ -59,8 +59,8 @@ class Imitation:
             )
 
     def __call__(self, step: TaskStep) -> Tensor:
-        """Return the divergence in nats, averaged over the batch."""
-        merged, expert = step.outputs.logits, step.teacher().logits
+        """Return the divergence in nats, averaged over the batch's rows that count."""
+        merged, expert = step.outputs.rows(), step.teacher().rows()
         if self.targets == "soft":
             losses = divergence(merged, expert, self.temperature)
         else:

@@ -42,7 +42,7 @@ class InfoMax:
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the loss of the batch in nats."""
-        logits = step.outputs.logits
+        logits = step.outputs.rows()
         return softmax_entropy(logits).mean() - self.diversity * marginal_entropy(logits)
 
 

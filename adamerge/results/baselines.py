@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adamerge.data.batch import to
 from adamerge.data.datasets import Unlabeled, length_of
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
@@ -70,7 +71,7 @@ def search_task_arithmetic(model: MergedModel, data: UnlabeledTasks, grid: Seque
         params = model.merge()
         hits = [
             (
-                model.logits(inputs.to(model.pool.device), task, params).argmax(-1).cpu()
+                model.logits(to(inputs, model.pool.device), task, params).argmax(-1).cpu()
                 == labels[task][indices % len(labels[task])]
             )
             .float()

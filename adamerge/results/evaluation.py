@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from adamerge.data.batch import Inputs, to
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
@@ -63,7 +64,7 @@ class TableRow:
 
 @torch.no_grad()
 def score_task(
-    logits: Callable[[Tensor, str], Tensor],
+    logits: Callable[[Inputs, str], Tensor],
     data: UnlabeledTasks,
     task: str,
     device: torch.device | str = "cpu",
@@ -83,7 +84,7 @@ def score_task(
     """
     outputs, labels = [], []
     for inputs, targets in data.evaluation_loader(task):
-        outputs.append(logits(inputs.to(device), task).float().cpu())
+        outputs.append(logits(to(inputs, device), task).float().cpu())
         labels.append(targets)
         if on_batch is not None:
             on_batch(len(targets))

@@ -65,7 +65,7 @@ def score_run(
         rows["pretrained"] = TableRow(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
         usual = len(pool.expert_names) <= _USUAL
         coefficients = Coefficients(pool, "task", 0.3 if usual else "mean", "none")
-        start = type(model)(model.encoder, pool, coefficients, model.heads)
+        start = type(model)(model.encoder, pool, coefficients, model.heads, read=model.read, valid=model.valid)
         name = _ARITHMETIC[0 if usual else 1] + ("_transformed" if pool.transform else "")
         with torch.no_grad():
             params = start.merge()

@@ -173,7 +173,9 @@ def _transformed(config: DictConfig, of: run.Assembly) -> run.Assembly:
 
 def _model(of: run.Assembly, coefficients: Coefficients, pool: ExpertPool) -> MergedModel:
     """Return the merged model of an assembly with other coefficients."""
-    model = MergedModel(of.model.encoder, pool, coefficients, of.heads, of.model.teachers)
+    model = MergedModel(
+        of.model.encoder, pool, coefficients, of.heads, of.model.teachers, read=of.model.read, valid=of.model.valid
+    )
     of.batch_norm.start(model)
     return model
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from adamerge.backbones import Backbone, check_classes, own_base
+from adamerge.backbones import Backbone, check_classes, collate_of, own_base, read_of, valid_of
 from adamerge.callbacks import ExportMergedWeights, GracefulStop, UnlabeledCriteria
 from adamerge.callbacks.checkpoint_io import write_atomically
 from adamerge.callbacks.elapsed import Elapsed, seconds_of
@@ -34,6 +34,7 @@ from adamerge.commands.run.folder import (
 from adamerge.commands.run.imports import announce
 from adamerge.commands.run.processes import is_sharded, trainer_options
 from adamerge.commands.run.stages import STAGE, START, first_stage, start_file
+from adamerge.data.batch import described
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
 from adamerge.methods.method import MergingMethod
@@ -88,12 +89,13 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     if of is not None:
         coefficients, start = _coefficients(config, of.pool)
         options = build_optional(config, "encoder")
-        model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options)
+        readers = of.model.read, of.model.valid
+        model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options, *readers)
         of.batch_norm.start(model)
         return replace(of, model=model, start=start)
     announce(containers(config))
     backbone: Backbone = build(config, "backbone")
-    data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess())
+    data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess(), collate=collate_of(backbone))
     pool = build_pool(config, backbone)
     experts = {name: pool.checkpoint(name) for name in pool.expert_names}
     heads = backbone.heads(pool.source, experts, data.tasks)
@@ -101,8 +103,11 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     coefficients, start = _coefficients(config, pool)
     teachers = {name: task.expert for name, task in data.tasks.items() if task.expert and name not in data.unseen}
     kind = ShardedModel if is_sharded(config) else MergedModel
-    model = kind(encoder, pool, coefficients, heads, teachers, build_optional(config, "encoder"))
-    check_classes(data.tasks, heads, _feature_width(model, data))
+    options, readers = build_optional(config, "encoder"), (read_of(backbone), valid_of(backbone))
+    model = kind(encoder, pool, coefficients, heads, teachers, options, *readers)
+    width = _feature_width(model, data)
+    if heads:
+        check_classes(data.tasks, heads, width)
     batch_norm: BatchNormPolicy = build(config, "batch_norm")
     batch_norm.start(model)
     return Assembly(backbone, data, pool, heads, model, start, batch_norm)
@@ -312,14 +317,14 @@ def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:
 
 
 def _feature_width(model: MergedModel, data: UnlabeledTasks) -> int:
-    """Run one image through the encoder, to know F."""
+    """Run one input through the encoder, to know F."""
     name, stream = next(iter(data.streams.items()))
-    inputs = stream[0].inputs.unsqueeze(0)
+    inputs = data.collate([stream[0].inputs])
     try:
         with torch.no_grad():
             return int(model(inputs, model.pool.base).shape[-1])
     except RuntimeError as error:
         raise InputError(
-            f"data.tasks.{name}: the encoder cannot take inputs of shape {tuple(inputs.shape)} ({error}). Do the data "
-            "set's transform and the backbone's image size agree?"
+            f"data.tasks.{name}: the encoder cannot take {described(inputs)} ({error}). Do the data set's transform "
+            "and the backbone's image size agree?"
         ) from error
