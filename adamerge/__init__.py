@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adamerge.model.coefficients import Coefficients as Coefficients
     from adamerge.model.merge import merge as merge
     from adamerge.model.merged_model import MergedModel as MergedModel
-    from adamerge.model.merged_model import TaskStep as TaskStep
+    from adamerge.model.task_step import TaskStep as TaskStep
     from adamerge.pool.pool import ExpertPool as ExpertPool
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ __getattr__, __dir__ = lazy_names(
         "InputError": "adamerge.errors",
         "MergedModel": "adamerge.model.merged_model",
         "Outputs": "adamerge.data.batch",
-        "TaskStep": "adamerge.model.merged_model",
+        "TaskStep": "adamerge.model.task_step",
         "load_state_dict": "adamerge.checkpoints.checkpoint",
         "merge": "adamerge.model.merge",
     },

@@ -13,7 +13,7 @@ from adamerge.commands.run.check import unknown_keys
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.named_pools import named_pool
 from adamerge.errors import InputError
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 
 pytestmark = pytest.mark.usefixtures("listed_benchmark")
 FOLDER = Path(adamerge.configs.__file__).parent

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.methods.method import MergingMethod
-from adamerge.model.merged_model import MergedModel, TaskStep
+from adamerge.model.merged_model import MergedModel
+from adamerge.model.task_step import TaskStep
 from adamerge.system import ranks
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from adamerge.methods.step import Observer, StepOptions, StepResult
 from adamerge.methods.teaching import Teaching
 from adamerge.methods.weighing import Window, has_rows, row_shares, shares_of_parts, summed
 from adamerge.model.merged_encoder import MergedEncoder
-from adamerge.model.merged_model import MergedModel, TaskStep
+from adamerge.model.merged_model import MergedModel
+from adamerge.model.task_step import TaskStep
 from adamerge.model.teacher_files import TeacherFiles
 from adamerge.objectives import Objective, check_objective
 from adamerge.system import ranks

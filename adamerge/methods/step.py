@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.encoder import MicroBatch
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 
 Observer = Callable[[TaskStep], None]
 

@@ -11,7 +11,6 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -28,46 +27,6 @@ from adamerge.model.teachers import TeacherCache
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.pool import ExpertPool
-
-
-@dataclass
-class TaskStep:
-    """All that an objective sees of one task's batch: "unlabeled" is a type, not a promise.
-
-    Attributes:
-        task: Its name.
-        inputs: (B, ...), a tensor or a mapping.
-        indices: Positions of the samples in the task's stream, (B,).
-        outputs: The merged model's, with gradient.
-        coefficients: (E, G), a leaf: for anchors and regularisers; its gradient is added.
-        initial: The coefficients before the first step, (E, G); the same after a resume.
-        num_tasks: Batches in the step: what regularises the coefficients divides by it, to count once.
-    """
-
-    task: str
-    inputs: Inputs
-    indices: Tensor
-    outputs: Outputs
-    coefficients: Tensor
-    _teacher: Callable[[str, Inputs, Tensor], Outputs] = field(repr=False)
-    _forward: Callable[[Inputs, str], Outputs] = field(repr=False)
-    initial: Tensor | None = None
-    num_tasks: int = 1
-    _asked: Outputs | None = field(default=None, init=False, repr=False)
-
-    def teacher(self) -> Outputs:
-        """Return the outputs of the task's own raw expert for ``inputs``, without gradient, cached by index.
-
-        They are compact: where not all rows count they hold those that do alone, in the order of
-        :meth:`Outputs.rows <adamerge.Outputs.rows>` and :meth:`Outputs.compact <adamerge.Outputs.compact>`.
-        """
-        if self._asked is None:
-            self._asked = self._teacher(self.task, self.inputs, self.indices)
-        return self._asked
-
-    def forward(self, inputs: Inputs) -> Outputs:
-        """Run a further pass through the merged parameters (augmented views), with gradient."""
-        return self._forward(inputs, self.task)
 
 
 class MergedModel(nn.Module):
@@ -304,8 +263,9 @@ class MergedModel(nn.Module):
     def _of_encoder(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return parameters by the encoder's names, of those that may be a whole checkpoint's by its names."""
         names = {name for name, _ in chain(self.encoder.named_parameters(), self.encoder.named_buffers())}
-        if params.keys() <= names:
-            return params
+        unknown = params.keys() - names
+        if not unknown or not unknown <= set(self.pool.source.keys):
+            return params  # where a name is none of either, torch says which
         keys = {self.pool.keys.file_key(name): name for name in names if name in self.pool.keys}
         chosen = {name: params[key] for key, name in keys.items() if key in params}
         return {

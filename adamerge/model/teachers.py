@@ -42,7 +42,7 @@ class TeacherCache:
 
     def clear(self) -> None:
         """Forget everything: positions mean other samples in another data set."""
-        self._rows: dict[str, dict[str, _Rows]] = {}
+        self._rows: dict[str, dict[str, _RowStore]] = {}
         self._row_of: dict[str, Tensor] = {}  # position to the number of its sample here, -1 where there is none
         self._counts: dict[str, int] = {}
 
@@ -70,11 +70,11 @@ class TeacherCache:
         self._row_of[task], self._counts[task] = row_of, count + len(new)
         stored = self._rows.setdefault(task, {})
         for name, value in values.items():
-            rows = stored.setdefault(name, _Rows(value))
+            rows = stored.setdefault(name, _RowStore(value))
             rows.put(row_of[positions], self._counts[task], value.detach(), tensors.get(f"{_LENGTHS}{name}"))
 
 
-class _Rows:
+class _RowStore:
     """One tensor's rows of many samples, each with one or with any number of them."""
 
     def __init__(self, like: Tensor) -> None:

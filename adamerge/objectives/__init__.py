@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from adamerge.errors import InputError, check_call
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 
 
 @runtime_checkable

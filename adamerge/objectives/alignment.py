@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.hidden_layers import select
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 from adamerge.objectives.imitation import divergence
 
 

@@ -8,7 +8,7 @@ from operator import add
 from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 from adamerge.objectives import Objective
 
 

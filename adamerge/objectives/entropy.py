@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adamerge.errors import check_number
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 
 
 @dataclass(frozen=True)

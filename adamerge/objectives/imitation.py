@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adamerge.errors import InputError, check_choice, check_number
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 from adamerge.objectives.entropy import log_softmax, mean_over
 
 

@@ -13,7 +13,8 @@ from adamerge.data.datasets import Unlabeled, length_of
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.coefficients import Coefficients
-from adamerge.model.merged_model import MergedModel, TaskStep
+from adamerge.model.merged_model import MergedModel
+from adamerge.model.task_step import TaskStep
 from adamerge.system import progress
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)

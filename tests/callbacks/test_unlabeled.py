@@ -17,7 +17,7 @@ from adamerge.commands import cli
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.data.batch import Outputs
 from adamerge.methods import GradientMerging
-from adamerge.model.merged_model import TaskStep
+from adamerge.model.task_step import TaskStep
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.results.evaluation import score_tasks

@@ -94,5 +94,5 @@ def test_read_output_takes_tensors_objects_and_mappings():
         assert read_output(output, tensor).features is tensor
     assert read_output(torch.ones(2, 3, 4, 5), tensor, class_axis=1).logits.shape == (2, 4, 5, 3)
     assert read_output({"one": tensor, "logits": tensor + 1}, tensor, names=["one"]).logits is tensor
-    with pytest.raises(InputError, match="dict with loss.*read"):
+    with pytest.raises(InputError, match=r"dict with loss.*read"):
         read_output({"loss": tensor}, tensor)

@@ -94,7 +94,7 @@ def test_cache_beyond_the_limit_keeps_a_part_and_says_so(folder, monkeypatch, ca
     counted = Counted(folder)
     with caplog.at_level(logging.INFO, "adamerge"):
         data = make(counted, prefetch=0)
-    assert "50 % of the images are decoded once and kept" in caplog.text
+    assert "50 % of the inputs are made once and kept" in caplog.text
     counted.counts.zero_()
     kept = batches_of(data)
     assert sorted(counted.counts.tolist()) == [1] * 6 + [2] * 6

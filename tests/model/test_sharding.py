@@ -18,8 +18,8 @@ from adamerge.methods import FrankWolfeMerging, GradientMerging, ShardedStrategy
 from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import Block, Chunk, Column, Layer, Row, TaskWise
 from adamerge.model.merge import merge_into
-from adamerge.model.merged_model import TaskStep
 from adamerge.model.sharding import ShardedModel
+from adamerge.model.task_step import TaskStep
 from adamerge.objectives.alignment import Alignment
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
