@@ -1,4 +1,4 @@
-"""``evaluate``: the merged checkpoint of a run on its tasks' labelled images.
+"""``evaluate``: the merged checkpoint of a run on its tasks' labelled data, or by lm-eval.
 
 What imports torch is imported where it is used, so that options that are wrong do not wait for it.
 """
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adamerge.commands.terminal import json_option, out, print_json
+from adamerge.errors import InputError
 
 if TYPE_CHECKING:
     from adamerge.commands.run.run import Assembly
@@ -21,15 +22,37 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File to score instead of the run's export.")
 @click.option("--corruptions", help="Score under corruptions too: all, or NAME[:SEVERITY],...")
 @click.option("--severity", type=click.IntRange(1, 5), default=5, show_default=True, help="Where a name has none.")
+@click.option("--harness", metavar="TASKS", help="Score a language model by tasks of lm-eval: NAME or FILE.yaml,...")
+@click.option("--include-path", type=click.Path(path_type=Path), help="With --harness: a folder of your task files.")
 @json_option
-def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, severity: int, as_json: bool) -> None:
-    """Score the merged checkpoint of a run on its tasks' labelled images, beside experts and baselines.
+def evaluate(
+    run_dir: Path,
+    checkpoint: Path | None,
+    corruptions: str | None,
+    severity: int,
+    harness: str | None,
+    include_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Score the merged checkpoint of a run on its tasks' labelled data, beside experts and baselines.
 
     \b
     adamerge evaluate RUN_DIR                                   as they are
     adamerge evaluate RUN_DIR --corruptions all                 under seven corruptions (docs/robustness.md)
     adamerge evaluate RUN_DIR --corruptions gaussian_noise:3,pixelate
+    adamerge evaluate RUN_DIR --harness hellaswag,arc_easy      by lm-eval (pip install "adamerge[harness]")
+    adamerge evaluate RUN_DIR --harness mine --include-path DIR by a task of your own, DIR/mine.yaml
+
+    With --harness, RUN_DIR is a run, a merge, or a folder that transformers loads; lm-eval calls functions that task
+    files name.
     """  # noqa: D301
+    if include_path is not None and harness is None:
+        raise InputError("--include-path: goes with --harness TASKS.")
+    if harness is not None:
+        if checkpoint or corruptions:
+            raise InputError("--harness: goes without --checkpoint and --corruptions; name the folder of the model.")
+        _evaluate_by_harness(run_dir.absolute(), harness, include_path, as_json=as_json)
+        return
     from adamerge.callbacks.elapsed import seconds_of
     from adamerge.checkpoints.model_folder import read_json
     from adamerge.commands.run.folder import LAST, load_config
@@ -60,6 +83,31 @@ def evaluate(run_dir: Path, checkpoint: Path | None, corruptions: str | None, se
         print_json(content)
     else:
         out.print(table(content).terminal(out.width))
+
+
+def _evaluate_by_harness(folder: Path, tasks: str, include_path: Path | None, *, as_json: bool) -> None:
+    """Score a folder that transformers loads, or one made of a run for the while; the result goes beside it."""
+    import tempfile
+
+    from adamerge.commands.export import backbone_of
+    from adamerge.results.formats import export_as
+    from adamerge.results.harness import harness_table, score_by_harness
+    from adamerge.system.files import save_json
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    include_path = None if include_path is None else include_path.absolute()
+    if (folder / "config.json").is_file():
+        content = score_by_harness(folder, names, include_path)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            model = Path(temporary) / "model"
+            export_as(folder, "hf", model, backbone_of)
+            content = score_by_harness(model, names, include_path)
+    save_json(content, folder / "harness.json")
+    if as_json:
+        print_json(content)
+    else:
+        out.print(harness_table(content).terminal(out.width))
 
 
 def _row_name(checkpoint: Path) -> str:

@@ -196,10 +196,11 @@ def _records(source: Any) -> tuple[list[str], list[Record]]:
         files = [Path(path).expanduser() for path in sources]
         found = [(f"{file}, line {number}", record) for file in files for number, record in read_records(file)]
     else:
-        found = [(f"record {number}", record) for number, record in enumerate(sources)]
-        for place, record in found:
+        found = []
+        for number, record in enumerate(sources):
             if not isinstance(record, Mapping):
-                raise InputError(f"{place}: expected a mapping of fields, found {type(record).__name__}.")
+                raise InputError(f"record {number}: expected a mapping of fields, found {type(record).__name__}.")
+            found.append((f"record {number}", record))
     return [place for place, _ in found], [record for _, record in found]
 
 
