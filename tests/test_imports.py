@@ -40,7 +40,7 @@ ALLOWED = {
     "hydra": {"commands"},
     "omegaconf": {"commands", "pool"},
     "open_clip": {"checkpoints", "backbones", "results", "zoo"},
-    "transformers": {"results", "zoo"},
+    "transformers": {"backbones", "results", "zoo"},
     "onnx": set(),
     "onnxruntime": {"results"},
 }

@@ -7,11 +7,13 @@ members of :class:`Backbone`, chosen by import path (``backbone._target_=my_pack
 from adamerge.backbones.open_clip import OpenClip, ZeroShotHead
 from adamerge.backbones.protocol import Backbone, check_classes, collate_of, own_base, read_of, valid_of
 from adamerge.backbones.torchvision import Torchvision
+from adamerge.backbones.transformers import Transformers
 
 __all__ = [
     "Backbone",
     "OpenClip",
     "Torchvision",
+    "Transformers",
     "ZeroShotHead",
     "check_classes",
     "collate_of",

@@ -126,6 +126,51 @@ def unwrapped(checkpoint: Checkpoint, fits: Callable[[Collection[str]], bool]) -
     return checkpoint
 
 
+def renamed_by_prefix(names: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """Return what each of a file's names is among others that differ by a prefix, such as those of a bare encoder.
+
+    Names that have no counterpart stay as they are; so do all where any agrees, or where two prefixes serve as well.
+
+    >>> renamed_by_prefix(["bert.w", "bert.b", "classifier.w"], ["w", "b"])
+    {'bert.w': 'w', 'bert.b': 'b', 'classifier.w': 'classifier.w'}
+    >>> renamed_by_prefix(["w", "b"], ["bert.w", "bert.b", "cls.w"])
+    {'w': 'bert.w', 'b': 'bert.b'}
+    """
+    plain, present = {name: name for name in names}, set(wanted)
+    if not present.isdisjoint(plain):
+        return plain
+    shorter = ({name: name.removeprefix(start) for name in names} for start in _starts(names))
+    longer = ({name: start + name if start + name in present else name for name in names} for start in _starts(present))
+    renamings = [renaming for renaming in (*shorter, *longer) if len({*renaming.values()}) == len(plain)]
+    hits = [len(present.intersection(renaming.values())) for renaming in renamings]
+    best = max(hits, default=0)
+    return renamings[hits.index(best)] if best and hits.count(best) == 1 else plain
+
+
+def _starts(names: Collection[str]) -> list[str]:
+    """Return the first one and two modules of names, each with its dot."""
+    parts = [name.split(".") for name in names]
+    starts = dict.fromkeys(".".join(part[:depth]) + "." for part in parts for depth in (1, 2) if len(part) > depth)
+    return list(starts)
+
+
+def aligned(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """See an expert under its base's names, where the two differ by a prefix.
+
+    Args:
+        checkpoint: The expert.
+        base: Its base.
+    """
+    names = renamed_by_prefix(checkpoint.keys, base.keys)
+    renamed = next((key for key, name in names.items() if key != name), None)
+    if renamed is None:
+        return checkpoint
+    tell_once(f"{checkpoint.name}: its names are read as the base's: {renamed!r} as {names[renamed]!r}.")
+    return ComposedCheckpoint(
+        checkpoint.name, {name: Piece(checkpoint, (key,)) for key, name in names.items()}, {"": checkpoint}
+    )
+
+
 @cache
 def tell_once(text: str, level: int = logging.INFO) -> None:
     """Say how a file is read, however often it is opened."""

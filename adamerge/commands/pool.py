@@ -15,7 +15,7 @@ from adamerge.checkpoints.model_folder import open_model
 from adamerge.commands.run.named_pools import named_pool, own_pools, pool_path, shipped_pools
 from adamerge.commands.terminal import json_option, out, print_json, print_table, report
 from adamerge.errors import InputError, did_you_mean
-from adamerge.pool.headers import check_names
+from adamerge.pool.opening import check_names
 from adamerge.pool.pool_file import DEFAULTS, PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
 from adamerge.system.files import atomic_path
 

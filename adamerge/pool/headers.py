@@ -4,25 +4,20 @@ No tensor is read here, so that a pool of large models is checked in millisecond
 """
 
 import fnmatch
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Size, Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint
-from adamerge.checkpoints.hub import HubReference, located_all
-from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.pool.lora import CONFIG as ADAPTER
-from adamerge.pool.lora import REMEDY, changed_by, open_expert
+from adamerge.pool.lora import REMEDY, changed_by
+from adamerge.pool.opening import ModelPlace, open_files
 from adamerge.pool.options import PoolOptions
 from adamerge.pool.task_vectors import compute_dtype_of
 
-_BASE = ""  # of the base among the experts' names, here where an expert may have any
-ModelPlace = str | Path | HubReference
+_EXTENDED = " If its vocabulary is larger: backbone.vocabulary=shared, or in a pool file extended: [NAME]."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -200,10 +195,11 @@ def _differences(
     problems = []
     if reshaped:
         key = reshaped[0]
+        is_longer = len(shape := checkpoint.spec(key)[0]) == 2 and shape[1:] == base.spec(key)[0][1:]
         problems.append(
             f"{where} does not match the base: {len(reshaped)} of {len(expected)} tensors differ in shape, "
             f"first {key!r}: expected {base.spec(key)[0]}, found {checkpoint.spec(key)[0]}. "
-            "Were both made from the same architecture?"
+            f"Were both made from the same architecture?{_EXTENDED if is_longer else ''}"
         )
     if missing:
         hint = did_you_mean(missing[0], extra or present)
@@ -241,7 +237,8 @@ def _option_problems(base: Checkpoint, keys: KeyMap, options: PoolOptions) -> li
         if name is not None and by_name.setdefault(name, key) != key:
             problems.append(f"key_map gives {by_name[name]!r} and {key!r} the same name {name!r}; name each once.")
     if isinstance(keys.map, Mapping):
-        unknown = [key for key in keys.map if key not in set(base.keys)]
+        present = set(base.keys)
+        unknown = [key for key, name in keys.map.items() if key not in present and not options.leaves_out(name)]
         problems += [f"key_map: {base.name} has no tensor {key!r}.{did_you_mean(key, base.keys)}" for key in unknown]
     tied = options.tied or {}
     problems += [
@@ -255,22 +252,6 @@ def _option_problems(base: Checkpoint, keys: KeyMap, options: PoolOptions) -> li
         for pattern in options.include or ()
         if not fnmatch.filter(by_name, pattern)
     ]
-
-
-def check_names(experts: Mapping[str, object]) -> None:
-    """Refuse an empty pool, the reserved name ``base``, and one file under two names."""
-    if not experts:
-        raise InputError("experts: expected at least one expert (name to file), found none.")
-    if "base" in experts:
-        raise InputError("experts: the name 'base' is reserved for the pretrained model; rename that expert.")
-    by_file: dict[str, str] = {}
-    for name, path in experts.items():
-        if isinstance(path, (str, Path)) and os.path.exists(path):
-            first = by_file.setdefault(os.path.realpath(path), name)
-            if first != name:
-                raise InputError(
-                    f"Experts {first!r} and {name!r} are the same file: {path}. Remove one or name its own file."
-                )
 
 
 @dataclass(frozen=True)
@@ -297,43 +278,6 @@ class Headers:
     def expert_names(self) -> tuple[str, ...]:
         """The experts, in order."""
         return tuple(self.experts)
-
-
-def open_files(
-    base: ModelPlace | None, experts: Mapping[str, ModelPlace], options: PoolOptions
-) -> tuple[Checkpoint | None, dict[str, Checkpoint], list[InputError | OSError]]:
-    """Open a pool's base and experts; what cannot be opened is left out, and the errors are returned.
-
-    A base of None is one that is yet to be downloaded.
-    """
-    errors: list[InputError | OSError] = []
-    keys, prefix = options.key_map or "visual.", options.key_map if isinstance(options.key_map, str) else ""
-
-    def fits(names: Collection[str]) -> bool:
-        return any(name.startswith(keys) if isinstance(keys, str) else name in keys for name in names)
-
-    try:
-        places = located_all({**experts, **({} if base is None else {_BASE: base})})
-    except InputError as error:
-        return None, {}, [error]
-    try:
-        check_names({name: path for name, path in places.items() if name != _BASE})
-    except InputError as error:
-        errors.append(error)
-    source, opened = None, {}
-    if base is not None:
-        try:
-            source = open_model(places.pop(_BASE), fits=fits)
-        except (InputError, OSError) as error:
-            errors.append(error)
-    for name, path in places.items():
-        if source is None and (path / ADAPTER).is_file():
-            continue  # it cannot be held against a base that is not there
-        try:
-            opened[name] = open_model(path) if source is None else open_expert(path, source, prefix)
-        except (InputError, OSError) as error:
-            errors.append(error)
-    return source, opened, errors
 
 
 def read_headers(base: ModelPlace | None, experts: Mapping[str, ModelPlace], options: PoolOptions) -> Headers:

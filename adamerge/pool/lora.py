@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.clip_names import PREFIX, as_own, as_theirs, own_key
-from adamerge.checkpoints.composed import ComposedCheckpoint
+from adamerge.checkpoints.composed import ComposedCheckpoint, aligned
 from adamerge.checkpoints.hub import located
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, did_you_mean, shorten
@@ -252,7 +252,7 @@ def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpo
     path = located(path)
     if not (path / CONFIG).is_file():
         encoder = {key for key in base.keys if key.startswith(prefix)}
-        return open_model(path, base, lambda names: not encoder.isdisjoint(names))
+        return aligned(open_model(path, base, lambda names: not encoder.isdisjoint(names)), base)
     if not _has_their_names(path):
         return AdapterCheckpoint(path, base, prefix)
     return as_own(AdapterCheckpoint(path, as_theirs(base), PREFIX))

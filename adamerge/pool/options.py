@@ -28,6 +28,8 @@ class PoolOptions:
         key_map: Prefix to strip from the files' keys (``"visual."``: other keys are not merged), or
             a mapping from the files' keys to the encoder's names.
         tied: Alias to canonical parameter name, for weights that the encoder shares.
+        extended: Parameters of which one expert may have further rows, as of tokens that it alone has: the rows that
+            all have merge, and the further ones are that expert's.
         transform: Changes each parameter's task vectors, see :mod:`adamerge.transforms`; not with ``stream``.
         task_vectors: A file of packed task vectors, see :mod:`adamerge.pool.pack`; the experts stay the teachers.
         duplicates: Whether two files with the same weights are an error; one file twice always is.
@@ -46,6 +48,7 @@ class PoolOptions:
     exclude: Sequence[str] | None = None
     key_map: str | Mapping[str, str] | None = None
     tied: Mapping[str, str] | None = None
+    extended: Sequence[str] | None = None
     transform: Transform | None = None
     task_vectors: Path | str | None = None
     duplicates: Literal["refuse", "allow"] = "refuse"
@@ -58,6 +61,7 @@ class PoolOptions:
         check_choice("pool.storage", self.storage, get_args(Storage))
         check_globs("pool.include", self.include or ())
         check_globs("pool.exclude", self.exclude or ())
+        check_globs("pool.extended", self.extended or ())
         if self.dtype is not None and self.dtype not in DTYPES.values():
             raise InputError(f"pool.dtype: expected float32, bfloat16, float16 or int8, found {self.dtype}.")
         if self.transform is not None and self.storage == "stream":

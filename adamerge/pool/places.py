@@ -35,8 +35,16 @@ def places_of(names: Names, keys: Collection[str], fits: Callable[[Place], bool]
     """
     starts = {"", *(key[: dot.end()] for key in keys for dot in re.finditer(r"\.", key))}
     places: dict[str | None, Place] = {}  # by where the first name leads
-    for wrapper, start in itertools.product(wrappers([name for name, _ in names]), sorted(starts)):
+    for wrapper, start in itertools.product(_prefixes([name for name, _ in names]), sorted(starts)):
         place = Place(keys, wrapper, start)
         if all(place.key(*name) for name in names):
             places.setdefault(place.key(*names[0]), place)
     return [place for place in places.values() if fits(place)] or list(places.values())
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """Return what may stand before all of the names: what wrappers add, and the modules that contain all."""
+    first = names[0]
+    starts = [first[: dot.end()] for dot in re.finditer(r"\.", first)]
+    common = itertools.takewhile(lambda start: all(name.startswith(start) for name in names), starts)
+    return list(dict.fromkeys([*wrappers(names), *common]))

@@ -22,10 +22,11 @@ from adamerge.checkpoints.configurations import check_configurations
 from adamerge.checkpoints.hashes import check_hash
 from adamerge.checkpoints.hub import HubReference
 from adamerge.errors import InputError
-from adamerge.pool.headers import KeyMap, check_layout, check_names, open_files, shared_names
+from adamerge.pool.headers import KeyMap, check_layout, shared_names
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.lora import change_of
 from adamerge.pool.low_rank import Factors
+from adamerge.pool.opening import check_names, open_files
 from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
 from adamerge.pool.report import PoolReport, check_differ, check_finite, check_norms, norms_of, pool_report

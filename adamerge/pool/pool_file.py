@@ -39,6 +39,7 @@ DEFAULTS = {
     "duplicates": "refuse",
     "unplaced": "auto",
     "tied": None,
+    "extended": None,
 }
 _KEYS = ("base", "experts", "key_prefix", "task_vectors", "sha256", *DEFAULTS)
 _FILE_KEYS = ("file", "task", "licence", "sha256")
@@ -72,14 +73,14 @@ class PoolFiles:
     Attributes:
         base: The pretrained model.
         experts: By name.
-        key_prefix: Prefix of the encoder's keys.
+        key_prefix: Prefix of the encoder's keys, or each one's name in the encoder.
         task_vectors: A file of packed task vectors.
         options: Those of ``ExpertPool.from_files`` in ``DEFAULTS``, ready for yaml.
     """
 
     base: PoolFile
     experts: Mapping[str, PoolFile]
-    key_prefix: str | None = None
+    key_prefix: str | Mapping[str, str] | None = None
     task_vectors: PoolFile | None = None
     options: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)
 
@@ -203,7 +204,8 @@ class PoolFiles:
         """Return the SHA-256 of a checkpoint of the pool: of its file, or for a folder of all that is read there."""
         if not path.is_dir():
             return file_hash(path)
-        return open_expert(path, open_model(located(self.base.file)), self.key_prefix or "").sha256()
+        prefix = self.key_prefix if isinstance(self.key_prefix, str) else ""
+        return open_expert(path, open_model(located(self.base.file)), prefix).sha256()
 
 
 def load_pool_file(path: Path) -> PoolFiles:
@@ -242,7 +244,7 @@ def pool_files(content: Any, where: str, folder: Path) -> PoolFiles:
     for key in ("key_prefix", "storage", "dtype", "duplicates", "unplaced"):
         if not isinstance(content.get(key) or "", str):
             raise InputError(f"{where}{key}: expected a text, found {content[key]!r}.")
-    for key in ("include", "exclude"):
+    for key in ("include", "exclude", "extended"):
         check_globs(f"{where}{key}", content.get(key) or ())
     packed = content.get("task_vectors")
     hashes = _texts(content.get("sha256"), f"{where}sha256", "base and experts to SHA-256") or {}

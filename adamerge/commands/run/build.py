@@ -95,7 +95,11 @@ def pool_of(config: DictConfig, backbone: Backbone, base: Path | None) -> PoolFi
         if not isinstance(name, str):
             raise InputError(f"pool.experts: expected names that are texts, found {name!r}; write '{name}'.")
     files = pool_files(content, "pool.", Path())
-    return replace(files.with_options((), backbone.exclude), key_prefix=backbone.prefix)
+    names, shared = getattr(backbone, "names", None), {}
+    for option in ("tied", "extended"):
+        if value := getattr(backbone, option, None):
+            shared[option] = value
+    return replace(files.with_options((), backbone.exclude, **shared), key_prefix=backbone.prefix or names)
 
 
 def check_node(config: DictConfig, node: str) -> None:

@@ -1,0 +1,203 @@
+"""Networks of the transformers library, built from a configuration without weights."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adamerge.checkpoints.model_folder import HF_CONFIG, read_json
+from adamerge.errors import InputError, did_you_mean, shorten
+
+_PLAIN = (
+    "The code that a folder brings is never run. If a class of transformers computes the same, remove auto_map from "
+    "config.json and name that class's model_type; else register the class in a package of your own, and give a "
+    "backbone of your own: backbone._target_=my_package.MyBackbone."
+)
+
+
+def read_config(folder: Path) -> Any:
+    """Read the configuration in a model's folder.
+
+    Raises:
+        InputError: If there is none, transformers does not know it, or it needs code of the folder's.
+    """
+    from transformers import AutoConfig
+
+    file = folder / HF_CONFIG
+    if not file.is_file():
+        raise InputError(
+            f"backbone.model: {folder}: expected the folder of a model that transformers wrote, with {HF_CONFIG}; "
+            "found none. Name it: backbone.model=FOLDER."
+        )
+    content = read_json(file)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever the library makes of a file that is not its own
+        if content.get("auto_map"):
+            raise InputError(
+                f"{file}: auto_map: the model computes by code that lies beside it, and transformers has no class for "
+                f"model_type {content.get('model_type')!r}. {_PLAIN}"
+            ) from error
+        raise InputError(f"{file}: transformers cannot read it: {' '.join(str(error).split())}") from error
+
+
+def class_of(config: Any, auto: str | None, folder: Path) -> type[Any]:
+    """Return the class of the network.
+
+    Args:
+        config: The model's configuration.
+        auto: An Auto class by name; None for the class that the configuration names.
+        folder: The model's, for messages.
+
+    Raises:
+        InputError: If there is no such class, or none of its models has this configuration.
+    """
+    import transformers
+
+    if auto is None:
+        names = [name for name in config.architectures or () if hasattr(transformers, name)]
+        if not names:
+            raise InputError(
+                f"{folder / HF_CONFIG}: architectures: names no class of transformers. Name an Auto class: "
+                f"backbone.auto={next(iter(_fitting(config)), 'AutoModel')}."
+            )
+        network: type[Any] = getattr(transformers, names[0])
+        return network
+    known = auto_classes()
+    if auto not in known:
+        raise InputError(
+            f"backbone.auto: expected an Auto class of transformers, such as AutoModelForCausalLM, found {auto!r}."
+            f"{did_you_mean(auto, known)}"
+        )
+    mapping = getattr(transformers, auto)._model_mapping
+    if type(config) not in mapping:
+        raise InputError(
+            f"backbone.auto: {auto} has no model of model_type {config.model_type!r} ({folder / HF_CONFIG}). Fitting "
+            f"are: {', '.join(_fitting(config)) or 'none'}."
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def auto_classes() -> list[str]:
+    """Return the names of the Auto classes of models."""
+    import transformers
+
+    return [name for name in dir(transformers) if name.startswith("AutoModel")]
+
+
+def _fitting(config: Any) -> list[str]:
+    import transformers
+
+    classes = {name: getattr(transformers, name) for name in auto_classes()}
+    return [name for name, kind in classes.items() if type(config) in getattr(kind, "_model_mapping", ())]
+
+
+def new_network(kind: type[Any], config: Any) -> nn.Module:
+    """Return a network whose parameters take no memory; its buffers have their values, and tied weights are tied.
+
+    Args:
+        kind: A class of transformers.
+        config: The configuration; not changed.
+
+    Raises:
+        InputError: If the network cannot be built from it.
+    """
+    try:
+        with _without_weights():
+            network: nn.Module = kind(type(config).from_dict(config.to_dict()))
+            network.tie_weights()  # type: ignore[operator]  # every model of the library has it
+    except ImportError as error:
+        raise InputError(f"backbone.model: {kind.__name__}: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"backbone.model: {kind.__name__} cannot be built from its configuration: {reason}") from error
+    return network.eval().requires_grad_(True)
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Register parameters without memory while a network is built, and initialise none.
+
+    Building all of it on the meta device would lose the values of buffers, such as those of rotary embeddings.
+    """
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":  # one that is tied keeps its identity
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        with no_init_weights(), torch.no_grad():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def library_names(network: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Return what the library calls the tensors of a file when it loads them, as far as it only renames them.
+
+    Tensors that it puts together, such as the experts of a mixture, keep their names.
+
+    Args:
+        network: Of the library.
+        keys: The file's.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # transformers 4 renames nothing
+        return {key: key for key in keys}
+    transforms = get_model_conversion_mapping(network)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    prefix, state = network.base_model_prefix, network.state_dict()
+    names = {key: rename_source_key(key, renamings, converters, prefix, state) for key in keys}
+    return {
+        key: key if pattern or (key in state and name not in state) else name for key, (name, pattern) in names.items()
+    }
+
+
+def tied_names(network: nn.Module) -> dict[str, str]:
+    """Return alias to canonical name, of the parameters that the library shares."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    every = network.named_parameters(remove_duplicate=False)
+    return {name: names[parameter] for name, parameter in every if names[parameter] != name}
+
+
+def vocabulary_names(network: Any) -> list[str]:
+    """Return the parameters with one row per token."""
+    modules = [network.get_input_embeddings(), network.get_output_embeddings()]
+    parameters = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    return [name for name, parameter in network.named_parameters() if id(parameter) in parameters]
+
+
+def takes(network: nn.Module, argument: str) -> bool:
+    """Return whether a network's forward pass has an argument."""
+    import inspect
+
+    return argument in inspect.signature(network.forward).parameters
+
+
+def check_same_model(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """List experts whose configurations are of another model than the base's.
+
+    Args:
+        configs: The content of ``config.json`` by name, ``base`` among them.
+    """
+    expected = configs.get("base", {}).get("model_type")
+    return [
+        f"Expert {name!r}: model_type {config['model_type']!r}, but the base is {expected!r}. Only experts that were "
+        f"fine-tuned from the base can be merged; leave it out, of {shorten(configs)}."
+        for name, config in configs.items()
+        if expected and config.get("model_type", expected) != expected
+    ]

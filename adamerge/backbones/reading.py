@@ -1,0 +1,49 @@
+"""What a transformers network returns, read as logits or features, and which of its positions count."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamerge.backbones.model_inputs import ANSWER
+from adamerge.errors import InputError, shorten
+
+FEATURES = ("auto", "pooler_output", "image_embeds", "text_embeds", "last_hidden_state", "mean", "first")
+
+
+def next_tokens(inputs: Mapping[str, Tensor], *, answers_only: bool) -> Tensor:
+    """Return the positions whose next token is part of the text, or of its answer, bool (B, S - 1)."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    valid = mask[:, 1:] & mask[:, :-1]
+    return valid & inputs[ANSWER][:, 1:] if answers_only and ANSWER in inputs else valid
+
+
+def pooled(output: Any, mask: Tensor | None, features: str, network: str) -> Tensor:
+    """Return what stands for an output that has no logits, (B, F) or (B, S, F).
+
+    Args:
+        output: The network's result.
+        mask: Which positions are no padding, (B, S).
+        features: One of :data:`FEATURES`.
+        network: Name of the network, for messages.
+
+    Raises:
+        InputError: If the output has no such part.
+    """
+    names = FEATURES[1:5] if features == "auto" else (features,)
+    names = ("last_hidden_state",) if features in ("mean", "first") else names
+    parts = (getattr(output, name, None) for name in names)
+    tensor = next((part for part in parts if isinstance(part, Tensor)), None)
+    if tensor is None:
+        has = list(output.keys()) if isinstance(output, Mapping) else [type(output).__name__]
+        raise InputError(
+            f"backbone.features: expected logits or {', '.join(names)} in the result of {network}, found "
+            f"{shorten(map(str, has))}. Set backbone.features, or choose another Auto class: backbone.auto."
+        )
+    if features == "first":
+        return tensor[:, 0]
+    if features != "mean":
+        return tensor
+    weight = torch.ones_like(tensor[..., :1]) if mask is None else mask.unsqueeze(-1).to(tensor)
+    return (tensor * weight).sum(1) / weight.sum(1).clamp(min=1)
