@@ -171,8 +171,8 @@ class ModelInputs:
             return ids
         if not self.truncates:
             raise InputError(
-                f"data: a text has {len(ids)} tokens, more than {limit}. Set backbone.max_length, where the model takes "
-                "more, or backbone.long_texts=truncate."
+                f"data: a text has {len(ids)} tokens, more than {limit}. Set backbone.max_length, if it takes more, "
+                "or backbone.long_texts=truncate."
             )
         tell_once(
             f"data: texts of more than {self._limit} tokens are cut, the first has {len(ids)}: backbone.max_length, or "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -190,9 +190,8 @@ class Transformers:
         return [
             f"{base.name}: lacks {len(missing)} parameters of {self._class.__name__}: {shorten(missing)}; it has "
             f"{shorten(self._base.others) or 'no others'}. Is backbone.auto right ({HF_CONFIG} names "
-            f"{shorten(named or ['none'])})? "
-            "Where the library puts tensors together at loading, write the pool as it has them: adamerge pool pack NAME "
-            "--through transformers --out FOLDER."
+            f"{shorten(named or ['none'])})? Where the library puts tensors together at loading, write the pool as it "
+            "has them: adamerge pool pack NAME --through transformers --out FOLDER."
         ]
 
     def problems(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
@@ -202,8 +201,8 @@ class Transformers:
         head = self.head_module
         if head is not None:
             tell_once(
-                f"backbone.head: {head.path} is each expert's own, as {head.reason}: it becomes the head of its task, and "
-                "is no part of the merge."
+                f"backbone.head: {head.path} is each expert's own, as {head.reason}: it becomes the head of its task "
+                "and is no part of the merge."
             )
         return problems + self._untied(checkpoints)
 
@@ -211,14 +210,14 @@ class Transformers:
         """List files that hold two values of weights that the network ties."""
         keys = {name: key for key, name in self.names.items()}
         problems = []
-        for name, checkpoint in checkpoints.items():
+        for checkpoint in checkpoints.values():
             present = set(checkpoint.keys)
             for alias, canonical in self.tied.items():
                 pair = keys[alias], keys[canonical]
                 if present.issuperset(pair) and not torch.equal(*map(checkpoint.get, pair)):
                     problems.append(
-                        f"{checkpoint.name} ({name}): {pair[0]!r} and {pair[1]!r} differ, but {self._class.__name__} ties "
-                        "them. Were they trained apart? Set tie_word_embeddings to false in the base's config.json."
+                        f"{checkpoint.name}: {pair[0]!r} and {pair[1]!r} differ, but {self._class.__name__} ties them. "
+                        "Were they trained apart? Set tie_word_embeddings to false in the base's config.json."
                     )
         return problems
 
@@ -252,9 +251,7 @@ class Transformers:
         of_base = {name: key for key, name in self._base.names.items() if name in head.names}
         keys = {**{name: key for name, key in of_base.items() if key in set(expert.keys)}, **keys}
         tensors = {name: expert.get(key) for name, key in keys.items()}
-        return head_of(
-            head, tensors, expert.name, lambda config: networks.new_network(self._class, config), self.config
-        )
+        return head_of(head, tensors, expert.name, partial(networks.new_network, self._class), self.config)
 
     def preprocess(self) -> Callable[[Any], Mapping[str, Tensor]]:
         """Return the way from a text or image to an input: tokenizer, image processor or processor of the folder."""

@@ -40,41 +40,49 @@ def open_files(
 
     A base of None is one that is yet to be downloaded.
     """
-    errors: list[InputError | OSError] = []
     keys, prefix = options.key_map or "visual.", options.key_map if isinstance(options.key_map, str) else ""
 
     def fits(names: Collection[str]) -> bool:
         return any(name.startswith(keys) if isinstance(keys, str) else name in keys for name in names)
 
+    errors: list[InputError | OSError] = []
+    places: dict[str, Path] = {}
     try:
         places = located_all({**experts, **({} if base is None else {_BASE: base})})
-    except InputError as error:
-        return None, {}, [error]
-    try:
         check_names({name: path for name, path in places.items() if name != _BASE})
     except InputError as error:
+        if not places:
+            return None, {}, [error]
         errors.append(error)
     source: Checkpoint | None = None
-    opened: dict[str, Checkpoint] = {}
     if base is not None:
         try:
             source = open_model(places.pop(_BASE), fits=fits)
         except (InputError, OSError) as error:
             errors.append(error)
+    opened = _open_experts(places, source, prefix, errors)
+    if source is None or not options.extended:
+        return source, opened, errors
+    try:
+        return *_with_one_vocabulary(source, opened, options, places, prefix), errors
+    except InputError as error:
+        return source, opened, [*errors, error]
+
+
+def _open_experts(
+    places: Mapping[str, Path], base: Checkpoint | None, prefix: str, errors: list[InputError | OSError]
+) -> dict[str, Checkpoint]:
+    """Open experts; adapters are left out where there is no base to hold them against."""
+    opened = {}
     for name, path in places.items():
         try:
-            if source is not None:
-                opened[name] = open_expert(path, source, prefix)
-            elif not (path / ADAPTER).is_file():  # which cannot be held against a base that is not there
+            if base is not None:
+                opened[name] = open_expert(path, base, prefix)
+            elif not (path / ADAPTER).is_file():
                 opened[name] = open_model(path)
         except (InputError, OSError) as error:
             errors.append(error)
-    try:
-        if source is not None and options.extended:
-            source, opened = _with_one_vocabulary(source, opened, options, places, prefix)
-    except InputError as error:
-        errors.append(error)
-    return source, opened, errors
+    return opened
 
 
 def _with_one_vocabulary(

@@ -1,0 +1,224 @@
+"""The backbone transformers: names, heads, tied weights, vocabularies and inputs, on tiny models of real classes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adamerge.backbones import Transformers
+from adamerge.checkpoints.model_folder import find_model
+from adamerge.data.task import Task
+from adamerge.data.texts import Text
+from adamerge.errors import InputError
+from adamerge.pool.pool import ExpertPool
+from tests.support.model_folders import moved, new_model, save_family, save_file_of, save_model, save_tokenizer
+
+CLASSES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "GPT2LMHeadModel",
+    "T5ForConditionalGeneration",
+    "BertForTokenClassification",
+    "ViTForImageClassification",
+    "SegformerForSemanticSegmentation",
+    "LlavaForConditionalGeneration",
+)
+
+
+def backbone_of(folders: Mapping[str, Path], **options: Any) -> Transformers:
+    """Return a backbone for a pool's folders."""
+    experts = {name: path for name, path in folders.items() if name != "base"}
+    return Transformers(pool={"base": folders["base"], "experts": experts}, **options)
+
+
+def pool_for(backbone: Transformers) -> ExpertPool:
+    """Open the pool of a backbone, as a run does."""
+    assert backbone.pool is not None
+    return ExpertPool.from_files(
+        backbone.pool["base"],
+        backbone.pool["experts"],
+        key_map=backbone.names,
+        tied=backbone.tied,
+        exclude=backbone.exclude,
+        extended=backbone.extended,
+    )
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_network_without_weights_gives_the_library_s_logits(name: str, tmp_path: Path) -> None:
+    folders = save_family(name, tmp_path)
+    backbone = backbone_of(folders)
+    pool, network = pool_for(backbone), backbone.encoder()
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+    assert {name for name, _ in network.named_parameters()} == {*pool.names, *pool.fixed}
+    import transformers
+
+    expected = getattr(transformers, name).from_pretrained(folders["two"]).eval()
+    inputs = _inputs(expected)
+    parameters = {**pool.fixed, **pool.expert_parameters("two"), **dict(network.named_buffers())}
+    with torch.no_grad():
+        logits = torch.func.functional_call(network, parameters, kwargs=inputs, tie_weights=True).logits
+        assert torch.equal(logits, expected(**inputs).logits)
+
+
+def _inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Return a batch for a tiny model."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(6, 20, (2, 7), generator=generator)
+    images = torch.randn(2, 3, 32 if "Segformer" in type(model).__name__ else 16, 32, generator=generator)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": images if images.shape[2] == 32 else images[..., :16]}
+    if "Llava" in type(model).__name__:
+        ids[:, 1:5] = 5
+        return {"input_ids": ids, "pixel_values": images[..., :16]}
+    return {"input_ids": ids, **({"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {})}
+
+
+def test_experts_with_heads_of_their_own_over_a_bare_base(tmp_path: Path) -> None:
+    bert = new_model("BertModel")
+    folders = {"base": save_model(bert, tmp_path / "base")}
+    tuned = {}
+    for expert, classes in (("one", 2), ("two", 3)):
+        tuned[expert] = new_model("BertForSequenceClassification", classes, num_labels=classes)
+        tuned[expert].bert.load_state_dict(moved(bert.state_dict(), classes))
+        folders[expert] = save_model(tuned[expert], tmp_path / expert)
+    backbone = backbone_of(folders, auto="AutoModelForSequenceClassification")
+    pool = pool_for(backbone)
+    head = backbone.head_module
+    assert head is not None
+    assert head.path == "classifier"
+    assert len(pool.names) == len(list(bert.parameters()))
+    tasks = {name: Task(dataset=[(torch.zeros(1), 0)]) for name in ("one", "two")}
+    heads = backbone.heads(pool.source, {name: pool.checkpoint(name) for name in ("one", "two")}, tasks)
+    network, ids = backbone.encoder(), torch.randint(6, 20, (2, 7))
+    for name, model in tuned.items():
+        parameters = {**pool.expert_parameters(name), **dict(network.named_buffers())}
+        with torch.no_grad():
+            output = torch.func.functional_call(network, parameters, kwargs={"input_ids": ids}, strict=False)
+            outputs = backbone.read(output, {"input_ids": ids})
+            assert outputs.features is not None
+            torch.testing.assert_close(heads[name](outputs.features), model(ids).logits)
+
+
+def test_tied_weights_under_both_names_are_accepted_when_equal(tmp_path: Path) -> None:
+    folders = save_family("Qwen2ForCausalLM", tmp_path)
+    for folder in folders.values():
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        save_file_of(model, folder / "model.safetensors")
+    backbone = backbone_of(folders)
+    assert backbone.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    pool = pool_for(backbone)
+    assert "lm_head.weight" not in pool.names
+    checkpoint = find_model(folders["one"], lambda _: True).checkpoint
+    assert backbone.problems({"one": checkpoint}) == []
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    save_file_of(model, folders["two"] / "model.safetensors")
+    checkpoint = find_model(folders["two"], lambda _: True).checkpoint
+    assert "differ, but Qwen2ForCausalLM ties" in backbone.problems({"two": checkpoint})[0]
+
+
+def test_vocabulary_shared_takes_further_rows_of_the_one_expert_that_has_them(tmp_path: Path) -> None:
+    folders = save_family("LlamaForCausalLM", tmp_path)
+    import transformers
+
+    longer = transformers.AutoModelForCausalLM.from_pretrained(folders["two"])
+    longer.resize_token_embeddings(66)
+    save_model(longer, folders["two"])
+    with pytest.raises(InputError, match=r"expected \(64, 16\), found \(66, 16\).*backbone.vocabulary=shared"):
+        pool_for(backbone_of(folders))
+    backbone = backbone_of(folders, vocabulary="shared")
+    pool = pool_for(backbone)
+    embeddings = "model.embed_tokens.weight"
+    assert pool.shapes[embeddings] == (66, 16)
+    assert torch.equal(pool.base[embeddings][64:], longer.get_input_embeddings().weight[64:])
+    assert pool.task_vectors(embeddings)[:, 64:].abs().max() == 0
+    assert dict(backbone.encoder().named_parameters())[embeddings].shape == (66, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"auto": "AutoModelForSeq2SeqLM"}, r"has no model of model_type 'llama'.*AutoModelForCausalLM"),
+        ({"auto": "AutoModelForCasualLM"}, r"Did you mean 'AutoModelForCausalLM'"),
+        ({"head": "lmhead"}, r"backbone.head: LlamaForCausalLM has no module 'lmhead'"),
+        ({"features": "pool"}, r"backbone.features"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folders = {"base": save_model(new_model("LlamaForCausalLM"), tmp_path / "base")}
+    with pytest.raises(InputError, match=message):
+        assert backbone_of(folders, **options).exclude
+
+
+def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "configuration.Mine"}})
+    )
+    (tmp_path / "configuration.py").write_text("raise SystemExit('run')")
+    with pytest.raises(InputError, match=r"auto_map.*never run"):
+        Transformers(model=tmp_path)
+
+
+def test_texts_become_ids_with_the_positions_of_the_answer(tmp_path: Path) -> None:
+    folders = {"base": save_model(new_model("LlamaForCausalLM"), tmp_path / "base")}
+    backbone = backbone_of(folders, max_length=6)
+    preprocess = backbone.preprocess()
+    sample = preprocess(Text("2 plus 3 equals", "five"))
+    assert sample["input_ids"].tolist() == [16, 18, 17, 19, 20]
+    assert sample["_answer"].tolist() == [False, False, False, False, True]
+    assert len(preprocess("a a a a a a a a")["input_ids"]) == 6
+    batch = backbone.collate([sample, preprocess("good film")])
+    assert batch["input_ids"].tolist() == [[16, 18, 17, 19, 20], [6, 9, 0, 0, 0]]
+    valid = backbone.valid(batch)
+    assert valid is not None
+    assert valid.tolist() == [[True] * 4, [True, False, False, False]]
+    answers = backbone_of(folders, positions="answer").valid(batch)
+    assert answers is not None
+    assert answers.sum() == 1
+
+
+def test_padding_on_either_side_gives_the_same_logits(tmp_path: Path) -> None:
+    model = new_model("LlamaForCausalLM")
+    texts = ("2 plus 3 equals", "a good film")
+    logits = {}
+    for side in ("left", "right"):
+        folder = save_model(model, tmp_path / side, padding_side=side)
+        backbone = Transformers(model=folder)
+        batch = backbone.collate([backbone.preprocess()(text) for text in texts])
+        with torch.no_grad():
+            output = model(**{key: value for key, value in batch.items() if not key.startswith("_")})
+        outputs = backbone.read(output, batch)
+        valid = backbone.valid(batch)
+        assert valid is not None
+        logits[side] = outputs.logits[:, :-1][valid]
+    torch.testing.assert_close(logits["left"], logits["right"], rtol=0, atol=1e-6)
+
+
+def test_tokenizers_without_a_pad_token_or_templates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_model(new_model("LlamaForCausalLM"), tmp_path / "base")
+    save_tokenizer(folder, pad_token=None)
+    inputs = Transformers(model=folder).preprocess()
+    with caplog.at_level("INFO"):
+        inputs("a good film")
+        assert inputs.pad_token == 2  # type: ignore[attr-defined]
+    assert "no pad token; shorter texts end with '[EOS]'" in caplog.text
+    with pytest.raises(InputError, match="no chat template"):
+        inputs(Text(({"role": "user", "content": "a"},)))
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"no tokenizer.*tokenizer\.json"):
+        Transformers(model=folder).preprocess()("a good film")
+
+
+def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    folders = save_family("LlamaForCausalLM", tmp_path, ["one"])
+    folders["two"] = save_model(new_model("GPT2LMHeadModel"), tmp_path / "two")
+    backbone = backbone_of(folders)
+    checkpoints = {name: find_model(path, lambda _: True).checkpoint for name, path in folders.items()}
+    assert "model_type 'gpt2', but the base is 'llama'" in backbone.problems(checkpoints)[0]
