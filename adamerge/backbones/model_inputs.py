@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints.composed import tell_once
+from adamerge.data.batch import pad
 from adamerge.data.texts import Text
 from adamerge.errors import InputError, shorten
 
@@ -195,17 +196,11 @@ def collate(samples: Sequence[Mapping[str, Tensor]], inputs: ModelInputs, *, has
         inputs: Says the token and the side of the padding.
         has_positions: Whether the network takes ``position_ids``, with which padding on the left is exact.
     """
-    batch: dict[str, Tensor] = {}
-    is_left = False
-    for key in samples[0]:
-        tensors = [sample[key] for sample in samples]
-        if len({tensor.shape for tensor in tensors}) == 1:
-            batch[key] = torch.stack(tensors)
-            continue
-        is_left = is_left or (has_positions and inputs.tokenizer.padding_side == "left")
-        value = inputs.pad_token if key.endswith("input_ids") else _PADS.get(key, 0)
-        side = "left" if is_left else "right"
-        batch[key] = torch.nn.utils.rnn.pad_sequence(tensors, True, value, padding_side=side)
+    is_left = has_positions and inputs.tokenizer.padding_side == "left" and "input_ids" in samples[0]
+    texts = [key for key in samples[0] if key.endswith("input_ids")]
+    is_ragged = any(len({len(sample[key]) for sample in samples if key in sample}) > 1 for key in texts)
+    values = {**_PADS, **dict.fromkeys(texts, inputs.pad_token if is_ragged else 0)}
+    batch = pad(samples, values, "left" if is_left else "right")
     if is_left and "position_ids" not in batch:
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return batch

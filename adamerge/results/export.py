@@ -25,6 +25,8 @@ from adamerge.model.batch_norm import FILE, save_statistics, with_statistics
 from adamerge.model.coefficients import Coefficients, save_coefficients
 from adamerge.model.merge import merge
 from adamerge.pool.pool import ExpertPool
+from adamerge.pool.vocabulary import WithFurtherRows
+from adamerge.results.model_writer import FOLDER, folder_of, write_model
 from adamerge.system.files import atomic_path, combined_hash, ensure_writable, save_json
 
 FORMAT = 1
@@ -60,6 +62,8 @@ def export(
             ``open_clip.create_model("local-dir:...")``.
         recipe: Further JSON-ready content of ``merge.json``.
 
+    Where transformers wrote the base, the folder ``model/`` loads there as the base does.
+
     Returns:
         Short name to file, of what was written.
 
@@ -85,8 +89,24 @@ def export(
         files["open_clip"] = folder / "open_clip"
         _write_open_clip(files["open_clip"], files["merged"], sidecar)
         content["stated"] = stated(sidecar)
+    files |= _write_model(pool, files["merged"], folder)
     save_json({**content, **(recipe or {})}, files["recipe"])
     return files
+
+
+def _write_model(pool: ExpertPool, merged: Path, folder: Path) -> dict[str, Path]:
+    """Write the folder that transformers loads, where it wrote the base, with its vocabulary or the extended one."""
+    base = folder_of(pool.source)
+    if base is None:
+        return {}
+    extended, changes = pool.source, {}
+    tokenizer = None
+    if isinstance(extended, WithFurtherRows):
+        path = Path(extended.longer.name)
+        tokenizer = path if path.is_dir() else path.parent
+        changes = {"vocab_size": max(extended.spec(key)[0][0] for key in extended.extended)}
+    write_model(merged, base, folder / FOLDER, tokenizer=tokenizer, changes=changes)
+    return {"model": folder / FOLDER}
 
 
 def stated(sidecar: Mapping[str, Any]) -> dict[str, Any]:
