@@ -65,7 +65,7 @@ class Transformers:
         check_choice("backbone.long_texts", self.long_texts, ("truncate", "refuse"))
         if self.max_length is not None:
             check_number("backbone.max_length", self.max_length, 1, whole=True)
-        self._class  # noqa: B018  # refused here, before any weight is read
+        self.network_class  # noqa: B018  # refused here, before any weight is read
 
     @cached_property
     def folder(self) -> Path:
@@ -82,8 +82,14 @@ class Transformers:
         return networks.read_config(self.folder)
 
     @cached_property
-    def _class(self) -> type[Any]:
+    def network_class(self) -> type[Any]:
+        """The network's class in transformers."""
         return networks.class_of(self.config, self.auto, self.folder)
+
+    @property
+    def class_name(self) -> str:
+        """The name of the network's class."""
+        return self.network_class.__name__
 
     @cached_property
     def _network(self) -> nn.Module:
@@ -98,7 +104,7 @@ class Transformers:
         if rows <= text.vocab_size:
             return network
         text.vocab_size = rows
-        return networks.new_network(self._class, self.config)
+        return networks.new_network(self.network_class, self.config)
 
     @cached_property
     def _parameters(self) -> dict[str, tuple[int, ...]]:
@@ -109,7 +115,7 @@ class Transformers:
     @cached_property
     def _plain(self) -> nn.Module:
         """The network as the base's configuration has it."""
-        return networks.new_network(self._class, self.config)
+        return networks.new_network(self.network_class, self.config)
 
     @cached_property
     def _base(self) -> FileNames:
@@ -164,7 +170,7 @@ class Transformers:
     def encoder(self) -> nn.Module:
         """Return the network, without the experts' own head."""
         self.config.use_cache = False
-        network = networks.new_network(self._class, self.config)
+        network = networks.new_network(self.network_class, self.config)
         head = self.head_module
         if head is not None:
             network.set_submodule(head.path, nn.Identity())
@@ -188,7 +194,7 @@ class Transformers:
             return []
         named = self.config.architectures
         return [
-            f"{base.name}: lacks {len(missing)} parameters of {self._class.__name__}: {shorten(missing)}; it has "
+            f"{base.name}: lacks {len(missing)} parameters of {self.class_name}: {shorten(missing)}; it has "
             f"{shorten(self._base.others) or 'no others'}. Is backbone.auto right ({HF_CONFIG} names "
             f"{shorten(named or ['none'])})? Where the library puts tensors together at loading, write the pool as it "
             "has them: adamerge pool pack NAME --through transformers --out FOLDER."
@@ -216,7 +222,7 @@ class Transformers:
                 pair = keys[alias], keys[canonical]
                 if present.issuperset(pair) and not torch.equal(*map(checkpoint.get, pair)):
                     problems.append(
-                        f"{checkpoint.name}: {pair[0]!r} and {pair[1]!r} differ, but {self._class.__name__} ties them. "
+                        f"{checkpoint.name}: {pair[0]!r} and {pair[1]!r} differ, but {self.class_name} ties them. "
                         "Were they trained apart? Set tie_word_embeddings to false in the base's config.json."
                     )
         return problems
@@ -251,7 +257,7 @@ class Transformers:
         of_base = {name: key for key, name in self._base.names.items() if name in head.names}
         keys = {**{name: key for name, key in of_base.items() if key in set(expert.keys)}, **keys}
         tensors = {name: expert.get(key) for name, key in keys.items()}
-        return head_of(head, tensors, expert.name, partial(networks.new_network, self._class), self.config)
+        return head_of(head, tensors, expert.name, partial(networks.new_network, self.network_class), self.config)
 
     def preprocess(self) -> Callable[[Any], Mapping[str, Tensor]]:
         """Return the way from a text or image to an input: tokenizer, image processor or processor of the folder."""
@@ -264,7 +270,7 @@ class Transformers:
             is_causal=self._rows == "next",
             is_encoder_decoder=self._rows == "decoder",
             decoder_start=getattr(self.config, "decoder_start_token_id", None),
-            argument=str(self._class.main_input_name),
+            argument=str(self.network_class.main_input_name),
             max_length=self.max_length or getattr(self.config.get_text_config(), "max_position_embeddings", None),
             truncates=self.long_texts == "truncate",
         )
@@ -286,7 +292,7 @@ class Transformers:
         }
         if self.config.is_encoder_decoder:
             del kinds["next"]
-        name = self._class.__name__
+        name = self.class_name
         named = (kind for kind, tables in kinds.items() if any(_has(table, name) for table in tables))
         return next(named, "tokens" if self.features == "last_hidden_state" else "samples")
 
@@ -308,10 +314,10 @@ class Transformers:
         logits = getattr(output, "logits", None)
         if logits is None:
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-            logits = pooled(output, mask, self.features, self._class.__name__)
+            logits = pooled(output, mask, self.features, self.class_name)
         if not isinstance(logits, Tensor):
             raise InputError(
-                f"backbone: {self._class.__name__} gives {type(logits).__name__} as logits, expected a tensor. Choose "
+                f"backbone: {self.class_name} gives {type(logits).__name__} as logits, expected a tensor. Choose "
                 "another Auto class, or a backbone of your own with a method read()."
             )
         if self.head_module is None and logits.ndim == 4:

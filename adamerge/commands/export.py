@@ -11,9 +11,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from adamerge.backbones import Backbone, OpenClip, Torchvision
+from adamerge.backbones import Backbone, OpenClip, Torchvision, Transformers
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
-from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
+from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG
 from adamerge.commands.run.build import build, containers
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import CONFIG_FILE, LAST, load_config, plain
@@ -29,6 +29,7 @@ from adamerge.pool.pool_file import PoolFiles
 from adamerge.results.export import digest
 from adamerge.results.export import export as write_export
 from adamerge.results.formats import export_as
+from adamerge.results.model_writer import FOLDER
 from adamerge.system.files import atomic_path
 
 
@@ -38,7 +39,7 @@ from adamerge.system.files import atomic_path
 @pool_options()
 @click.option("--out", "--output", "output", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
 @click.option("--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx"]), help="Another format.")
-@click.option("--task", help="With --to torchvision: the task whose classifier to write; default the base's.")
+@click.option("--task", help="With --to torchvision or hf: the task whose classifier to write; default the base's.")
 @click.option("--model", help="With --to: what RUN_DIR merges, where it does not say; of torchvision NAME[:HEAD].")
 @click.option("--upload", metavar="ORG/NAME", help="With --to: upload to the Hub, into a private repository.")
 @click.option("--public", is_flag=True, help="With --upload: let it be public.")
@@ -241,6 +242,8 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
         config = compose([str(override) for override in recipe["overrides"]])
     elif (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
         return OpenClip(str(folder / "open_clip"))
+    elif (folder / FOLDER / HF_CONFIG).is_file():  # of a merge without data
+        return _model_of_transformers(recipe)
     else:
         config = OmegaConf.create({})
     if config.get("backbone") is None:
@@ -251,6 +254,14 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
     announce({"backbone": containers(config.backbone)})
     backbone: Backbone = build(config, "backbone")
     return backbone
+
+
+def _model_of_transformers(recipe: Mapping[str, Any]) -> Transformers:
+    """Return the backbone of a merge whose base is a folder of transformers."""
+    files = recipe.get("files") or {}
+    base = files.get("base") or {}
+    place = base.get("file") if isinstance(base, Mapping) else base
+    return Transformers(model=place, pool={"base": place, "experts": files.get("experts") or {}})
 
 
 def _go_to(folder: Any) -> None:

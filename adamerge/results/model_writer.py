@@ -1,6 +1,6 @@
 """A merge of models that transformers wrote, as a folder that it loads: the base's files around the merged weights.
 
-Only torch and safetensors are needed: the weights keep the base's names, and configuration, tokenizer and processors are
+Only torch and safetensors are needed: weights keep the base's names, and configuration, tokenizer and processors are
 the base's, so that what loads the base loads the merge.
 """
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from adamerge.backbones import Transformers
 from adamerge.errors import InputError
 from adamerge.results.formats import card, upload
 from adamerge.results.formats.merged import BackboneOf, MergedFolder, open_merged
@@ -38,7 +39,7 @@ def export_as(
         target: One of :data:`FORMATS`.
         out: A new folder, or an empty one.
         backbone_of: See :func:`~adamerge.results.formats.merged.open_merged`.
-        task: Whose classifier a torchvision file gets; default the base's.
+        task: Whose classifier a torchvision file, or a folder of transformers, gets; default the base's.
         repository: Where to upload to, ``org/name``; None for nowhere.
         public: Whether the upload may be public.
 
@@ -49,8 +50,10 @@ def export_as(
         InputError: If the folder has no merge, the format cannot hold it, or ``out`` is in use.
         GuardError: If what was loaded back computes something else.
     """
-    if task is not None and target != "torchvision":
-        raise InputError(f"--task {task}: only --to torchvision has one classifier; leave it out for --to {target}.")
+    if task is not None and target not in ("torchvision", "hf"):
+        raise InputError(
+            f"--task {task}: only --to torchvision and --to hf have one classifier; leave it out for --to {target}."
+        )
     if repository is not None:
         upload.check_name(repository)
     folder, out = folder.absolute(), out.absolute()
@@ -65,7 +68,14 @@ def export_as(
 
 
 def _write(merged: MergedFolder, target: str, folder: Path, name: str, options: dict[str, Any]) -> None:
-    module = importlib.import_module(f"adamerge.results.formats.{FORMATS[target]}")
+    name_of_module = FORMATS[target]
+    if isinstance(merged.backbone, Transformers):
+        if target != "hf":
+            raise InputError(f"--to {target}: the merge is of a model of transformers; export it with --to hf.")
+        name_of_module = "transformers"
+    elif target == "hf" and options:
+        raise InputError(f"--task {options['task']}: a CLIP has no classifier of its own; leave it out.")
+    module = importlib.import_module(f"adamerge.results.formats.{name_of_module}")
     usage = module.write(merged, folder, **options)
     module.prove(merged, folder, **options)
     log.info("Loaded back and compared: %s", ", ".join(usage.files))
