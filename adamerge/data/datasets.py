@@ -11,9 +11,12 @@ from torch.utils.data import Dataset
 
 from adamerge.data.batch import Inputs, TaskBatch
 from adamerge.data.images import as_seen
+from adamerge.data.texts import Text
 from adamerge.data.unreadable import Readable, UnreadableError, item_name
 from adamerge.data.views import Views
 from adamerge.errors import InputError
+
+NO_LABEL = -1  # of a text that is scored without
 
 
 class InputCache:
@@ -158,27 +161,27 @@ class Labelled(Dataset[tuple[Inputs, Tensor] | None]):
         readable: Readable | None = None,
         classes: int | None = None,
     ) -> None:
-        self._dataset = dataset
+        self.source = dataset
         self._preprocess = preprocess
         self._classes = classes
         self.readable = readable or Readable(dataset)
 
     def changed(self, change: Callable[[Dataset[Any]], Dataset[Any]]) -> "Labelled":
         """Return the same items, labels and account of unreadable ones, with a change to the data set."""
-        return Labelled(change(self._dataset), self._preprocess, self.readable, self._classes)
+        return Labelled(change(self.source), self._preprocess, self.readable, self._classes)
 
     def __len__(self) -> int:
-        return length_of(self._dataset)
+        return length_of(self.source)
 
     def __getitem__(self, index: int) -> tuple[Inputs, Tensor] | None:
         return self.readable.get(index, self._get)
 
     def _get(self, index: int) -> tuple[Inputs, Tensor]:
-        inputs, label = split_item(self._dataset[index])
+        inputs, label = split_item(self.source[index])
         try:
-            number = class_number(label, self._classes)
+            number = NO_LABEL if label is None and isinstance(inputs, Text) else class_number(label, self._classes)
         except InputError as error:
-            item = f"item {index} ({item_name(self._dataset, index)})"
+            item = f"item {index} ({item_name(self.source, index)})"
             raise InputError(f"{self.readable.where}: {item}: {error}") from error
         return input_of(inputs, self._preprocess), torch.tensor(number)
 

@@ -15,6 +15,7 @@ from adamerge.data.batch import Inputs, described
 from adamerge.data.datasets import class_number, input_of, length_of, split_item
 from adamerge.data.random_states import seeded
 from adamerge.data.task import Task
+from adamerge.data.texts import Text
 from adamerge.data.unreadable import DAMAGE, item_name
 from adamerge.errors import InputError, shorten
 
@@ -79,9 +80,16 @@ def check_scored(name: str, task: Task, preprocess: Callable[[Any], Inputs] | No
         return
     where, classes = f"data.tasks.{name}.{key}", len(names) if names else None
     _check_inputs(where, dataset, preprocess)
-    list(_looks(where, dataset, lambda item: class_number(split_item(item)[1], classes)))
+    list(_looks(where, dataset, lambda item: _check_label(item, classes)))
     if classes is not None:
         check_labels(name, task, classes)
+
+
+def _check_label(item: Any, classes: int | None) -> None:
+    """Refuse an item without the number of a class as its label; texts are scored without one too."""
+    inputs, label = split_item(item)
+    if label is not None or not isinstance(inputs, Text):
+        class_number(label, classes)
 
 
 def check_labels(name: str, task: Task, classes: int) -> None:

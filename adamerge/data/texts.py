@@ -60,6 +60,7 @@ class Texts(Dataset[tuple[Text, int | None]]):
         label: Field of the right class or choice, as its number or its name; default ``label`` where records have
             it. Where there are choices and no label, an answer that is one of them is the label.
         classes: Names in the order of the labels; default the names among the labels, sorted.
+        separator: Goes between a prompt and its answer or choices, unless there is white space already; never in chats.
 
     Attributes:
         classes: Names in the order of the labels; None where labels are numbers, or are not known.
@@ -69,8 +70,8 @@ class Texts(Dataset[tuple[Text, int | None]]):
         InputError: If a file cannot be read, a field is not there, or a record does not fit.
 
     Example:
-        >>> Texts([{"question": "2 + 2", "answer": 4}], prompt="{question} = ")[0]
-        (Text(prompt='2 + 2 = ', answer='4', choices=(), label=None), None)
+        >>> Texts([{"question": "2 + 2", "answer": 4}], prompt="{question} =")[0]
+        (Text(prompt='2 + 2 =', answer=' 4', choices=(), label=None), None)
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class Texts(Dataset[tuple[Text, int | None]]):
         choices: str | Sequence[str] | None = None,
         label: str | None = None,
         classes: Sequence[str] | None = None,
+        separator: str = " ",
     ) -> None:
+        self._separator = separator
         self._places, records = _records(source)
         fields = _Fields(records[0] if records else {}, self._places[0] if records else "texts")
         self._prompt = prompt or next((name for name in _PROMPTS if name in fields.names), _PROMPTS[0])
@@ -131,7 +134,15 @@ class Texts(Dataset[tuple[Text, int | None]]):
         options = self._options(record, place)
         text = "" if prompt is None else prompt if isinstance(prompt, tuple) else _plain(prompt, place)
         answer = None if answer is None else _plain(answer, place)
-        return Text(text, answer, options, self._number(record, options, answer, place))
+        number = self._number(record, options, answer, place)
+        answer, *options = (self._apart(text, part) for part in (answer, *options))
+        return Text(text, answer, tuple(filter(None, options)), number)
+
+    def _apart(self, prompt: str | tuple[Message, ...], following: str | None) -> str | None:
+        """Return what follows a prompt, with the separator before it where there is no white space."""
+        if not following or not isinstance(prompt, str) or prompt[-1:].isspace() or following[:1].isspace():
+            return following
+        return f"{self._separator}{following}"
 
     def _options(self, record: Record, place: str) -> tuple[str, ...]:
         if self._choices is None:

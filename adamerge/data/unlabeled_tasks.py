@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from adamerge.data.batch import Collate, Inputs, TaskBatch, stack
 from adamerge.data.cache import CACHES, Cache, Visits, keep_inputs, nature_of
 from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
-from adamerge.data.datasets import Labelled, Unlabeled
+from adamerge.data.datasets import Labelled, Unlabeled, input_of
 from adamerge.data.first_look import check_scored, check_task
 from adamerge.data.images import read_as_seen
 from adamerge.data.streams import Steps, StreamLoader, collate_batch, collate_labelled
@@ -172,6 +172,10 @@ class UnlabeledTasks(LightningDataModule):
         if corruption is None:
             return images
         return Corrupted(images, corruption, f"data.tasks.{task}, seed {self.seed}", scale_of(self._preprocess))
+
+    def input_of(self, item: Any) -> Inputs:
+        """Return an item as an input without batch axis."""
+        return input_of(item, self._preprocess)
 
     def check_scored(self, task: str) -> None:
         """Look at some of a task's images to score and at their labels, which adaptation never reads.

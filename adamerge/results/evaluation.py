@@ -1,32 +1,27 @@
-"""Score models on labelled images: accuracy, calibration, bootstrap intervals."""
+"""Score models on labelled data: accuracy, calibration, bootstrap intervals."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from adamerge.data.batch import Inputs, to
+from adamerge.data.batch import Inputs, Outputs, to
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.numbers import percent
 from adamerge.results.table import Table
+from adamerge.results.task_score import TaskScore as TaskScore
+from adamerge.results.text_scores import KEPT, MEASURES, ExpertAnswers, is_text, score_texts
 from adamerge.system import progress
 
 FORMAT = 1
 _CHUNK = 100  # bootstrap resamples at a time, to bound memory
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task's result: accuracy and expected calibration error in [0, 1], and each image's hit, (N,)."""
-
-    accuracy: float
-    calibration_error: float
-    correct: Tensor
 
 
 @dataclass
@@ -109,23 +104,33 @@ def score_tasks(
     data: UnlabeledTasks,
     description: str = "Scoring",
     tasks: Sequence[str] | None = None,
+    experts: ExpertAnswers | None = None,
 ) -> dict[str, TaskScore]:
-    """Score given parameters on every task's evaluation images.
+    """Score given parameters on every task's evaluation data.
 
     Args:
         model: Its encoder and heads are used, on the device of its pool.
         params: Parameter name to tensor (*S), such as a merge or an expert.
         data: Holds the labelled images.
         description: Text of the progress bar.
-        tasks: Which tasks; default all that have evaluation images.
+        tasks: Which tasks; default all that have evaluation data.
+        experts: What the experts say of texts, to compare with.
     """
-    todo = list(tasks or data.evaluation)
+    todo, device = list(tasks or data.evaluation), model.pool.device
     count = sum(len(data.scored[task]) for task in todo)
-    with progress.phase(description, count, "images") as advance:
-        return {
-            task: score_task(lambda inputs, t: model.logits(inputs, t, params), data, task, model.pool.device, advance)
-            for task in todo
-        }
+
+    def outputs(inputs: Inputs, task: str) -> Outputs:
+        return model.outputs(inputs, task, params)
+
+    def logits(inputs: Inputs, task: str) -> Tensor:
+        return model.logits(inputs, task, params)
+
+    scores = {}
+    with progress.phase(description, count, "inputs") as advance:
+        for task in todo:
+            by_texts = score_texts(outputs, data, task, device, experts, advance) if is_text(data, task) else None
+            scores[task] = by_texts or score_task(logits, data, task, device, advance)
+    return scores
 
 
 def bootstrap(
@@ -190,7 +195,11 @@ def summary(
         low, high = bootstrap(row.scores)
         content[name] = {
             "per_task": row.accuracies,
-            "calibration_error": {task: score.calibration_error for task, score in row.scores.items()},
+            "calibration_error": {
+                task: score.calibration_error
+                for task, score in row.scores.items()
+                if score.calibration_error is not None
+            },
             "mean": row.mean,
             "interval": [low, high],
             "normalised": normalised(row.accuracies, experts.accuracies) if experts else None,
@@ -199,14 +208,31 @@ def summary(
             "uses_data": row.uses_data,
             "seconds": row.seconds,
             "seed": row.seed,
+            **({"measures": measures} if (measures := _measures(row)) else {}),
             **({"unseen": {task: score.accuracy for task, score in row.unseen.items()}} if row.unseen else {}),
             **row.extra,
         }
-    tasks = list(next(iter(rows.values())).scores)
+    first = next(iter(rows.values())).scores
+    tasks, metrics = list(first), {task: score.metric for task, score in first.items()}
     unseen = list(dict.fromkeys(task for row in rows.values() for task in row.unseen))
-    optional = {"unseen": unseen, "unreadable": dict(unreadable or {})}
+    shown = dict.fromkeys(name for row in content.values() for name in row.get("measures", ()))
+    optional = {
+        "unseen": unseen,
+        "unreadable": dict(unreadable or {}),
+        "metrics": metrics if set(metrics.values()) != {"accuracy"} else {},
+        "measures": {name: asdict(MEASURES[name]) for name in shown if name in MEASURES},
+    }
     stated = {key: value for key, value in optional.items() if value}
     return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **stated, "rows": content}
+
+
+def _measures(row: TableRow) -> dict[str, dict[str, float]]:
+    """Return what was measured beside the scores, by name and task."""
+    names = dict.fromkeys(name for score in row.scores.values() for name in score.measures)
+    return {
+        name: {task: score.measures[name] for task, score in row.scores.items() if name in score.measures}
+        for name in names
+    }
 
 
 def table(content: Mapping[str, Any], title: str = "") -> Table:
@@ -218,12 +244,14 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
     """
     tasks, unseen = content["tasks"], content.get("unseen", [])
     rows = list(content["rows"].values())
+    names = dict.fromkeys(name for row in rows for name in row.get("measures", ()))
     measures: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "95 %": lambda row: f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}",
         "spread": lambda row: "" if row.get("spread") is None else f"±{100 * row['spread']:.1f}",
         "gap": lambda row: percent(row.get("gap_closed"), 0),
         "norm.": lambda row: percent(row.get("normalised")),
         "diff.": lambda row: "" if row.get("difference") is None else f"{row['difference']:+.1f}",
+        **{_heading(name): functools.partial(_measured, name) for name in names},
         "ECE": lambda row: percent(_mean(row["calibration_error"]) if row.get("calibration_error") else None),
         "s": lambda row: "" if row.get("seconds") is None else f"{row['seconds']:.1f}",
         "MB": lambda row: f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "",
@@ -236,11 +264,32 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
         ]
         for name, row in content["rows"].items()
     ]  # fmt: skip
+    heading = "score, %" if content.get("metrics") else "accuracy, %"
     return Table(
-        ["accuracy, %", *map(str, tasks), "mean", *(f"{task} †" for task in unseen), *kept], lines,
+        [heading, *map(str, tasks), "mean", *(f"{task} †" for task in unseen), *kept], lines,
         caption=_caption(content), title=title, starred=starred(content["rows"]), strong_columns=frozenset({"mean"}),
         optional=len(kept),
     )  # fmt: skip
+
+
+def _heading(name: str) -> str:
+    """Return the heading of a measure, with its unit and its better direction."""
+    measure = MEASURES.get(name)
+    if measure is None:
+        return name
+    unit = f", {measure.unit}" if measure.unit else ""
+    return f"{name}{unit} {'↓' if measure.lower_is_better else '↑'}"
+
+
+def _measured(name: str, row: Mapping[str, Any]) -> str:
+    """Return the mean of a measure over a row's tasks that have it; of perplexities the geometric one."""
+    values = list(row.get("measures", {}).get(name, {}).values())
+    if not values:
+        return ""
+    if name == "perplexity":
+        return f"{math.exp(sum(map(math.log, values)) / len(values)):.4g}"
+    mean = sum(values) / len(values)
+    return percent(mean) if MEASURES[name].unit == "%" else f"{mean:.3g}"
 
 
 def _beside(value: float, row: Mapping[str, Any], task: str | None = None) -> str:
@@ -255,12 +304,25 @@ def starred(rows: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
     return frozenset(at for at, row in enumerate(rows.values()) if row.get("uses_labels"))
 
 
+def _about_texts(content: Mapping[str, Any]) -> str:
+    """Say what the scores of texts are, and what was measured beside them."""
+    text = ""
+    if content.get("metrics"):
+        text += "\nScores: " + ", ".join(f"{task}: {metric}" for task, metric in content["metrics"].items()) + "."
+    if content.get("measures"):
+        text += "\n↓: lower is better, ↑: higher; means over tasks, of perplexity the geometric one."
+    if "KL" in content.get("measures", {}):
+        text += f"\nagreement, KL: with the task's expert; KL from its {KEPT} likeliest classes and one for all others."
+    return text
+
+
 def _caption(content: Mapping[str, Any]) -> str:
     notes = {
         "split": "Protocol: split, images that adapted are not scored.",
         "transductive": "Protocol: transductive, adapted on the scored images without their labels.",
     }
     text = notes.get(str(content.get("protocol")), f"Protocol: {content.get('protocol')}.")
+    text += _about_texts(content)
     if left_out := sum(map(len, content.get("unreadable", {}).values())):
         text += f"\nNot scored: {left_out} images that cannot be read (summary.json names them)."
     if content.get("unseen"):

@@ -17,6 +17,7 @@ from adamerge.model.merged_model import MergedModel
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.lora import open_expert
 from adamerge.results.evaluation import TableRow, TaskScore, score_tasks
+from adamerge.results.text_scores import ExpertAnswers
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +60,13 @@ def score_run(
     if not data.evaluation:
         raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
     pool = model.pool
+    experts = ExpertAnswers(model, data)
     merged = checkpoint_parameters(result.file, model)
     rows: dict[str, TableRow] = {}
     if references:
-        rows["pretrained"] = TableRow(*scores_of(model, model.base_parameters(), data, "Scoring the pretrained model"))
+        rows["pretrained"] = TableRow(
+            *scores_of(model, model.base_parameters(), data, "Scoring the pretrained model", experts)
+        )
         usual = len(pool.expert_names) <= _USUAL
         coefficients = Coefficients(pool, "task", 0.3 if usual else "mean", "none")
         start = type(model)(model.encoder, pool, coefficients, model.heads, read=model.read, valid=model.valid)
@@ -70,8 +74,8 @@ def score_run(
         with torch.no_grad():
             params = start.merge()
         params = params | ({} if batch_norm is None else batch_norm.final(model, params, data))
-        rows[name] = TableRow(*scores_of(model, params, data, "Scoring task arithmetic"))
-    scores, unseen = scores_of(model, merged, data, "Scoring the merged checkpoint")
+        rows[name] = TableRow(*scores_of(model, params, data, "Scoring task arithmetic", experts))
+    scores, unseen = scores_of(model, merged, data, "Scoring the merged checkpoint", experts)
     rows[result.name] = TableRow(
         scores, unseen, uses_labels=result.uses_labels, uses_data=True, seconds=result.seconds, seed=result.seed
     )
@@ -79,26 +83,32 @@ def score_run(
     if references and without:
         log.warning("The row of the experts is left out: no expert for %s (data.tasks.<name>.expert).", without)
     elif references:
-        rows["experts"] = score_experts(model, data)
+        rows["experts"] = score_experts(model, data, experts)
     return rows
 
 
 def scores_of(
-    model: MergedModel, params: Mapping[str, Tensor], data: UnlabeledTasks, description: str
+    model: MergedModel,
+    params: Mapping[str, Tensor],
+    data: UnlabeledTasks,
+    description: str,
+    experts: ExpertAnswers | None = None,
 ) -> tuple[dict[str, TaskScore], dict[str, TaskScore]]:
-    """Score given parameters on the tasks, and on the unseen ones."""
+    """Score given parameters on the tasks, and on the unseen ones; texts beside experts, asked here by default."""
+    experts = experts or ExpertAnswers(model, data)
     unseen = list(data.unseen_evaluation)
-    return score_tasks(model, params, data, description), (
+    return score_tasks(model, params, data, description, experts=experts), (
         score_tasks(model, params, data, f"{description}: unseen tasks", unseen) if unseen else {}
     )
 
 
-def score_experts(model: MergedModel, data: UnlabeledTasks) -> TableRow:
+def score_experts(model: MergedModel, data: UnlabeledTasks, experts: ExpertAnswers | None = None) -> TableRow:
     """Score each task with its own expert, one expert in memory at a time."""
     scores: dict[str, TaskScore] = {}
+    experts = experts or ExpertAnswers(model, data)
     for task in data.evaluation:
         params = model.expert_parameters(model.teacher_of(task))
-        scores |= score_tasks(model, params, data, f"Scoring the expert of {task}", tasks=[task])
+        scores |= score_tasks(model, params, data, f"Scoring the expert of {task}", [task], experts)
     return TableRow(scores)
 
 

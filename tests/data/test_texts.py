@@ -47,7 +47,7 @@ def files(tmp_path):
 
 
 def test_all_kinds_of_files_hold_the_same_texts(files, tmp_path):
-    expected = [Text(r["prompt"], r["answer"]) for r in RECORDS]
+    expected = [Text(r["prompt"], f" {r['answer']}") for r in RECORDS]
     for file in files:
         assert [text for text, _ in Texts(file)] == expected, file
     both = Texts([files[0], files[3]])
@@ -65,8 +65,16 @@ def test_lines_of_a_plain_file_are_prompts(tmp_path):
 
 def test_fields_and_fields_in_braces_are_taken_by_name():
     records = [{"q": "2 + 2", "hint": 4, "a": 4}]
-    (text, label) = Texts(records, prompt="{q} ({hint}) =", answer=" {a}")[0]
-    assert (text, label) == (Text("2 + 2 (4) =", " 4"), None)
+    (text, label) = Texts(records, prompt="{q} ({hint}) =", answer="\n{a}")[0]
+    assert (text, label) == (Text("2 + 2 (4) =", "\n4"), None)
+
+
+def test_a_separator_stands_where_there_is_no_white_space():
+    def answers(prompt, **options):
+        return Texts([{"prompt": prompt, "answer": "b"}], **options)[0][0].answer
+
+    assert [answers("a"), answers("a "), answers("a", separator="")] == [" b", "b", "b"]
+    assert answers([{"role": "user", "content": "a"}]) == "b"
 
 
 def test_braces_reach_no_attribute_of_a_value():
@@ -79,7 +87,7 @@ def test_labels_are_numbers_or_names_in_the_order_of_the_classes(tmp_path):
     assert (sorted_names.classes, sorted_names.targets) == (["bad", "good"], [1, 0])
     given = Texts(records, classes=["good", "bad"])
     assert given.targets == [0, 1]
-    assert given[0][0].choices == ("good", "bad")
+    assert given[0][0].choices == (" good", " bad")
     assert Texts(write(tmp_path / "a.csv", "text,label\nfine,1\npoor,0\n")).targets == [1, 0]
     assert Task(dataset=sorted_names).class_names == ["bad", "good"]
 
@@ -95,12 +103,12 @@ def test_labels_are_numbers_or_names_in_the_order_of_the_classes(tmp_path):
 )
 def test_choices_have_a_right_one(record):
     text, label = Texts([{"prompt": "Which?", **record}])[0]
-    assert (text.choices, label) == (("x", "y"), 1)
+    assert (text.choices, label) == ((" x", " y"), 1)
 
 
 def test_choices_may_be_several_fields():
     text, label = Texts([{"prompt": "Which?", "A": "x", "B": 3, "key": 1}], choices=["A", "B"], label="key")[0]
-    assert (text.choices, label) == (("x", "3"), 1)
+    assert (text.choices, label) == ((" x", " 3"), 1)
 
 
 def test_messages_are_a_chat_whose_last_one_may_be_the_answer():

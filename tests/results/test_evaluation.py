@@ -98,9 +98,7 @@ def test_score_tasks_uses_the_given_parameters_and_each_tasks_head(toy, toy_mode
     assert list(scores) == list(EXPERTS)
     for task in EXPERTS:
         with torch.no_grad():
-            expected = (
-                toy.heads[task](toy.encoder(images[task])).argmax(-1) == data.evaluation[task]._dataset.tensors[1]
-            )
+            expected = toy.heads[task](toy.encoder(images[task])).argmax(-1) == data.evaluation[task].source.tensors[1]
         assert torch.equal(scores[task].correct, expected)
     assert list(score_tasks(toy_model, toy_model.merge(), data, tasks=["blue"])) == ["blue"]
 
