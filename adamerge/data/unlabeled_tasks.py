@@ -295,11 +295,14 @@ class UnlabeledTasks(LightningDataModule):
         """Return the stream's samples that this device visits in ``steps`` steps (None: all), in ascending order.
 
         The order does not depend on the run's position, so that cached teacher outputs are the same
-        to the last bit after a resume.
+        to the last bit after a resume. Of mappings, whose answers may be as many as their positions, a batch is what a
+        step takes of a task; of tensors as many as are scored at once.
         """
         stream = self.streams[task]
         visited = range(len(stream)) if steps is None else self._steps().visited(task, steps)
-        batch_size = max(self.batch_size, self.evaluation_batch_size)
+        is_tensor = isinstance(stream[0].inputs, Tensor)
+        of_step = self.batch_size * self.batches_per_step
+        batch_size = max(self.batch_size, self.evaluation_batch_size) if is_tensor else of_step
         return self.loader(Subset(stream, visited), batch_size)
 
     def loader(self, stream: Dataset[TaskBatch], batch_size: int) -> DataLoader[TaskBatch]:

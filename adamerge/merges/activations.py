@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adamerge.data.batch import Inputs
+
 
 class Rows(NamedTuple):
     """Rows ``start : stop`` of a weight (out, in) that see the same inputs."""
@@ -88,3 +90,21 @@ def _inside_attention(module: nn.Module, path: str) -> bool:
     """Whether a Linear layer is a part of an ``nn.MultiheadAttention``."""
     parent = path.rpartition(".")[0]
     return path != "" and isinstance(module.get_submodule(parent), nn.MultiheadAttention)
+
+
+def without_padding(inputs: Tensor, of_network: Inputs, name: str) -> Tensor:
+    """Return a layer's inputs (N, in) without those at padding.
+
+    Args:
+        inputs: (..., in), with the axes of a mask before the last, or these flattened to one.
+        of_network: What the network was called with. Its masks are (B, S), False or 0 at padding, and their names end
+            with ``mask``, as transformers' do.
+        name: Of the layer's weight: in a decoder the decoder's own mask comes first.
+    """
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    masks = {} if isinstance(of_network, Tensor) else {k: m for k, m in of_network.items() if k.endswith("mask")}
+    is_decoder = "decoder" in name
+    for _, mask in sorted(masks.items(), key=lambda item: ("decoder" in item[0]) != is_decoder):
+        if mask.ndim == 2 and inputs.shape[:-1] in (mask.shape, torch.Size((mask.numel(),))):
+            return rows[mask.reshape(-1).bool()]
+    return rows

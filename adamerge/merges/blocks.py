@@ -1,6 +1,6 @@
 """An encoder's blocks as a chain: each block's output is the next one's input."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +11,17 @@ from torch.func import functional_call
 
 from adamerge.data.batch import Inputs
 from adamerge.errors import InputError, did_you_mean
-from adamerge.merges.activations import Take, linear_inputs
+from adamerge.merges.activations import Rows, linear_inputs
 from adamerge.model.merged_model import MergedModel
 
 
 @dataclass
 class BlockCall:
-    """The arguments of one call of a block."""
+    """The arguments of one call of a block, and what the network was called with."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: Inputs
 
 
 class BlockChain:
@@ -46,7 +47,7 @@ class BlockChain:
         call: list[BlockCall] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call.append(BlockCall(args, kwargs))
+            call.append(BlockCall(args, kwargs, inputs))
             raise _Entered
 
         handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -58,21 +59,28 @@ class BlockChain:
             handle.remove()
         return call[0]
 
-    def observe(self, block: int, params: Mapping[str, Tensor], calls: list[BlockCall], take: Take) -> None:
-        """Run one block on calls, and hand its Linear layers' inputs to ``take`` by the encoder's names."""
-        prefix = self._prefixes[block]
-        tensors = self._tensors(block, params)
-        with linear_inputs(
-            self._blocks[block], tensors, lambda rows, x: take(rows._replace(name=prefix + rows.name), x)
-        ) as swapped:
-            for call in calls:
+    def observe(
+        self, block: int, params: Mapping[str, Tensor], calls: list[BlockCall],
+        take: Callable[[Rows, Tensor, Inputs], None],
+    ) -> None:  # fmt: skip
+        """Run one block on calls, and hand its Linear layers' inputs to ``take``.
+
+        ``take`` gets the rows of a weight, by the encoder's name, their inputs, and what the network was called with.
+        """
+        prefix, tensors = self._prefixes[block], self._tensors(block, params)
+        for call in calls:
+
+            def named(rows: Rows, x: Tensor, inputs: Inputs = call.inputs) -> None:
+                take(rows._replace(name=prefix + rows.name), x, inputs)
+
+            with linear_inputs(self._blocks[block], tensors, named) as swapped:
                 self._run(block, swapped, call)
 
     def advance(self, block: int, params: Mapping[str, Tensor], calls: list[BlockCall]) -> None:
         """Run one block, and make its outputs the next block's inputs, in place."""
         tensors = self._tensors(block, params)
         for call in calls:
-            call.args = (self._run(block, tensors, call), *call.args[1:])
+            call.args = (_first(self._run(block, tensors, call)), *call.args[1:])
 
     def check(self, inputs: Inputs, params: Mapping[str, Tensor]) -> None:
         """Refuse blocks that are called in another way than one after the other.
@@ -91,7 +99,7 @@ class BlockChain:
             self._model(inputs, params)
         for i in range(len(self._blocks)):
             once = len(starts[i]) == len(ends[i]) == 1 and len(starts[i][0]) > 0
-            if not once or (i and not _same(starts[i][0][0], ends[i - 1][0])):
+            if not once or (i and not _same(starts[i][0][0], _first(ends[i - 1][0]))):
                 raise InputError(
                     f"RegMeanPlusPlus.blocks: the encoder does not call {self._prefixes[i].rstrip('.')!r} once, on the "
                     "output of the block before. Name another chain of blocks with blocks=PATH, or use regmean."
@@ -142,6 +150,11 @@ def open_chain(model: MergedModel, path: str | None) -> BlockChain:
 def _alike(module: nn.Module) -> bool:
     kinds = [type(child) for child in module.children()]
     return len(kinds) > 1 and len(set(kinds)) == 1
+
+
+def _first(output: Any) -> Any:
+    """Return what of a block's output goes on: of a tuple its first member."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -6,15 +6,16 @@ Legend: X_i inputs (tokens, in) of one Linear layer in expert i; W_i its weight 
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adamerge.data.batch import to
+from adamerge.data.batch import Inputs, to
 from adamerge.errors import InputError, check_number, shorten
 from adamerge.merges import Merged
-from adamerge.merges.activations import Rows, linear_inputs
+from adamerge.merges.activations import Rows, linear_inputs, without_padding
 from adamerge.merges.blocks import open_chain
 from adamerge.merges.calibration import batches, tasks_of
 from adamerge.merges.tensors import average, task_vector
@@ -71,10 +72,13 @@ class RegMean(_LeastSquares):
         for row, (expert, tasks) in enumerate(tasks_of(model, data).items()):
             log.info("Activations of expert %s", expert)
             grams = Grams(systems.names)
-            with linear_inputs(model.encoder, model.expert_parameters(expert), grams.take) as params:
-                for task in tasks:
-                    for inputs in batches(data, task, self.examples):
-                        model(to(inputs, pool.device), params)
+            expert_parameters = model.expert_parameters(expert)
+            for task in tasks:
+                for inputs in batches(data, task, self.examples):
+                    moved = to(inputs, pool.device)
+                    take = partial(grams.take, of_network=moved)
+                    with linear_inputs(model.encoder, expert_parameters, take) as params:
+                        model(moved, params)
             systems.add(grams, row)
         systems.check_any()
         for name in pool.names:
@@ -152,11 +156,11 @@ class Grams:
         self._products: dict[Rows, Tensor] = {}
         self._tokens: dict[Rows, int] = {}
 
-    def take(self, rows: Rows, inputs: Tensor) -> None:
-        """Add the inputs (..., in) of some rows of a weight."""
+    def take(self, rows: Rows, inputs: Tensor, of_network: Inputs) -> None:
+        """Add the inputs (..., in) of some rows of a weight; ``of_network`` says which of them are padding."""
         if rows.name not in self._names:
             return
-        tokens = inputs.reshape(-1, inputs.shape[-1])
+        tokens = without_padding(inputs, of_network, rows.name)
         product = tokens.T @ tokens
         self._products[rows] = self._products.get(rows, 0) + product
         self._tokens[rows] = self._tokens.get(rows, 0) + len(tokens)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from adamerge.data.batch import Outputs, TaskBatch
 from adamerge.methods.step import StepResult
@@ -47,24 +46,25 @@ def row_shares(
         batches: This device's parts of one step, task to batch.
         tasks: Those of all devices, in the same order on each.
     """
+    device = model.pool.device
     counts = torch.tensor(
         [[model.count_rows(batch[task].inputs) if task in batch else 0 for task in tasks] for batch in batches],
-        dtype=torch.float32,  # of which all devices know sums, exact below 2^24
-        device=model.pool.device,
+        dtype=torch.float32 if device.type == "mps" else torch.float64,
+        device=device,
     )
     shares = counts * ranks.count() / ranks.total(counts.sum(0)).clamp(min=1)
     return [dict(zip(tasks, row, strict=True)) for row in shares.tolist()]
 
 
-def shares_of_parts(outputs: Outputs, parts: Sequence[slice]) -> list[Tensor | None]:
+def shares_of_parts(outputs: Outputs, parts: Sequence[slice]) -> list[float | None]:
     """Return the factor of each part of a batch, 1 on average, so that the sum of their means is one of all rows.
 
     None stands for 1, where all rows of a batch count.
     """
     if outputs.valid is None or len(parts) == 1:
         return [None] * len(parts)
-    counts = torch.stack([outputs.valid[part].sum() for part in parts])
-    return list((counts * len(parts) / counts.sum().clamp(min=1)).unbind())
+    counts = torch.stack([outputs.valid[part].sum() for part in parts]).tolist()
+    return [count * len(parts) / max(1, sum(counts)) for count in counts]
 
 
 def has_rows(outputs: Outputs) -> bool:

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -219,45 +219,61 @@ def swapped(encoder: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool =
     return context
 
 
+class BatchFacts(NamedTuple):
+    """What decides which tasks share a forward pass.
+
+    Attributes:
+        kind: Equal for batches that can be joined.
+        size: Samples.
+        entries: Of one sample: its floating-point entries, and the positions of its longest tensor of whole numbers
+            (token ids) as many times as an embedding is wide. Pictures of bytes count as they are.
+    """
+
+    kind: Hashable
+    size: int
+    entries: int
+
+
+def facts_of(inputs: Inputs, width: int = 1) -> BatchFacts:
+    """Return the facts of a batch (B, ...), for an encoder whose embeddings have ``width`` entries."""
+    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
+    of_ids = [tensor for tensor in tensors if not tensor.is_floating_point() and tensor.ndim < 4]
+    positions = max((tensor[:1].numel() for tensor in of_ids), default=0)
+    entries = sum(tensor[:1].numel() for tensor in tensors if not any(tensor is ids for ids in of_ids))
+    return BatchFacts(kind(inputs), size(inputs), entries + positions * width)
+
+
 def fused(inputs: Mapping[str, Inputs], micro_batch: MicroBatch, width: int = 1) -> list[list[str]]:
     """Group tasks whose inputs agree in shape and dtype, so that one forward pass serves each group.
-
-    Small batches gain up to 3x from fusing. On a CPU large ones lose, once the activations of the
-    whole group have left the cache: ``"auto"`` closes a group before its inputs exceed ``_FUSED_ENTRIES``. Of images
-    the entries count; of a mapping its floating-point entries, and the positions of its longest tensor of whole numbers
-    (token ids) as many times as an embedding is wide.
 
     Args:
         inputs: Task to inputs (B, ...).
         micro_batch: Most inputs in a group, in whole tasks; ``"auto"`` for a rule by size; None for no limit.
-        width: Entries of an embedding.
+        width: Entries of an embedding, see :class:`BatchFacts`.
+    """
+    batches = {task: facts_of(batch, width) for task, batch in inputs.items()}
+    tensors = (t for batch in inputs.values() for t in ([batch] if isinstance(batch, Tensor) else batch.values()))
+    return grouped(batches, micro_batch, any(tensor.device.type == "cpu" for tensor in tensors))
+
+
+def grouped(batches: Mapping[str, BatchFacts], micro_batch: MicroBatch, on_cpu: bool) -> list[list[str]]:
+    """Group tasks by what is known of their batches.
+
+    Small batches gain up to 3x from fusing. On a CPU large ones lose, once the activations of the
+    whole group have left the cache: ``"auto"`` closes a group before its inputs exceed ``_FUSED_ENTRIES``.
     """
     kinds: dict[Hashable, list[list[str]]] = {}
-    for task, batch in inputs.items():
-        groups = kinds.setdefault(kind(batch), [[]])
+    for task, batch in batches.items():
+        groups = kinds.setdefault(batch.kind, [[]])
         limit: float = float("inf")
-        if micro_batch == "auto" and _device(batch).type == "cpu":
-            limit = _FUSED_ENTRIES // max(1, _entries(batch, width))
+        if micro_batch == "auto" and on_cpu:
+            limit = _FUSED_ENTRIES // max(1, batch.entries)
         elif isinstance(micro_batch, int):
             limit = micro_batch
-        if groups[-1] and sum(size(inputs[name]) for name in (*groups[-1], task)) > limit:
+        if groups[-1] and sum(batches[name].size for name in (*groups[-1], task)) > limit:
             groups.append([])
         groups[-1].append(task)
     return [group for groups in kinds.values() for group in groups]
-
-
-def _device(inputs: Inputs) -> torch.device:
-    return (inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))).device
-
-
-def _entries(inputs: Inputs, width: int) -> int:
-    """Return the entries of one sample, see :func:`fused`."""
-    if isinstance(inputs, Tensor):
-        return inputs[:1].numel() * (1 if inputs.is_floating_point() or inputs.ndim > 2 else width)
-    counts: dict[bool, list[int]] = {True: [0], False: [0]}
-    for tensor in inputs.values():
-        counts[tensor.is_floating_point()].append(tensor[:1].numel())
-    return sum(counts[True]) + max(counts[False]) * width
 
 
 def check_names(encoder: nn.Module, pool: ExpertPool) -> None:

@@ -17,10 +17,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from adamerge.data.batch import Outputs
+from adamerge.data.batch import Inputs, Outputs
 from adamerge.errors import InputError
 from adamerge.model.coefficients import Coefficients
-from adamerge.model.encoder import MicroBatch, fused, members, swapped
+from adamerge.model.encoder import (
+    BatchFacts,
+    MicroBatch,
+    embedding_width,
+    facts_of,
+    grouped,
+    members,
+    swapped,
+)
 from adamerge.model.granularity import GroupIndex
 from adamerge.model.merge import PullBack, merge_into
 from adamerge.model.merged_model import MergedModel
@@ -56,7 +64,7 @@ class ShardedWeights(WholeWeights):
         if not isinstance(encoder, FSDPModule):
             _shard(encoder, pool.compute_dtype, device)
         self._encoder: nn.Module = encoder
-        self._pool, self._index = pool, index
+        self._pool, self._index, self._width = pool, index, embedding_width(encoder)
         self.parameters = dict(encoder.named_parameters())
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in pool.shapes)
@@ -120,23 +128,24 @@ class ShardedWeights(WholeWeights):
         return swapped(self._encoder, {name: params.get(name, b) for name, b in buffers.items()}, strict=False)
 
     def passes(
-        self, inputs: Mapping[str, Tensor], micro_batch: MicroBatch
-    ) -> tuple[Mapping[str, Tensor], list[list[str]]]:
+        self, inputs: Mapping[str, Inputs], micro_batch: MicroBatch
+    ) -> tuple[Mapping[str, Inputs], list[list[str]]]:
         """Agree on the tasks of a step and the passes they share, by the largest batches of any process."""
-        kinds, device = _agreed(inputs), self._pool.device
-        passes = {task: inputs[task] if task in inputs else kind.zeros(device) for task, kind in kinds.items()}
-        return passes, fused({task: kind.like(device) for task, kind in kinds.items()}, micro_batch)
+        shared, device = _agreed(inputs, self._width), self._pool.device
+        passes = {task: inputs[task] if task in inputs else batch.stand_in(device) for task, batch in shared.items()}
+        facts = {task: batch.facts for task, batch in shared.items()}
+        return passes, grouped(facts, micro_batch, device.type == "cpu")
 
-    def padded(self, batches: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, bool]]:
-        """Yield batches of (task, inputs), and zeros in their place while other processes have more."""
+    def padded(self, batches: Iterable[tuple[str, Inputs]]) -> Iterator[tuple[str, Inputs, bool]]:
+        """Yield batches of (task, inputs), and a sample in their place while other processes have more."""
         iterator = iter(batches)
         while True:
             batch = next(iterator, None)
-            kinds = _agreed({} if batch is None else {batch[0]: batch[1]})
-            if not kinds:
+            shared = _agreed({} if batch is None else {batch[0]: batch[1]}, self._width)
+            if not shared:
                 return
-            task, kind = next(iter(kinds.items()))
-            yield (task, kind.zeros(self._pool.device), False) if batch is None else (*batch, True)
+            task, another = next(iter(shared.items()))
+            yield (task, another.stand_in(self._pool.device), False) if batch is None else (*batch, True)
 
     def zero(self, outputs: Mapping[str, Outputs]) -> Tensor:
         """Return a 0 that depends on all parameters, so that every process has gradients of the same ones."""
@@ -251,32 +260,64 @@ def _entries(parameter: Tensor) -> range:
     return range(first * width, first * width + parameter.to_local().numel())
 
 
-class BatchKind(NamedTuple):
-    """What processes tell one another of a batch: shape of an input, dtype, and number of inputs."""
+class SharedBatch(NamedTuple):
+    """What processes tell one another of a batch: its facts, and one sample of it.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    size: int
+    Of the sample, whole numbers (token ids and masks, which must go together) have their values; other tensors are told
+    of as shape and dtype.
+    """
 
-    def zeros(self, device: torch.device) -> Tensor:
-        """Return one input that stands in for a batch."""
-        return torch.zeros(1, *self.shape, dtype=self.dtype, device=device)
+    facts: BatchFacts
+    sample: Mapping[str, Tensor | tuple[tuple[int, ...], torch.dtype]]
+    is_mapping: bool
 
-    def like(self, device: torch.device) -> Tensor:
-        """Return a batch of this kind that takes no memory."""
-        return torch.zeros((), dtype=self.dtype, device=device).expand(self.size, *self.shape)
+    def stand_in(self, device: torch.device) -> Inputs:
+        """Return one sample that stands in for a batch: zeros, but for the whole numbers of a mapping."""
+        tensors = {
+            key: value.to(device)
+            if isinstance(value, Tensor)
+            else torch.zeros(1, *value[0], dtype=value[1], device=device)
+            for key, value in self.sample.items()
+        }
+        return tensors if self.is_mapping else tensors[""]
 
 
-def _agreed(inputs: Mapping[str, Tensor]) -> dict[str, BatchKind]:
-    """Return every process's tasks, in the same order on each, and the kind of their largest batches."""
-    here = {task: BatchKind(tuple(batch.shape[1:]), batch.dtype, len(batch)) for task, batch in inputs.items()}
-    kinds: dict[str, BatchKind] = {}
-    for task, kind in chain.from_iterable(part.items() for part in ranks.everyones(here)):
-        first = kinds.setdefault(task, kind)
-        if first[:2] != kind[:2]:
-            raise InputError(
-                f"Task {task!r}: a sharded model needs inputs of one shape and dtype on all devices, found "
-                f"{first.shape}, {first.dtype} and {kind.shape}, {kind.dtype}. Resize the images to one size."
-            )
-        kinds[task] = first._replace(size=max(first.size, kind.size))
-    return kinds
+def _shared(inputs: Inputs, width: int) -> SharedBatch:
+    is_mapping = not isinstance(inputs, Tensor)
+    tensors = {"": inputs} if isinstance(inputs, Tensor) else inputs
+    sample = {
+        key: tensor[:1].cpu()
+        if is_mapping and not tensor.is_floating_point()
+        else (tuple(tensor.shape[1:]), tensor.dtype)
+        for key, tensor in tensors.items()
+    }
+    return SharedBatch(facts_of(inputs, width), sample, is_mapping)
+
+
+def _agreed(inputs: Mapping[str, Inputs], width: int) -> dict[str, SharedBatch]:
+    """Return every process's tasks, in the same order on each, with the facts of their batches on all processes.
+
+    Tasks are of one kind where they are on every process; a process that lacks a task has another's sample of it.
+    """
+    by_rank = ranks.everyones({task: _shared(batch, width) for task, batch in inputs.items()})
+    shared: dict[str, SharedBatch] = {}
+    for task in dict.fromkeys(chain.from_iterable(by_rank)):
+        first = next(part[task] for part in by_rank if task in part)
+        batches = [part.get(task, first) for part in by_rank]
+        for batch in batches:
+            if not _alike(first, batch):
+                raise InputError(
+                    f"Task {task!r}: a sharded model needs inputs of one shape and dtype on all devices, found "
+                    f"{first.facts.kind} and {batch.facts.kind}. Resize the images to one size."
+                )
+        kinds = tuple(batch.facts.kind for batch in batches)
+        sizes, entries = zip(*((batch.facts.size, batch.facts.entries) for batch in batches), strict=True)
+        shared[task] = first._replace(facts=BatchFacts(kinds, max(sizes), max(entries)))
+    return shared
+
+
+def _alike(one: SharedBatch, two: SharedBatch) -> bool:
+    """Whether two processes' batches are of one shape; those of mappings may differ in length, as texts do."""
+    if one.is_mapping and two.is_mapping:
+        return one.sample.keys() == two.sample.keys()
+    return one.facts.kind == two.facts.kind
