@@ -23,6 +23,7 @@ class NonfiniteError(GuardError):
     """A loss, gradient or coefficient became NaN or infinite; the coefficients are the last good ones."""
 
 
+_MAX_PATTERN = 500  # characters of a regular expression, which takes time to compile
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 75
 
@@ -129,9 +130,11 @@ def check_pattern(option: str, value: str) -> re.Pattern[str]:
     Raises:
         InputError: If it is none.
     """
+    if isinstance(value, str) and len(value) > _MAX_PATTERN:
+        raise InputError(f"{option}: expected a regular expression of at most {_MAX_PATTERN} characters, found more.")
     try:
         return re.compile(value)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise InputError(f"{option}: {value!r} is not a regular expression ({error}).") from error
 
 

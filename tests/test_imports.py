@@ -27,7 +27,7 @@ TABLE = {
     "objectives": "model",
     "results": "backbones checkpoints data model pool system",
     "methods": "data model objectives system",
-    "callbacks": "data methods model results system",
+    "callbacks": "checkpoints data methods model results system",
     "commands": "system transforms checkpoints data pool backbones zoo model merges objectives results methods "
     "callbacks",
 }

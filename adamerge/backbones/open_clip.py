@@ -26,9 +26,10 @@ from adamerge.checkpoints.configurations import (
     differences,
 )
 from adamerge.checkpoints.hashes import digest
-from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
 from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.system.reading import read_json_mapping
 
 
 class ZeroShotHead(nn.Module):
@@ -318,7 +319,7 @@ class OpenClip:
 
     def _config(self) -> dict[str, Any]:
         if self._folder:
-            return read_json(self._folder / OPEN_CLIP_CONFIG)
+            return read_json_mapping(self._folder / OPEN_CLIP_CONFIG)
         import open_clip
 
         return {"model_cfg": open_clip.get_model_config(self.model)}

@@ -8,9 +8,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from adamerge.checkpoints.pickles import check_archive
 from adamerge.errors import InputError
-from adamerge.system.archives import ZIP_MAGIC, stored_members
 from adamerge.system.files import atomic_path
+
+_PARTS = {  # of a checkpoint of Lightning's, and their kinds
+    **{"state_dict": dict, "callbacks": dict, "loops": dict, "epoch": int, "global_step": int},
+    **{"optimizer_states": list, "lr_schedulers": list, "pytorch-lightning_version": str},
+}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,11 +44,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: If it is damaged, or a zip archive that torch does not write.
         """
+        check_archive(Path(path))
         try:
-            with Path(path).open("rb") as file:
-                if file.read(2) == ZIP_MAGIC:
-                    stored_members(file)
-            return super().load_checkpoint(path, map_location, weights_only)
+            content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         except OSError:
             raise
         except Exception as error:  # a damaged file can raise nearly anything in torch's reader
@@ -52,6 +55,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path}: damaged checkpoint ({reason or type(error).__name__}). Put a copy back, or remove the file "
                 "and start the run again in another folder."
             ) from error
+        _check_structure(content, path)
+        return content
+
+
+def _check_structure(content: Any, path: Path | str) -> None:
+    """Check that a checkpoint has the parts that Lightning writes.
+
+    Raises:
+        InputError: If one is missing, or of another kind.
+    """
+    parts = content if isinstance(content, dict) else {}
+    for key, kind in _PARTS.items():
+        if not isinstance(parts.get(key), kind) or isinstance(parts.get(key), bool):
+            found = type(parts[key]).__name__ if key in parts else "none"
+            raise InputError(
+                f"{path}: not a checkpoint of a run: expected {key} as {kind.__name__}, found {found}. Put a copy "
+                "back, or start the run again in another folder."
+            )
 
 
 def write_atomically(trainer: Trainer) -> None:

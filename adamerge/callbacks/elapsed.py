@@ -18,6 +18,7 @@ class Elapsed(Callback):
     """
 
     def __init__(self) -> None:
+        self.has_started = False  # training, so that nothing is restored any more
         self._before = 0.0
         self._watch: Stopwatch | None = None
 
@@ -33,7 +34,7 @@ class Elapsed(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting."""
-        self._watch = Stopwatch()
+        self._watch, self.has_started = Stopwatch(), True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop counting."""
@@ -56,5 +57,6 @@ def seconds_of(checkpoint: Path) -> float:
     """
     if not checkpoint.is_file():
         return 0.0
-    callbacks = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True).get("callbacks") or {}
-    return float(callbacks.get(_KEY, {}).get("seconds", 0.0))
+    state = AtomicCheckpointIO().load_checkpoint(checkpoint)["callbacks"].get(_KEY)
+    seconds = state.get("seconds") if isinstance(state, dict) else None
+    return float(seconds) if isinstance(seconds, (int, float)) else 0.0

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,16 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adamerge.checkpoints.hashes import file_hash
-from adamerge.checkpoints.pickles import read_pickle
+from adamerge.checkpoints.pickles import HARMLESS, read_pickle
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.system.files import atomic_path
+from adamerge.system.reading import open_regular
 
 log = logging.getLogger(__name__)
 
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
 _HEADER_LIMIT = 16_000_000  # bytes, over 100,000 tensors; reading a header as JSON takes many times its size
-# Classes that a state dict may hold values of, beside its tensors, as torch's own safe reader allows.
-_HARMLESS = {"builtins.bytearray", "builtins.complex", "collections.Counter", "torch.device"}
 # In the order of safetensors' own writer, which begins with the last; so every tensor lies where its size divides.
 _DTYPES = {
     "BOOL": torch.bool,
@@ -114,7 +114,7 @@ class FileCheckpoint(MemoryCheckpoint):
 
     def __init__(self, path: Path) -> None:
         pickled = read_pickle(path)
-        if pickled.is_module or set(pickled.inert) - _HARMLESS:
+        if pickled.is_module or set(pickled.inert) - HARMLESS:
             raise _refusal(path)
         if pickled.beside:
             log.warning(
@@ -204,7 +204,7 @@ def checkpoint_head(path: Path) -> bytes:
         raise FileNotFoundError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
     if path.is_dir():
         raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it.")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(16)
 
 
@@ -275,8 +275,8 @@ def safetensors_header(
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Read and check a safetensors header: its offsets must agree with the size of the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         raw = file.read(min(length, _HEADER_LIMIT))
     if not raw.startswith(b"{"):

@@ -9,8 +9,9 @@ from typing import Any
 
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.clip_configs import as_open_clip
-from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_json
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
 from adamerge.errors import InputError
+from adamerge.system.reading import read_json_mapping
 
 QUICK_GELU = "model_cfg.quick_gelu"
 _ACTIVATIONS = ("gelu", "quick_gelu")  # as Hugging Face's files call what quick_gelu is false and true of
@@ -89,9 +90,11 @@ def configuration_beside(checkpoint: Checkpoint) -> Configuration | None:
     if file is None or not file.is_file():
         return None
     if file.name == OPEN_CLIP_CONFIG:
-        return configuration_of(read_json(file), file)
+        return configuration_of(read_json_mapping(file), file)
     preprocessor = file.parent / _PREPROCESSOR
-    content = as_open_clip(read_json(file), read_json(preprocessor) if preprocessor.is_file() else {}, str(file))
+    content = as_open_clip(
+        read_json_mapping(file), read_json_mapping(preprocessor) if preprocessor.is_file() else {}, str(file)
+    )
     return None if content is None else configuration_of(content, file, is_hugging_face=True)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.system.files import save_json, sha256
+from adamerge.system.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def _read(entry: Path | None, state: dict[str, int]) -> str | None:
     if entry is None:
         return None
     try:
-        content = json.loads(entry.read_text(encoding="utf-8"))
+        content = read_json(entry)
         kept = str(content["sha256"])
         return kept if all(content[key] == value for key, value in state.items()) else None
     except (OSError, ValueError, KeyError, TypeError):

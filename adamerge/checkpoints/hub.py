@@ -3,7 +3,6 @@
 Opening a reference never touches the network; :meth:`HubReference.fetch` alone does, for ``adamerge pool fetch``.
 """
 
-import json
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.errors import InputError
+from adamerge.system.reading import read_json_mapping
 
 _SCHEME = re.compile(r"hf:/{1,2}")  # a Path joins the two slashes
 _PARTS = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.%-]+))?(?:/(?P<file>[^/].*))?")
@@ -184,7 +184,7 @@ def _has_weights(folder: Path, suffix: str) -> bool:
         shards = [
             index.parent / Path(file).name
             for index in indices
-            for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            for file in read_json_mapping(index)["weight_map"].values()
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         return True  # the error of a damaged index is that of its reader, which names it

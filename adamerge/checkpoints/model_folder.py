@@ -1,17 +1,16 @@
 """Checkpoints as libraries keep them, files and folders, all seen under open_clip's names."""
 
-import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.clip_names import as_own, is_hugging_face
 from adamerge.checkpoints.composed import ComposedCheckpoint, Piece, tell_once, unwrapped
 from adamerge.checkpoints.hub import located
 from adamerge.errors import InputError, shorten
+from adamerge.system.reading import read_json_mapping
 
 HF_CONFIG = "config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -35,7 +34,7 @@ def open_shards(index: Path) -> ComposedCheckpoint:
         FileNotFoundError: If a file is missing.
         InputError: If the index or a file is damaged, or a file lacks a tensor.
     """
-    places = read_json(index).get("weight_map")
+    places = read_json_mapping(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise InputError(f"{index}: weight_map: expected a mapping from tensor names to file names. Copy it again.")
     # Names only: an index must not lead out of its folder.
@@ -133,21 +132,6 @@ def open_model(
     return seen
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of JSON that holds a mapping.
-
-    Raises:
-        InputError: If it holds anything else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}). Copy it again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping, found {type(content).__name__}. Copy it again.")
-    return content
-
-
 def _tell_unread(folder: Path, config: Path) -> None:
     """Warn of weights in a model's folder that belong to it and are not read, as sentence-transformers has them."""
     weights = [path for name in _WEIGHTS[HF_CONFIG] for path in sorted(folder.glob(f"*/{name}"))]
@@ -160,4 +144,4 @@ def _tell_unread(folder: Path, config: Path) -> None:
 
 def _is_model(config: Path) -> bool:
     """Return whether a configuration is that of a model of its own, such as an earlier checkpoint."""
-    return config.is_file() and "model_type" in read_json(config)
+    return config.is_file() and "model_type" in read_json_mapping(config)

@@ -3,6 +3,7 @@
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,12 @@ from adamerge.checkpoints.inert import Budget, Record, Storage
 from adamerge.checkpoints.unpickler import InertUnpickler, Stream
 from adamerge.errors import InputError, shorten
 from adamerge.system.archives import ZIP_MAGIC, Damaged, Refused, stored_members
+from adamerge.system.memory import free_memory
+from adamerge.system.reading import open_regular
 
 MAX_STEPS = 2_000_000  # 5,000 tensors take 330,000 as a state dict, 900,000 as a module, 1,500,000 in a plain pickle
+# Classes that a state dict may hold values of, beside its tensors, as torch's own safe reader allows.
+HARMLESS = {"builtins.bytearray", "builtins.complex", "collections.Counter", "torch.device"}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _NESTS = ("state_dict", "model_state_dict", "model")
@@ -66,15 +71,42 @@ def read_pickle(path: Path, entry: str | None = None) -> PickledTensors:
         InputError: If it is damaged, contradicts itself, asks for what no checkpoint needs, holds no tensors, or would
             be many times larger once written.
     """
-    with path.open("rb") as file:
-        if not (head := file.read(2)):
+    with _open(path) as (file, mapped):
+        root, inert, form = _root(file, mapped)
+        holder, entries, is_module, beside = _state_dict(root, entry)
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    _check(path, tensors, holder, beside, len(mapped))
+    others = [name for name in entries if name not in tensors]
+    left_out = tuple(str(name)[:80] if isinstance(name, (str, int)) else type(name).__name__ for name in others)
+    return PickledTensors(tensors, holder, is_module, left_out, beside, tuple(sorted(inert)), form)
+
+
+def check_archive(path: Path) -> None:
+    """Check a file of ``torch.save`` before torch's own reader gets it, which takes as much memory as a file asks for.
+
+    Raises:
+        OSError: If it cannot be read.
+        InputError: If it is no zip archive, holds other objects than tensors and plain containers, or see
+            :func:`read_pickle`.
+    """
+    with _open(path) as (file, mapped):
+        if bytes(mapped[: len(ZIP_MAGIC)]) != ZIP_MAGIC:
+            raise Damaged("no zip archive")
+        if len(mapped) > free_memory() // 2:
+            raise InputError(f"its {len(mapped) / 1e9:.1f} GB do not fit into the memory that is free.")
+        _, inert, _ = _root(file, mapped)
+        if objects := inert - HARMLESS:
+            raise Refused(f"it holds objects of {shorten(sorted(objects))}")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[IO[bytes], memoryview]]:
+    """Open a file and map it; what the block finds wrong is said with the file's name."""
+    with open_regular(path) as file:
+        if not file.read(1):
             raise InputError(f"{path}: empty file, expected a checkpoint.")
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        budget = Budget(MAX_STEPS, 2 * len(mapped))
         try:
-            read = partial(_read_zip, file) if head == ZIP_MAGIC else _read_stream
-            root, inert, form = read(mapped, budget, partial(_read_nested, budget))
-            holder, entries, is_module, beside = _state_dict(root, entry)
+            yield file, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         except Refused as error:
             raise InputError(
                 f"{path}: refused, nothing was run: {error}. Trust no such file; ask its author for safetensors."
@@ -83,11 +115,13 @@ def read_pickle(path: Path, entry: str | None = None) -> PickledTensors:
             raise InputError(f"{path}: truncated or damaged torch file ({error}). Copy or export it again.") from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-    _check(path, tensors, holder, beside, len(mapped))
-    others = [name for name in entries if name not in tensors]
-    left_out = tuple(str(name)[:80] if isinstance(name, (str, int)) else type(name).__name__ for name in others)
-    return PickledTensors(tensors, holder, is_module, left_out, beside, tuple(sorted(inert)), form)
+
+
+def _root(file: IO[bytes], mapped: memoryview) -> tuple[Any, set[str], str]:
+    """Return what a file holds, the classes and functions it names beside ours, and its format in words."""
+    budget = Budget(MAX_STEPS, 2 * len(mapped))
+    read = partial(_read_zip, file) if bytes(mapped[: len(ZIP_MAGIC)]) == ZIP_MAGIC else _read_stream
+    return read(mapped, budget, partial(_read_nested, budget))
 
 
 def _read_zip(file: IO[bytes], mapped: memoryview, budget: Budget, nested: _Nested) -> tuple[Any, set[str], str]:

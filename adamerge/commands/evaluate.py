@@ -54,13 +54,13 @@ def evaluate(
         _evaluate_by_harness(run_dir.absolute(), harness, include_path, as_json=as_json)
         return
     from adamerge.callbacks.elapsed import seconds_of
-    from adamerge.checkpoints.model_folder import read_json
     from adamerge.commands.run.folder import LAST, load_config
     from adamerge.commands.run.run import assemble
     from adamerge.data.corruptions import read_corruptions
     from adamerge.results.evaluation import summary, table
     from adamerge.results.scoring import MergeResult, score_run
     from adamerge.system.files import save_json
+    from adamerge.system.reading import read_json_mapping
 
     chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
     run_dir = run_dir.absolute()
@@ -68,7 +68,7 @@ def evaluate(
     config = load_config(run_dir)
     assembly = assemble(config)
     path = run_dir / "summary.json"
-    before = {} if checkpoint or not path.is_file() else read_json(path)["rows"].get(str(config.name), {})
+    before = {} if checkpoint or not path.is_file() else read_json_mapping(path)["rows"].get(str(config.name), {})
     name = _row_name(file) if checkpoint else str(config.name)
     seconds = 0.0 if checkpoint else before.get("seconds") or seconds_of(run_dir / LAST)
     result = MergeResult(name, file, seconds, int(config.seed), before.get("uses_labels", False))

@@ -213,8 +213,9 @@ def _final(assembly: Assembly) -> dict[str, Tensor]:
 def _restore(coefficients: Coefficients, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint}: no such checkpoint. Has the run saved one yet? Give --coefficients instead.")
-    state = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)["state_dict"]
-    raw = state["model.coefficients.raw"]
+    raw = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"].get("model.coefficients.raw")
+    if not isinstance(raw, Tensor) or not raw.is_floating_point() or not raw.isfinite().all():
+        raise InputError(f"{checkpoint}: expected finite coefficients in it, found none. Is it a run's checkpoint?")
     if raw.shape != coefficients.raw.shape:
         raise InputError(
             f"{checkpoint}: expected coefficients of shape {tuple(coefficients.raw.shape)}, found {tuple(raw.shape)}."

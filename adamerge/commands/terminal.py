@@ -10,7 +10,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from adamerge.errors import GuardError, InputError
 from adamerge.results.numbers import size
 from adamerge.results.table import Table
 from adamerge.system import progress, ranks
+from adamerge.system.files import open_own
 
 EXIT_INPUT = 2
 EXIT_GUARD = 3
@@ -195,10 +196,11 @@ def quiet_lightning() -> None:
 def log_to(path: Path) -> Iterator[None]:
     """Keep a complete log in the run's folder: messages, progress, what the terminal shows, and how it ended.
 
-    The file is made with its first line; a resumed run goes on in it.
+    A resumed run goes on in it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    stream = os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
@@ -216,6 +218,8 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+        with suppress(OSError):  # of lines that a full disk did not take
+            stream.close()
 
 
 def record(shown: RenderableType) -> None:

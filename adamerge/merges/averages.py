@@ -4,7 +4,6 @@ Legend: E experts; tau_e task vectors. All parameters that merge are treated ali
 """
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +16,7 @@ from adamerge.merges import Merged
 from adamerge.merges.tensors import average, weighted
 from adamerge.model.starts import stock_ratio
 from adamerge.pool.pool import ExpertPool
-from adamerge.transforms.depth import block_order
+from adamerge.transforms.depth import block_order, blocks_of
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class LayerSwapping:
         """Yield names and parameters: the outer expert's, the inner one's, or between them their mean."""
         check_choice("LayerSwapping.outer", self.outer, pool.expert_names)
         check_choice("LayerSwapping.inner", self.inner, pool.expert_names)
-        block_of = {name: match.group() for name in pool.names if (match := re.search(self.blocks, name))}
+        block_of = blocks_of(pool.names, self.blocks, "LayerSwapping.blocks")
         order = {block: number for number, block in enumerate(sorted(set(block_of.values()), key=block_order))}
         if self.bottom + self.top + 2 * self.transition > len(order):
             raise InputError(

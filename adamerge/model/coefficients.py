@@ -4,7 +4,6 @@ Legend: E experts, G groups; coefficients are (E, G), expert axis first, float32
 float64) whatever the model's dtype: in bfloat16 one ulp at 0.33 is larger than an Adam step of 1e-3.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from adamerge.pool.describe import describe, describe_task_vectors
 from adamerge.pool.headers import Headers
 from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import save_json, sha256
+from adamerge.system.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -244,10 +244,7 @@ def load_coefficients(path: Path, pool: ExpertPool, granularity: Granularity | N
         FileNotFoundError: If the file, or the tensor file it names, does not exist.
         InputError: If it is not a coefficients file or belongs to another pool.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not a coefficients file: expected JSON ({error}).") from error
+    content = read_json(path)
     if isinstance(content, dict) and "tensors" in content:
         check_content(content, pool, str(path))
         beside = path.parent / Path(str(content["tensors"])).name

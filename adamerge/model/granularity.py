@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from adamerge.errors import InputError, check_choice, check_number, check_pattern, did_you_mean
-from adamerge.transforms.depth import BLOCK_PATTERN
+from adamerge.errors import InputError, check_choice, check_number, did_you_mean
+from adamerge.system.patterns import search_all
+from adamerge.transforms.depth import BLOCK_PATTERN, blocks_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -138,13 +139,8 @@ class Block:
 
     def __call__(self, shapes: Shapes) -> GroupIndex:
         """Return one group per block."""
-        expression = check_pattern("granularity.pattern", self.pattern)
-
-        def block(name: str) -> str:
-            match = expression.search(name)
-            return match.group() if match else "stem"
-
-        return _shared(shapes, block)
+        blocks = blocks_of(shapes, self.pattern, "granularity.pattern")
+        return _shared(shapes, lambda name: blocks.get(name, "stem"))
 
 
 @dataclass(frozen=True)
@@ -166,11 +162,10 @@ class Pattern:
         """
         if not isinstance(self.groups, Mapping):
             raise InputError(f"granularity.groups: expected group name to pattern, found {self.groups!r}.")
-        expressions = {
-            group: check_pattern(f"granularity.groups[{group!r}]", pattern) for group, pattern in self.groups.items()
-        }
-        chosen = {name: next((group for group, e in expressions.items() if e.search(name)), "rest") for name in shapes}
-        for group in expressions:
+        options = {group: f"granularity.groups[{group!r}]" for group in self.groups}
+        found = search_all({options[group]: pattern for group, pattern in self.groups.items()}, shapes)
+        chosen = {name: next((group for group in options if name in found[options[group]]), "rest") for name in shapes}
+        for group in options:
             if group not in chosen.values():
                 raise InputError(
                     f"granularity.groups[{group!r}]: the pattern {self.groups[group]!r} decides for no parameter. "

@@ -18,6 +18,7 @@ import yaml
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model.coefficients_file import FORMAT
 from adamerge.system.files import sha256
+from adamerge.system.reading import read_text
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -90,11 +91,7 @@ def chosen_list(target: str) -> PublishedList:
             f"coefficients import {target}: no such file, and no list of that name ships; shipped: "
             f"{', '.join(shipped)}.{did_you_mean(target, shipped)}"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise _no_list(target, str(error)) from error
-    return PublishedList(path.stem, _rows_of(text, target), {"file": path.name, "sha256": sha256(path)})
+    return PublishedList(path.stem, _rows_of(read_text(path), target), {"file": path.name, "sha256": sha256(path)})
 
 
 def named_coefficients(

@@ -3,10 +3,9 @@
 What is not understood is refused: an adapter that is read half merges into wrong weights in silence.
 """
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,12 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.pool.low_rank import LowRank, matrix_shape
 from adamerge.pool.places import BIAS, WEIGHT, Place, places_of
 from adamerge.system.files import combined_hash, sha256
+from adamerge.system.patterns import search_all
+from adamerge.system.reading import read_json
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PATTERNS = ("rank_pattern", "alpha_pattern")  # options from a regular expression of modules to a number
 _PREFIX = "base_model.model."
 _PAIR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.default)?(?:\.(?P<kind>weight|bias))?$"
@@ -91,6 +93,7 @@ class AdapterCheckpoint:
             raise InputError(
                 f"{self._file.name}: no LoRA weights: expected keys such as '{_PREFIX}NAME.lora_A.weight'."
             )
+        self._matching = self._match_patterns({*pairs, *biases})
         place = self._place(pairs, biases, prefix)
         self._pairs = {str(place.key(name, WEIGHT)): pair for name, pair in pairs.items()}
         self._biases = {str(place.key(name, BIAS)): (key, self._scale(name, key)) for name, key in biases.items()}
@@ -230,10 +233,17 @@ class AdapterCheckpoint:
             )
         return times * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else float(rank))
 
+    def _match_patterns(self, names: Iterable[str]) -> dict[tuple[str, str], Collection[str]]:
+        """Return the modules that each pattern of the configuration matches, as peft matches them."""
+        modules = sorted({name.partition(".base_layer")[0] for name in names})
+        keys = [(option, str(key)) for option in _PATTERNS for key in self._config.get(option) or {}]
+        where = {(option, key): f"{self._config_file}: {option}[{key!r:.60}]" for option, key in keys}
+        found = search_all({where[option, key]: rf"(?:^|\.)(?:{key})$" for option, key in keys}, modules)
+        return {key: found[text] for key, text in where.items()}
+
     def _of_pattern(self, option: str, module: str, default: Any) -> Any:
         patterns: Mapping[str, Any] = self._config.get(option) or {}
-        matches = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        return next(matches, default)
+        return next((value for key, value in patterns.items() if module in self._matching[option, key]), default)
 
 
 def open_expert(path: Path | str, base: Checkpoint, prefix: str = "") -> Checkpoint:
@@ -294,8 +304,8 @@ REMEDY = "Merge it into a full checkpoint with peft's merge_and_unload, and use 
 def _read_config(path: Path) -> Mapping[str, Any]:
     """Read and check ``adapter_config.json``."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        config = read_json(path)
+    except OSError as error:
         raise InputError(f"{path}: not readable as JSON ({error}). Save the adapter again.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
@@ -311,17 +321,12 @@ def _read_config(path: Path) -> Mapping[str, Any]:
             f"{path}: init_lora_weights: {init!r} moved part of the base into the adapter, expected one of "
             f"{shorten([str(kind) for kind in _PLAIN_INITS])}. {REMEDY}"
         )
-    for option in ("rank_pattern", "alpha_pattern"):
-        _check_patterns(path, option, config.get(option))
+    for option in _PATTERNS:
+        if not isinstance(config.get(option) or {}, dict):
+            raise InputError(
+                f"{path}: {option}: expected a mapping from patterns to numbers, found {config[option]!r:.80}."
+            )
     return config  # type: ignore[no-any-return]
-
-
-def _check_patterns(path: Path, option: str, patterns: Any) -> None:
-    try:
-        for pattern in patterns or {}:
-            re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise InputError(f"{path}: {option}: expected a mapping from patterns to numbers ({error}).") from error
 
 
 def _clean(key: str) -> str | None:

@@ -127,7 +127,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
         text = (file.metadata() or {}).get(METADATA)
     try:
         content = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     required = {"format", "experts", "hashes", "transform", "dtype", "unchanged"}
     return content if isinstance(content, dict) and required <= set(content) else None

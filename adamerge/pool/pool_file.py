@@ -29,6 +29,7 @@ from adamerge.pool.lora import open_expert
 from adamerge.pool.options import PoolOptions
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.task_vectors import dtype_of
+from adamerge.system.reading import read_yaml_text
 from adamerge.transforms import Transform
 
 DEFAULTS = {
@@ -218,7 +219,7 @@ def load_pool_file(path: Path) -> PoolFiles:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such pool file.")
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.create(read_yaml_text(path)), resolve=True)
     except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
         raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
     return pool_files(content, f"{path}: ", path.parent)

@@ -209,6 +209,8 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 def _write_open_clip(folder: Path, merged: Path, config: Mapping[str, Any]) -> None:
     """Lay the checkpoint out as open_clip's ``local-dir:`` wants it; the weights are a hard link where possible."""
+    if folder.is_symlink():
+        raise InputError(f"{folder}: expected a folder of the export's own, found a link. Remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     save_json(config, folder / "open_clip_config.json")
     target = folder / "open_clip_model.safetensors"

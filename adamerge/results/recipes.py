@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from adamerge.checkpoints.model_folder import read_json
 from adamerge.errors import InputError
+from adamerge.system.reading import read_json_mapping
 
 PLACES = ("run_dir", "resume", "cwd", "command", "job", "logger.")  # options, or their starts: where and how a run runs
 
@@ -40,7 +40,7 @@ def read_recipe(path: Path, command: str, keys: Sequence[str]) -> dict[str, Any]
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe.")
-    content = read_json(path)
+    content = read_json_mapping(path)
     missing = [key for key in keys if key not in content]
     if missing:
         raise InputError(

@@ -1,6 +1,7 @@
 """Writing that leaves no half files, and hashes of what was written."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.errors import InputError
+from adamerge.system.reading import check_regular, open_regular
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
@@ -92,9 +94,48 @@ def remove_temporaries(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def open_own(path: Path, flags: int = os.O_RDWR) -> int:
+    """Open a file of a folder that may be a stranger's, to write to it, and return its descriptor; made if needed.
+
+    Raises:
+        OSError: If it cannot be opened.
+        InputError: If it is a link, which could lead to any file, or no regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise InputError(f"{path}: expected a file to write to, found a link. Remove it.") from error
+        if error.errno in (errno.ENXIO, errno.EISDIR):
+            raise InputError(f"{path}: expected a file to write to, found something else. Remove it.") from error
+        raise
+    try:
+        check_regular(path, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_inside(folder: Path) -> None:
+    """Check that no link in a folder leads out of it, so that what is written below stays there.
+
+    Raises:
+        InputError: If one does.
+    """
+    home = folder.resolve()
+    for parent, folders, files in os.walk(folder):  # does not follow links
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise InputError(
+                    f"{path}: a link that leads out of {folder}, where files are to be written. Remove it, or put what "
+                    "it leads to in its place."
+                )
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

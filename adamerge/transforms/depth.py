@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adamerge.errors import InputError, check_number, check_pattern
+from adamerge.errors import InputError, check_number
+from adamerge.system.patterns import search_all
 from adamerge.transforms.protocol import Source, TransformFunction, total
 
 BLOCK_PATTERN = r"^.*?\.\d+(?=\.)"  # of a parameter's name: everything up to the first number, transformer.resblocks.3
@@ -62,9 +63,8 @@ def relative_depths(names: Iterable[str], pattern: str = BLOCK_PATTERN) -> dict[
     >>> relative_depths(["conv1", "blocks.0.w", "blocks.10.w", "blocks.2.w"])
     {'conv1': 0.0, 'blocks.0.w': 0.0, 'blocks.10.w': 1.0, 'blocks.2.w': 0.5}
     """
-    expression = check_pattern("pattern", pattern)
     names = list(names)
-    blocks = {name: match.group() for name in names if (match := expression.search(name))}
+    blocks = blocks_of(names, pattern)
     if not blocks:
         raise InputError(
             f"pattern: {pattern!r} matches no parameter, so there are no blocks to tell depth by. "
@@ -82,6 +82,15 @@ def relative_depths(names: Iterable[str], pattern: str = BLOCK_PATTERN) -> dict[
         return members.index(_numbers(blocks[name])) / max(len(members) - 1, 1)
 
     return {name: depth(name) for name in names}
+
+
+def blocks_of(names: Iterable[str], pattern: str, option: str = "pattern") -> dict[str, str]:
+    """Return the block of each parameter whose name has one: what a regular expression matches of it.
+
+    Raises:
+        InputError: If the pattern is no regular expression, or takes too long to match.
+    """
+    return search_all({option: pattern}, names)[option]
 
 
 def _alpha(source: Source) -> float:

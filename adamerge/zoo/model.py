@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adamerge.system.reading import read_json_mapping
 from adamerge.zoo.tokenizer import CONTEXT_LENGTH
 
 if TYPE_CHECKING:
@@ -76,4 +76,4 @@ def create_model(folder: str | Path | None = None) -> CLIP:
         FileNotFoundError: If the folder has no ``open_clip_config.json``.
     """
     path = (files() if folder is None else Path(folder)) / CONFIG_FILE
-    return model_from_config(json.loads(path.read_text(encoding="utf-8")))
+    return model_from_config(read_json_mapping(path))

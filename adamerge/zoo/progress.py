@@ -9,6 +9,7 @@ from typing import Any
 
 from adamerge.errors import InputError
 from adamerge.system.files import save_json, sha256
+from adamerge.system.reading import read_json
 
 
 class BuildRecord:
@@ -76,7 +77,7 @@ class BuildRecord:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(path)
         return {**content, **{key: dict(content.get(key, {})) for key in ("sha256", "seconds", "held_out_accuracy")}}
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: expected what a build writes, found no such JSON. Remove the file.") from error

@@ -19,10 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from adamerge.checkpoints.model_folder import read_json
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.run import adapt
 from adamerge.system.files import save_json
+from adamerge.system.reading import read_json
 
 _COMBINED = "objective=combine +objective.terms.hidden._target_=adamerge.objectives.alignment.Alignment"
 _HIDDEN = f"{_COMBINED} ~objective.terms.infomax ~objective.weights.infomax +objective.terms.hidden.logit_weight=0"

@@ -319,7 +319,7 @@ def test_load_coefficients_of_another_pool_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000])
 def test_load_coefficients_not_json_is_named(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"x\.json: not a coefficients file: expected JSON"):
+    with pytest.raises(InputError, match=r"x\.json: not readable as JSON"):
         load_coefficients(tmp_path / "x.json", POOL)
 
 

@@ -25,6 +25,7 @@ from adamerge.results.evaluation import table
 from adamerge.results.report import drawing
 from adamerge.results.report.run_charts import rows_with_means
 from adamerge.system.files import atomic_path, save_json
+from adamerge.system.reading import read_json_mapping
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _write(plan: Plan, results: Mapping[tuple[int, str], Any], console: Console)
 def read(folder: Path) -> dict[str, Any] | None:
     """Return the ``summary.json`` of a comparison; None where no row could be made."""
     path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json_mapping(path) if path.is_file() else None
 
 
 def _key(plan: Plan, seed: int, name: str) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _stored(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_mapping(path)
         result: dict[str, Any] = content.pop("result")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: no result of `adamerge compare`; remove the file to make the row again.") from error

@@ -37,6 +37,7 @@ from adamerge.results.scoring import checkpoint_parameters, score_experts, score
 from adamerge.system.files import save_json
 from adamerge.system.memory import peak_memory, restart_peak
 from adamerge.system.progress import Stopwatch
+from adamerge.system.reading import read_json
 
 SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)
@@ -283,7 +284,7 @@ def _check_same(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Return the record of an interrupted row's start; refuse to go on with other options."""
     path = folder / _STARTED
     try:
-        begun: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        begun: dict[str, Any] = read_json(path)
         changed = differing(json.loads(json.dumps(_options(spec, config))), begun["options"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         changed = [f"unknown, as {path.name} is missing or damaged"]

@@ -1,6 +1,5 @@
 """Compare a run's pool, data and start with one another: the part of a check that opens files, headers only."""
 
-import json
 import logging
 import math
 import shutil
@@ -32,6 +31,7 @@ from adamerge.pool.headers import Headers
 from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
 from adamerge.system.memory import free_memory
+from adamerge.system.reading import read_json
 from adamerge.transforms import Transform
 
 log = logging.getLogger(__name__)
@@ -192,10 +192,10 @@ def _check_start_file(path: Path) -> None:
         InputError: If not.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise InputError(f"init: {path}: no such file. Name a coefficients.json that a run has written.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, InputError) as error:
         raise InputError(f"init: {path}: not a coefficients file: expected JSON ({error}).") from error
     if not isinstance(content, dict) or "coefficients" not in content:
         raise InputError(f"init: {path}: not a coefficients file: expected the coefficients.json of a run.")

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from adamerge.commands.run.stages import STAGE, START
 from adamerge.errors import InputError
 from adamerge.results.recipes import PLACES, flat
-from adamerge.system.files import atomic_path, ensure_writable, remove_temporaries
+from adamerge.system.files import atomic_path, check_inside, ensure_writable, open_own, remove_temporaries
+from adamerge.system.reading import read_yaml_text
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,11 @@ def held(folder: Path, *, unused: bool = False, option: str = "run_dir") -> Iter
         option: What the user names the folder with, for the message.
 
     Raises:
-        InputError: If the folder cannot be written to, another process holds it, or it is used.
+        InputError: If the folder cannot be written to, has links that lead out of it, another process holds it, or it
+            is used.
     """
     ensure_writable(folder)
+    check_inside(folder)
     path = folder / LOCK
     file = _locked(path, option)
     try:
@@ -58,7 +61,7 @@ def held(folder: Path, *, unused: bool = False, option: str = "run_dir") -> Iter
 def _locked(path: Path, option: str) -> int:
     """Open and lock a file; return its descriptor."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open_own(path)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -70,7 +73,7 @@ def _locked(path: Path, option: str) -> int:
                     f"choose another {option}."
                 ) from error
             log.warning("%s cannot be locked (%s): start no second run there.", path.parent, error.strerror)
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            return open_own(path)
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(file).st_ino == path.stat().st_ino:
                 os.ftruncate(file, 0)
@@ -105,14 +108,32 @@ def load_config(folder: Path) -> DictConfig:
                 f"{merged}; or beside others: adamerge compare --rows RULE --out DIR."
             )
         raise InputError(f"{folder}: not a run folder: it has no {CONFIG_FILE}. {remedy}")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    config = _stored(path)
     config.run_dir = str(folder)
-    if config.get("cwd") and Path(config.cwd).is_dir():
+    if isinstance(config.get("cwd"), str) and Path(config.cwd).is_dir():
         os.chdir(config.cwd)
-    for logger in (config.get("logger") or {}).values():
-        if "save_dir" in logger:
+    loggers = config.get("logger")
+    for logger in loggers.values() if isinstance(loggers, DictConfig) else ():
+        if isinstance(logger, DictConfig) and "save_dir" in logger:
             logger.save_dir = str(folder)
+    return config
+
+
+def _stored(path: Path) -> DictConfig:
+    """Read a configuration that :func:`save_config` wrote, in which every interpolation is resolved.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    text = read_yaml_text(path)
+    if "${" in text:  # nested ones double the text with each
+        raise InputError(f"{path}: expected values, found an interpolation, ${{...}}, which no run writes there.")
+    try:
+        config = OmegaConf.create(text)
+    except Exception as error:  # whatever a yaml parser or OmegaConf finds wrong
+        raise InputError(f"{path}: not a run's configuration: {' '.join(str(error).split())[:200]}.") from error
+    if not isinstance(config, DictConfig):
+        raise InputError(f"{path}: not a run's configuration: expected a mapping, found a list.")
     return config
 
 
@@ -132,7 +153,7 @@ def check_unused(folder: Path) -> None:
 def is_of_job(folder: Path, job: str | None) -> bool:
     """Whether a folder holds the run of a scheduler's job."""
     path = folder / CONFIG_FILE
-    return job is not None and path.is_file() and bool(OmegaConf.select(OmegaConf.load(path), "job") == job)
+    return job is not None and path.is_file() and bool(_stored(path).get("job") == job)
 
 
 def remove_unstarted(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Run: objects from a configuration, one or two stages fitted, the export, its score and the report."""
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -54,6 +53,7 @@ from adamerge.system import progress, ranks
 from adamerge.system.files import ensure_writable, save_json, sha256
 from adamerge.system.memory import peak_memory
 from adamerge.system.progress import Stopwatch
+from adamerge.system.reading import read_json_mapping
 
 log = logging.getLogger(__name__)
 
@@ -265,8 +265,9 @@ def _fit(
     method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
     method.recipe = plain(config)
+    elapsed = Elapsed()
     observers = [MergingProgress(description), UnlabeledCriteria()]
-    callbacks = [*observers, *_callbacks(config, folder), *exports, Elapsed(), GracefulStop(folder / LAST)]
+    callbacks = [*observers, *_callbacks(config, folder), *exports, elapsed, GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **trainer_options()}
     loggers = [build(config, f"logger.{name}") for name in config.logger or {}]
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers or False, **options)
@@ -279,6 +280,13 @@ def _fit(
             save_coefficients(assembly.model.coefficients, folder / LAST_GOOD, assembly.pool)
         raise GuardError(
             f"{error} The last good coefficients are in {folder / LAST_GOOD}: start from them with init=FILE."
+        ) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if saved is None or elapsed.has_started or isinstance(error, (InputError, GuardError)):
+            raise
+        raise InputError(
+            f"{saved}: does not belong to this run, or is damaged: {type(error).__name__} as it was restored "
+            f"({' '.join(str(error).split())[:200]}). Put a copy back, or start the run again in another folder."
         ) from error
     trainer.save_checkpoint(folder / LAST)  # the last step, whatever checkpoint_every is
     return trainer
@@ -298,7 +306,7 @@ def head_info(data: UnlabeledTasks) -> dict[str, Any]:
 
 def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> None:
     """Add the metrics to ``merge.json``."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json_mapping(path)
     facts = {"metrics": summary["rows"], "unreadable_evaluation": summary.get("unreadable", {})}
     save_json({**content, **facts, "seconds": seconds, "peak_memory_bytes": peak_memory()}, path)
 

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from adamerge.errors import InputError, did_you_mean
+from adamerge.system.reading import read_yaml_text
 
 CONFIG_MODULE = "adamerge.configs"
 CONFIG_NAME = "adapt"
@@ -48,7 +49,7 @@ def preset_content(group: str, preset: str) -> tuple[Path, Any]:
     """
     path = preset_file(group, preset)
     try:
-        return path, OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
+        return path, OmegaConf.to_container(OmegaConf.create(read_yaml_text(path)), resolve=True)
     except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
         raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from adamerge.data.images import load_image
 from adamerge.errors import InputError
+from adamerge.system.reading import MAX_JSON, read_text
 
 
 class ListedImages(Dataset[tuple[Any, int]]):
@@ -38,7 +39,7 @@ class ListedImages(Dataset[tuple[Any, int]]):
 
     def __init__(self, root: str | Path, listing: str | Path) -> None:
         path = Path(root) / listing
-        lines = [line.strip().lstrip("/") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip().lstrip("/") for line in read_text(path, MAX_JSON).splitlines() if line.strip()]
         if not lines:
             raise InputError(f"{path}: expected one image a line, found none.")
         paths = [PurePosixPath(line if "/" in line else f"{re.sub(r'_[^_]*$', '', line)}/{line}") for line in lines]

@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 
 from adamerge import __version__
-from adamerge.checkpoints.model_folder import read_json
 from adamerge.results.evaluation import table as accuracy_table
 from adamerge.results.export import stated
 from adamerge.results.formats.merged import MergedFolder, Usage
@@ -19,6 +18,7 @@ from adamerge.results.report.facts import learned_of
 from adamerge.results.report.run_charts import coefficient_map
 from adamerge.results.table import Table
 from adamerge.system.files import atomic_path
+from adamerge.system.reading import read_json_mapping
 
 NOT_STATED = "not stated"
 PICTURE = "coefficients.png"
@@ -207,7 +207,7 @@ def _picture(source: Path, folder: Path) -> bool:
     path = source / "coefficients.json"
     if not path.is_file():
         return False
-    chart = coefficient_map(learned_of(read_json(path), source))
+    chart = coefficient_map(learned_of(read_json_mapping(path), source))
     return drawing.save_if_possible(chart, folder / PICTURE)
 
 

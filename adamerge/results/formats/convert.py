@@ -6,10 +6,11 @@ from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
 from adamerge.checkpoints.clip_configs import to_open_clip
 from adamerge.checkpoints.clip_names import as_own, as_theirs
-from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, find_model, read_json
+from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, find_model
 from adamerge.errors import InputError
 from adamerge.results.formats import hugging_face, open_clip
 from adamerge.system.files import atomic_folder, save_json
+from adamerge.system.reading import read_json_mapping
 
 TARGETS = {"open_clip": "open_clip", "hf": "Hugging Face"}
 
@@ -51,8 +52,8 @@ def convert_model(source: Path, target: str, out: Path) -> list[Path]:
     with atomic_folder(out.absolute()) as folder:
         if is_theirs:
             preprocessor = beside / "preprocessor_config.json"
-            settings = read_json(preprocessor) if preprocessor.is_file() else {}
-            config = to_open_clip(read_json(model.config_file), settings, str(model.config_file))
+            settings = read_json_mapping(preprocessor) if preprocessor.is_file() else {}
+            config = to_open_clip(read_json_mapping(model.config_file), settings, str(model.config_file))
             save_json(config, folder / OPEN_CLIP_CONFIG)
             save_state_dict({key: seen.get(key) for key in seen.keys}, folder / open_clip.WEIGHTS)
             hugging_face.prove_model(OpenClip(str(folder)), seen, beside)

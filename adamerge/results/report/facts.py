@@ -4,7 +4,6 @@ A report is most wanted where something went wrong: files that are missing or br
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +18,12 @@ from safetensors.numpy import load_file
 
 from adamerge.errors import InputError
 from adamerge.results.report.record import FILE as RECORD
+from adamerge.system.reading import read_json, read_lines, read_yaml_text
 
 _T = TypeVar("_T")
 Values = npt.NDArray[np.floating[Any]]
 _ANY_OF = ("config.yaml", "merge.json", "summary.json")
+_MAX_VALUES = 2_000_000  # logged numbers
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -157,8 +158,7 @@ def _mapping(run: Run, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        content = yaml.safe_load(read_yaml_text(path)) if path.suffix == ".yaml" else read_json(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         run.notes.append(f"{name} cannot be read ({' '.join(str(error).split())[:200]}).")
         return {}
@@ -226,17 +226,19 @@ def _version(path: Path) -> int:
 def _metrics(run: Run) -> dict[str, Series]:
     """Read the numbers of all CSV files; a resumed run repeats steps, of which the later values count."""
     values: dict[str, dict[int, float]] = {}
-    lost = 0
+    lost = count = 0
     for path in sorted(run.folder.glob("metrics/version_*/metrics.csv"), key=_version):
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                for line in csv.DictReader(file):
-                    step = int(line.pop("step"))
-                    numbers = {name: float(text) for name, text in line.items() if name != "epoch" and text}
-                    finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-                    lost += len(numbers) - len(finite)
-                    for name, value in finite.items():
-                        values.setdefault(name, {})[step] = value
+            for line in csv.DictReader(read_lines(path)):
+                step = int(line.pop("step"))
+                numbers = {name: float(text) for name, text in line.items() if name != "epoch" and text}
+                count += len(numbers)
+                if count > _MAX_VALUES:
+                    raise ValueError(f"more than {_MAX_VALUES} values")
+                finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+                lost += len(numbers) - len(finite)
+                for name, value in finite.items():
+                    values.setdefault(name, {})[step] = value
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             name = path.relative_to(run.folder)
             run.notes.append(f"{name} is broken; what came before that is shown ({type(error).__name__}: {error}).")

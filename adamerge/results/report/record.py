@@ -3,7 +3,6 @@
 The experts may be moved or deleted afterwards; the report needs this file only.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import save_json
 from adamerge.system.memory import peak_memory
 from adamerge.system.progress import Stopwatch
+from adamerge.system.reading import read_json_mapping
 
 FILE = "report.json"
 FORMAT = 1
@@ -34,7 +34,7 @@ def save_record(folder: Path, pool: ExpertPool | None, costs: Mapping[str, Any] 
     """
     path = folder / FILE
     if costs is None and path.is_file():
-        costs = json.loads(path.read_text(encoding="utf-8")).get("costs")
+        costs = read_json_mapping(path).get("costs")
     watch, costs = Stopwatch(), dict(costs or {})
     content = geometry(pool) if pool else {}
     if "seconds" in costs:

@@ -1,0 +1,189 @@
+"""Reading files of others: regular files only, no more of them than is sensible, and no bombs.
+
+A folder may come from a stranger. What lies where a file is expected may be a pipe that never ends; a text may be
+endless, nested deeper than any reader goes, or double with each line that refers to the one before.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
+
+from adamerge.errors import InputError
+
+MAX_JSON = 24 << 20  # bytes; a list of empty lists takes 20 times as many once it is read
+MAX_TEXT = 4 << 20  # bytes of other texts
+MAX_LINES = 128 << 20  # bytes of a text that is read line by line
+MAX_YAML = 1 << 20  # bytes; yaml's reader takes seconds for as many
+_MAX_NODES = 20_000  # of yaml, aliases counted as often as they stand for what they name
+_MAX_DEPTH = 50
+_MAX_LINE = 1 << 20  # bytes
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read its bytes; never waits for a pipe's other end, as opening it would.
+
+    Raises:
+        OSError: If it cannot be opened.
+        InputError: If it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check_regular(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: Path, status: os.stat_result | None = None) -> None:
+    """Check that a path leads to a regular file.
+
+    Args:
+        path: Links are followed.
+        status: Of the file, where it is known.
+
+    Raises:
+        OSError: If there is nothing, or it may not be looked at.
+        InputError: If it is something else.
+    """
+    kind = stat.S_IFMT((status or path.stat()).st_mode)
+    if kind != stat.S_IFREG:
+        raise InputError(f"{path}: expected a file, found {_KINDS.get(kind, 'something else')}.")
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
+    """Read a file whole, up to a limit.
+
+    Args:
+        path: The file.
+        limit: Bytes.
+
+    Raises:
+        OSError: If it cannot be read.
+        InputError: If it is no regular file, or larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise InputError(f"{path}: expected at most {limit >> 20} MB, found more.")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """Read a text in UTF-8, its lines ended as in Unix; see :func:`read_bytes`.
+
+    Raises:
+        InputError: Also if it is no such text.
+    """
+    try:
+        text = read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected a text in UTF-8, found byte {error.start} that is none.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path, limit: int = MAX_LINES) -> Iterator[str]:
+    """Yield the lines of a text in UTF-8, each read when asked for; see :func:`read_bytes`.
+
+    Args:
+        path: The file.
+        limit: Bytes, of all lines.
+
+    Raises:
+        OSError: If it cannot be read.
+        InputError: If it is no regular file, no such text, or larger; a line may have 1 MB.
+    """
+    with open_regular(path) as file:
+        while line := file.readline(_MAX_LINE + 1):
+            limit -= len(line)
+            if limit < 0 or len(line) > _MAX_LINE:
+                raise InputError(f"{path}: expected less text: it, or one of its lines, is too long.")
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                bad = line[error.start : error.end]
+                raise InputError(f"{path}: expected a text in UTF-8, found {bad!r}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a file of JSON; see :func:`read_bytes`.
+
+    Raises:
+        InputError: Also if it is not JSON.
+    """
+    content = read_bytes(path, MAX_JSON)
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}). Copy it again.") from error
+
+
+def read_json_mapping(path: Path) -> dict[str, Any]:
+    """Read a file of JSON that holds a mapping.
+
+    Raises:
+        OSError: If it cannot be read.
+        InputError: If it holds anything else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping, found {type(content).__name__}. Copy it again.")
+    return content
+
+
+def read_yaml_text(path: Path) -> str:
+    """Read a text of yaml that is safe to load: neither deep nor, once its aliases are followed, large.
+
+    Raises:
+        OSError: If it cannot be read.
+        InputError: If it is not yaml, or not safe.
+    """
+    text = read_text(path, MAX_YAML)
+    try:
+        _check_events(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path}: not readable as yaml ({' '.join(str(error).split())}).") from error
+    return text
+
+
+def _check_events(text: str) -> None:
+    """Count the nodes of a text as yaml's parser meets them; nothing is built.
+
+    Raises:
+        ValueError: If there are too many, too deep, or one that holds itself.
+        yaml.YAMLError: If the text is not yaml.
+    """
+    sizes: dict[str, int] = {}
+    pending: list[tuple[str | None, int]] = []  # of the collections that are open: their name, and the nodes before
+    count = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"the alias *{event.anchor} names nothing that ends before it")
+            count += sizes[event.anchor]
+        elif isinstance(event, CollectionEndEvent):
+            name, before = pending.pop()
+            if name is not None:
+                sizes[name] = count - before
+        elif isinstance(event, NodeEvent):
+            count += 1
+            if isinstance(event, CollectionStartEvent):
+                pending.append((event.anchor, count - 1))
+            elif event.anchor is not None:
+                sizes[event.anchor] = 1
+        if count > _MAX_NODES or len(pending) > _MAX_DEPTH:
+            raise ValueError(f"more than {_MAX_NODES} values, or nested deeper than {_MAX_DEPTH}")
