@@ -44,13 +44,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             InputError: If it is damaged, or a zip archive that torch does not write.
         """
-        check_archive(Path(path))
         try:
+            check_archive(Path(path))
             content: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
         except OSError:
             raise
         except Exception as error:  # a damaged file can raise nearly anything in torch's reader
-            reason = str(error).strip().split("\n", 1)[0]
+            reason = str(error).removeprefix(f"{path}: ").strip(" .").split("\n", 1)[0]
             raise InputError(
                 f"{path}: damaged checkpoint ({reason or type(error).__name__}). Put a copy back, or remove the file "
                 "and start the run again in another folder."

@@ -4,7 +4,7 @@ import logging
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -44,17 +44,28 @@ class GracefulStop(Callback):
         if signals:  # gradients that are still accumulating are not saved
             trainer.save_checkpoint(self.checkpoint)
             log.info("Stopped after step %d, saved to %s", trainer.global_step, self.checkpoint)
-            raise Interrupted(EXIT_INTERRUPTED if signals == signal.SIGINT else EXIT_PREEMPTED)
+            _leave(signals)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave at once when a signal comes from now on, as no step is under way, and if one came after the last."""
+        for number in self._previous:
+            signal.signal(number, _leave)
+        if signals := ranks.largest(self._signal or 0, pl_module.device):
+            _leave(signals)
+
+    def on_fit_end(self, *_: Any, **__: Any) -> None:
         """Put the handlers back, at the end and when the fit is stopped; Lightning's own would outlive the fit."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
-    on_exception = on_train_end
+    on_exception = on_fit_end
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
             raise SystemExit(EXIT_INTERRUPTED)  # not KeyboardInterrupt, which Lightning turns into exit code 1
         self._signal = number
+
+
+def _leave(number: int, frame: FrameType | None = None) -> NoReturn:
+    raise Interrupted(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)

@@ -71,7 +71,7 @@ def read_pickle(path: Path, entry: str | None = None) -> PickledTensors:
         InputError: If it is damaged, contradicts itself, asks for what no checkpoint needs, holds no tensors, or would
             be many times larger once written.
     """
-    with _open(path) as (file, mapped):
+    with _naming(path), _mapped(path) as (file, mapped):
         root, inert, form = _root(file, mapped)
         holder, entries, is_module, beside = _state_dict(root, entry)
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
@@ -86,35 +86,41 @@ def check_archive(path: Path) -> None:
 
     Raises:
         OSError: If it cannot be read.
-        InputError: If it is no zip archive, holds other objects than tensors and plain containers, or see
-            :func:`read_pickle`.
+        InputError: If it is no regular file or no zip archive, holds other objects than tensors and plain containers,
+            or see :func:`read_pickle`; the message is a reason, without the file's name.
     """
-    with _open(path) as (file, mapped):
+    with _mapped(path) as (file, mapped):
         if bytes(mapped[: len(ZIP_MAGIC)]) != ZIP_MAGIC:
             raise Damaged("no zip archive")
         if len(mapped) > free_memory() // 2:
-            raise InputError(f"its {len(mapped) / 1e9:.1f} GB do not fit into the memory that is free.")
+            raise InputError(f"its {len(mapped) / 1e9:.1f} GB do not fit into the memory that is free")
         _, inert, _ = _root(file, mapped)
         if objects := inert - HARMLESS:
             raise Refused(f"it holds objects of {shorten(sorted(objects))}")
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[IO[bytes], memoryview]]:
-    """Open a file and map it; what the block finds wrong is said with the file's name."""
+def _mapped(path: Path) -> Iterator[tuple[IO[bytes], memoryview]]:
+    """Open a file and map it."""
     with open_regular(path) as file:
         if not file.read(1):
-            raise InputError(f"{path}: empty file, expected a checkpoint.")
-        try:
-            yield file, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        except Refused as error:
-            raise InputError(
-                f"{path}: refused, nothing was run: {error}. Trust no such file; ask its author for safetensors."
-            ) from error
-        except Damaged as error:
-            raise InputError(f"{path}: truncated or damaged torch file ({error}). Copy or export it again.") from error
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError("empty file, expected a checkpoint.")
+        yield file, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say what the block finds wrong with the file's name."""
+    try:
+        yield
+    except Refused as error:
+        raise InputError(
+            f"{path}: refused, nothing was run: {error}. Trust no such file; ask its author for safetensors."
+        ) from error
+    except Damaged as error:
+        raise InputError(f"{path}: truncated or damaged torch file ({error}). Copy or export it again.") from error
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _root(file: IO[bytes], mapped: memoryview) -> tuple[Any, set[str], str]:

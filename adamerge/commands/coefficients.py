@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from adamerge.commands.run.named_pools import named_pool
-from adamerge.commands.terminal import json_option, out, print_json, print_table, report
+from adamerge.commands.terminal import echo, json_option, out, print_json, print_table, report
 from adamerge.errors import InputError
 from adamerge.model.published import EIGHT, chosen_list, facts_of, named_coefficients, shipped_lists
 from adamerge.system.files import save_json
@@ -57,4 +57,4 @@ def import_list(source: str, pool: str, order: str | None, output: Path) -> None
     values = [value for expert in content["coefficients"].values() for value in expert.values()]
     facts = f"{len(values)} coefficients of {len(files.experts)} experts, {content['granularity']}-wise"
     out.print(f"{published.name}: {facts}, mean {sum(values) / len(values):.3f}.", highlight=False)
-    click.echo(str(output))
+    echo(output)

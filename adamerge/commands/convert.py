@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from adamerge.checkpoints.convert import convert_file
-from adamerge.commands.terminal import json_option, print_json
+from adamerge.commands.terminal import echo, json_option, print_json
 from adamerge.errors import InputError, shorten
 from adamerge.results.numbers import size
 
@@ -36,7 +36,7 @@ def convert(source: Path, out: Path, key_prefix: str, entry: str | None, target:
             print_json({"files": [str(path) for path in files]})
             return
         for path in files:
-            click.echo(str(path))
+            echo(path)
         return
     done = convert_file(source, out, key_prefix, entry)
     if as_json:

@@ -20,7 +20,7 @@ from adamerge.commands.run.folder import CONFIG_FILE, LAST, load_config, plain
 from adamerge.commands.run.imports import announce, check_own
 from adamerge.commands.run.named_pools import chosen_pool
 from adamerge.commands.run.run import Assembly, assemble, build_pool, head_info
-from adamerge.commands.terminal import json_option, pool_options, print_files, print_json
+from adamerge.commands.terminal import echo, json_option, pool_options, print_files, print_json
 from adamerge.errors import InputError
 from adamerge.model.batch_norm import FILE, average, average_for, load_statistics
 from adamerge.model.coefficients import Coefficients, load_coefficients
@@ -86,7 +86,7 @@ def export(
         if as_json:
             print_json({"files": [str(path) for path in paths], "address": address})
         else:
-            click.echo("\n".join([*map(str, paths), address or str(output)]))
+            echo("\n".join([*map(str, paths), address or str(output)]))
         return
     if run_dir is not None:
         files = export_run(run_dir, coefficients, output or run_dir)

@@ -13,7 +13,7 @@ from adamerge.checkpoints.hashes import check_hash, forget
 from adamerge.checkpoints.hub import HubReference, located, located_all, reference_of
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.commands.run.named_pools import named_pool, own_pools, pool_path, shipped_pools
-from adamerge.commands.terminal import json_option, out, print_json, print_table, report
+from adamerge.commands.terminal import echo, json_option, out, print_json, print_table, report
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.opening import check_names
 from adamerge.pool.pool_file import DEFAULTS, PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
@@ -68,7 +68,7 @@ def add(
     files = replace(files, base=recorded.pop("base"), experts=recorded)
     save_pool_file(files, path)
     _show(files, str(path))
-    click.echo(str(path))
+    echo(path)
 
 
 @pool.command("list")

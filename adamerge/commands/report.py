@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from adamerge.commands.terminal import out
+from adamerge.commands.terminal import echo, out
 from adamerge.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, figures: Path | None
     if figures is not None:
         for path in save_figures(runs, figures, suffix):
             out.print(f"  {path}", highlight=False)
-    click.echo(str(page))
+    echo(page)
 
 
 def _record(folder: Path) -> None:

@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.logging import RichHandler
 from rich.text import Text
 
 from adamerge import __version__
-from adamerge.errors import GuardError, InputError
+from adamerge.errors import EXIT_PREEMPTED, GuardError, InputError, Interrupted
 from adamerge.results.numbers import size
 from adamerge.results.table import Table
 from adamerge.system import progress, ranks
 from adamerge.system.files import open_own
+from adamerge.system.progress import SafeConsole, SafeFormatter, printable
 
 EXIT_INPUT = 2
 EXIT_GUARD = 3
@@ -32,9 +35,10 @@ EXIT_GUARD = 3
 PIPED_WIDTH = 120  # characters, where there is no terminal to ask
 _RECORD = logging.getLogger("adamerge.record")  # for log files only: what the terminal is shown in another form
 
-# Texts are shown as they are: names of files and tensors may hold what rich reads as markup, such as [/x] or :cat:.
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False, emoji=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+# Texts are shown as they are, but for control characters: names of files and tensors may hold what rich reads as
+# markup, such as [/x] or :cat:.
+out = SafeConsole(soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False, emoji=False)
+err = SafeConsole(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]  # of a command, as a decorator
@@ -108,11 +112,16 @@ def print_json(content: Any) -> None:
     click.echo(json.dumps(content, indent=2))
 
 
+def echo(path: object) -> None:
+    """Print a path, or a text, that scripts read: as it is, but for characters that would change the terminal."""
+    click.echo(printable(str(path)))
+
+
 def list_files(folder: Path, pattern: str = "**/*") -> None:
     """List what a command made, unless it is to be quiet, and its folder as the last line."""
     for path in sorted(p for p in folder.glob(pattern) if p.is_file() and not progress.is_quiet()):
         out.print(Text.assemble(f"  {path.relative_to(folder)}  ", (size(path.stat().st_size), "dim")))
-    click.echo(str(folder))
+    echo(folder)
 
 
 def print_files(files: Mapping[str, Path], as_json: bool) -> None:
@@ -147,6 +156,26 @@ def fail(error: Exception, debug: bool) -> None:
     sys.exit(code)
 
 
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """Leave with the exit code for "start it again" when SIGTERM comes, which is what a scheduler sends first.
+
+    While steps are taken, :class:`~adamerge.callbacks.GracefulStop` stands in.
+    """
+
+    def leave(*_: Any) -> None:
+        raise Interrupted(EXIT_PREEMPTED)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def configure_logging(debug: bool, quiet: bool = False) -> None:
     """Send adamerge's messages to the terminal, but not other libraries' chatter and harmless warnings.
 
@@ -166,9 +195,8 @@ def configure_logging(debug: bool, quiet: bool = False) -> None:
         return debug or is_own or record.levelno >= logging.WARNING
 
     handler.addFilter(is_shown)
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO, format="%(message)s", handlers=[handler], force=True
-    )
+    handler.setFormatter(SafeFormatter("%(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.raiseExceptions = debug  # a log that cannot be written to, on a full disk, is not the error to report
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # its errors reach the user as exceptions
@@ -201,7 +229,7 @@ def log_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8")
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         command = f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
@@ -224,7 +252,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 def record(shown: RenderableType) -> None:
     """Write a table that the terminal shows into the log files."""
-    plain = Console(file=io.StringIO(), width=PIPED_WIDTH, color_system=None)
+    plain = SafeConsole(file=io.StringIO(), width=PIPED_WIDTH, color_system=None)
     with plain.capture() as captured:
         plain.print(shown)
     _RECORD.info("\n%s", captured.get().rstrip())

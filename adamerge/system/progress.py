@@ -6,6 +6,7 @@ the command line keep them off a terminal that shows the bars.
 """
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from adamerge.system import ranks
@@ -22,7 +24,37 @@ from adamerge.system import ranks
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-console = Console(stderr=True, highlight=False)  # of bars, and of log lines, which stand above a bar that is drawn
+# Control characters but tab and line feed, and those that turn the direction of texts.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""Return a text with escapes in the place of control characters, which would act on the terminal.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+class SafeConsole(Console):
+    """A console that texts cannot steer: names in files of others may hold control characters."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield what is shown, its texts :func:`printable`; rich adds colours only afterwards."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+class SafeFormatter(logging.Formatter):
+    """Formats log lines, :func:`printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return printable(super().format(record))
+
+
+console = SafeConsole(stderr=True, highlight=False)  # of bars, and of log lines, which stand above a bar that is drawn
 _quiet = False
 
 

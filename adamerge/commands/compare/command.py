@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 
 from adamerge.commands.compare import plan as comparison
-from adamerge.commands.terminal import json_option, out, print_json, report
+from adamerge.commands.terminal import echo, json_option, out, print_json, report
 from adamerge.system import progress
 
 
@@ -64,4 +64,4 @@ def make(plan: comparison.Plan, folder: Path, *, as_json: bool) -> None:
         print_json({"folder": str(folder), "summary": comparison.read(folder), "failed": failed})
     report([f"{row}: {message}" for row, message in failed.items()])
     if not as_json:
-        click.echo(str(folder))
+        echo(folder)

@@ -30,6 +30,7 @@ from adamerge.model.refinement import Refinement
 from adamerge.pool.headers import Headers
 from adamerge.pool.options import PoolOptions, stored_dtype
 from adamerge.pool.packed import PackedFile
+from adamerge.results.numbers import size
 from adamerge.system.memory import free_memory
 from adamerge.system.reading import read_json
 from adamerge.transforms import Transform
@@ -98,13 +99,11 @@ def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None
     model_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
     if 3 * model_bytes > free_memory():
         problems.append(
-            f"Memory: merging needs about {3 * model_bytes / 1e9:.1f} GB (base, merged weights and their gradients) "
-            f"besides activations; {free_memory() / 1e9:.1f} GB are free. Close other programs or use a larger machine."
+            f"Memory: merging needs about {size(3 * model_bytes)} (base, merged weights and their gradients) "
+            f"besides activations; {size(free_memory())} are free. Close other programs or use a larger machine."
         )
     if folder is not None and shutil.disk_usage(folder).free < 2 * model_bytes:
-        problems.append(
-            f"Disk: {folder} has less than the {2 * model_bytes / 1e9:.1f} GB free that an export may need."
-        )
+        problems.append(f"Disk: {folder} has less than the {size(2 * model_bytes)} free that an export may need.")
     return problems
 
 
