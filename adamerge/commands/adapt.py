@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from adamerge.commands.terminal import EXIT_INPUT, Agreed, json_option, out, print_json, report
+from adamerge.commands.terminal import EXIT_INPUT, Agreed, json_option, out, preemptible, print_json, report
 from adamerge.errors import InputError
 from adamerge.system import ranks
 
@@ -22,6 +22,11 @@ from adamerge.system import ranks
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def adapt(overrides: tuple[str, ...], as_json: bool) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
+    with preemptible():
+        _adapt(overrides, as_json)
+
+
+def _adapt(overrides: tuple[str, ...], as_json: bool) -> None:
     from adamerge.commands.run.compose import compose, hand_over, read_line
     from adamerge.commands.run.named_pools import quoted
 

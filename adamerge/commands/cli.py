@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 preempted a
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import click
 from adamerge import __version__
 from adamerge.commands.terminal import EXIT_INPUT, JobFailed, configure_logging, err, fail
 from adamerge.errors import EXIT_INTERRUPTED, GuardError, InputError
+from adamerge.system import ranks
 
 COMMANDS = {  # name to module and what the list of commands says
     "adapt": ("adapt", "Learn coefficients on unlabeled data and export the merged checkpoint."),
@@ -32,6 +34,9 @@ COMMANDS = {  # name to module and what the list of commands says
     "transform": ("transform", "Write a pool's transformed task vectors into one file, streamed from then on."),
     "zoo": ("zoo", "Zoos: small CLIPs and their experts, trained offline from real images."),
 }
+
+
+EXIT_LOST = 1  # another process of the run has ended, and says why
 
 
 class LazyGroup(click.Group):
@@ -81,15 +86,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_INPUT)
-    except click.Abort:
-        sys.exit(EXIT_INTERRUPTED)
+    except click.Abort as error:
+        _aborted(error)
     except JobFailed as failed:
         fail(failed.error, "--debug" in arguments)
     except (InputError, OSError, GuardError) as error:
         fail(error, "--debug" in arguments)
-    except KeyboardInterrupt:
-        err.print("Interrupted.")
-        sys.exit(EXIT_INTERRUPTED)
+    except RuntimeError as error:
+        if not ranks.is_lost(error) or "--debug" in arguments:
+            raise
+        _lost()
+
+
+def _aborted(abort: click.Abort) -> None:
+    """End after Ctrl-C; click takes the end of any file for that of the user's input, which is an error as others."""
+    if isinstance(abort.__cause__, EOFError):
+        raise abort.__cause__ from None
+    err.print("Interrupted.")
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _lost() -> None:
+    """End as another process of the run has; where the command has started it, it says which one."""
+    if os.environ.get("TORCHELASTIC_RUN_ID") != "adamerge":
+        err.print(f"error: process {ranks.rank()} stops, as another one of the run has ended.")
+    sys.exit(EXIT_LOST)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+
 
 def rank() -> int:
     """Return this process's number; the first, 0, is the one that writes."""
@@ -67,6 +69,11 @@ def largest(number: int, device: "torch.device | str" = "cpu") -> int:
     result = torch.tensor(number, device=device)
     _group().all_reduce(result, _group().ReduceOp.MAX)
     return int(result)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another of the processes has ended, so that they can no longer agree."""
+    return count() > 1 and any(words in str(error) for words in _LOST)
 
 
 def wait() -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +19,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from omegaconf import DictConfig
 from torch import distributed
 
-from adamerge.errors import InputError
+from adamerge.errors import EXIT_PREEMPTED, InputError
 from adamerge.methods.sharded_strategy import ShardedStrategy
 from adamerge.system import ranks
 
+log = logging.getLogger(__name__)
+
+_LIFELINE = "ADAMERGE_LIFELINE"  # in the environment: a pipe that ends with the process that has started this one
 _PROGRAM = ("-m", "adamerge.commands.cli")
 _GRACE = 20.0  # seconds that the other processes have to end by themselves after one has failed
 
@@ -48,6 +52,7 @@ def environment() -> Environment | None:
 
 def join() -> None:
     """Join the other processes of the run, if a launcher has started several."""
+    _follow_parent()
     launcher = environment()
     if launcher is None or distributed.is_initialized():
         return
@@ -116,29 +121,34 @@ def is_sharded(config: DictConfig) -> bool:
 def start(count: int, arguments: Sequence[str]) -> int:
     """Run a command of this program as processes of one group on this machine, and return the exit code.
 
-    Ctrl-C and SIGTERM reach all of them once. When one fails, the others end too.
+    Ctrl-C and SIGTERM reach all of them once. When one fails, or this process ends in whatever way, the others end too.
     """
+    ending, held = os.pipe()  # nothing is written: it ends with this process
     shared = {
-        **os.environ,
+        **{**os.environ, _LIFELINE: str(ending)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "adamerge"},
         **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"},
     }
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     command = [sys.executable, *_PROGRAM, *arguments]
+    options: dict[str, Any] = {"start_new_session": True, "pass_fds": [ending]}
     processes = [
-        subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, start_new_session=True)
-        for i in range(count)
+        subprocess.Popen(command, env={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}, **options) for i in range(count)
     ]
+    os.close(ending)
+    signals: list[int] = []
 
     def forward(number: int, _: Any) -> None:
+        signals.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(processes)
+        return _exit_code(_wait(processes), signals)
     finally:
+        os.close(held)
         for process in processes:
             if process.poll() is None:
                 process.kill()
@@ -147,19 +157,55 @@ def start(count: int, arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> int:
-    """Wait for all processes, or for a while after the first failure, and return the first code that is not 0."""
-    failed: int | None = None
+def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> dict[int, int]:
+    """Wait for all processes, or for a while after the first failure, and return codes by rank, the first to end first.
+
+    Those that were told to end, or still run, are left out.
+    """
+    ended: dict[int, int] = {}
     limit = float("inf")
-    while time.monotonic() < limit:
-        codes = [process.poll() for process in processes]
-        if failed is None and any(codes):
-            failed, limit = next(code for code in codes if code), time.monotonic() + _GRACE
-        if None not in codes:
-            break
+    while time.monotonic() < limit and len(ended) < len(processes):
+        codes = {rank: process.poll() for rank, process in enumerate(processes) if rank not in ended}
+        ended |= {rank: code for rank, code in codes.items() if code is not None}
+        if limit == float("inf") and any(ended.values()):
+            limit = time.monotonic() + _GRACE
         time.sleep(0.05)
-    failed = failed or 0
-    return 128 - failed if failed < 0 else failed
+    return ended
+
+
+def _exit_code(codes: Mapping[int, int], signals: Sequence[int]) -> int:
+    """Return the exit code of a run from those of its processes, by rank; say which of them was killed.
+
+    Args:
+        codes: In the order in which the processes ended.
+        signals: That they were sent on purpose.
+    """
+    failed = [code for code in codes.values() if code]
+    if EXIT_PREEMPTED in failed and signal.SIGTERM in signals:  # whatever else those met that lost the others
+        return EXIT_PREEMPTED
+    for rank, code in codes.items():
+        if code < 0 and -code not in signals:
+            name = signal.Signals(-code).name
+            cause = ": the machine may have run out of memory" if name == "SIGKILL" else ""
+            log.error("error: process %d of the run was ended by %s%s. All have ended.", rank, name, cause)
+            return 128 - code
+    code = next(iter(failed), 0)
+    return 128 - code if code < 0 else code
+
+
+def _follow_parent() -> None:
+    """End this process soon after the one that has started it for a run (:func:`start`), should that be killed."""
+    ending = os.environ.pop(_LIFELINE, None)
+    if ending is None:
+        return
+
+    def follow() -> None:
+        os.read(int(ending), 1)
+        os.kill(os.getpid(), signal.SIGTERM)  # to save the step
+        time.sleep(_GRACE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _free_port() -> int:

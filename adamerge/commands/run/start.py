@@ -173,7 +173,7 @@ def _run(config: DictConfig, folder: Path, *, resume: bool, as_json: bool) -> No
         _on_first(lambda _: stack.enter_context(held), folder)
         try:
             content = _run_logged(config, folder, resume=resume)
-        except Exception as error:  # of the code of others too: an objective that fails leaves no folder behind
+        except (Exception, Interrupted) as error:  # an objective of others that fails leaves no folder behind either
             if not resume and ranks.is_first() and not isinstance(error, GuardError):
                 run_folder.remove_unstarted(folder)
             raise
@@ -199,12 +199,16 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool) -> Any:
             return content
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
-    except OSError:
+    except OSError as error:
         if ranks.is_first() and run_folder.is_started(folder):
             err.print(f"When that is mended, go on with: adamerge adapt resume={folder}")
+        if error.errno is not None and error.filename is None:  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
         raise
     except Interrupted:
-        if ranks.is_first():
+        if ranks.is_first() and not run_folder.is_started(folder):
+            err.print("Stopped before anything was saved: start it again.")
+        elif ranks.is_first():
             err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
             err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
         raise
