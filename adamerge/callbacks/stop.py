@@ -47,19 +47,16 @@ class GracefulStop(Callback):
             _leave(signals)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave at once when a signal comes from now on, as no step is under way, and if one came after the last."""
-        for number in self._previous:
-            signal.signal(number, _leave)
+        """Put the handlers back, and leave if a signal came after the last step."""
+        self.on_exception()
         if signals := ranks.largest(self._signal or 0, pl_module.device):
             _leave(signals)
 
-    def on_fit_end(self, *_: Any, **__: Any) -> None:
-        """Put the handlers back, at the end and when the fit is stopped; Lightning's own would outlive the fit."""
+    def on_exception(self, *_: Any) -> None:
+        """Put the handlers back when the fit is stopped too; Lightning's own would outlive it."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-    on_exception = on_fit_end
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
@@ -67,5 +64,5 @@ class GracefulStop(Callback):
         self._signal = number
 
 
-def _leave(number: int, frame: FrameType | None = None) -> NoReturn:
+def _leave(number: int) -> NoReturn:
     raise Interrupted(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)

@@ -164,6 +164,8 @@ def preemptible() -> Iterator[None]:
     """
 
     def leave(*_: Any) -> None:
+        if ranks.is_first():
+            os.write(2, b"Stopped by SIGTERM.\n")  # past what may be printing just now
         raise Interrupted(EXIT_PREEMPTED)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals

@@ -18,7 +18,7 @@ from adamerge.checkpoints.clip_names import PREFIX, as_own, as_theirs, own_key
 from adamerge.checkpoints.composed import ComposedCheckpoint, aligned
 from adamerge.checkpoints.hub import located
 from adamerge.checkpoints.model_folder import open_model
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import InputError, check_pattern, did_you_mean, shorten
 from adamerge.pool.low_rank import LowRank, matrix_shape
 from adamerge.pool.places import BIAS, WEIGHT, Place, places_of
 from adamerge.system.files import combined_hash, sha256
@@ -238,6 +238,8 @@ class AdapterCheckpoint:
         modules = sorted({name.partition(".base_layer")[0] for name in names})
         keys = [(option, str(key)) for option in _PATTERNS for key in self._config.get(option) or {}]
         where = {(option, key): f"{self._config_file}: {option}[{key!r:.60}]" for option, key in keys}
+        for key, option in where.items():
+            check_pattern(option, key[1])
         found = search_all({where[option, key]: rf"(?:^|\.)(?:{key})$" for option, key in keys}, modules)
         return {key: found[text] for key, text in where.items()}
 

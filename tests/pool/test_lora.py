@@ -159,7 +159,7 @@ BAD = {
     "magnitude": ({"w.lora_magnitude_vector": B[:, 0]}, {}, r"lora_magnitude_vector' belongs to a variant"),
     "rank": ({}, {"r": 4}, r"w\.lora_A\.weight' has rank 2, but .*adapter_config\.json says r = 4.*rank_pattern"),
     "alpha": ({}, {"lora_alpha": None}, r"lora_alpha: expected a number above 0, found None"),
-    "pattern": ({}, {"rank_pattern": {"(": 2}}, r"rank_pattern: expected a mapping from patterns"),
+    "pattern": ({}, {"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\]: '\(' is not a regular expression"),
     "partner": ({"v.lora_A.weight": A}, {}, r"'base_model.model.v.lora_A.weight': its partner lora_B is missing"),
     "unknown": ({"x.lora_A.weight": A, "x.lora_B.weight": B}, {}, r"adapts 'x.weight', which .* lacks.*on this base"),
     "shape": ({"w.lora_A.weight": A[:, :2]}, {}, r"expected factors of the base's 'w.weight' \(4, 3\), found \(2, 2\)"),

@@ -207,7 +207,7 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool) -> Any:
         raise
     except Interrupted:
         if ranks.is_first() and not run_folder.is_started(folder):
-            err.print("Stopped before anything was saved: start it again.")
+            err.print("Nothing was saved yet: start it again.")
         elif ranks.is_first():
             err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
             err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
