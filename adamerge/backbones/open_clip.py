@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adamerge.backbones.forecast import forecast
 from adamerge.backbones.head_cache import head_key, open_head_cache
 from adamerge.backbones.tags import Tag, find_tag
 from adamerge.checkpoints.checkpoint import Checkpoint
@@ -26,10 +26,9 @@ from adamerge.checkpoints.configurations import (
     differences,
 )
 from adamerge.checkpoints.hashes import digest
-from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_open_clip_config
 from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.system.reading import read_json_mapping
 
 
 class ZeroShotHead(nn.Module):
@@ -163,8 +162,8 @@ class OpenClip:
 
     def _misfits(self, base: Checkpoint) -> list[str]:
         """Say where the base's tensors are not the model's, which is built without memory."""
-        with torch.device("meta"):
-            model = self._new(device="meta")
+        with forecast(f"backbone.model={self.model}", 1000 + 4 * len(base.keys)):  # its modules are parts too
+            model = self._create("meta")
         wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         shapes = {key: tuple(base.spec(key)[0]) for key in base.keys}
         kinds = {
@@ -205,12 +204,25 @@ class OpenClip:
         """The model's name in open_clip."""
         return f"local-dir:{self._folder}" if self._folder else self.model
 
-    def _new(self, device: str = "cpu") -> Any:
+    def _new(self) -> Any:
         """Build the model with weights that do not matter."""
+        if self._folder:  # whose file may ask for anything
+            with forecast(f"backbone.model={self.model}"):
+                self._create("meta")
+        return self._create("cpu")
+
+    def _create(self, device: str) -> Any:
         import open_clip
 
         with _quiet():
-            return open_clip.create_model(self._name, device=device, load_weights=False, pretrained_text=False)
+            try:
+                return open_clip.create_model(self._name, device=device, load_weights=False, pretrained_text=False)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+                if not self._folder or isinstance(error, InputError):
+                    raise
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                file = self._folder / OPEN_CLIP_CONFIG
+                raise InputError(f"{file}: open_clip builds no model of it ({reason}).") from error
 
     @cached_property
     def _clip(self) -> Any:
@@ -319,7 +331,7 @@ class OpenClip:
 
     def _config(self) -> dict[str, Any]:
         if self._folder:
-            return read_json_mapping(self._folder / OPEN_CLIP_CONFIG)
+            return read_open_clip_config(self._folder / OPEN_CLIP_CONFIG)
         import open_clip
 
         return {"model_cfg": open_clip.get_model_config(self.model)}

@@ -208,6 +208,22 @@ def checkpoint_head(path: Path) -> bytes:
         return file.read(16)
 
 
+def stored_facts(path: Path, key: str) -> dict[str, Any] | None:
+    """Return the mapping that a safetensors file's metadata holds as JSON; None where there is none under the key.
+
+    Raises:
+        InputError: If the file is none of that format.
+    """
+    SafetensorsCheckpoint(path)  # bounds the header
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(key)
+    try:
+        content = json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Load all tensors of a safetensors file, or of a torch file that holds nothing else.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.clip_configs import as_open_clip
-from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG
+from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_open_clip_config
 from adamerge.errors import InputError
 from adamerge.system.reading import read_json_mapping
 
@@ -90,7 +90,7 @@ def configuration_beside(checkpoint: Checkpoint) -> Configuration | None:
     if file is None or not file.is_file():
         return None
     if file.name == OPEN_CLIP_CONFIG:
-        return configuration_of(read_json_mapping(file), file)
+        return configuration_of(read_open_clip_config(file), file)
     preprocessor = file.parent / _PREPROCESSOR
     content = as_open_clip(
         read_json_mapping(file), read_json_mapping(preprocessor) if preprocessor.is_file() else {}, str(file)

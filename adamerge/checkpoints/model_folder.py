@@ -1,15 +1,16 @@
 """Checkpoints as libraries keep them, files and folders, all seen under open_clip's names."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.clip_names import as_own, is_hugging_face
 from adamerge.checkpoints.composed import ComposedCheckpoint, Piece, tell_once, unwrapped
 from adamerge.checkpoints.hub import located
-from adamerge.errors import InputError, shorten
+from adamerge.errors import InputError, check_number, shorten
 from adamerge.system.reading import read_json_mapping
 
 HF_CONFIG = "config.json"
@@ -22,6 +23,7 @@ _WEIGHTS = {
         *("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ),
 }
+_MAX_EDGE = 4096  # pixels of the images that a configuration may ask for
 
 
 def open_shards(index: Path) -> ComposedCheckpoint:
@@ -145,3 +147,29 @@ def _tell_unread(folder: Path, config: Path) -> None:
 def _is_model(config: Path) -> bool:
     """Return whether a configuration is that of a model of its own, such as an earlier checkpoint."""
     return config.is_file() and "model_type" in read_json_mapping(config)
+
+
+def read_open_clip_config(file: Path) -> dict[str, Any]:
+    """Read an ``open_clip_config.json``.
+
+    Raises:
+        InputError: If its parts are no mappings, or its images would take gigabytes.
+    """
+    config = read_json_mapping(file)
+    model = _mapping(config, "model_cfg", file)
+    vision, _ = _mapping(model, "vision_cfg", file), _mapping(model, "text_cfg", file)
+    preprocessing = _mapping({"preprocess_cfg": {}, **config}, "preprocess_cfg", file)
+    sizes = {
+        "preprocess_cfg.size": preprocessing.get("size"),
+        "model_cfg.vision_cfg.image_size": vision.get("image_size"),
+    }
+    for name, value in sizes.items():
+        for edge in value if isinstance(value, (list, tuple)) else [] if value is None else [value]:
+            check_number(f"{file}: {name}", edge, 1, _MAX_EDGE, whole=True)
+    return config
+
+
+def _mapping(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
+    if not isinstance(part := content.get(key), dict):
+        raise InputError(f"{file}: {key}: expected a mapping, found {type(part).__name__}. Copy it again.")
+    return part

@@ -149,7 +149,8 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
 def pool_of(run_dir: Path) -> ExpertPool:
     """Open the pool of a run, to look at; its experts stay in their files where they can.
 
-    The folder may be another's, so that nothing but adamerge's own backbones and transforms is built.
+    The folder may be another's, so that nothing but adamerge's own backbones and transforms is built, no folder is made
+    and nothing is downloaded.
 
     Raises:
         InputError: If the folder is not a run's, names code of others, or the files do not fit.
@@ -158,7 +159,9 @@ def pool_of(run_dir: Path) -> ExpertPool:
     for node in ("backbone", "transform"):
         if config.get(node) is not None:
             check_own({node: OmegaConf.to_container(config[node], resolve=True)})
-    return build_pool(config, build(config, "backbone"))
+    if "head_cache" in config.backbone:
+        config.backbone.head_cache = "off"
+    return build_pool(config, build(config, "backbone"), download=False)
 
 
 def export_files(files: PoolFiles, coefficients: Path, output: Path) -> dict[str, Path]:

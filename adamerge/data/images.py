@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset, Subset
 
-from adamerge.data.unreadable import UnreadableError
+from adamerge.data.unreadable import DAMAGE, UnreadableError
 
 _DEEP = 65535
 _UPRIGHT = 1
@@ -18,10 +18,17 @@ def load_image(path: str | Path) -> Image.Image:
 
     Raises:
         OSError: If it cannot be read.
-        UnreadableError: If its values have no known range.
+        UnreadableError: If it is damaged in another way, or its values have no known range.
     """
-    with Image.open(path) as image:
-        return as_seen(image).convert("RGB")
+    if Path(path).exists() and not Path(path).is_file():  # a pipe has no end
+        raise UnreadableError("no regular file")
+    try:
+        with Image.open(path) as image:
+            return as_seen(image).convert("RGB")
+    except DAMAGE:
+        raise
+    except Exception as error:  # whatever else a decoder makes of a damaged file
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
 
 def as_seen(image: Image.Image) -> Image.Image:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
+from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict, stored_facts
 from adamerge.data.batch import Inputs, join, to
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.encoder import fused
@@ -161,11 +160,10 @@ def load_statistics(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InputError: If it is another file.
     """
     tensors = load_state_dict(path)
-    with safe_open(path, framework="pt") as file:
-        facts = (file.metadata() or {}).get("adamerge_batch_norm")
+    facts = stored_facts(path, "adamerge_batch_norm")
     if facts is None:
         raise InputError(f"{path}: expected BatchNorm statistics that adamerge wrote, found another file.")
-    return tensors, json.loads(facts)
+    return tensors, facts
 
 
 def _layers(model: MergedModel) -> dict[str, _BatchNorm]:

@@ -5,15 +5,13 @@ scales (E, S[0]) under ``<parameter>#scales``. Vectors and short rows are never 
 ``adamerge_task_vectors`` holds JSON: see :class:`PackedFile`.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, open_checkpoint
+from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, open_checkpoint, stored_facts
 from adamerge.errors import InputError, shorten
 from adamerge.pool.stacks import Dense, Int8
 from adamerge.pool.task_vectors import DTYPES
@@ -123,11 +121,6 @@ class PackedFile:
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
-    try:
-        content = json.loads(text) if text else None
-    except (ValueError, RecursionError):
-        return None
+    content = stored_facts(path, METADATA)
     required = {"format", "experts", "hashes", "transform", "dtype", "unchanged"}
-    return content if isinstance(content, dict) and required <= set(content) else None
+    return content if content is not None and required <= set(content) else None

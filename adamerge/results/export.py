@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from adamerge import __version__
-from adamerge.checkpoints.checkpoint import MemoryCheckpoint, load_state_dict, save_state_dict
+from adamerge.checkpoints.checkpoint import MemoryCheckpoint, load_state_dict, save_state_dict, stored_facts
 from adamerge.errors import GuardError, InputError
 from adamerge.model.batch_norm import FILE, save_statistics, with_statistics
 from adamerge.model.coefficients import Coefficients, save_coefficients
@@ -163,15 +162,14 @@ def load_heads(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
         InputError: If it is not a heads file.
     """
     tensors = load_state_dict(path)
-    with safe_open(path, framework="pt") as file:
-        info = (file.metadata() or {}).get("adamerge_tasks")
+    info = stored_facts(path, "adamerge_tasks")
     if info is None or any("/" not in key for key in tensors):
         raise InputError(f"{path}: not a heads file written by adamerge.")
     heads: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         task, name = key.rsplit("/", 1)
         heads.setdefault(task, {})[name] = tensor
-    return heads, json.loads(info)
+    return heads, info
 
 
 def versions() -> dict[str, str]:

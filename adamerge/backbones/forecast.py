@@ -1,0 +1,50 @@
+"""How large a network becomes that a file describes, before it is built."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from adamerge.errors import InputError
+from adamerge.system.memory import free_memory
+
+MAX_PARTS = 30_000  # parameters and modules of a network
+
+
+@contextmanager
+def forecast(where: str, parts: int = MAX_PARTS) -> Iterator[None]:
+    """Build a network in a block without memory, on the device ``meta``, and refuse it as soon as it is too large.
+
+    Args:
+        where: What describes the network, for the message.
+        parts: How many parameters and modules it may have at most.
+
+    Raises:
+        InputError: If it has more, or would not fit into the memory that is free.
+    """
+    count, size, free = 0, 0, free_memory()
+
+    def add(_: nn.Module, name: str, part: nn.Module | nn.Parameter | None) -> None:
+        nonlocal count, size
+        count += 1
+        size += part.numel() * part.itemsize if isinstance(part, nn.Parameter) else 0
+        if count > parts:
+            raise InputError(f"{where}: describes a network of more than {parts} parts. Is it the right file?")
+        if size > free:
+            raise InputError(
+                f"{where}: describes a network of more than {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Is "
+                "it the right file?"
+            )
+
+    hooks = [register_module_parameter_registration_hook(add), register_module_module_registration_hook(add)]
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
