@@ -3,9 +3,7 @@
 The fast run tries some files of each format; ``pytest -m slow -s tests/test_fuzz.py`` tries tens of thousands.
 """
 
-import copy
 import json
-import math
 import pickle
 import resource
 import time
@@ -23,6 +21,7 @@ from adamerge.checkpoints.pickles import read_pickle
 from adamerge.model.coefficients import load_coefficients, save_coefficients
 from adamerge.pool.pool_file import load_pool_file
 from tests.support import hostile
+from tests.support.hostile import ODD, nodes, replaced
 from tests.support.pools import large_pool
 from tests.support.toy import make_toy
 
@@ -56,10 +55,6 @@ OPCODES = [
     *(b"ctorch.storage\n_load_from_bytes\n", b"cfoo\nBar\n", b"ctorch\nSize\n", b"cbuiltins\nset\n", b"ctorch\nint8\n"),
     *(b"cos\nsystem\n", b")", b"\x81", b"\x92", b")R", b"\x85R", b"tR", hostile.text("storage"), hostile.text("0")),
     *(hostile.text("_modules"), hostile.text("_parameters"), hostile.text("_buffers"), hostile.tensor()[2:-1]),
-]
-ODD = [
-    *(None, True, 0, -1, 1.5, 2**63, 10**400, math.nan, math.inf, "", "x", "nan", "../x", "\ud800", "\x00", [], {}),
-    *([1], [[1]], ["x"], {"x": 1}, {"": {}}, [[[[]]]], {"name": "pattern"}, {"name": "chunk", "default": -1}, "row"),
 ]
 
 
@@ -189,31 +184,6 @@ def test_load_state_dict_invented_header_is_read_or_refused(tmp_path):
         attempt(load_state_dict, path)
 
     run(4000, st.tuples(headers | HEADER_VALUES, st.sampled_from([0, 4, 8, 16, 24])), check)
-
-
-def nodes(content, path=()):
-    """Yield the path of every node of a JSON content."""
-    yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in items:
-        yield from nodes(value, (*path, key))
-
-
-def replaced(content, path, change, value):
-    """Return a copy with one node replaced, removed, or renamed."""
-    if not path:
-        return value
-    content = copy.deepcopy(content)
-    parent = content
-    for key in path[:-1]:
-        parent = parent[key]
-    if change == "remove":
-        del parent[path[-1]]
-    elif change == "rename" and isinstance(parent, dict):
-        parent[str(value)] = parent.pop(path[-1])
-    else:
-        parent[path[-1]] = value
-    return content
 
 
 def coefficient_files(tmp_path):

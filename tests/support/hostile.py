@@ -1,7 +1,9 @@
 """Pickles, archives and headers made by hand to do harm: what each must be refused for."""
 
+import copy
 import io
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -200,3 +202,36 @@ def saved(content: object, *, zipped: bool) -> bytes:
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
+
+
+# Contents of JSON and yaml files
+
+ODD = [
+    *(None, True, 0, -1, 1.5, 2**63, 10**400, math.nan, math.inf, "", "x", "nan", "../x", "\ud800", "\x00", [], {}),
+    *([1], [[1]], ["x"], {"x": 1}, {"": {}}, [[[[]]]], {"name": "pattern"}, {"name": "chunk", "default": -1}, "row"),
+]
+
+
+def nodes(content, path=()):
+    """Yield the path of every node of a JSON content."""
+    yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield from nodes(value, (*path, key))
+
+
+def replaced(content, path, change, value):
+    """Return a copy with one node replaced, removed, or renamed."""
+    if not path:
+        return value
+    content = copy.deepcopy(content)
+    parent = content
+    for key in path[:-1]:
+        parent = parent[key]
+    if change == "remove":
+        del parent[path[-1]]
+    elif change == "rename" and isinstance(parent, dict):
+        parent[str(value)] = parent.pop(path[-1])
+    else:
+        parent[path[-1]] = value
+    return content
