@@ -16,7 +16,7 @@ PACKAGE = Path(adamerge.__file__).parent
 TABLE = {
     "errors": "",
     "system": "",
-    "transforms": "",
+    "transforms": "system",
     "checkpoints": "system",
     "data": "system",
     "pool": "checkpoints system transforms",

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from adamerge.errors import InputError, check_pattern
 
-_SECONDS = 4  # of a processor
-_PATIENCE = 60  # seconds by the clock, on a machine that does much else
+_SECONDS = 2  # of a processor
+_PATIENCE = 30  # seconds by the clock, on a machine that does much else
 _QUANTIFIER = re.compile(r"(?<!\()[*+?{][?+]?")
 _OF_GROUP = re.compile(r"\)[*+?{]")
 _MAX_HERE = 2  # quantifiers of single characters: their time grows with the cube of the name's length
@@ -39,7 +39,7 @@ def search_all(patterns: Mapping[str, str], names: Iterable[str]) -> dict[str, d
         Option to name to the part that matched; names that do not match are left out.
 
     Raises:
-        InputError: If one is no regular expression, or they take more than four seconds or 512 MB.
+        InputError: If one is no regular expression, or they take more than two seconds or 512 MB.
     """
     names = list(names)
     expressions = {option: check_pattern(option, pattern) for option, pattern in patterns.items()}
