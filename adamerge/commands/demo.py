@@ -13,11 +13,11 @@ import click
 from rich.console import Console
 
 from adamerge.commands.compare import plan as comparison
-from adamerge.commands.compare.row import score_again, shared_assembly
+from adamerge.commands.compare.row import shared_assembly
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.run import record_metrics
 from adamerge.commands.terminal import json_option, list_files, out, print_json, report
-from adamerge.results.evaluation import TaskScore, bootstrap, table
+from adamerge.results.evaluation import TaskScore, bootstrap, scores_in, table
 from adamerge.results.report.record import costs_of
 from adamerge.results.report.write import report_run
 from adamerge.system import progress
@@ -98,18 +98,16 @@ def gather(plan: comparison.Plan, output: Path) -> dict[str, Any]:
 
 
 def scores_of(plan: comparison.Plan) -> dict[str, Mapping[str, TaskScore]]:
-    """Score the rows of :data:`ORDER` again, image by image."""
+    """Return the scores of the rows of :data:`ORDER`, image by image; without a row that failed."""
     (seed,) = plan.seeds
-    assembly = shared_assembly(plan.overrides, seed)
-    return {
-        name: score_again(plan.rows[name], assembly, comparison.folder_of(plan, seed, name)).scores for name in ORDER
-    }
+    results = {name: comparison.stored_result(plan, seed, name) for name in ORDER}
+    return {name: scores_in(result) for name, result in results.items() if result is not None}
 
 
 def verdict(scores: Mapping[str, Mapping[str, TaskScore]]) -> list[str]:
-    """Say whether the expected order came out, with paired bootstrap intervals of the steps between its rows."""
+    """Say whether the order of the rows is as given, with paired bootstrap intervals of the steps between its rows."""
     lines = []
-    for lower, higher in itertools.pairwise(ORDER):
+    for lower, higher in itertools.pairwise(scores):
         low, high = bootstrap(scores[higher], scores[lower])
         means = [sum(score.accuracy for score in scores[row].values()) / len(scores[row]) for row in (lower, higher)]
         difference = means[1] - means[0]

@@ -202,6 +202,7 @@ def summary(
             },
             "mean": row.mean,
             "interval": [low, high],
+            "correct": {task: _written(score.correct) for task, score in row.scores.items()},
             "normalised": normalised(row.accuracies, experts.accuracies) if experts else None,
             "gap_closed": gap_closed(row.mean, start.mean, experts.mean) if experts and start else None,
             "uses_labels": row.uses_labels,
@@ -232,6 +233,23 @@ def _measures(row: TableRow) -> dict[str, dict[str, float]]:
     return {
         name: {task: score.measures[name] for task, score in row.scores.items() if name in score.measures}
         for name in names
+    }
+
+
+def _written(correct: Tensor) -> str | list[float]:
+    """Return what each sample adds to a score: a text of 0 and 1, or a list of shares."""
+    return "".join("01"[hit] for hit in correct.tolist()) if correct.dtype == torch.bool else correct.tolist()
+
+
+def scores_in(row: Mapping[str, Any]) -> dict[str, TaskScore]:
+    """Return the scores of a row of ``summary.json``, sample by sample, such as :func:`bootstrap` takes them."""
+    return {
+        task: TaskScore(
+            row["per_task"][task],
+            (row.get("calibration_error") or {}).get(task),
+            torch.tensor([hit == "1" for hit in written] if isinstance(written, str) else written),
+        )
+        for task, written in row["correct"].items()
     }
 
 

@@ -18,6 +18,7 @@ from adamerge.results.evaluation import (
     normalised,
     score_task,
     score_tasks,
+    scores_in,
     summary,
     table,
 )
@@ -162,6 +163,18 @@ def test_gap_closed_is_zero_at_the_start_one_at_the_experts_and_linear_between()
 
 
 # Summary
+
+
+def test_scores_of_a_stored_summary_are_those_of_its_rows_sample_by_sample():
+    rows = made_rows()
+    rows["mine"] = TableRow(rows["mine"].scores | {"b": TaskScore(0.375, None, torch.tensor([0.25, 0.5]))})
+    stored = json.loads(json.dumps(summary(rows, "split")))
+    for name, row in rows.items():
+        scores = scores_in(stored["rows"][name])
+        assert bootstrap(scores) == bootstrap(row.scores)
+        for task, score in row.scores.items():
+            assert torch.equal(scores[task].correct, score.correct)
+            assert scores[task].accuracy == score.accuracy
 
 
 def test_summary_has_the_documented_schema():

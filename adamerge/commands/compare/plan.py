@@ -104,7 +104,7 @@ def run(plan: Plan, console: Console) -> dict[str, str]:
     failed: dict[str, str] = {}
     with held(plan.folder, option="--out"):
         jobs = [(seed, name) for seed in plan.seeds for name in sorted(plan.rows, key=lambda n: plan.rows[n].adapts)]
-        results = {job: stored for job in jobs if (stored := _stored(plan, *job)) is not None}
+        results = {job: result for job in jobs if (result := stored_result(plan, *job)) is not None}
         try:
             for number, (seed, name) in enumerate(jobs, 1):
                 if (seed, name) in results:
@@ -158,10 +158,10 @@ def read(folder: Path) -> dict[str, Any] | None:
 def _key(plan: Plan, seed: int, name: str) -> dict[str, Any]:
     """Return what a result depends on."""
     row = plan.rows[name].as_json()
-    return {"format": 1, "version": __version__, "row": row, "overrides": list(plan.overrides), "seed": seed}
+    return {"format": 2, "version": __version__, "row": row, "overrides": list(plan.overrides), "seed": seed}
 
 
-def _stored(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
+def stored_result(plan: Plan, seed: int, name: str) -> dict[str, Any] | None:
     """Return a row's result, or None where there is none.
 
     Raises:

@@ -187,14 +187,14 @@ def _reference_or_merge(spec: Spec, assembly: run.Assembly, folder: Path) -> Tab
     if spec.reference == SEARCHED:
         return _searched(assembly)
     if spec.rule is None:
-        return score_again(spec, assembly, folder)
+        return _score(spec, assembly, folder)
     rule, seconds = _merge(spec.rule, assembly, folder / _MERGED)
     uses_data, uses_labels = (bool(getattr(rule, name, False)) for name in ("needs_data", "uses_labels"))
-    row = score_again(spec, assembly, folder)
+    row = _score(spec, assembly, folder)
     return replace(row, seconds=seconds, uses_data=uses_data, uses_labels=uses_labels)
 
 
-def score_again(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
+def _score(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
     """Score a row, but for :data:`SEARCHED`, as its file in ``folder`` is."""
     model, data = assembly.model, assembly.data
     if spec.reference == "experts":

@@ -41,7 +41,7 @@ def _averaged(by_seed: Mapping[int, Result], every: Mapping[str, Mapping[int, Re
     ]
     closed = [gap for gap in gaps if gap is not None]
     per_task = _mean(relative) if relative else None
-    results = list(by_seed.values())
+    results = [{key: value for key, value in result.items() if key != "correct"} for result in by_seed.values()]
     means = [result["mean"] for result in results]
     return {
         **_mean(results),
