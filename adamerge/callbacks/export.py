@@ -12,7 +12,8 @@ from torch import Tensor
 
 from adamerge.errors import InputError
 from adamerge.methods.method import MergingMethod, data_of
-from adamerge.model.batch_norm import BatchNormPolicy
+from adamerge.model.batch_norm import BatchNormPolicy, with_statistics
+from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.export import export
 from adamerge.system.files import ensure_writable
@@ -94,12 +95,18 @@ class ExportMergedWeights(Callback):
             recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}
         if statistics:
             recipe["batch_norm"] = dataclasses.asdict(self.batch_norm)
+        merged = pl_module.exported() if isinstance(pl_module, MergingMethod) else model.coefficients
+        facts = None
+        if not isinstance(merged, Coefficients):
+            merged = with_statistics(merged, model.pool, statistics)
+            facts = {"method": type(pl_module).__name__, "steps": trainer.global_step, "seed": recipe.get("seed")}
         self.files = export(
             model.pool,
-            model.coefficients,
+            merged,
             self.dirpath,
             filename=self.filename,
             statistics=statistics,
+            facts=facts,
             heads=model.heads,
             head_info=self.head_info,
             sidecar=self.sidecar,

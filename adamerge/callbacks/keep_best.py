@@ -36,7 +36,7 @@ class KeepBest(Callback):
                 check_number(f"KeepBest.{option}", value, 1, whole=True)
         self._every = every
         self._patience = patience
-        self._coefficients: Tensor | None = None
+        self._learned: list[Tensor] = []  # what the method had learned at its best
         self._latest, self._waited = -1, 0  # the step of the last evaluation, and evaluations without a new best
         self.best: tuple[int, float] | None = None
 
@@ -72,10 +72,10 @@ class KeepBest(Callback):
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the best coefficients in place, before they are exported."""
-        if self._coefficients is not None and self.best is not None:
+        if self._learned and self.best is not None:
             assert isinstance(pl_module, MergingMethod)
-            raw = pl_module.model.coefficients.raw
-            raw.copy_(self._coefficients.to(raw))
+            for parameter, best in zip(pl_module.learned, self._learned, strict=True):
+                parameter.copy_(best)
             log.info("Kept the coefficients of step %d: %.4f on the held-out images", *self.best)
 
     def _evaluate(self, trainer: Trainer, method: LightningModule) -> float:
@@ -85,16 +85,16 @@ class KeepBest(Callback):
         self._waited += 1
         if self.best is None or loss < self.best[1]:
             self.best, self._waited = (trainer.global_step, loss), 0
-            self._coefficients = method.model.coefficients.raw.detach().cpu().clone()
+            self._learned = [parameter.detach().cpu().clone() for parameter in method.learned]
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best coefficients so far, for checkpoints."""
-        return {"coefficients": self._coefficients, "best": self.best, "latest": self._latest, "waited": self._waited}
+        return {"learned": self._learned, "best": self.best, "latest": self._latest, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stood."""
-        self._coefficients, self.best = state_dict["coefficients"], state_dict["best"]
+        self._learned, self.best = state_dict["learned"], state_dict["best"]
         self._latest, self._waited = state_dict["latest"], state_dict["waited"]
 
 

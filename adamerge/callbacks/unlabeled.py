@@ -169,7 +169,7 @@ class CollapseGuard(Callback):
         self._references: dict[str, dict[str, float]] = {}  # criteria to compare with, by task
         self._told: set[str] = set()  # tasks that were warned of
         self._lowered: dict[str, float] = {}
-        self._good: tuple[int, Tensor] | None = None  # the last good step, and its coefficients
+        self._good: tuple[int, list[Tensor]] | None = None  # the last good step, and what was learned then
         self.reason: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -194,7 +194,7 @@ class CollapseGuard(Callback):
         assert isinstance(pl_module, MergingMethod)
         self._criteria.update()
         if self._action == "stop" and self._is_good():
-            self._good = (trainer.global_step, pl_module.model.coefficients.raw.detach().clone())
+            self._good = (trainer.global_step, [learned.detach().clone() for learned in pl_module.learned])
         for task, steps in self._criteria.steps.items():
             criteria = self._criteria.criteria(task)
             logged = {f"guard/{name}/{task}": value for name, value in criteria.items() if name != "entropy"}
@@ -235,7 +235,8 @@ class CollapseGuard(Callback):
             if self._good is not None:
                 step, values = self._good
                 with torch.no_grad():
-                    method.model.coefficients.raw.copy_(values)
+                    for learned, value in zip(method.learned, values, strict=True):
+                        learned.copy_(value)
             self.reason = f"{collapse} The run was stopped there, and what it had learned until step {step} saved."
             log.warning(self.reason)
             trainer.should_stop = True

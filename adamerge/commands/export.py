@@ -216,7 +216,13 @@ def _final(assembly: Assembly) -> dict[str, Tensor]:
 def _restore(coefficients: Coefficients, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint}: no such checkpoint. Has the run saved one yet? Give --coefficients instead.")
-    raw = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"].get("model.coefficients.raw")
+    state = AtomicCheckpointIO().load_checkpoint(checkpoint)["state_dict"]
+    if any(key.startswith("trained.") for key in state):
+        raise InputError(
+            f"{checkpoint}: the run trains all weights (method=distillation): it has no coefficients to export. It "
+            "exports its weights when it ends: go on with adamerge adapt resume=RUN_DIR."
+        )
+    raw = state.get("model.coefficients.raw")
     if not isinstance(raw, Tensor) or not raw.is_floating_point() or not raw.isfinite().all():
         raise InputError(f"{checkpoint}: expected finite coefficients in it, found none. Is it a run's checkpoint?")
     if raw.shape != coefficients.raw.shape:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from adamerge.errors import InputError, shorten
+from adamerge.model import merge
 from adamerge.pool.pool import ExpertPool
 
 if TYPE_CHECKING:
@@ -91,9 +92,4 @@ def merged_state_dict(
     missing = [name for name in pool.names if name not in merged]
     if missing:
         raise InputError(f"{type(rule).__name__} leaves out {len(missing)} parameters: {shorten(missing)}.")
-    state_dict = {}
-    for key in pool.source.keys:
-        name = pool.keys.name(key) or ""
-        name = pool.tied.get(name, name)
-        state_dict[key] = merged[name] if name in merged else pool.source.get(key).clone()
-    return state_dict
+    return merge.state_dict_of(pool, merged)

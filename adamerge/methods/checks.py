@@ -1,6 +1,6 @@
 """What a method is held to: its objective before and in every step, and numbers that are finite."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +109,21 @@ def gradient_problem(model: MergedModel, gradient: Tensor, batch: Mapping[str, T
         f"the gradient of the coefficient of {coefficient_name(model, bad)} is not finite{_origin(batch, again)}. "
         f"{KEPT} Lower the learning rate."
     )
+
+
+def taken_back(learned: Sequence[Tensor], good: Sequence[Tensor]) -> tuple[int, Tensor] | None:
+    """Put back the values before a step, in place, where one is no longer finite.
+
+    Returns:
+        The number of the first tensor that was not finite, and where, as a mask of its shape; None where all are.
+    """
+    for number, tensor in enumerate(learned):
+        bad = ~torch.isfinite(tensor.detach())
+        if bad.any():
+            for current, value in zip(learned, good, strict=True):
+                current.data.copy_(value)
+            return number, bad
+    return None
 
 
 def coefficient_name(model: MergedModel, mask: Tensor) -> str:

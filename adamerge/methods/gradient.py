@@ -60,8 +60,8 @@ class GradientMerging(MergingMethod):
         self.model.coefficients.project()
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer of the coefficients, and its scheduler."""
-        optimizer = self._optimizer([self.model.coefficients.raw])
+        """Return the optimizer of what is learned, and its scheduler."""
+        optimizer = self._optimizer(self.learned)
         if self._scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}

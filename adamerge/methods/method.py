@@ -2,21 +2,22 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
+from torch import Tensor, nn
 
 from adamerge.data.batch import Outputs, TaskBatch, take
 from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import NonfiniteError
 from adamerge.methods import checks
-from adamerge.methods.step import Observer, StepOptions, StepResult
+from adamerge.methods.step import Observer, StepOptions, StepResult, report
 from adamerge.methods.teaching import Teaching
 from adamerge.methods.weighing import Window, has_rows, row_shares, shares_of_parts, summed
+from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_encoder import MergedEncoder
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.task_step import TaskStep
@@ -59,7 +60,10 @@ class MergingMethod(LightningModule):
         teacher_files: A folder that keeps the experts' outputs from run to run; None to ask them in each run.
         recipe: JSON-ready content for the checkpoints, such as the resolved configuration.
         skipped: Batches skipped so far because a loss or gradient was not finite.
+        learns_coefficients: Whether the result is a merge; else it is the state dict that :meth:`exported` returns.
     """
+
+    learns_coefficients: ClassVar[bool] = True
 
     def __init__(self, model: MergedModel, objective: Objective, options: StepOptions | None = None) -> None:
         super().__init__()
@@ -99,11 +103,7 @@ class MergingMethod(LightningModule):
         checkpoint["generators"] = generator_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another pool.
-
-        Raises:
-            InputError: If base or experts have changed since the checkpoint was saved.
-        """
+        """Go on with a checkpoint; raise :class:`~adamerge.InputError` where it is another pool's."""
         checks.check_same_pool(checkpoint.get("pool", {}), self.model.pool.hashes())
         self.skipped = checkpoint.get("skipped", 0)
         self._generators = checkpoint.get("generators")
@@ -116,33 +116,32 @@ class MergingMethod(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Leave the optimizer nothing to do where all batches of a step were skipped; a gradient of 0 would move it."""
-        if not self._has_gradient:
-            self.model.coefficients.raw.grad = None
+        for parameter in self.learned if not self._has_gradient else ():
+            parameter.grad = None
         self._has_gradient = False
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and take the step back where a coefficient is no longer finite.
-
-        Raises:
-            NonfiniteError: If one is not.
-        """
-        raw = self.model.coefficients.raw
-        good = raw.detach().clone()
+        """Step; take it back, and raise :class:`NonfiniteError`, where what is learned is no longer finite."""
+        good = [parameter.detach().clone() for parameter in self.learned]
         super().optimizer_step(*args, **kwargs)
-        bad = ~torch.isfinite(raw.detach())
-        if bad.any():
-            raw.data.copy_(good)
-            name = checks.coefficient_name(self.model, bad)
-            raise NonfiniteError(
-                f"Step {self.global_step}: the step made the coefficient of {name} infinite or NaN. {checks.KEPT} "
-                "Lower the learning rate."
-            )
+        if (bad := checks.taken_back(self.learned, good)) is not None:
+            problem = f"Step {self.global_step}: the step made {self._name_of(*bad)} infinite or NaN."
+            raise NonfiniteError(f"{problem} {checks.KEPT} Lower the learning rate.")
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer moves."""
+        return [self.model.coefficients.raw]
+
+    def _name_of(self, number: int, mask: Tensor) -> str:
+        """Name the first entry of a mask on one of :attr:`learned`."""
+        return f"the coefficient of {checks.coefficient_name(self.model, mask)}"
 
     def training_step(self, batch: Mapping[str, TaskBatch], batch_idx: int) -> Tensor:
         """Return the surrogate loss of one step, 0 to skip it; ``batch`` maps tasks to their unlabeled batches."""
         values = self.model.coefficients()
         batches = [batch] if self.model.valid is None else self._window.complete(batch, batch_idx, self.trainer)
-        nothing: Tensor = (values * 0).sum()
+        nothing = self._surrogate(values.new_zeros(()), values, None)
         if not batches:
             return nothing
         scale = self._scaler.get_scale() if self._scaler else 1.0  # so that fp16 gradients do not underflow
@@ -154,9 +153,15 @@ class MergingMethod(LightningModule):
             return nothing
         self._has_gradient = True
         samples = sum(len(data.indices) for part in batches for data in part.values())
-        self._report(loss, result.losses, values, samples)
-        surrogate: Tensor = loss + ((values - values.detach()) * result.gradient).sum()
+        report(self, loss, result.losses, values.detach(), samples)
+        surrogate = self._surrogate(loss, values, result)
         return surrogate if len(batches) == 1 else surrogate * self.trainer.accumulate_grad_batches  # Lightning divides
+
+    def _surrogate(self, loss: Tensor, values: Tensor, result: StepResult | None) -> Tensor:
+        """Return a scalar of the loss's value, whose gradient is the step's; without gradient where there is none."""
+        change = values - values.detach()
+        surrogate: Tensor = loss + (change * (0.0 if result is None else result.gradient)).sum()
+        return surrogate
 
     def step(
         self, batches: Sequence[Mapping[str, TaskBatch]], values: Tensor, **options: Any
@@ -249,6 +254,10 @@ class MergingMethod(LightningModule):
         share = 1 / max(1, len(tasks)) if self.options.reduction == "mean" else 1.0
         return {task: share * self.task_weights.get(task, 1.0) for task in tasks}
 
+    def exported(self) -> Coefficients | Mapping[str, Tensor]:
+        """Return the result: coefficients, or a state dict with every key of the base."""
+        return self.model.coefficients
+
     def export_recipe(self) -> dict[str, Any]:
         """Return what ``merge.json`` tells of the method's result, by a key of the method's own; JSON-ready."""
         return {}
@@ -337,14 +346,3 @@ class MergingMethod(LightningModule):
         self.skipped += 1
         log.warning("%s Skipped, %d so far.", problem.split(f" {checks.KEPT}")[0], self.skipped)
         self.log("adapt/skipped", float(self.skipped), batch_size=1)
-
-    def _report(self, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:
-        values = values.detach()
-        travel = (values - self.model.coefficients.initial).abs().mean()
-        self.log("adapt/loss", loss, prog_bar=True, batch_size=batch_size)
-        self.log("adapt/coefficient", values.mean(), prog_bar=True, batch_size=batch_size)
-        scalars = {f"adapt/loss/{task}": value for task, value in losses.items()}
-        scalars |= {"adapt/coefficient/min": values.min(), "adapt/coefficient/max": values.max()}
-        names = self.model.pool.expert_names
-        scalars |= {f"coefficient/{name}": mean for name, mean in zip(names, values.mean(1), strict=True)}
-        self.log_dict({**scalars, "adapt/travel": travel}, batch_size=batch_size)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Literal
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
@@ -54,3 +55,17 @@ class StepResult:
 
     losses: dict[str, Tensor]
     gradient: Tensor
+
+
+def report(
+    method: LightningModule, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int
+) -> None:
+    """Log a step: the losses, and where the coefficients (E, G) stand."""
+    coefficients, names = method.model.coefficients, method.model.pool.expert_names
+    travel = (values - coefficients.initial).abs().mean()
+    method.log("adapt/loss", loss, prog_bar=True, batch_size=batch_size)
+    method.log("adapt/coefficient", values.mean(), prog_bar=True, batch_size=batch_size)
+    scalars = {f"adapt/loss/{task}": value for task, value in losses.items()}
+    scalars |= {"adapt/coefficient/min": values.min(), "adapt/coefficient/max": values.max()}
+    scalars |= {f"coefficient/{name}": mean for name, mean in zip(names, values.mean(1), strict=True)}
+    method.log_dict({**scalars, "adapt/travel": travel}, batch_size=batch_size)

@@ -273,6 +273,22 @@ class _Merge(torch.autograd.Function):
         return pull_back(ctx.pool, ctx.index, named), None, None
 
 
+def state_dict_of(pool: ExpertPool, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict for export: every key of the base, with its key names and dtypes, on the CPU.
+
+    Args:
+        pool: Its base says what does not merge.
+        parameters: Every parameter of the pool by name, (*S).
+    """
+    state_dict = {}
+    for key in pool.source.keys:
+        name = pool.keys.name(key) or ""
+        name = pool.tied.get(name, name)
+        merges, dtype = name in parameters, pool.source.spec(key)[1]
+        state_dict[key] = parameters[name].detach().to("cpu", dtype) if merges else pool.source.get(key).clone()
+    return state_dict
+
+
 def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str, Tensor]:
     values = coefficients().detach().cpu().double()
     state_dict = {}

@@ -82,3 +82,30 @@ class WholeWeights:
     def zero(self, outputs: Mapping[str, Outputs]) -> Tensor:
         """Return the 0 that the losses of a pass are added to."""
         return torch.zeros((), device=next(iter(outputs.values())).logits.device)
+
+
+class TrainedWeights(WholeWeights):
+    """Parameters that are trained themselves, from a merge on: what the coefficients say of them has no effect.
+
+    Args:
+        encoder: The network that lends its code.
+        pool: Base and experts.
+        coefficients: Those of the merge to start from.
+
+    Attributes:
+        parameters: The trained parameters (*S) by name, on the pool's device.
+    """
+
+    def __init__(self, encoder: nn.Module, pool: ExpertPool, coefficients: Coefficients) -> None:
+        super().__init__(encoder, pool, coefficients.index)
+        start = merge(pool, coefficients)
+        self.parameters = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in start.items()}
+
+    def merge(self, coefficients: Coefficients) -> dict[str, Tensor]:
+        """Return the parameters as they are, without gradient."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
+        """Return the parameters as leaves of their own, which share their memory."""
+        torch.clear_autocast_cache()  # it may hold the last values in half precision
+        return {name: parameter.detach().requires_grad_() for name, parameter in self.parameters.items()}

@@ -21,6 +21,10 @@ from adamerge.results.text_scores import KEPT, MEASURES, ExpertAnswers, is_text,
 from adamerge.system import progress
 
 FORMAT = 1
+_CONTROLS = {
+    "random_experts": "random directions of the task vectors' norms in their place; same start, steps and samples",
+    "distillation": "all weights trained on the experts' answers, no merge; same start, steps and samples",
+}
 _CHUNK = 100  # bootstrap resamples at a time, to bound memory
 
 
@@ -254,7 +258,7 @@ def scores_in(row: Mapping[str, Any]) -> dict[str, TaskScore]:
 
 
 def table(content: Mapping[str, Any], title: str = "") -> Table:
-    """Return the table of a summary: accuracies in percent, rows that use labels marked with *.
+    """Return the table of a summary: accuracies in percent, rows that use labels marked with *, controls with ‡.
 
     Args:
         content: What ``summary.json`` holds.
@@ -285,7 +289,7 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
     heading = "score, %" if content.get("metrics") else "accuracy, %"
     return Table(
         [heading, *map(str, tasks), "mean", *(f"{task} †" for task in unseen), *kept], lines,
-        caption=_caption(content), title=title, starred=starred(content["rows"]), strong_columns=frozenset({"mean"}),
+        caption=_caption(content), title=title, marks=marks_of(content["rows"]), strong_columns=frozenset({"mean"}),
         optional=len(kept),
     )  # fmt: skip
 
@@ -317,9 +321,10 @@ def _beside(value: float, row: Mapping[str, Any], task: str | None = None) -> st
     return percent(value) if figure is None else f"{percent(value)} ({figure:.1f})"
 
 
-def starred(rows: Mapping[str, Mapping[str, Any]]) -> frozenset[int]:
-    """Return the positions of the rows that use labels."""
-    return frozenset(at for at, row in enumerate(rows.values()) if row.get("uses_labels"))
+def marks_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[int, str]:
+    """Return the marks of rows by position: ``*`` of those that use labels, ``‡`` of controls."""
+    marks = (" *" * bool(row.get("uses_labels")) + " ‡" * bool(row.get("control")) for row in rows.values())
+    return {at: mark for at, mark in enumerate(marks) if mark}
 
 
 def _about_texts(content: Mapping[str, Any]) -> str:
@@ -347,6 +352,8 @@ def _caption(content: Mapping[str, Any]) -> str:
         text += "\n† unseen: no expert and no images to adapt on; all its labelled images are scored; not in the mean."
     if any(row.get("uses_labels") for row in content["rows"].values()):
         text += "\n* uses labels."
+    for control in dict.fromkeys(row["control"] for row in content["rows"].values() if row.get("control")):
+        text += f"\n‡ control: {_CONTROLS.get(control, control)}."
     if any(row.get("published") for row in content["rows"].values()):
         text += "\n(in parentheses): published, %; diff.: from that, in points."
     if any("peak_memory_bytes" in row for row in content["rows"].values()):

@@ -21,7 +21,7 @@ class Table:
         rows: A text for each column.
         caption: What the columns are.
         title: Above the table.
-        starred: Rows whose name is marked with ``*``.
+        marks: Row to what follows its name, such as `` *``.
         strong: Rows that the table is about.
         strong_columns: Names of the columns that it is about.
         styles: Row and column to a cell's style on a terminal, such as ``"red"``.
@@ -32,7 +32,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: str = ""
     title: str = ""
-    starred: frozenset[int] = frozenset()
+    marks: Mapping[int, str] = field(default_factory=dict)
     strong: frozenset[int] = frozenset()
     strong_columns: frozenset[str] = frozenset()
     styles: Mapping[tuple[int, int], str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Table:
     @property
     def lines(self) -> list[list[str]]:
         """The rows, with their marks."""
-        return [[name + " *" * (at in self.starred), *cells] for at, (name, *cells) in enumerate(self.rows)]
+        return [[name + self.marks.get(at, ""), *cells] for at, (name, *cells) in enumerate(self.rows)]
 
     @property
     def text_columns(self) -> list[bool]:

@@ -22,5 +22,6 @@ from adamerge.transforms.protocol import Source as Source
 from adamerge.transforms.protocol import Transform as Transform
 from adamerge.transforms.protocol import apply as apply
 from adamerge.transforms.protocol import check_transform as check_transform
+from adamerge.transforms.random_directions import RandomDirections as RandomDirections
 from adamerge.transforms.ties import Ties as Ties
 from adamerge.transforms.tsv import Tsv as Tsv

@@ -26,6 +26,7 @@ from adamerge.system.reading import read_json
 
 _COMBINED = "objective=combine +objective.terms.hidden._target_=adamerge.objectives.alignment.Alignment"
 _HIDDEN = f"{_COMBINED} ~objective.terms.infomax ~objective.weights.infomax +objective.terms.hidden.logit_weight=0"
+_RATES = (0.0003, 0.001, 0.003)  # of all weights, for experiment=distillation
 VARIATIONS: dict[str, str] = {
     "recommended": "",
     "images": "data.views=null",
@@ -48,6 +49,7 @@ VARIATIONS: dict[str, str] = {
     "finer": "granularity=chunk granularity.pieces=1000",
     "column": "granularity=column",
     "layer": "granularity=layer",
+    **{f"distillation_{lr}": f"method=distillation granularity=task optimizer.lr={lr}" for lr in _RATES},
 }
 
 
@@ -65,7 +67,7 @@ def arguments() -> argparse.Namespace:
 def run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Adapt in a folder of its own, and return the row: accuracies, and the lowest loss on held-out images."""
     overrides = ["experiment=recommended", *VARIATIONS[name].split(), f"seed={seed}", f"steps={options.steps}"]
-    overrides += [f"run_dir={folder}", "trainer=cpu"]
+    overrides += [f"run_dir={folder}", "trainer=cpu", f"teacher_cache={folder.parent / 'teachers'}"]
     overrides += [] if options.full else ["callbacks=keep_best", "data.holdout=0.2"]
     overrides += ["data.protocol=transductive"] if options.transductive else []
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted

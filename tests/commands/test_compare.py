@@ -63,9 +63,31 @@ def test_rows_are_references_merges_or_runs():
     assert run.overrides == ("experiment=recommended", "granularity.groups={a: x}")
 
 
+def test_controls_are_runs_with_options_of_their_own_that_a_row_replaces():
+    control = read_row("random_experts steps=10 start=wudi start.steps=5")
+    assert control.adapts
+    assert control.rule["steps"] == 5
+    assert control.overrides == ("experiment=recommended", "transform=random", "transform.seed=${seed}", "steps=10")
+    other = read_row("random_experts experiment=imitation_row transform.seed=3")
+    assert set(other.overrides) == {"experiment=imitation_row", "transform=random", "transform.seed=3"}
+    assert read_row("distillation steps=10").overrides == ("experiment=distillation", "steps=10")
+    assert read_row("experiment=distillation").control is None
+
+
+def test_controls_are_marked_and_explained(tmp_path, made):
+    rows = compared({"random_experts": [result(0.6, control="random_experts")], "mine": [result(0.6)]})
+    markdown = table(rows).markdown(code=(0,))
+    assert "| `random_experts` ‡ |" in markdown
+    assert "| `mine` |" in markdown
+    assert "‡ control: random directions" in markdown
+    assert "‡" not in table(compared({"mine": [result(0.6)]})).markdown()
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ("random_experts transform=ties", "random_experts takes no transform"),
+        ("random_experts step=10", "Did you mean 'steps'"),
         ("tie", "Did you mean 'ties'?"),
         ("ties densty=1", "Did you mean 'density'?"),
         ("ties density", "expected OPTION=VALUE"),
@@ -90,10 +112,12 @@ def test_shipped_preset_has_every_merge_and_every_transform(tmp_path):
     plan = plan_of([], "demo", [], [0], tmp_path)
     texts = [spec.text for spec in plan.rows.values()]
     assert set(rule_names("merge")) <= {text.split()[0] for text in texts}
-    assert all(any(f"transform={name}" in text for text in texts) for name in rule_names("transform") if name != "none")
+    used = [" ".join((spec.text, *spec.overrides)) for spec in plan.rows.values()]
+    assert all(any(f"transform={name}" in text for text in used) for name in rule_names("transform") if name != "none")
     for method in ("adamerging_layer", "imitation_row", "recommended"):
         starts = {" ".join(text.split()[1:2]) for text in texts if text.startswith(f"experiment={method}")}
         assert starts >= {"", "start=ties", "start=wudi", "start=tsvm"}
+    assert {spec.control for spec in plan.rows.values()} == {None, "random_experts", "distillation"}
     assert list(plan.rows)[-1] == "experts"
     assert plan.rows["task_arithmetic_best"].reference == "task_arithmetic_best"
     with pytest.raises(InputError, match="Did you mean 'demo'"):

@@ -23,6 +23,7 @@ from adamerge.transforms import (
     Magnitude,
     Pcb,
     Prepared,
+    RandomDirections,
     Tall,
     Ties,
     Trim,
@@ -41,6 +42,7 @@ ALL = [
     Awd(), Breadcrumbs(), Breadcrumbs(scope="row"), Consensus(), Dare(), EqualNorms(), EqualNorms("tensor"), Lines(),
     Magnitude(), Magnitude(scope="model", rescale=True), Pcb(), Pcb(0.05, 0.01, "normalised"), Tall(), Ties(),
     Ties(scope="tensor"), Trim(), Tsv(), Chain([Ties(), Lines()]), Chain([Trim(0.5), Dare(), EqualNorms()]),
+    RandomDirections(),
 ]  # fmt: skip
 # Those whose rule depends on the size of task vectors, by their mathematics.
 ABSOLUTE = (Pcb, Awd)
@@ -257,6 +259,32 @@ def test_dare_with_other_experts_beside_it_gives_the_same():
     assert torch.equal(alone["blocks.0.w"][0], full["blocks.0.w"][1])
 
 
+# Random directions
+
+
+def test_random_directions_keep_the_norm_of_each_tensor_and_nothing_else():
+    stacks = random_stacks()
+    stacks["blocks.0.w"][1] = 0  # an expert that did not change it
+    result = apply(RandomDirections(), stacks)
+    for name, stack in result.items():
+        norms, before = (s.reshape(len(s), -1).norm(dim=1) for s in (stack, stacks[name]))
+        torch.testing.assert_close(norms, before)
+    assert not result["blocks.0.w"][1].any()
+    large = {"w": torch.ones(2, 100, 100), "v": torch.ones(2, 100, 100)}
+    rows = torch.cat([stack.reshape(2, -1) for stack in [*large.values(), *apply(RandomDirections(), large).values()]])
+    cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
+    assert cosines[4:].sub(torch.eye(8)[4:]).abs().max() < 0.05  # five standard deviations of 1 / sqrt(10,000)
+
+
+def test_random_directions_depend_on_seed_and_names_alone():
+    stacks = random_stacks()
+    full = apply(RandomDirections(5), stacks, ["a", "b", "c"])
+    alone = apply(RandomDirections(5), {"blocks.0.w": stacks["blocks.0.w"][1:2]}, ["b"])
+    assert torch.equal(alone["blocks.0.w"][0], full["blocks.0.w"][1])
+    assert not torch.equal(apply(RandomDirections(6), stacks, ["a", "b", "c"])["stem"], full["stem"])
+    assert torch.equal(apply(RandomDirections(), {"w": torch.ones(1, 4)})["w"].sign(), torch.tensor([[-1.0, -1, 1, 1]]))
+
+
 # Masks, depth, norms
 
 
@@ -401,7 +429,7 @@ def test_transform_description_survives_json_and_holds_every_option(transform):
     described = describe(transform)
     assert json.loads(json.dumps(described)) == described
     assert described["name"] == type(transform).__name__.lower()
-    if isinstance(transform, Dare):
+    if isinstance(transform, Dare | RandomDirections):
         assert describe(replace(transform, seed=1)) != described
 
 

@@ -4,6 +4,7 @@ pretrained | experts | task_arithmetic_best       references; the last searches 
 ties density=0.1 transform=lines                  a rule of `adamerge merge`, its options, a transform
 experiment=recommended steps=100                  what `adamerge adapt` takes
 experiment=imitation_row start=wudi               the same, from a rule's merge: it is the base, coefficients are 0
+random_experts steps=100                          a control, with options of adapt; distillation is the other
 """
 
 import contextlib
@@ -41,6 +42,12 @@ from adamerge.system.reading import read_json
 
 SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)
+CONTROLS = {  # what of a recipe's result owes nothing to merging; options of the row replace these
+    "random_experts": (
+        "experiment=recommended", "start=task_arithmetic", "transform=random", "transform.seed=${seed}",
+    ),
+    "distillation": ("experiment=distillation",),
+}  # fmt: skip
 _RUN, _MERGED = "run", "merged.safetensors"
 _STARTED = "started.json"  # what an adapting row was begun with
 
@@ -55,6 +62,7 @@ class Spec:
         rule: Node of the merge that is the row or its start; None for references and runs from the pool's base.
         overrides: Overrides of the configuration of ``adapt``.
         adapts: Whether it is a run of ``adapt``.
+        control: Which of :data:`CONTROLS` it is, or None.
     """
 
     text: str
@@ -62,10 +70,12 @@ class Spec:
     rule: Mapping[str, Any] | None = None
     overrides: tuple[str, ...] = ()
     adapts: bool = False
+    control: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return what decides the row's result."""
-        return {**asdict(self), "overrides": list(self.overrides)}
+        content = {**asdict(self), "overrides": list(self.overrides)}
+        return content if self.control else {key: value for key, value in content.items() if key != "control"}
 
 
 def read_row(text: str) -> Spec:
@@ -81,6 +91,8 @@ def read_row(text: str) -> Spec:
     if not words:
         raise InputError("row '': expected a rule, a reference or options of adapt.")
     try:
+        if words[0] in CONTROLS:
+            return _control_spec(text, words)
         return _adapted_spec(text, words) if "=" in words[0] else _merge_spec(text, words)
     except InputError as error:
         raise InputError(f"row {text!r}: {error}") from error
@@ -97,6 +109,16 @@ def _merge_spec(text: str, words: Sequence[str]) -> Spec:
         return Spec(text, name, overrides=overrides)
     rule = "task_arithmetic" if name == "task_arithmetic_0.3" else name
     return Spec(text, rule=_checked(rule_node("merge", rule, settings)), overrides=overrides)
+
+
+def _control_spec(text: str, words: Sequence[str]) -> Spec:
+    """Return a control as the run that it is: its own options, but for those that the row gives."""
+    name, *options = words
+    given = {option.partition("=")[0] for option in options}
+    if name == "random_experts" and "transform" in given:
+        raise InputError("random_experts takes no transform: random directions are its own.")
+    of_control = [word for word in CONTROLS[name] if word.partition("=")[0] not in given]
+    return replace(_adapted_spec(text, [*of_control, *options]), control=name)
 
 
 def _adapted_spec(text: str, words: Sequence[str]) -> Spec:
@@ -139,6 +161,8 @@ def make_row(spec: Spec, common: Sequence[str], seed: int, folder: Path) -> dict
         seed_everything(seed, workers=True, verbose=False)  # as if it were the first row of its process
         content = summary({"row": _reference_or_merge(spec, assembly, folder)}, assembly.data.protocol)
     (row,) = content["rows"].values()
+    if spec.control:
+        row = {**row, "control": spec.control}
     return {**row, "seed": seed, "protocol": content["protocol"], "peak_memory_bytes": peak_memory()}
 
 

@@ -34,6 +34,10 @@ def check_method(config: DictConfig, parts: Mapping[str, Any], problems: Problem
         check_node(config, "method")
         if _is_own(config, "method"):
             method, data = _make_method(config, parts.get("constraint"), parts.get("index")), parts.get("data")
+            if not method.learns_coefficients and config.get("first_stage") is not None:
+                raise InputError(
+                    "first_stage: not with method=distillation, which learns no coefficients; leave it out."
+                )
             if isinstance(data, UnlabeledTasks):
                 check_task_weights(method.task_weights, parts.get("objective", _OBJECTIVE), data.streams)
 

@@ -282,6 +282,8 @@ def _fit(
     try:
         trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
     except NonfiniteError as error:
+        if not method.learns_coefficients:
+            raise GuardError(str(error)) from error
         if trainer.is_global_zero:
             save_coefficients(assembly.model.coefficients, folder / LAST_GOOD, assembly.pool)
         raise GuardError(

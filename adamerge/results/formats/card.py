@@ -140,6 +140,9 @@ def _method(recipe: Mapping[str, Any]) -> str:
     config = recipe.get("config") or {}
     if not config:
         return "Its coefficients come from a file."
+    if count := recipe.get("trained_weights"):
+        steps = config.get("steps", "?")
+        return f"It is no merge: all {count:,} weights were trained, in {steps} steps from a merge, on unlabeled data."
     parts = {part: _short(config[part]) for part in ("objective", "granularity", "constraint") if config.get(part)}
     protocol = {"split": "unlabeled images, none of which was scored", "transductive": "the scored images, unlabeled"}
     data = protocol.get(str(recipe.get("protocol")), "unlabeled images")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from adamerge.results.evaluation import marks_of
 from adamerge.results.report.charts import BarChart, Cell, HeatMap, LineChart, Panel, scale_of
 from adamerge.results.report.facts import Learned, Run, Series, Values
 from adamerge.results.report.places import KINDS, are_parameters, by_depth, place_of
@@ -42,7 +43,9 @@ def accuracies(run: Run) -> BarChart | None:
         return None
     tasks = run.summary["tasks"]
     shares = {name: [row["per_task"][task] for task in tasks] for name, row in rows.items()}
-    references = [name for name, row in rows.items() if name != own_row and not row.get("uses_labels")]
+    references = [
+        name for name, row in rows.items() if name != own_row and not (row.get("uses_labels") or row.get("control"))
+    ]
     few = [*references[:1], *references[1:][-3:]]  # the first is the pretrained model, the last the experts
     text = "Bars: the merged checkpoint. Marks: what it is compared with, on the same images."
     marks = {name: shares[name] for name in few}
@@ -62,10 +65,11 @@ def rows_by_task(summary: Mapping[str, Any]) -> HeatMap:
 def rows_with_means(summary: Mapping[str, Any]) -> BarChart:
     """Return a bar chart of a summary: per row a bar for the mean with its 95 % interval, and a mark for each task."""
     rows, tasks = summary["rows"], summary["tasks"]
-    note = ", * uses labels" if any(row["uses_labels"] for row in rows.values()) else ""
+    marks, notes = marks_of(rows), {"*": "uses labels", "‡": "control"}
+    note = "".join(f", {mark} {text}" for mark, text in notes.items() if any(mark in name for name in marks.values()))
     return BarChart(
         "comparison", "Accuracy by row and task", "Bars: mean accuracy with its 95 % interval. Marks: tasks.",
-        [name + " *" * bool(row["uses_labels"]) for name, row in rows.items()],
+        [name + marks.get(at, "") for at, name in enumerate(rows)],
         ("mean", [row["mean"] for row in rows.values()]),
         {task: [row["per_task"][task] for row in rows.values()] for task in tasks},
         [tuple(row["interval"]) for row in rows.values()],

@@ -46,7 +46,8 @@ def _absent(run: Run) -> list[str]:
     missing = {
         "No accuracies: nothing was scored yet. `adamerge evaluate RUN_DIR` does.": not run.summary,
         "No coefficients: `adamerge export RUN_DIR` writes those of the last checkpoint.": run.config
-        and run.learned is None,
+        and run.learned is None
+        and "trained_weights" not in run.recipe,
         "No curves: no metrics were logged (logger=csv).": run.config and not run.metrics,
         "No geometry of the task vectors: the experts' files could not be read.": run.config and not run.pool,
     }
@@ -108,6 +109,7 @@ def setting(run: Run) -> Facts | None:
     facts = {
         "Objective": _target(config.get("objective")),
         "Method": _target(config.get("method")) or _rule(run),
+        "Learned": _trained(run),
         "Granularity": learned.granularity if learned else _target(config.get("granularity")),
         "Constraint": learned.constraint if learned else _target(config.get("constraint")),
         "Transform": _target(config.get("transform")) or ("none" if config else ""),
@@ -243,6 +245,12 @@ def _target(node: Any) -> str:
     if not isinstance(node, Mapping) or not node.get("_target_"):
         return node if isinstance(node, str) else ""
     return str(node["_target_"]).rsplit(".", 1)[-1]
+
+
+def _trained(run: Run) -> str:
+    """Say that a run has trained all weights."""
+    count = run.recipe.get("trained_weights")
+    return "" if count is None else f"all {count:,} weights: no merge, and no coefficients"
 
 
 def _rule(run: Run) -> str:
