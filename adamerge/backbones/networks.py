@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from adamerge.checkpoints.model_folder import HF_CONFIG, read_json
+from adamerge.checkpoints.model_folder import HF_CONFIG
 from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.system.reading import read_json_mapping
 
 _PLAIN = (
     "The code that a folder brings is never run. If a class of transformers computes the same, remove auto_map from "
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> Any:
             f"backbone.model: {folder}: expected the folder of a model that transformers wrote, with {HF_CONFIG}; "
             "found none. Name it: backbone.model=FOLDER."
         )
-    content = read_json(file)
+    content = read_json_mapping(file)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the library makes of a file that is not its own

@@ -16,10 +16,11 @@ from adamerge.backbones.own_heads import HeadModule, find_head, head_of
 from adamerge.backbones.reading import FEATURES, next_tokens, pooled
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.composed import tell_once
-from adamerge.checkpoints.model_folder import HF_CONFIG, read_json
+from adamerge.checkpoints.model_folder import HF_CONFIG
 from adamerge.data.batch import Inputs, Outputs
 from adamerge.data.task import Task
 from adamerge.errors import InputError, check_choice, check_number, did_you_mean, shorten
+from adamerge.system.reading import read_json_mapping
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Transformers:
     def problems(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
         """List experts of another model than the base's, by the configurations beside them."""
         files = {name: Path(checkpoint.name).parent / HF_CONFIG for name, checkpoint in checkpoints.items()}
-        problems = networks.check_same_model({name: read_json(f) for name, f in files.items() if f.is_file()})
+        problems = networks.check_same_model({name: read_json_mapping(f) for name, f in files.items() if f.is_file()})
         head = self.head_module
         if head is not None:
             tell_once(

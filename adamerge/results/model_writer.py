@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, save_state_dict
-from adamerge.checkpoints.model_folder import HF_CONFIG, read_json
+from adamerge.checkpoints.model_folder import HF_CONFIG
 from adamerge.system.files import atomic_path, save_json
+from adamerge.system.reading import read_json_mapping
 
 FOLDER = "model"  # beside a merged checkpoint
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,7 +35,7 @@ def folder_of(checkpoint: Checkpoint) -> Path | None:
     if not path.is_file() or getattr(checkpoint, "config_file", None) is not None:
         return None
     config = path.parent / HF_CONFIG
-    return path.parent if config.is_file() and "model_type" in read_json(config) else None
+    return path.parent if config.is_file() and "model_type" in read_json_mapping(config) else None
 
 
 def write_model(
@@ -68,7 +69,7 @@ def write_model(
         with atomic_path(folder / source.name) as temporary:
             shutil.copyfile(source, temporary)
         files[source.name] = "the base's" if source.parent == base else f"the expert's in {source.parent.name}"
-    save_json(_config(read_json(base / HF_CONFIG), checkpoint, changes or {}), folder / HF_CONFIG)
+    save_json(_config(read_json_mapping(base / HF_CONFIG), checkpoint, changes or {}), folder / HF_CONFIG)
     return files
 
 

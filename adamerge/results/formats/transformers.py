@@ -14,10 +14,11 @@ from adamerge.backbones import Transformers
 from adamerge.backbones.file_names import network_names
 from adamerge.backbones.networks import new_network
 from adamerge.checkpoints.checkpoint import save_state_dict
-from adamerge.checkpoints.model_folder import HF_CONFIG, find_model, read_json
+from adamerge.checkpoints.model_folder import HF_CONFIG, find_model
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.results.formats.merged import MergedFolder, Usage, check_equal
 from adamerge.results.model_writer import FOLDER, write_model
+from adamerge.system.reading import read_json_mapping
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
     files = write_model(weights, base, folder, changes=changes)
     if task is not None:
         weights.unlink()
-    name = str((read_json(folder / HF_CONFIG).get("architectures") or ["AutoModel"])[0])
+    name = str((read_json_mapping(folder / HF_CONFIG).get("architectures") or ["AutoModel"])[0])
     pipeline = next((kind for end, kind in _PIPELINES.items() if name.endswith(end)), "feature-extraction")
     has_tokenizer = any(file.startswith("tokenizer") for file in files)
     options = {"class": name, "has_tokenizer": has_tokenizer, "prompt": PROMPT}
