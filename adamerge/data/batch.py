@@ -57,28 +57,31 @@ class Outputs:
         return self.logits.flatten(0, -2) if self.valid is None else select_valid(self.logits, self.valid)
 
     def compact(self) -> "Outputs":
-        """Return the rows that count alone, logits (N, C) and what else has positions; itself where all count.
+        """Return what counts alone: logits (N, C), and features and hidden states without padding.
 
-        Hidden states and features (B, S, ...) become (N, ...): at the positions whose rows count or, where theirs are
-        other positions, such as those of an encoder before a decoder, at those that are no padding.
+        Those (B, S, ...) become (M, ...): the positions whose rows count or, where a hidden state has other positions,
+        those that are no padding; for modules inside an ``encoder`` the latter.
         """
-        if self.valid is None:
+        if self.valid is None and self.padding is None:
             return self
-        hidden = {name: self._compact(value)[0] for name, value in self.hidden.items()}
+        hidden = {name: self._compact(value, name)[0] for name, value in self.hidden.items()}
         features = None if self.features is None else self._compact(self.features)[0]
-        return Outputs(self.rows(), features, hidden)
+        logits = self.logits if self.valid is None else self.rows()
+        return Outputs(logits, features, hidden)
 
     def ragged(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Return the tensors of :meth:`compact` by name, each with the number of rows of every sample, (B,).
 
         That number is None for a tensor (B, ...) that has one row per sample.
         """
-        tensors = {"logits": self.logits, "features": self.features}
-        tensors |= {f"{HIDDEN}{name}": value for name, value in self.hidden.items()}
-        return {name: self._compact(value) for name, value in tensors.items() if value is not None}
+        tensors = {"logits": self._compact(self.logits)}
+        if self.features is not None:
+            tensors["features"] = self._compact(self.features)
+        return tensors | {f"{HIDDEN}{name}": self._compact(value, name) for name, value in self.hidden.items()}
 
-    def _compact(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        for mask in (self.valid, self.padding) if self.valid is not None else ():
+    def _compact(self, value: Tensor, module: str | None = None) -> tuple[Tensor, Tensor | None]:
+        masks = (self.valid,) if module is None else (self.valid, self.padding)
+        for mask in masks[::-1] if module is not None and "encoder" in module.split(".") else masks:
             if mask is not None and fits(mask, value):
                 return select_valid(value, mask), mask.flatten(1).sum(1) if mask.ndim > 1 else mask.long()
         return value, None

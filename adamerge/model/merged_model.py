@@ -292,7 +292,7 @@ class MergedModel(nn.Module):
         outputs = self.read(output, inputs)
         if self.valid is not None:
             outputs.valid = self.valid(inputs)
-        if outputs.valid is not None and isinstance(inputs, Mapping) and PADDING in inputs:
+        if isinstance(inputs, Mapping) and PADDING in inputs:
             outputs.padding = inputs[PADDING].bool()
         return outputs
 

@@ -20,7 +20,7 @@ class Alignment:
 
     :math:`\beta_k \big(w_z t^2\, KL(\mathrm{softmax}(z^{expert}/t) \| \mathrm{softmax}(z/t)) + w_h \sum_{\ell}
     \|h_\ell - h^{expert}_\ell\|^2 + w_f \|f - f^{expert}\|^2\big) + \frac{\gamma}{K} R`, each a mean over
-    the batch (of texts over the positions that count, of hidden states too), with
+    the batch (of texts over the rows that count; padding has no part in hidden states), with
     :math:`R = \frac{1}{EG} \sum_{e,g} |\lambda_{eg} - \lambda^0_{eg}|` and K tasks in the step, so that the sum over
     the tasks holds :math:`\gamma R` once, as in the paper.
 
@@ -81,13 +81,14 @@ class Alignment:
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the loss of one task's batch."""
         merged, expert = step.outputs.compact(), step.teacher()
+        rows = len(merged.rows())
         loss = torch.zeros((), device=merged.logits.device)
         if self.logit_weight:
             loss = loss + self.logit_weight * divergence(merged.rows(), expert.rows(), self.temperature).mean()
         if self.hidden_weight and self.hidden_layers:
             selected = [select(merged.hidden, pattern, "objective.hidden_layers") for pattern in self.hidden_layers]
             names = dict.fromkeys(chain.from_iterable(selected))
-            distances = torch.stack([self._distance(merged.hidden[name], expert.hidden[name]) for name in names])
+            distances = torch.stack([self._distance(merged.hidden[name], expert.hidden[name], rows) for name in names])
             loss = loss + self.hidden_weight * (distances.sum() if self.distance == "sum" else distances.mean())
         if self.feature_weight:
             if merged.features is None or expert.features is None:
@@ -95,16 +96,18 @@ class Alignment:
                     "objective.feature_weight: the network has no features, its own logits count. Set it to 0, or name "
                     "the module before the logits in hidden_layers."
                 )
-            loss = loss + self.feature_weight * self._distance(merged.features, expert.features)
+            loss = loss + self.feature_weight * self._distance(merged.features, expert.features, rows)
         loss = loss * (self.task_weights or {}).get(step.task, 1.0)
         return loss + self._penalty(step) if self.anchor else loss
 
-    def _distance(self, merged: Tensor, expert: Tensor) -> Tensor:
-        """Squared distance of two tensors (B, ...) or (N, ...), averaged over their rows, or over all entries."""
+    def _distance(self, merged: Tensor, expert: Tensor, rows: int) -> Tensor:
+        """Squared distance of two tensors (M, ...), summed and divided by the rows, or averaged over all entries."""
         squares = (
             (merged.float() - expert.float()).square() if merged.dtype.itemsize < 4 else (merged - expert).square()
         )
-        return squares.flatten(1).sum(1).mean() if self.distance == "sum" else squares.mean()
+        if self.distance == "mean":
+            return squares.mean()
+        return squares.flatten(1).sum(1).mean() if len(squares) == rows else squares.sum() / rows
 
     def _penalty(self, step: TaskStep) -> Tensor:
         """This task's share of the anchor."""

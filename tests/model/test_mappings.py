@@ -8,7 +8,7 @@ import torch
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, Outputs, merge
 from adamerge.callbacks import KeepBest
 from adamerge.callbacks.unlabeled import RunningCriteria
-from adamerge.data.batch import pad, read_output, size
+from adamerge.data.batch import pad, read_output
 from adamerge.methods import ShardedStrategy
 from adamerge.model.encoder import EncoderOptions, facts_of, fused
 from adamerge.model.task_step import TaskStep
@@ -17,6 +17,7 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.objectives.infomax import InfoMax
 from tests.support.fits import QUIET
+from tests.support.gradients import gradient, one_by_one
 from tests.support.processes import run_ranks
 from tests.support.texts import TASKS, learned, make_data, make_model, texts, valid
 from tests.support.toy import make_toy, save_files
@@ -27,33 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*resumable.*"),
 ]
 LAYERS = ("layers.*",)
-
-
-def gradient(model, objective, batches, weights):
-    """The gradient of one step on batches by task, each task's loss with a weight."""
-    model.teacher_cache.clear()
-    layers = tuple(objective.hidden_layers)
-    with model.merged(model.coefficients().detach(), hidden_layers=layers) as merged:
-        for group in merged.groups(batches):
-            losses = []
-            for task, outputs in merged(group).items():
-                teacher = partial(model.teacher, hidden_layers=layers)
-                indices = torch.arange(size(group[task]))
-                step = TaskStep(task, group[task], indices, outputs, merged.coefficients, teacher, merged.forward)
-                losses.append(objective(step) * weights[task])
-            merged.backward(sum(losses))
-    return merged.gradient
-
-
-def one_by_one(model, objective, samples, collate=pad):
-    """The mean over rows, each sample on its own."""
-    total = 0
-    for task, of_task in samples.items():
-        counts = [model.count_rows(collate([sample])) for sample in of_task]
-        for sample, count in zip(of_task, counts, strict=True):
-            if count:
-                total = total + gradient(model, objective, {task: collate([sample])}, {task: count / sum(counts)})
-    return total
 
 
 OBJECTIVES = [Entropy(), Imitation(), Alignment(hidden_layers=LAYERS, anchor=0), InfoMax(0)]
