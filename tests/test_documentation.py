@@ -40,10 +40,12 @@ def readers_folder(tmp_path_factory):
             (folder / name).write_text(text, encoding="utf-8")
     pool = "base: base.safetensors\nexperts: {a: a.safetensors}\n"
     names = ("FILE", "pool.yaml", "pools/ours.yaml", "packed/pool.yaml", "DIR/pool.yaml")
-    for name in (*names, "data/offline_benchmark/pool.yaml"):
+    zoos = ("data/offline_benchmark", "data/text_zoo")
+    for name in (*names, *(f"{zoo}/pool.yaml" for zoo in zoos)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(pool, encoding="utf-8")
-    (folder / "data" / "offline_benchmark" / "zoo.json").write_text("{}", encoding="utf-8")
+    for zoo in zoos:
+        (folder / zoo / "zoo.json").write_text("{}", encoding="utf-8")
     return folder
 
 

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adamerge.backbones import networks
+from adamerge.backbones.classifiers import read_classifiers
 from adamerge.backbones.file_names import FileNames, file_names, network_names, path_of
 from adamerge.backbones.model_inputs import ModelInputs, collate
 from adamerge.backbones.own_heads import HeadModule, find_head, head_of
@@ -38,6 +40,8 @@ class Transformers:
         features: What stands for an output without logits: ``pooler_output``, ``image_embeds``, ``text_embeds``,
             ``last_hidden_state``, ``mean`` (of its valid positions) or ``first`` (position); ``auto`` for the first
             of the first four that there is.
+        normalize: Whether these have norm 1, as those of sentence encoders.
+        classifiers: A file with frozen classifiers on these, ``TASK.weight`` (C, F) and ``TASK.bias`` (C,).
         vocabulary: ``refuse`` experts with further tokens; or ``shared``: the rows of shared tokens merge, further ones
             come from the one expert that has them.
         positions: Which positions of a causal model count: ``all``, or those of the ``answer`` only.
@@ -53,6 +57,8 @@ class Transformers:
     pool: Mapping[str, Any] | None = None
     head: str | None = "auto"
     features: str = "auto"
+    normalize: bool = False
+    classifiers: str | Path | None = None
     vocabulary: Literal["refuse", "shared"] = "refuse"
     positions: Literal["all", "answer"] = "all"
     max_length: int | None = None
@@ -239,6 +245,8 @@ class Transformers:
         head = self.head_module
         for problem in self.problems({"base": base, **experts}):
             raise InputError(problem)
+        if self.classifiers is not None:
+            return read_classifiers(self.classifiers, tasks)
         if head is None:
             return {}
         heads: dict[str, nn.Module] = {}
@@ -316,6 +324,7 @@ class Transformers:
         if logits is None:
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             logits = pooled(output, mask, self.features, self.class_name)
+            logits = functional.normalize(logits, dim=-1) if self.normalize else logits
         if not isinstance(logits, Tensor):
             raise InputError(
                 f"backbone: {self.class_name} gives {type(logits).__name__} as logits, expected a tensor. Choose "

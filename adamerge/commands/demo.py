@@ -1,6 +1,6 @@
-"""``demo``: the whole job on the embedded zoo, as rows of a comparison: adapt in several ways, export, score, compare.
+"""``demo``: the whole job on a zoo, as rows of a comparison: adapt in several ways, export, score, compare.
 
-The protocol is a split: one half of each task's test images adapts, the other half is scored.
+The protocol is a split: one half of each task's test images adapts, the other half is scored; a text zoo has splits.
 """
 
 import itertools
@@ -14,7 +14,9 @@ from rich.console import Console
 
 from adamerge.commands.compare import plan as comparison
 from adamerge.commands.compare.row import shared_assembly
+from adamerge.commands.data import root_option
 from adamerge.commands.run.compose import compose
+from adamerge.commands.run.named_pools import quoted
 from adamerge.commands.run.run import record_metrics
 from adamerge.commands.terminal import json_option, list_files, out, print_json, report
 from adamerge.results.evaluation import TaskScore, bootstrap, scores_in, table
@@ -23,6 +25,10 @@ from adamerge.results.report.write import report_run
 from adamerge.system import progress
 from adamerge.system.files import atomic_path, ensure_writable
 
+TITLES = {
+    "demo": "Demo zoo: one base, six experts, one merged model",
+    "text": "Text zoo: one sentence encoder, its experts, one merged model",
+}
 EXPORTED = "recommended"
 ORDER = ("pretrained", "task_arithmetic_0.3", "imitation_layer", "imitation_row", EXPORTED, "experts")
 
@@ -40,14 +46,22 @@ _OF_ALL = ("summary.json", "comparison.png")
     show_default=True,
     help="Folder.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the splits and the order of the images.")
+@click.option(
+    "--zoo",
+    type=click.Choice(tuple(TITLES)),
+    default="demo",
+    show_default=True,
+    help="demo: images, embedded in the package; text: what `adamerge zoo build text` has made.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the splits and the order of the inputs.")
 @click.option("--fast", is_flag=True, help="Fewer steps: a look at the machinery in under a minute.")
-@click.option("--transductive", is_flag=True, help="Adapt on the scored images, as the AdaMerging paper does.")
+@click.option("--transductive", is_flag=True, help="Adapt on the scored inputs, as the AdaMerging paper does.")
+@root_option
 @json_option
-def demo(output: Path, seed: int, fast: bool, transductive: bool, as_json: bool) -> None:
-    """Run the whole job on the embedded offline zoo: adapt, export, score, compare."""
+def demo(output: Path, zoo: str, seed: int, fast: bool, transductive: bool, root: Path, as_json: bool) -> None:
+    """Run the whole job on the embedded offline zoo, or on the text zoo: adapt, export, score, compare."""
     ensure_writable(output)
-    plan = plan_of(output, seed, fast=fast, transductive=transductive)
+    plan = plan_of(output, seed, zoo=zoo, fast=fast, transductive=transductive, root=root)
     failed = comparison.run(plan, Console(quiet=True))
     report([f"{row}: {message}" for row, message in failed.items()])
     content = gather(plan, output)
@@ -55,25 +69,40 @@ def demo(output: Path, seed: int, fast: bool, transductive: bool, as_json: bool)
         print_json({"folder": str(output), "summary": content})
         return
     if not progress.is_quiet():
-        shown = table(content, "Demo zoo: one base, six experts, one merged model")
+        shown = table(content, TITLES[zoo])
         out.print(shown.terminal(out.width))
         for line in verdict(scores_of(plan)):
             out.print(line)
     list_files(output, "*.*")
 
 
-def plan_of(output: Path, seed: int, *, fast: bool, transductive: bool) -> comparison.Plan:
+def plan_of(
+    output: Path,
+    seed: int,
+    *,
+    zoo: str = "demo",
+    fast: bool,
+    transductive: bool,
+    root: Path = Path("data"),
+) -> comparison.Plan:
     """Return the comparison: the preset's rows, in a folder for each choice of options.
 
     Args:
         output: The demo's folder.
-        seed: Seed of the split and the order of the images.
+        seed: Seed of the split and the order of the inputs.
+        zoo: One of :data:`TITLES`.
         fast: A tenth of the steps, to try the machinery; the accuracies mean little then.
-        transductive: Whether the scored images adapt.
+        transductive: Whether the scored inputs adapt.
+        root: Folder that the text zoo is in.
     """
-    folder = output / "-".join(["rows", *(["fast"] if fast else []), *(["transductive"] if transductive else [])])
+    is_text = zoo == "text"
+    chosen = {"text": is_text, "fast": fast, "transductive": transductive}
+    folder = output / "-".join(["rows", *(word for word, given in chosen.items() if given)])
     overrides = ["data.protocol=transductive"] if transductive else []
-    return comparison.plan_of((), "zoo_fast" if fast else "zoo", overrides, (seed,), folder)
+    if is_text:
+        overrides.append(f"data.root={quoted(root.expanduser().absolute())}")
+    preset = ("text_" if is_text else "") + "zoo" + ("_fast" if fast else "")
+    return comparison.plan_of((), preset, overrides, (seed,), folder)
 
 
 def gather(plan: comparison.Plan, output: Path) -> dict[str, Any]:
@@ -98,7 +127,7 @@ def gather(plan: comparison.Plan, output: Path) -> dict[str, Any]:
 
 
 def scores_of(plan: comparison.Plan) -> dict[str, Mapping[str, TaskScore]]:
-    """Return the scores of the rows of :data:`ORDER`, image by image; without a row that failed."""
+    """Return the scores of the rows of :data:`ORDER`, input by input; without a row that failed."""
     (seed,) = plan.seeds
     results = {name: comparison.stored_result(plan, seed, name) for name in ORDER}
     return {name: scores_in(result) for name, result in results.items() if result is not None}

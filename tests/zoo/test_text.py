@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adamerge.checkpoints.checkpoint import open_checkpoint
 from adamerge.commands.cli import main
+from adamerge.commands.run.build import build
 from adamerge.commands.run.compose import compose
 from adamerge.data.texts import Text
 from adamerge.errors import InputError
@@ -23,6 +25,7 @@ from adamerge.zoo.text import build as module
 from adamerge.zoo.text import packages as packages_module
 from adamerge.zoo.text.build import TextDesign
 from adamerge.zoo.text.corpora import LabelledText, brown, diagnoses, newsgroups, vader, verses, wordnet_nouns
+from adamerge.zoo.text.network import SentenceEncoder
 from adamerge.zoo.text.packages import BIBLE, MINILM, VADER, WORDNET, Package, fetch
 from adamerge.zoo.text.tasks import DEFAULT, TextTask, split_texts
 
@@ -108,7 +111,7 @@ def many(count: int, group_size: int = 1) -> list[LabelledText]:
 
 
 def test_splits_share_no_text_and_no_group_and_depend_on_the_key_alone():
-    task = TextTask(VADER, vader("x"), {"a": "A", "b": "B"}, per_group=3)
+    task = TextTask(VADER, vader("x"), {"a": "A", "b": "B"}, "{}", per_group=3)
     texts = [*many(200, group_size=4), LabelledText("Text 0", "a", "other"), LabelledText("odd", "c", "other")]
     sizes = {"test": 20, "adapt": 20, "train": 60}
     splits = split_texts(task, texts, sizes, "k")
@@ -124,7 +127,7 @@ def test_splits_share_no_text_and_no_group_and_depend_on_the_key_alone():
 
 
 def test_last_split_takes_what_is_left_and_too_few_texts_are_refused():
-    task = TextTask(VADER, vader("x"), {"a": "A", "b": "B"})
+    task = TextTask(VADER, vader("x"), {"a": "A", "b": "B"}, "{}")
     assert len(split_texts(task, many(50), {"test": 20, "train": 100}, "k")["train"]) == 30
     with pytest.raises(
         InputError, match=r"expected \{'test': 60, 'train': 1\} texts, found \{'test': 50, 'train': 0\}"
@@ -202,7 +205,7 @@ def test_wrong_options_are_one_line(arguments, message, capsys):
 def base_package(folder: Path) -> Package:
     """Write a package of the form of MiniLM's with a network of a few thousand numbers."""
     transformers = pytest.importorskip("transformers")
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "negative", "positive", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
     config = transformers.BertConfig(
         vocab_size=len(tokens),
@@ -240,8 +243,8 @@ def tiny(tmp_path_factory) -> tuple[Path, TextDesign]:
     vader_of = replace(VADER, sha256=sha256(package))
     classes = {"negative": "negative", "positive": "positive"}
     tasks = {
-        "movies": TextTask(vader_of, vader("movies"), classes),
-        "amazon": TextTask(vader_of, vader("amazon"), classes, prompt="{}"),
+        "movies": TextTask(vader_of, vader("movies"), classes, "{} film"),
+        "amazon": TextTask(vader_of, vader("amazon"), classes, "{} phone"),
     }
     plan = TrainingPlan(steps=3, batch_size=8, learning_rate=1e-3, weight_decay=0.01, warmup=1)
     sizes = {"test": 20, "adapt": 20, "validation": 10, "train": 40}
@@ -265,7 +268,7 @@ def test_build_writes_a_pool_of_what_was_trained(built, tiny):
     assert any(not torch.equal(value, base[name]) for name, value in expert.items())
     heads = load_file(built / "heads.safetensors")
     assert {name: tuple(value.shape) for name, value in heads.items()} == {
-        f"{task}.{key}": shape for task in ("movies", "amazon") for key, shape in (("weight", (2, 16)), ("bias", (2,)))
+        f"{task}.weight": (2, 16) for task in ("movies", "amazon")
     }
     facts = json.loads((built / "zoo.json").read_text(encoding="utf-8"))
     assert all(sha256(built / name) == digest for name, digest in facts["sha256"].items())
@@ -334,3 +337,51 @@ def test_true_zoo_has_experts_above_their_base(tmp_path):
         pytest.skip(str(missing))
     accuracy = build_text(tmp_path, packages_folder(), short, progress=False)["held_out_accuracy"]
     assert sum(part["expert"] - part["base"] for part in accuracy.values()) / len(accuracy) > 0.02
+
+
+@pytest.fixture
+def root(built) -> str:
+    return f"data.root={built.parent}"
+
+
+def test_backbone_gives_the_features_and_answers_that_the_zoo_was_trained_with(built, root):
+    config = compose(["experiment=text_zoo", root, "backbone.max_length=12"])
+    backbone, tasks = build(config, "backbone"), text_tasks(built)
+    encoder = SentenceEncoder(built / "base", 12)
+    network, weights = backbone.encoder().eval(), encoder.network.state_dict()
+    texts = [text for text, _ in tasks["movies"].evaluate]
+    inputs = backbone.collate([backbone.preprocess()(text) for text in texts])
+    with torch.no_grad():
+        features = backbone.read(torch.func.functional_call(network, weights, kwargs=inputs), inputs).features
+    expected = encoder.all_features([text.prompt for text in texts])
+    assert torch.allclose(features, expected, atol=1e-6)
+    heads = backbone.heads(open_checkpoint(built / "base" / "model.safetensors"), {}, tasks)
+    assert set(heads) == set(tasks)
+    assert heads["movies"](features).shape == (20, 2)
+
+
+def test_zoo_adapts_and_compares(built, root, tmp_path, capsys):
+    own = [root, "backbone.max_length=12", "trainer=cpu"]
+    with pytest.raises(SystemExit) as ended:
+        main(["adapt", "experiment=text_zoo", "steps=2", "report=false", f"run_dir={tmp_path / 'run'}", *own])
+    assert ended.value.code == 0, capsys.readouterr().err
+    merged, base = load_file(tmp_path / "run" / "merged.safetensors"), load_file(built / "base" / "model.safetensors")
+    changed = {name for name, value in merged.items() if not torch.equal(value, base[name])}
+    assert changed == set(load_file(built / "experts" / "movies.safetensors"))
+    common = ["backbone=text_zoo", "pool=text_zoo", "data=text_zoo", *own]
+    rows = ["pretrained", "wudi", "experts"]
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--rows", *rows, "--out", str(tmp_path / "rows"), *common])
+    assert ended.value.code == 0, capsys.readouterr().err
+    summary = json.loads((tmp_path / "rows" / "summary.json").read_text(encoding="utf-8"))
+    assert set(rows) <= set(summary["rows"])
+
+
+@pytest.mark.slow
+def test_fast_demo_of_the_text_zoo_writes_table_report_and_picture(built, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--zoo", "text", "--fast", "--root", str(built.parent), "--out", str(tmp_path / "out")])
+    assert ended.value.code == 0, capsys.readouterr().err
+    for name in ("merged.safetensors", "summary.json", "report.html", "comparison.png"):
+        assert (tmp_path / "out" / name).is_file(), name
+    assert "recommended" in capsys.readouterr().out

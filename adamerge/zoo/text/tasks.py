@@ -22,15 +22,14 @@ class TextTask:
         corpus: Reads them.
         classes: Name of the class by the corpus's own label; several labels may share a class, and texts with others
             are left out.
-        prompt: The sentence of a class, such as ``"a post about {}"``, from which the base makes a zero-shot head; None
-            for a head that is fitted to the base's features of the training texts.
+        prompt: The sentence of a class, such as ``"a post about {}"``, for the zero-shot head that the base makes.
         per_group: Most texts of one group, so that no document or category makes up the task.
     """
 
     package: Package
     corpus: Corpus
     classes: Mapping[str, str]
-    prompt: str | None = None
+    prompt: str
     per_group: int = 10
 
     @property
@@ -128,9 +127,9 @@ _BOOKS = {
     "law": range(1, 6),
     "history": range(6, 18),
     "poetry": range(18, 23),
-    "prophets": range(23, 40),
-    "gospels": range(40, 44),
-    "letters": range(45, 66),
+    "prophecy": range(23, 40),
+    "gospel": range(40, 44),
+    "letter": range(45, 66),
 }  # without Acts and Revelation, which are alone in their kinds
 
 _NOUNS = {
@@ -167,16 +166,20 @@ _GENRES = {
 }
 
 TASKS: dict[str, TextTask] = {
-    "movies": TextTask(VADER, corpora.vader("movieReviewSnippets"), _SENTIMENT),
-    "amazon": TextTask(VADER, corpora.vader("amazonReviewSnippets"), _SENTIMENT, per_group=100),
+    "movies": TextTask(VADER, corpora.vader("movieReviewSnippets"), _SENTIMENT, "a {} opinion of a film"),
+    "amazon": TextTask(VADER, corpora.vader("amazonReviewSnippets"), _SENTIMENT, "a {} opinion of a product", 100),
     "newsgroups": TextTask(ORANGE, corpora.newsgroups, _NEWSGROUPS, "a post about {}", per_group=1),
     "diagnoses": TextTask(ICD, corpora.diagnoses, _CHAPTERS, "{}", per_group=3),
     "verses": TextTask(
-        BIBLE, corpora.verses, {str(book): name for name, books in _BOOKS.items() for book in books}, per_group=5
+        BIBLE,
+        corpora.verses,
+        {str(book): name for name, books in _BOOKS.items() for book in books},
+        "a passage of {} in the Bible",
+        per_group=5,
     ),
-    "tweets": TextTask(VADER, corpora.vader("tweets"), _SENTIMENT),
+    "tweets": TextTask(VADER, corpora.vader("tweets"), _SENTIMENT, "a {} feeling"),
     "definitions": TextTask(WORDNET, corpora.wordnet_nouns, _NOUNS, "{}"),
-    "genres": TextTask(BROWN, corpora.brown, _GENRES, per_group=20),
+    "genres": TextTask(BROWN, corpora.brown, _GENRES, "a sentence of {}", 20),
 }
 """All tasks, by name."""
 
