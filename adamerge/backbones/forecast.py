@@ -1,5 +1,6 @@
 """How large a network becomes that a file describes, before it is built."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,7 +28,23 @@ def forecast(where: str, parts: int = MAX_PARTS) -> Iterator[None]:
     Raises:
         InputError: If it has more, or would not fit into the memory that is free.
     """
-    count, size, free = 0, 0, free_memory()
+    with bounded(where, parts, free_memory()), torch.device("meta"):
+        yield
+
+
+@contextmanager
+def bounded(where: str, parts: int = MAX_PARTS, free: float = math.inf) -> Iterator[None]:
+    """Refuse the networks of a block as soon as they are too large.
+
+    Args:
+        where: What describes them, for the message.
+        parts: How many parameters and modules they may have at most.
+        free: How many bytes their parameters may take.
+
+    Raises:
+        InputError: If they have more.
+    """
+    count, size = 0, 0
 
     def add(_: nn.Module, name: str, part: nn.Module | nn.Parameter | None) -> None:
         nonlocal count, size
@@ -43,8 +60,7 @@ def forecast(where: str, parts: int = MAX_PARTS) -> Iterator[None]:
 
     hooks = [register_module_parameter_registration_hook(add), register_module_module_registration_hook(add)]
     try:
-        with torch.device("meta"):
-            yield
+        yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from adamerge.backbones.forecast import bounded
 from adamerge.checkpoints.model_folder import HF_CONFIG
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.system.reading import read_json_mapping
 
+_MAX_PARTS = 100_000  # parameters and modules: the largest mixtures of experts have 50,000
 _PLAIN = (
     "The code that a folder brings is never run. If a class of transformers computes the same, remove auto_map from "
     "config.json and name that class's model_type; else register the class in a package of your own, and give a "
@@ -108,12 +110,14 @@ def new_network(kind: type[Any], config: Any) -> nn.Module:
         InputError: If the network cannot be built from it.
     """
     try:
-        with _without_weights():
+        with bounded(f"backbone.model: {kind.__name__}", _MAX_PARTS), _without_weights():
             network: nn.Module = kind(type(config).from_dict(config.to_dict()))
             network.tie_weights()  # type: ignore[operator]  # every model of the library has it
     except ImportError as error:
         raise InputError(f"backbone.model: {kind.__name__}: {' '.join(str(error).split())}") from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"backbone.model: {kind.__name__} cannot be built from its configuration: {reason}") from error
     return network.eval().requires_grad_(True)
