@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from adamerge.backbones.forecast import forecast
 from adamerge.backbones.head_cache import head_key, open_head_cache
+from adamerge.backbones.protocol import check_templates
 from adamerge.backbones.tags import Tag, find_tag
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.configurations import (
@@ -272,6 +273,7 @@ class OpenClip:
                 raise InputError(
                     f"data.tasks.{name}.classes: a zero-shot head needs class names, and the data set has none."
                 )
+            check_templates(name, task.templates)
             heads[name] = head_of(classes, list(task.templates))
         return heads
 

@@ -1,6 +1,7 @@
 """The contract of backbones."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from adamerge.data.batch import Collate, Read, Valid, read_output, stack
 from adamerge.data.first_look import check_labels
 from adamerge.data.task import Task
 from adamerge.errors import InputError
+
+_TEMPLATE = re.compile(r"[^{}]*(\{0?\}[^{}]*)+")
 
 
 class Backbone(Protocol):
@@ -95,6 +98,22 @@ def valid_of(backbone: Backbone) -> Valid | None:
     """Return how a backbone tells which rows count; None where all do."""
     valid: Valid | None = getattr(backbone, "valid", None)
     return valid
+
+
+def check_templates(name: str, templates: Sequence[str]) -> None:
+    """Check that a task's templates have ``{}`` in the place of the class name, and no other field.
+
+    A field may ask for a text of any width, ``{:>9999999999}``.
+
+    Raises:
+        InputError: If not.
+    """
+    for template in templates:
+        if not isinstance(template, str) or not _TEMPLATE.fullmatch(template):
+            raise InputError(
+                f"data.tasks.{name}.templates: expected texts with {{}} in the place of the class name, found "
+                f"{repr(template)[:80]}."
+            )
 
 
 def check_classes(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module], features: int) -> None:
