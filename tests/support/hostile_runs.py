@@ -92,10 +92,9 @@ class Case:
 def make_world(folder: Path) -> Path:
     """Make a finished run, a pool with an adapter, and a model's folder."""
     configs = write_configs(folder / "configs", 1)
-    command = [
-        word for word in arguments(configs, Path("run"), "steps=1") if word not in ("evaluate=false", "report=false")
-    ]
+    command = [word for word in arguments(configs, Path("run"), "steps=1") if word != "evaluate=false"]
     assert run(*command, cwd=folder) == 0, (folder / "output").read_text()
+    assert run("report", "run", cwd=folder) == 0, (folder / "output").read_text()
     (folder / "output").unlink()
     pool = folder / "pool"
     pool.mkdir()
@@ -420,7 +419,7 @@ def _run(command: list[str], folder: str) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        Path("peak").write_text(str(_bytes("VmHWM") - start))
+        Path(folder, "peak").write_text(str(_bytes("VmHWM") - start))
 
 
 def _bytes(field: str) -> int:
