@@ -19,6 +19,7 @@ from adamerge.callbacks.elapsed import Elapsed
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.errors import Interrupted
 from adamerge.objectives.imitation import Imitation
+from tests.support import hostile
 from tests.support.fits import QUIET, batches, every_step, fit, make_data, make_method, values
 from tests.support.toy import EXPERTS
 
@@ -258,6 +259,23 @@ def test_elapsed_goes_on_from_a_checkpoint_and_leaves_the_trainer_its_max_time()
     assert second.seconds == first.seconds
     trainer = lightning.Trainer(max_time="00:00:00:01", callbacks=[second], logger=False, enable_checkpointing=False)
     assert [callback._duration for callback in trainer.callbacks if isinstance(callback, Timer)] == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged checkpoint \\(empty file"),
+        (b"PK", "damaged checkpoint"),
+        (hostile.legacy(hostile.tensor(count=10**10)), r"damaged checkpoint \(no zip archive"),
+        (hostile.saved([1], zipped=True), "not a checkpoint of a run: expected state_dict as dict, found none"),
+        (hostile.saved({"state_dict": 1}, zipped=True), "expected state_dict as dict, found int"),
+        (hostile.saved(torch.nn.Linear(1, 1), zipped=True), "it holds objects of 'torch.nn"),
+    ],
+)
+def test_checkpoint_of_another_kind_is_refused(tmp_path, content, message):
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match=rf"last\.ckpt: .*{message}"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_checkpoint_that_is_compressed_or_lies_about_its_members_is_refused(tmp_path):

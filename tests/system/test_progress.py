@@ -1,5 +1,6 @@
 """Bars on real terminals, lines in logs, and nothing that moves anywhere else."""
 
+import io
 import logging
 import os
 import pty
@@ -8,11 +9,16 @@ import subprocess
 import sys
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from adamerge.system import progress
 
 PHASE = """
 import sys
+from rich.table import Table
+from rich.text import Text
+
 from adamerge.system import progress
 if "quiet" in sys.argv: progress.set_quiet(True)
 with progress.phase("Scoring it", 3, "images") as advance:
@@ -71,3 +77,17 @@ def test_bar_is_drawn_on_a_real_terminal_only(terminal, quiet, environment, show
     assert done.stdout == b"a result\n"  # which a bar on standard error leaves alone
     assert (b"Scoring it" in text) == (b"\x1b" in text) == shown
     assert shown or text == b""
+
+
+def test_names_cannot_steer_the_terminal():
+    file, name = io.StringIO(), "a\x1b[2J\x07\u202eb\rc"
+    table = Table()
+    table.add_column(name)
+    table.add_row(Text(name))
+    console = progress.SafeConsole(file=file, width=80, force_terminal=True, color_system="truecolor")
+    for shown in (name, Text(name, style="red"), table):
+        console.print(shown, markup=False)
+    assert not [sign for sign in ("\x1b[2J", "\x07", "\u202e", "\r") if sign in file.getvalue()]
+    assert file.getvalue().count("a\\x1b") == 4
+    record = logging.LogRecord("x", logging.INFO, "", 0, "%s", (name,), None)
+    assert progress.SafeFormatter("%(message)s").format(record) == "a\\x1b[2J\\x07\\u202eb\\rc"

@@ -19,7 +19,8 @@ from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run import processes
 from adamerge.commands.run.compose import hand_over, read_line
 from adamerge.commands.run.start import sweep_job
-from adamerge.errors import InputError
+from adamerge.commands.terminal import preemptible
+from adamerge.errors import InputError, Interrupted
 from adamerge.system import ranks
 from tests.support.command_line import as_rank, call, command, environment, refusal
 from tests.support.processes import run_ranks
@@ -126,6 +127,36 @@ def test_start_ends_all_when_one_fails(monkeypatch):
     before = time.monotonic()
     assert start(monkeypatch, "sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)") == 7
     assert time.monotonic() - before < 30
+
+
+def test_start_names_the_rank_that_was_killed(monkeypatch, caplog):
+    assert start(monkeypatch, "os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(60)") == 137
+    assert [record.getMessage().split(":")[1] for record in caplog.records] == [
+        " process 1 of the run was ended by SIGKILL"
+    ]
+
+
+def test_ranks_end_with_the_process_that_started_them(monkeypatch):
+    ending, held = os.pipe()
+    monkeypatch.setenv("ADAMERGE_LIFELINE", str(ending))
+    rank = os.fork()
+    if rank == 0:
+        os.close(held)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        processes._follow_parent()
+        time.sleep(60)
+        os._exit(0)
+    os.close(held)
+    assert os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) == -signal.SIGTERM
+    os.close(ending)
+
+
+def test_sigterm_outside_of_steps_asks_to_be_started_again(capfd):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught, preemptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert (caught.value.code, capfd.readouterr().err) == (75, "Stopped by SIGTERM.\n")
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_start_hands_signals_on(monkeypatch):
