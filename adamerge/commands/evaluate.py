@@ -4,7 +4,7 @@ What imports torch is imported where it is used, so that options that are wrong 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -60,7 +60,6 @@ def evaluate(
     from adamerge.results.evaluation import summary, table
     from adamerge.results.scoring import MergeResult, score_run
     from adamerge.system.files import save_json
-    from adamerge.system.reading import read_json_mapping
 
     chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
     run_dir = run_dir.absolute()
@@ -68,7 +67,7 @@ def evaluate(
     config = load_config(run_dir)
     assembly = assemble(config)
     path = run_dir / "summary.json"
-    before = {} if checkpoint or not path.is_file() else read_json_mapping(path)["rows"].get(str(config.name), {})
+    before = {} if checkpoint or not path.is_file() else _row_before(path, str(config.name))
     name = _row_name(file) if checkpoint else str(config.name)
     seconds = 0.0 if checkpoint else before.get("seconds") or seconds_of(run_dir / LAST)
     result = MergeResult(name, file, seconds, int(config.seed), before.get("uses_labels", False))
@@ -108,6 +107,19 @@ def _evaluate_by_harness(folder: Path, tasks: str, include_path: Path | None, *,
         print_json(content)
     else:
         out.print(harness_table(content).terminal(out.width))
+
+
+def _row_before(path: Path, name: str) -> dict[str, Any]:
+    """Return what an earlier summary says of a run; {} where it has no such row.
+
+    Raises:
+        InputError: If it is no summary.
+    """
+    from adamerge.system.reading import as_written, read_json_mapping
+
+    with as_written(path):
+        row = read_json_mapping(path)["rows"].get(name, {})
+        return {"seconds": float(row.get("seconds") or 0), "uses_labels": bool(row.get("uses_labels", False))}
 
 
 def _row_name(checkpoint: Path) -> str:

@@ -253,9 +253,14 @@ def load_coefficients(path: Path, pool: ExpertPool, granularity: Granularity | N
             raise InputError(
                 f"{path}: {beside.name} is not the file that was written with it. Keep the two together, unchanged."
             )
+        experts = content["experts"]
+        if short := [label for label, tensor in tensors.items() if tensor.ndim != 2 or len(tensor) != len(experts)]:
+            shape = tuple(tensors[short[0]].shape)
+            raise InputError(
+                f"{beside}: {short[0]!r}: expected a row for each of {len(experts)} experts, found {shape}."
+            )
         content["coefficients"] = {
-            expert: {label: tensor[row] for label, tensor in tensors.items()}
-            for row, expert in enumerate(content["experts"])
+            expert: {label: tensor[row] for label, tensor in tensors.items()} for row, expert in enumerate(experts)
         }
     return Coefficients.from_dict(pool, content, granularity=granularity, source=str(path))
 

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,6 +144,22 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping, found {type(content).__name__}. Copy it again.")
     return content
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Refuse a record of adamerge's whose content is not of its kind: whatever the block, which uses it, stumbles over.
+
+    Raises:
+        InputError: If the block fails as code does on content of another kind.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{path}: not as adamerge writes it ({reason}). Put a copy back.") from error
 
 
 def read_yaml_text(path: Path) -> str:

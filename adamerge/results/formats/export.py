@@ -11,6 +11,7 @@ from adamerge.errors import InputError
 from adamerge.results.formats import card, upload
 from adamerge.results.formats.merged import BackboneOf, MergedFolder, open_merged
 from adamerge.system.files import atomic_folder, save_json, sha256
+from adamerge.system.reading import as_written
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ def _write(merged: MergedFolder, target: str, folder: Path, name: str, options: 
     for kept in _KEPT:
         if (merged.folder / kept).is_file():
             shutil.copyfile(merged.folder / kept, folder / kept)
-    save_json(_provenance(merged), folder / "adamerge.json")
-    card.write_card(merged, folder, name, usage)
+    with as_written(merged.folder / "merge.json"):
+        save_json(_provenance(merged), folder / "adamerge.json")
+        card.write_card(merged, folder, name, usage)
 
 
 def _provenance(merged: MergedFolder) -> dict[str, Any]:

@@ -81,6 +81,8 @@ class MergedFolder:
         tensors = {name: tensor.float() for name, tensor in self.heads[task].items()}
         if set(tensors) == {"weight", "scale"}:
             return ZeroShotHead(tensors["weight"], tensors["scale"]).eval()
+        if any(tensor.ndim != (2 if name == "weight" else 1) for name, tensor in tensors.items() if name != "scale"):
+            raise InputError(f"{self.folder / 'heads.safetensors'}: task {task!r}: expected a matrix of weights.")
         if "weight" not in tensors or not set(tensors) <= {"weight", "bias"}:
             raise InputError(
                 f"{self.folder / 'heads.safetensors'}: task {task!r}: expected the tensors of a zero-shot or a Linear "
