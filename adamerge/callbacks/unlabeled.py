@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.methods.method import MergingMethod
+from adamerge.model.answers import best_classes
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.task_step import TaskStep
 from adamerge.system import ranks
@@ -49,7 +50,7 @@ class RunningCriteria:
             return
         differing = math.nan
         if asks_expert:
-            classes = step.teacher().rows().argmax(-1)
+            classes = best_classes(step.teacher())
             differing = float((p.argmax(-1) != classes).sum())
         facts = torch.tensor([len(p), float(torch.special.entr(p).sum()), differing], dtype=torch.float64)
         sums = torch.cat([facts, p.sum(0).cpu().double()])

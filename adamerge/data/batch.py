@@ -40,6 +40,8 @@ class Outputs:
         valid: Boolean (B, ...), the axes of the logits between sample and class, or fewer positions from the first on:
             the rows that count, padding not among them; None for all.
         padding: Boolean (B, S), False at padding, for hidden states whose positions are not those of the logits.
+        classes: Of an expert's shortened answers the classes (N, K) that the logits (N, K + 1) are of, the last one
+            being that of all others; None where logits are of all classes.
     """
 
     logits: Tensor
@@ -47,6 +49,7 @@ class Outputs:
     hidden: dict[str, Tensor] = field(default_factory=dict)
     valid: Tensor | None = None
     padding: Tensor | None = field(default=None, repr=False)
+    classes: Tensor | None = None
 
     def rows(self) -> Tensor:
         """Return the logits of the rows that count, (N, C): sample after sample, position after position.
@@ -103,12 +106,12 @@ class Outputs:
         logits = change(self.logits)
         others = [
             logits if part is self.logits else [None] * len(logits) if part is None else change(part)
-            for part in (self.features, self.valid, self.padding)
+            for part in (self.features, self.valid, self.padding, self.classes)
         ]
         hidden = {name: change(value) for name, value in self.hidden.items()}
         return [
-            Outputs(part, features, {name: values[i] for name, values in hidden.items()}, valid, padding)
-            for i, (part, features, valid, padding) in enumerate(zip(logits, *others, strict=True))
+            Outputs(part, features, {name: values[i] for name, values in hidden.items()}, valid, padding, classes)
+            for i, (part, features, valid, padding, classes) in enumerate(zip(logits, *others, strict=True))
         ]
 
 

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adamerge.data.batch import Outputs
+
+_NOTHING = -6e4  # logarithm of no mass that half precision can hold, and that times no mass is 0
+
 
 class Answers(NamedTuple):
     """Log-probabilities (N, K + 1) of the classes (N, K), best first, and last of all others together.
@@ -22,6 +26,11 @@ class Answers(NamedTuple):
     def best(self) -> Tensor:
         """The best class of each row, (N,)."""
         return self.log_probabilities.argmax(-1) if self.classes is None else self.classes[:, 0].long()
+
+
+def best_classes(outputs: Outputs) -> Tensor:
+    """Return the class that an expert names at each row that counts, (N,)."""
+    return Answers(outputs.rows(), outputs.classes).best
 
 
 def shorten_answers(logits: Tensor, count: int | None) -> Answers:
@@ -48,5 +57,5 @@ def coarsen(logits: Tensor, classes: Tensor | None) -> Tensor:
     if classes is None:
         return log_probabilities
     at = classes.long()
-    others = log_probabilities.scatter(-1, at, -torch.inf).logsumexp(-1, keepdim=True)
+    others = log_probabilities.scatter(-1, at, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=_NOTHING)
     return torch.cat([log_probabilities.gather(-1, at), others], -1)

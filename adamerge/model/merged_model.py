@@ -23,7 +23,7 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import EncoderOptions, MicroBatch, Runner, check_names
 from adamerge.model.merged_encoder import MergedEncoder
-from adamerge.model.teachers import TeacherCache
+from adamerge.model.teachers import TeacherCache, outputs_of
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.pool import ExpertPool
@@ -245,8 +245,9 @@ class MergedModel(nn.Module):
                 "Give the objective the class attribute uses_teacher = True, so that the experts are asked before."
             )
         outputs = next(iter(self.expert_outputs(self.teacher_of(task), [(task, inputs)], hidden_layers)))
-        self.teacher_cache.put(task, indices, outputs)
-        return outputs.compact()
+        tensors = self.teacher_cache.kept(outputs)
+        self.teacher_cache.put_tensors(task, indices, tensors)
+        return outputs_of(tensors)
 
     def teacher_of(self, task: str) -> str:
         """Return the expert that teaches a task."""

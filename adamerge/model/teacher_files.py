@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints.hashes import digest
 from adamerge.checkpoints.tensor_cache import TensorCache
-from adamerge.data.batch import Inputs, Outputs, TaskBatch, read_output, to
+from adamerge.data.batch import Inputs, TaskBatch, read_output, to
 from adamerge.model.merged_model import MergedModel
-from adamerge.model.teachers import tensors_of
 from adamerge.pool.low_rank import matmul_precision
 from adamerge.system.files import ensure_writable
 
@@ -55,9 +54,9 @@ class TeacherFiles:
         self._read += tensors is not None
         return tensors
 
-    def put(self, key: str, outputs: Outputs) -> None:
-        """Write the outputs of a batch; where that fails the run goes on without."""
-        self._written += self._cache.put(key, tensors_of(outputs))
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write what is kept of the outputs of a batch; where that fails the run goes on without."""
+        self._written += self._cache.put(key, dict(tensors))
 
 
 def ask_expert(
@@ -100,9 +99,10 @@ def ask_expert(
     asking = questions if first is None else itertools.chain([first], questions)
     for outputs in model.expert_outputs(expert, asking, hidden_layers):
         indices, key = asked.pop()
-        model.teacher_cache.put(task, indices, outputs)
+        tensors = model.teacher_cache.kept(outputs)
+        model.teacher_cache.put_tensors(task, indices, tensors)
         if files:
-            files.put(key, outputs)
+            files.put(key, tensors)
 
 
 def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], computed: Mapping[str, str]) -> str:
@@ -112,6 +112,7 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
     the base too, as it stands in for what an expert's file lacks.
     """
     hashes, encoder, head = model.pool.hashes(), model.encoder, model.heads.get(task)
+    cache = model.teacher_cache
     readers = [model.read, model.valid] if model.read is not read_output or model.valid else []
     read = {"read": [_name(reader) for reader in readers]} if readers else {}
     return digest(
@@ -121,6 +122,7 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
             "encoder": [*_described(encoder), dict(encoder.named_buffers())],
             "head": [*_described(head), head.state_dict()] if head else [],
             **read,
+            **({} if cache.is_exact else {"kept": [cache.top_k, cache.dtype]}),
             "hidden_layers": list(hidden_layers),
             "dtype": str(model.pool.compute_dtype),
             "matmul": matmul_precision(),

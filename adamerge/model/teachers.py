@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from adamerge.data.batch import HIDDEN, Outputs
+from adamerge.errors import check_choice, check_number
+from adamerge.model.answers import shorten_answers
 
 _LENGTHS = "rows of "  # begins the name of the tensor that says how many rows each sample has
 
@@ -23,10 +25,22 @@ def tensors_of(outputs: Outputs) -> dict[str, Tensor]:
     return tensors
 
 
+_CLASSES = "classes"
+
+
 def outputs_of(tensors: Mapping[str, Tensor]) -> Outputs:
     """Return the compact outputs that :func:`tensors_of` made tensors of."""
+    tensors = {name: _single(tensor) for name, tensor in tensors.items()}
     hidden = {name.removeprefix(HIDDEN): value for name, value in tensors.items() if name.startswith(HIDDEN)}
-    return Outputs(tensors["logits"], tensors.get("features"), hidden)
+    return Outputs(tensors["logits"], tensors.get("features"), hidden, classes=tensors.get(_CLASSES))
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Return what was kept in half precision in single precision again."""
+    return tensor.float() if tensor.dtype in _HALVES.values() else tensor
+
+
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TeacherCache:
@@ -35,10 +49,51 @@ class TeacherCache:
     Rows live in tensors that grow by doubling, on the device of the outputs. Memory: per sample that was put the
     logits of its rows that count, the features where a head makes the logits of them, and whatever hidden layers the
     objective asks for; per position in the stream a number.
+
+    Args:
+        top_k: Likeliest classes whose log-probabilities are kept of each row, beside the mass of all others; None for
+            the logits of all classes. A divergence from the expert is then a lower bound of the whole one, as what
+            happens among the others is not seen; temperatures other than 1 are refused.
+        dtype: ``"float16"`` or ``"bfloat16"`` keeps everything in half precision, logits as log-probabilities; None as
+            it was computed.
+
+    Raises:
+        InputError: If an option is something else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, top_k: int | None = None, dtype: str | None = None) -> None:
+        if top_k is not None:
+            check_number("teachers.top_k", top_k, 1, whole=True)
+        check_choice("teachers.dtype", dtype, (None, *_HALVES))
+        self.top_k, self.dtype = top_k, dtype
         self.clear()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether outputs are kept as they were computed."""
+        return self.top_k is None and self.dtype is None
+
+    def kept(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Return what is kept of outputs of B samples, as tensors by name."""
+        tensors = tensors_of(outputs)
+        if self.is_exact:
+            return tensors
+        answers = shorten_answers(tensors["logits"].flatten(0, -2), self.top_k)
+        shape = tensors["logits"].shape[:-1]
+        tensors["logits"] = answers.log_probabilities.unflatten(0, shape)
+        if answers.classes is not None:
+            tensors[_CLASSES] = answers.classes.unflatten(0, shape)
+            if (lengths := tensors.get(f"{_LENGTHS}logits")) is not None:
+                tensors[f"{_LENGTHS}{_CLASSES}"] = lengths
+        half = _HALVES.get(self.dtype or "")
+        return {name: t.to(half) if half and t.is_floating_point() else t for name, t in tensors.items()}
+
+    def bytes_per_row(self, classes: int) -> int:
+        """Return the bytes that the answer of one row takes, of so many classes."""
+        width = 2 if self.dtype else 4
+        if self.top_k is None or self.top_k >= classes - 1:
+            return width * classes
+        return width * (self.top_k + 1) + 4 * self.top_k
 
     def clear(self) -> None:
         """Forget everything: positions mean other samples in another data set."""
@@ -56,7 +111,7 @@ class TeacherCache:
 
     def put(self, task: str, indices: Tensor, outputs: Outputs) -> None:
         """Store outputs of B samples at ``indices`` (B,)."""
-        self.put_tensors(task, indices, tensors_of(outputs))
+        self.put_tensors(task, indices, self.kept(outputs))
 
     def put_tensors(self, task: str, indices: Tensor, tensors: Mapping[str, Tensor]) -> None:
         """Store what :func:`tensors_of` made of the outputs of B samples at ``indices`` (B,)."""

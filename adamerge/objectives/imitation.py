@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adamerge.errors import InputError, check_choice, check_number
+from adamerge.model.answers import best_classes, coarsen
 from adamerge.model.task_step import TaskStep
 from adamerge.objectives.entropy import log_softmax, mean_over
 
@@ -18,7 +19,8 @@ class Imitation:
     ``targets="soft"``: :math:`\frac{t^2}{B} \sum_b KL(\mathrm{softmax}(z^{expert}_b / t) \,\|\,
     \mathrm{softmax}(z_b / t))`, expert first. ``targets="hard"``: cross-entropy to the expert's class,
     :math:`-\frac1B \sum_b \log p_{b, c(b)}` with :math:`c(b) = \arg\max_c z^{expert}_{bc}`. The expert is
-    the task's raw one; its outputs are computed once and cached.
+    the task's raw one; its outputs are computed once and cached. With ``teachers.top_k`` the divergence is between the
+    expert's likeliest classes and one bucket of all others, a lower bound of the whole one.
 
     Needs: unlabeled inputs and an expert for the task.
 
@@ -60,12 +62,18 @@ class Imitation:
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the divergence in nats, averaged over the batch's rows that count."""
-        merged, expert = step.outputs.rows(), step.teacher().rows()
+        merged, outputs = step.outputs.rows(), step.teacher()
+        expert, classes = outputs.rows(), outputs.classes
+        if classes is not None and self.temperature != 1:
+            raise InputError(
+                f"objective.temperature: expected 1 with teachers.top_k, found {self.temperature}: what a temperature "
+                "makes of the classes that are left out is not known. Set teachers.top_k=null, or the temperature to 1."
+            )
         if self.targets == "soft":
-            losses = divergence(merged, expert, self.temperature)
+            losses = divergence(merged if classes is None else coarsen(merged, classes), expert, self.temperature)
         else:
-            losses = -log_softmax(merged).gather(-1, expert.argmax(-1, keepdim=True)).squeeze(-1)
-        return mean_over(losses, is_sure(merged.detach(), expert)) if self.drop_unsure else losses.mean()
+            losses = -log_softmax(merged).gather(-1, best_classes(outputs).unsqueeze(-1)).squeeze(-1)
+        return mean_over(losses, is_sure(merged.detach(), expert, classes)) if self.drop_unsure else losses.mean()
 
 
 def divergence(merged: Tensor, expert: Tensor, temperature: float) -> Tensor:
@@ -74,11 +82,12 @@ def divergence(merged: Tensor, expert: Tensor, temperature: float) -> Tensor:
     return functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * temperature**2
 
 
-def is_sure(merged: Tensor, expert: Tensor) -> Tensor:
+def is_sure(merged: Tensor, expert: Tensor, classes: Tensor | None = None) -> Tensor:
     """Return where the expert agrees with the merged model or is at least as confident; logits (..., C) to (...).
 
     >>> is_sure(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     tensor([False,  True])
     """
-    ours, theirs = log_softmax(merged).max(-1), log_softmax(expert).max(-1)
-    return (ours.indices == theirs.indices) | (theirs.values >= ours.values)
+    ours, theirs = log_softmax(merged).max(-1), log_softmax(expert)
+    values, indices = theirs.max(-1) if classes is None else (theirs[..., 0], classes[..., 0])
+    return (ours.indices == indices) | (values >= ours.values)

@@ -20,6 +20,7 @@ from adamerge.commands.run.check_files import (
     forecast_problems,
 )
 from adamerge.commands.run.check_method import check_callbacks, check_method
+from adamerge.commands.run.forecast import forecast_texts
 from adamerge.commands.run.processes import is_sharded
 from adamerge.commands.run.shipped import CONFIG_NAME, shipped_folder
 from adamerge.commands.run.stages import first_stage
@@ -82,6 +83,10 @@ def check(config: DictConfig) -> list[str]:
         _check_first_stage(config, parts, problems)
     with problems.naming("data"):
         check_tasks(config, parts, problems)
+    with problems.naming("teachers"):
+        build_optional(config, "teachers")
+        if not problems:
+            problems += forecast_texts(config, parts)
     return problems
 
 

@@ -91,6 +91,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
         options = build_optional(config, "encoder")
         readers = of.model.read, of.model.valid
         model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options, *readers)
+        model.teacher_cache = of.model.teacher_cache
         of.batch_norm.start(model)
         return replace(of, model=model, start=start)
     announce(containers(config))
@@ -105,6 +106,8 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     kind = ShardedModel if is_sharded(config) else MergedModel
     options, readers = build_optional(config, "encoder"), (read_of(backbone), valid_of(backbone))
     model = kind(encoder, pool, coefficients, heads, teachers, options, *readers)
+    if config.get("teachers") is not None:  # runs of former versions have no such options
+        model.teacher_cache = build(config, "teachers")
     width = _feature_width(model, data)
     if heads:
         check_classes(data.tasks, heads, width)
