@@ -16,6 +16,7 @@ from adamerge.model.batch_norm import BatchNormPolicy, with_statistics
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.results.export import export
+from adamerge.results.recipes import method_facts
 from adamerge.system.files import ensure_writable
 from adamerge.system.progress import Stopwatch
 
@@ -93,6 +94,8 @@ class ExportMergedWeights(Callback):
             recipe |= {"protocol": data.protocol, "seed": data.seed, "unreadable": data.unreadable()}
         if isinstance(pl_module, MergingMethod):
             recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}
+            if "config" not in recipe:  # a run from Python
+                recipe |= method_facts(pl_module, pl_module.objective, next(iter(trainer.optimizers), None))
         if statistics:
             recipe["batch_norm"] = dataclasses.asdict(self.batch_norm)
         merged = pl_module.exported() if isinstance(pl_module, MergingMethod) else model.coefficients

@@ -19,7 +19,7 @@ class KeepBest(Callback):
     """Evaluate the objective on the held-out streams, and end with the best coefficients seen.
 
     Needs ``data.holdout``. No label is used: the criterion is the objective itself, logged as
-    ``holdout/loss``, on images that it does not adapt on. The start is a candidate too. Checkpoints hold
+    ``holdout/loss``, on inputs that it does not adapt on. The start is a candidate too. Checkpoints hold
     the current coefficients; what ``fit`` ends with, and exports, are the best.
 
     Args:
@@ -41,13 +41,13 @@ class KeepBest(Callback):
         self.best: tuple[int, float] | None = None
 
     def check_data(self, data: object) -> None:
-        """Refuse data without held-out images.
+        """Refuse data without held-out inputs.
 
         Raises:
-            InputError: If no images are held out.
+            InputError: If no inputs are held out.
         """
         if not isinstance(data, UnlabeledTasks) or not data.holdout_streams:
-            raise InputError("KeepBest: expected held-out images, found none. Set data.holdout, for example to 0.2.")
+            raise InputError("KeepBest: expected held-out inputs, found none. Set data.holdout, for example to 0.2.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the coefficients that the run starts from."""
@@ -76,7 +76,7 @@ class KeepBest(Callback):
             assert isinstance(pl_module, MergingMethod)
             for parameter, best in zip(pl_module.learned, self._learned, strict=True):
                 parameter.copy_(best)
-            log.info("Kept the coefficients of step %d: %.4f on the held-out images", *self.best)
+            log.info("Kept the coefficients of step %d: %.4f on the held-out inputs", *self.best)
 
     def _evaluate(self, trainer: Trainer, method: LightningModule) -> float:
         assert isinstance(method, MergingMethod)

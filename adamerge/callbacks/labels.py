@@ -14,7 +14,7 @@ class HandOverLabels(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the labels, each image once.
+        """Read the labels, each input once.
 
         Raises:
             InputError: If the objective is another, or the data has no labels.
@@ -31,4 +31,4 @@ class HandOverLabels(Callback):
             try:
                 objective.labels[task] = stream_labels(stream)
             except (TypeError, ValueError, IndexError) as error:
-                raise InputError(f"data.tasks.{task}: expected items (image, label) to adapt on ({error}).") from error
+                raise InputError(f"data.tasks.{task}: expected items (input, label) to adapt on ({error}).") from error

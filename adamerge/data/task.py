@@ -1,4 +1,4 @@
-"""A task's images, and their division into those that adapt, are held out, and are scored."""
+"""A task's inputs, and their division into those that adapt, are held out, and are scored."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ PROTOCOLS = ("split", "transductive")
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's images come from, and what its classes are called.
+    """Where a task's inputs come from, and what its classes are called.
 
     Give either ``dataset`` (divided by the protocol), or ``adapt`` and ``evaluate``. Any map-style
     dataset works whose items are inputs, or tuples that begin with the input and the label: ImageFolder,
     torchvision's, or your own.
 
     Args:
-        dataset: Labelled images, of which one half adapts and the other is scored.
-        adapt: Images to adapt on; labels, if there are any, are dropped.
-        evaluate: Labelled images to score.
+        dataset: Labelled inputs, of which one half adapts and the other is scored.
+        adapt: Inputs to adapt on; labels, if there are any, are dropped.
+        evaluate: Labelled inputs to score.
         classes: Class names in the order of the labels; default ``dataset.classes``.
         templates: Prompts such as ``"a photo of a {}."`` for zero-shot heads.
         expert: Name of the expert that belongs to the task; default the task's own name.
@@ -70,27 +70,27 @@ def divide(name: str, task: Task, protocol: Protocol, seed: int) -> tuple[Datase
         order = permutation(length_of(task.dataset), f"{seed}/split/{name}").tolist()
         half = (len(order) + 1) // 2
         if half == len(order):
-            raise InputError(f"data.tasks.{name}.dataset: one image cannot be split; expected at least two.")
+            raise InputError(f"data.tasks.{name}.dataset: one input cannot be split; expected at least two.")
         return Subset(task.dataset, sorted(order[:half])), Subset(task.dataset, sorted(order[half:]))
     if protocol == "transductive" and task.evaluate is not None:
         return task.evaluate, task.evaluate
     if task.adapt is None:
         raise InputError(
-            f"data.tasks.{name}: no adaptation images. Give dataset, or adapt (and evaluate to score the result); "
-            "to adapt on the scored images themselves, set data.protocol=transductive."
+            f"data.tasks.{name}: no adaptation inputs. Give dataset, or adapt (and evaluate to score the result); "
+            "to adapt on the scored inputs themselves, set data.protocol=transductive."
         )
     return task.adapt, task.evaluate
 
 
 def scored_only(name: str, task: Task) -> Dataset[Any]:
-    """Return all the labelled images of a task that has no stream.
+    """Return all the labelled inputs of a task that has no stream.
 
     Raises:
         InputError: If it has none.
     """
     scored = task.evaluate if task.evaluate is not None else task.dataset
     if scored is None or length_of(scored, f"data.tasks.{name}.evaluate") == 0:
-        raise InputError(f"data.unseen: {name} has no labelled images. Give data.tasks.{name}.evaluate (or dataset).")
+        raise InputError(f"data.unseen: {name} has no labelled inputs. Give data.tasks.{name}.evaluate (or dataset).")
     return scored
 
 
@@ -109,7 +109,7 @@ def checked_unseen(unseen: Sequence[str], tasks: Mapping[str, Task]) -> tuple[st
 
 
 def sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
-    """Return at most ``limit`` images, drawn by ``key`` alone; all for None.
+    """Return at most ``limit`` inputs, drawn by ``key`` alone; all for None.
 
     Raises:
         InputError: If the limit is no positive number.
@@ -122,7 +122,7 @@ def sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
 
 
 def hold_out(dataset: Dataset[Any], share: float, key: str) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Divide, drawn by ``key`` alone, into what adapts and what is held out, at least one image each.
+    """Divide, drawn by ``key`` alone, into what adapts and what is held out, at least one input each.
 
     Raises:
         InputError: If the share leaves nothing to adapt on.
@@ -131,6 +131,6 @@ def hold_out(dataset: Dataset[Any], share: float, key: str) -> tuple[Dataset[Any
     count = max(1, round(share * len(order)))
     if count >= len(order):
         raise InputError(
-            f"data.holdout: {share} of {len(order)} images leaves none to adapt on; expected a smaller share."
+            f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected a smaller share."
         )
     return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))

@@ -1,4 +1,4 @@
-"""Unlabeled streams, one per task, and the labelled images they are scored on.
+"""Unlabeled streams, one per task, and the labelled inputs they are scored on.
 
 Labels are dropped where data enters: a stream's batch holds inputs and their positions, nothing else.
 The order of every stream is a function of (seed, task, step) alone, so that a resumed run, or another
@@ -45,16 +45,16 @@ class UnlabeledTasks(LightningDataModule):
             gradient is the same.
         batches_per_step: Batches per task and step, whose losses are summed; AdaMerging's released script
             uses 2.
-        protocol: ``"split"``: images that adapt are never scored. ``"transductive"``: adapt on the very
-            images that are scored, as the AdaMerging paper does.
-        limit: Most adaptation images per task, a seeded sample; None for all.
-        holdout: Share of each task's adaptation images that is held out, in [0, 1): see ``KeepBest``.
-        views: Random views that replace the adaptation images (not those held out or scored); None for
+        protocol: ``"split"``: inputs that adapt are never scored. ``"transductive"``: adapt on the very
+            inputs that are scored, as the AdaMerging paper does.
+        limit: Most adaptation inputs per task, a seeded sample; None for all.
+        holdout: Share of each task's adaptation inputs that is held out, in [0, 1): see ``KeepBest``.
+        views: Random views that replace the images to adapt on (not those held out or scored); None for
             the images themselves.
         seed: Seed of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
-        prefetch: Steps whose images are loaded ahead, by each process or, without any, by a thread; 0 loads them when
-            they are due. The thread is for images that are neither in memory nor drawn at random.
+        prefetch: Steps whose inputs are loaded ahead, by each process or, without any, by a thread; 0 loads them when
+            they are due. The thread is for inputs that are neither in memory nor drawn at random.
         cache: ``"auto"`` keeps decoded images, in up to a quarter of the free memory; ``"ram"`` all or refuses;
             ``"off"`` none. What draws random numbers is never kept.
         preprocess: Applied to inputs that are not tensors (or mappings of tensors) yet, usually the backbone's.
@@ -65,10 +65,10 @@ class UnlabeledTasks(LightningDataModule):
         corruption: What is done to the images to adapt on, see :mod:`adamerge.data.corruptions`; None for nothing. The
             scored images stay clean (``adamerge evaluate --corruptions``).
         severity: Severity of the corruption, 1 to 5.
-        max_unreadable: Largest share of each task's images that may be damaged: they are left out, counted and named;
+        max_unreadable: Largest share of each task's inputs that may be damaged: they are left out, counted and named;
             beyond it the run ends.
         root: Not used here: the folder of the data sets, for tasks to refer to as ``${data.root}``.
-        adapt: Not used here: which images tasks with splits of their own adapt on, to refer to as ``${data.adapt}``.
+        adapt: Not used here: which inputs tasks with splits of their own adapt on, to refer to as ``${data.adapt}``.
 
     Raises:
         InputError: If a task has no data, an empty stream, or data that the protocol cannot divide.
@@ -138,7 +138,7 @@ class UnlabeledTasks(LightningDataModule):
             self._open(name, task, limit, holdout, views)
 
     def _open(self, name: str, task: Task, limit: int | None, holdout: float, views: Views | None) -> None:
-        """Look at a task, and make its streams and scored images."""
+        """Look at a task, and make its streams and scored inputs."""
         for dataset in (task.dataset, task.adapt, task.evaluate):
             read_as_seen(dataset)
         check_task(name, task, self._preprocess)
@@ -178,10 +178,10 @@ class UnlabeledTasks(LightningDataModule):
         return input_of(item, self._preprocess)
 
     def check_scored(self, task: str) -> None:
-        """Look at some of a task's images to score and at their labels, which adaptation never reads.
+        """Look at some of a task's inputs to score and at their labels, which adaptation never reads.
 
         Raises:
-            InputError: If an image is no input, or a label no class number.
+            InputError: If an item is no input, or a label no class number.
         """
         check_scored(task, self.tasks[task], self._preprocess)
 
@@ -198,29 +198,29 @@ class UnlabeledTasks(LightningDataModule):
 
     @property
     def scored(self) -> dict[str, Labelled]:
-        """Labelled images by task, those of unseen tasks too."""
+        """Labelled inputs by task, those of unseen tasks too."""
         return {**self.evaluation, **self.unseen_evaluation}
 
     def unreadable(self) -> dict[str, list[str]]:
-        """Return the images to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
+        """Return the inputs to adapt on (held-out ones too) that could not be read so far, by task; {} for none."""
         return _unreadable(self.streams, self.holdout_streams)
 
     def unreadable_evaluation(self) -> dict[str, list[str]]:
-        """Return the images to score that could not be read so far, by task; {} for none."""
+        """Return the inputs to score that could not be read so far, by task; {} for none."""
         return _unreadable(self.scored)
 
     def gather_unreadable(self) -> None:
-        """Let all devices know of the images to adapt on that any of them could not read; all must call."""
+        """Let all devices know of the inputs to adapt on that any of them could not read; all must call."""
         for stream in (*self.streams.values(), *self.holdout_streams.values()):
             by_rank = ranks.everyones(stream.readable.unreadable)
             stream.readable.unreadable = sorted({index for part in by_rank for index in part})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which images could not be read so far, for checkpoints."""
+        """Return which inputs could not be read so far, for checkpoints."""
         return {"unreadable": {name: stream.readable.unreadable for name, stream in self.streams.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Leave out the images that were left out before a checkpoint."""
+        """Leave out the inputs that were left out before a checkpoint."""
         for name, indices in state_dict["unreadable"].items():
             self.streams[name].readable.unreadable = indices
 
@@ -259,7 +259,7 @@ class UnlabeledTasks(LightningDataModule):
         return {task: steps.share(task) for task in self.streams}
 
     def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
-        """Yield the held-out images once, in their own order; tasks with fewer end earlier.
+        """Yield the held-out inputs once, in their own order; tasks with fewer end earlier.
 
         Each of several devices has every so many of the batches, and as many as the others: its last may be empty.
         """
@@ -274,7 +274,7 @@ class UnlabeledTasks(LightningDataModule):
             }
 
     def mixed_batches(self, count: int) -> Iterator[dict[str, Inputs]]:
-        """Yield batches of images to adapt on, (B, ...) by task, that depend on the seed only.
+        """Yield batches of inputs to adapt on, (B, ...) by task, that depend on the seed only.
 
         Args:
             count: Most batches; at most one pass over the longest stream, shorter ones are repeated.
@@ -284,7 +284,7 @@ class UnlabeledTasks(LightningDataModule):
             yield {task: batch.inputs for task, batch in steps[number].items()}
 
     def evaluation_loader(self, task: str) -> Iterator[tuple[Inputs, Tensor]]:
-        """Yield the labelled images of a task that can be read, in their own order, (inputs, labels)."""
+        """Yield the labelled inputs of a task that can be read, in their own order, (inputs, labels)."""
         batches: DataLoader[Any] = DataLoader(
             self.scored[task], self.evaluation_batch_size,
             num_workers=self.num_workers, collate_fn=functools.partial(collate_labelled, collate=self.collate),
@@ -336,7 +336,7 @@ class UnlabeledTasks(LightningDataModule):
 
 
 def _unreadable(*parts: Mapping[str, Unlabeled] | Mapping[str, Labelled]) -> dict[str, list[str]]:
-    """Return by task the names of images that could not be read, {} for none."""
+    """Return by task the names of inputs that could not be read, {} for none."""
     names: dict[str, list[str]] = {}
     for task, images in (item for part in parts for item in part.items()):
         if images.readable.unreadable:

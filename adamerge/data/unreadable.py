@@ -1,4 +1,4 @@
-"""Images that cannot be read: their names, the limit of their number, and the images that stand in for them."""
+"""Inputs that cannot be read: their names, the limit of their number, and the inputs that stand in for them."""
 
 import logging
 import struct
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class UnreadableError(ValueError):
-    """An image that is there and has no usable values."""
+    """An input that is there and has no usable values."""
 
 
 # What PIL, and the codecs below it, raise for damaged files; also a file that is gone, or that may not be read.
@@ -67,7 +67,7 @@ class Readable:
             item = self.get(position, read)
             if item is not None:
                 return position, item
-        raise InputError(f"{self.where}: not one of {count} images can be read.")
+        raise InputError(f"{self.where}: not one of {count} inputs can be read.")
 
     @property
     def unreadable(self) -> list[int]:
@@ -89,7 +89,7 @@ class Readable:
         reason = " ".join(str(error).split()) or type(error).__name__
         if count > self._limit * length:
             raise InputError(
-                f"{self.where}: {count} of {length} images cannot be read, the latest {name} ({reason}); "
+                f"{self.where}: {count} of {length} inputs cannot be read, the latest {name} ({reason}); "
                 f"data.max_unreadable allows a share of {self._limit:g}. Mend or remove them, or raise it."
             ) from error
         log.warning("%s: %s cannot be read (%s) and is left out, %d so far", self.where, name, reason, count)
@@ -119,4 +119,4 @@ def item_name(dataset: Dataset[Any], index: int) -> str:
     if callable(name):
         return str(name(index))
     files = listed_files(dataset)
-    return str(files[index]) if index < len(files) else f"image {index}"
+    return str(files[index]) if index < len(files) else f"input {index}"

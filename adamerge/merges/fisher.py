@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adamerge.errors import check_number
+from adamerge.data.batch import Inputs, size, take, to
+from adamerge.errors import InputError, check_number
 from adamerge.merges import Merged
 from adamerge.merges.calibration import batches, tasks_of
 from adamerge.merges.tensors import task_vector
@@ -38,6 +39,10 @@ class Fisher:
     :math:`F_i = \frac1N \sum_x \sum_c p_c(x) (\partial \log p_c(x) / \partial \theta)^2 + \epsilon`, p the expert's own
     predictions, so no labels. The squares are per example and class: the square of a batch's summed gradient, which
     some released code takes, is another quantity. No tensor that merges is skipped; heads do not merge.
+
+    Of inputs that are mappings, such as texts, examples run one at a time. One with several rows, such as a text's
+    positions, needs ``draws``: a class is drawn for each row, and the square of the sum's gradient has the expectation
+    of the sum of squares, as the rows' scores are independent with mean 0. N then counts rows.
 
     Cost: C backward passes per example (or ``draws``), by vectorised differentiation in chunks of at
     most 256 MB (one model's gradient, where that is more); memory of four models besides, whatever the number of
@@ -90,15 +95,20 @@ class Fisher:
         count = 0
         for task in tasks:
 
-            def logits(p: Params, inputs: Tensor, task: str = task) -> Tensor:
-                return model.logits(inputs, task, {**fixed, **p})
+            def rows(p: Params, inputs: Inputs, task: str = task) -> Tensor:
+                return model.outputs(inputs, task, {**fixed, **p}).rows()
 
-            inputs = (batch.to(model.pool.device) for batch in batches(data, task, self.examples))
-            for information, examples in fisher_sums(logits, params, inputs, self.draws, generator):
-                count += examples
-                for name, tensor in information.items():
-                    totals[name] += tensor
-        return {name: tensor / count for name, tensor in totals.items()}
+            for batch in batches(data, task, self.examples):
+                inputs = to(batch, model.pool.device)
+                if isinstance(inputs, Tensor):
+                    sums = fisher_sums(rows, params, [inputs], self.draws, generator)
+                else:
+                    sums = fisher_sums_of_rows(rows, params, inputs, self.draws, generator)
+                for information, examples in sums:
+                    count += examples
+                    for name, tensor in information.items():
+                        totals[name] += tensor
+        return {name: tensor / max(1, count) for name, tensor in totals.items()}
 
 
 def add_expert(
@@ -156,6 +166,44 @@ def fisher_sums(
                     total = torch.einsum("bk,bk...->...", shares[part], gradient.detach().square_())
                     totals[name] = totals[name] + total if name in totals else total
             yield totals, len(batch[some])
+
+
+def fisher_sums_of_rows(
+    rows: Callable[[Params, Inputs], Tensor],
+    params: Params,
+    inputs: Inputs,
+    draws: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Yield, for each example, what :func:`fisher_sums` does, and the number of its rows.
+
+    Args:
+        rows: ``(params, inputs (1, ...)) -> (N, C)``.
+        params: Name to (*S); differentiated.
+        inputs: (B, ...).
+        draws: Classes drawn per row instead of all.
+        generator: For ``draws``, on the CPU.
+
+    Raises:
+        InputError: If an example has several rows and no classes are drawn.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    for number in range(size(inputs)):
+        log_probabilities = rows(leaves, take(inputs, slice(number, number + 1))).log_softmax(-1)
+        if len(log_probabilities) > 1 and draws is None:
+            raise InputError(
+                f"Fisher.draws: an example has {len(log_probabilities)} rows of {log_probabilities.shape[-1]} classes: "
+                "too many backward passes. Set draws=1."
+            )
+        labels, shares = _classes(log_probabilities.detach().exp(), draws, generator)  # (N, K) both
+        totals = {name: torch.zeros_like(tensor) for name, tensor in params.items()}
+        for label, share in zip(labels.T, shares.T, strict=True) if len(labels) else ():
+            score = log_probabilities.gather(1, label.unsqueeze(1)).sum()
+            gradients = torch.autograd.grad(score, list(leaves.values()), retain_graph=True, allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    totals[name].addcmul_(gradient, gradient * share[0])
+        yield totals, len(labels)
 
 
 def _classes(probabilities: Tensor, draws: int | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

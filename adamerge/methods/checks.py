@@ -76,7 +76,7 @@ def check_first_step(
         if not torch.isfinite(loss):
             raise InputError(
                 f"Objective {name} gives {loss.item()} for task {task!r} before the first step. Look at that "
-                "task's images, and at logarithms and divisions in the objective."
+                "task's inputs, and at logarithms and divisions in the objective."
             )
     if ranks.total(gradient).any():
         return
@@ -89,10 +89,10 @@ def check_first_step(
 
 
 def loss_problem(losses: Mapping[str, Tensor], batch: Mapping[str, TaskBatch]) -> str | None:
-    """Say which loss is not finite, and on which images; None where all are."""
+    """Say which loss is not finite, and on which inputs; None where all are."""
     for task, loss in losses.items():
         if not torch.isfinite(loss):
-            at = f"on the images at {_positions(batch[task])}" if ranks.count() == 1 else "on images"
+            at = f"on the inputs at {_positions(batch[task])}" if ranks.count() == 1 else "on inputs"
             return (
                 f"the loss of task {task!r} is {loss.item()} {at} of its stream. {KEPT} "
                 "Look at them, or lower the learning rate."
@@ -145,11 +145,11 @@ def _origin(batch: Mapping[str, TaskBatch], again: Again) -> str:
     for task, data in batch.items():
         again({task: data}, look)
         if tensors:
-            return f": tensor {tensors[0]!r} for task {task!r}, images at {_positions(data)} of its stream"
+            return f": tensor {tensors[0]!r} for task {task!r}, inputs at {_positions(data)} of its stream"
     return ""
 
 
 def _positions(batch: TaskBatch, limit: int = 8) -> str:
-    """Name the positions of a batch's first images."""
+    """Name the positions of a batch's first inputs."""
     positions = batch.indices.tolist()
     return f"positions {', '.join(map(str, positions[:limit]))}{', ...' if len(positions) > limit else ''}"

@@ -36,8 +36,8 @@ class BatchNormPolicy:
 
     Args:
         policy: ``base``: the base's. ``average``: the mean of the experts'. ``recalibrate``: the merged model's own,
-            over unlabeled images of all tasks, taken when coefficients are final; until then the experts' average.
-        batches: To recalibrate on, each of ``data.batch_size`` images of every task.
+            over unlabeled inputs of all tasks, taken when coefficients are final; until then the experts' average.
+        batches: To recalibrate on, each of ``data.batch_size`` inputs of every task.
 
     Raises:
         InputError: If an option has another value.
@@ -52,7 +52,7 @@ class BatchNormPolicy:
 
     @property
     def needs_data(self) -> bool:
-        """Whether :meth:`final` reads unlabeled images."""
+        """Whether :meth:`final` reads unlabeled inputs."""
         return self.policy == "recalibrate"
 
     def start(self, model: MergedModel) -> None:
@@ -72,7 +72,7 @@ class BatchNormPolicy:
         Args:
             model: Its encoder and pool.
             params: The merged parameters, as :meth:`MergedModel.forward` takes them.
-            data: Unlabeled streams, to recalibrate; the images depend on its seed only.
+            data: Unlabeled streams, to recalibrate; the inputs depend on its seed only.
 
         Raises:
             InputError: If there is no data, or a layer sees one value per channel only, of which there is no variance.
@@ -142,7 +142,7 @@ def with_statistics(
 
 
 def save_statistics(statistics: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:
-    """Write statistics beside the coefficients that they belong to, atomically, so that a replay needs no image.
+    """Write statistics beside the coefficients that they belong to, atomically, so that a replay needs no input.
 
     Args:
         statistics: Encoder's name to (C,).
@@ -182,9 +182,9 @@ def _recalibrated(
     params: Mapping[str, Tensor],
     batches: Iterable[Mapping[str, Inputs]],
 ) -> dict[str, Tensor]:
-    """Take the mean and variance of what each layer sees over all images, each batch normalised by its own statistics.
+    """Take the mean and variance of what each layer sees over all inputs, each batch normalised by its own statistics.
 
-    Batches hold images of all tasks, as the variance between tasks is part of what a layer must normalise.
+    Batches hold inputs of all tasks, as the variance between tasks is part of what a layer must normalise.
     """
     moments = {name: _Moments() for name in layers}
     for batch in batches:

@@ -3,7 +3,7 @@
 One file per batch, named by a hash of everything that decides its content: the expert, the head, the encoder, the
 layers asked for, how it is computed, and the inputs themselves. Outputs that differ in any of these have another name
 (an encoder counts by its class, its print and its buffers: empty the folder after editing its code). The inputs are
-hashed as the encoder sees them, preprocessed: images are still read in each run, which costs little beside asking an
+hashed as the encoder sees them, preprocessed: inputs are still read in each run, which costs little beside asking an
 expert, and another transform, split or sample gives another name.
 
 The batch is the unit, not the sample: a sample's outputs change in their last bits with the batch it is part of, and a

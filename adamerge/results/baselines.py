@@ -43,23 +43,23 @@ class LabelledCrossEntropy:
                 f"objective: LabelledCrossEntropy has no labels of {step.task!r}. Add the callback that hands them "
                 "over: +callbacks.labels._target_=adamerge.callbacks.HandOverLabels."
             )
-        labels = labels[step.indices.cpu() % len(labels)].to(step.outputs.logits.device)  # views repeat the images
+        labels = labels[step.indices.cpu() % len(labels)].to(step.outputs.logits.device)  # views repeat the inputs
         return functional.cross_entropy(step.outputs.logits.float(), labels)
 
 
 def stream_labels(stream: Unlabeled) -> Tensor:
-    """Return the labels of the data set behind a stream, one per image (N,); unreadable ones have their stand-in's."""
+    """Return the labels of the data set behind a stream, one per input (N,); unreadable ones have their stand-in's."""
     images = range(length_of(stream.source))
     return torch.tensor([int(stream.readable.first(i, stream.source.__getitem__)[1][1]) for i in images])
 
 
 @torch.no_grad()
 def search_task_arithmetic(model: MergedModel, data: UnlabeledTasks, grid: Sequence[float] = GRID) -> float:
-    """Set the coefficients to the shared value with the best labelled accuracy on the adaptation images.
+    """Set the coefficients to the shared value with the best labelled accuracy on the adaptation inputs.
 
     Args:
         model: Its coefficients are set.
-        data: The labels behind its streams are used; the scored images are not (under the split protocol).
+        data: The labels behind its streams are used; the scored inputs are not (under the split protocol).
         grid: Coefficients to try.
 
     Returns:

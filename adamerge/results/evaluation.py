@@ -69,14 +69,14 @@ def score_task(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
 ) -> TaskScore:
-    """Score one task's evaluation images.
+    """Score one task's evaluation inputs.
 
     Args:
         logits: ``(inputs, task) -> (B, C)``.
-        data: Holds the labelled images.
+        data: Holds the labelled inputs.
         task: Its name.
         device: Where the inputs go.
-        on_batch: Called with the number of images of each batch once it is done, for progress bars.
+        on_batch: Called with the number of inputs of each batch once it is done, for progress bars.
 
     Raises:
         InputError: If a label is outside the head's classes.
@@ -115,7 +115,7 @@ def score_tasks(
     Args:
         model: Its encoder and heads are used, on the device of its pool.
         params: Parameter name to tensor (*S), such as a merge or an expert.
-        data: Holds the labelled images.
+        data: Holds the labelled inputs.
         description: Text of the progress bar.
         tasks: Which tasks; default all that have evaluation data.
         experts: What the experts say of texts, to compare with.
@@ -140,13 +140,13 @@ def score_tasks(
 def bootstrap(
     scores: Mapping[str, TaskScore], minus: Mapping[str, TaskScore] | None = None, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % interval of the mean accuracy, resampling images within each task.
+    """Return the 95 % interval of the mean accuracy, resampling inputs within each task.
 
-    It covers the choice of test images, not of training seeds.
+    It covers the choice of test inputs, not of training seeds.
 
     Args:
         scores: Scores of the tasks.
-        minus: Scores to subtract, paired by image: the interval is that of the difference of the means.
+        minus: Scores to subtract, paired by input: the interval is that of the difference of the means.
         samples: Number of resamples.
         seed: Seed of the resamples.
     """
@@ -191,7 +191,7 @@ def summary(
     Args:
         rows: What was scored, by name.
         protocol: The data's protocol.
-        unreadable: Images that could not be read and are not scored, by task.
+        unreadable: Inputs that could not be read and are not scored, by task.
     """
     experts, start = rows.get("experts"), rows.get("task_arithmetic_0.3")
     content: dict[str, Any] = {}
@@ -341,15 +341,15 @@ def _about_texts(content: Mapping[str, Any]) -> str:
 
 def _caption(content: Mapping[str, Any]) -> str:
     notes = {
-        "split": "Protocol: split, images that adapted are not scored.",
-        "transductive": "Protocol: transductive, adapted on the scored images without their labels.",
+        "split": "Protocol: split, inputs that adapted are not scored.",
+        "transductive": "Protocol: transductive, adapted on the scored inputs without their labels.",
     }
     text = notes.get(str(content.get("protocol")), f"Protocol: {content.get('protocol')}.")
     text += _about_texts(content)
     if left_out := sum(map(len, content.get("unreadable", {}).values())):
-        text += f"\nNot scored: {left_out} images that cannot be read (summary.json names them)."
+        text += f"\nNot scored: {left_out} inputs that cannot be read (summary.json names them)."
     if content.get("unseen"):
-        text += "\n† unseen: no expert and no images to adapt on; all its labelled images are scored; not in the mean."
+        text += "\n† unseen: no expert and no inputs to adapt on; all its labelled inputs are scored; not in the mean."
     if any(row.get("uses_labels") for row in content["rows"].values()):
         text += "\n* uses labels."
     for control in dict.fromkeys(row["control"] for row in content["rows"].values() if row.get("control")):
@@ -362,7 +362,7 @@ def _caption(content: Mapping[str, Any]) -> str:
         text += "\ngap: share of the way from task arithmetic (0.3) to the experts, %."
     if any(row.get("normalised") is not None for row in content["rows"].values()):
         text += "\nnorm.: accuracy relative to the task's expert, %."
-    return f"{text}\n95 %: bootstrap over the scored images; ECE: expected calibration error, %; s: seconds."
+    return f"{text}\n95 %: bootstrap over the scored inputs; ECE: expected calibration error, %; s: seconds."
 
 
 def _mean(values: Mapping[str, float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adamerge.errors import InputError
+from adamerge.pool.describe import describe
 from adamerge.system.reading import read_json_mapping
 
 PLACES = ("run_dir", "resume", "cwd", "command", "job", "logger.")  # options, or their starts: where and how a run runs
@@ -21,6 +22,31 @@ def command_facts(seconds: float) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds": seconds,
     }
+
+
+def method_facts(method: object, objective: object, optimizer: object) -> dict[str, Any]:
+    """Return what a run from Python was: its method, objective and learning rate, ready for JSON.
+
+    Args:
+        method: Its class counts.
+        objective: Its class and those of its options that JSON has.
+        optimizer: Its class and learning rate count; one without a rate has none.
+    """
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", None) or [{}]
+    rate = groups[0].get("initial_lr", groups[0].get("lr"))
+    named = {"method": type(method).__name__, "optimizer": type(optimizer).__name__}
+    return {**named, "objective": _plain(describe(objective)), **({} if rate is None else {"lr": float(rate)})}
+
+
+def _plain(item: Any) -> Any:
+    """Return an option as JSON has it: objects described, tensors as their shapes."""
+    if isinstance(item, Mapping):
+        return {str(key): _plain(value) for key, value in item.items()}
+    if isinstance(item, torch.Tensor):
+        return f"tensor {tuple(item.shape)}"
+    if isinstance(item, (list, tuple)):
+        return [_plain(value) for value in item]
+    return item if item is None or isinstance(item, (str, int, float)) else _plain(describe(item))
 
 
 def read_recipe(path: Path, command: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -55,10 +55,10 @@ def score_run(
         references: Whether to score the pretrained model, task arithmetic and the experts beside it.
 
     Raises:
-        InputError: If no task has evaluation images, or the file is no merge of the model's pool.
+        InputError: If no task has evaluation inputs, or the file is no merge of the model's pool.
     """
     if not data.evaluation:
-        raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
+        raise InputError("No task has evaluation inputs to score. Give data.tasks.<name>.evaluate (or dataset).")
     pool = model.pool
     experts = ExpertAnswers(model, data)
     merged = checkpoint_parameters(result.file, model)

@@ -77,6 +77,7 @@ def test_export_merged_weights_at_the_end_of_fit_writes_what_was_trained(toy, tm
     assert recipe["protocol"] == "transductive"
     assert recipe["seed"] == 3
     assert recipe["config"] == {"lr": 0.02}
+    assert "objective" not in recipe, "the configuration says it"
 
 
 def test_export_merged_weights_filename_is_used(toy, tmp_path):
@@ -94,7 +95,10 @@ def test_export_merged_weights_with_a_data_module_of_ones_own_works(toy, tmp_pat
     export = ExportMergedWeights(tmp_path / "out")
     method = make_method(toy)
     fit(method, Own(), tmp_path, steps=2, callbacks=[export])
-    assert "protocol" not in json.loads(export.files["recipe"].read_text())
+    recipe = json.loads(export.files["recipe"].read_text())
+    assert "protocol" not in recipe
+    assert (recipe["method"], recipe["optimizer"], recipe["lr"]) == ("GradientMerging", "Adam", 0.02)
+    assert recipe["objective"] == {"name": "entropy", "reliable": None, "hidden_layers": []}
 
 
 def test_export_merged_weights_wrong_suffix_is_refused(tmp_path):

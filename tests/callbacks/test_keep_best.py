@@ -49,7 +49,7 @@ def test_holdout_divides_the_adaptation_images_and_numbers_them_apart():
 def test_holdout_share_is_checked(share):
     with pytest.raises(InputError, match=r"data\.holdout: expected a number in \[0, 1\)"):
         make_data(holdout=share)
-    with pytest.raises(InputError, match=r"data\.holdout: 0\.9 of 2 images leaves none to adapt on"):
+    with pytest.raises(InputError, match=r"data\.holdout: 0\.9 of 2 inputs leaves none to adapt on"):
         make_data(count=4, holdout=0.9)
 
 
@@ -108,7 +108,7 @@ def test_keep_best_resumed_equals_uninterrupted(toy, tmp_path):
 
 def test_keep_best_needs_held_out_images_and_checks_its_options(toy, tmp_path):
     for data in (make_data(), batches(toy, 1)):
-        with pytest.raises(InputError, match=r"KeepBest: expected held-out images, found none\. Set data\.holdout"):
+        with pytest.raises(InputError, match=r"KeepBest: expected held-out inputs, found none\. Set data\.holdout"):
             fit(make_method(toy), data, tmp_path, steps=1, callbacks=[KeepBest()])
     with pytest.raises(InputError, match=r"KeepBest\.every: .*>= 1, found 0"):
         KeepBest(every=0)

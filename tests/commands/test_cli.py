@@ -373,7 +373,7 @@ def test_adapt_tasks_without_labels_are_adapted_and_not_scored(arguments, config
     assert call("adapt", *chosen, "evaluate=false") == 0
     assert (tmp_path / "run" / "merged.safetensors").exists()
     assert (tmp_path / "run" / "config.yaml").exists()
-    assert "no task has evaluation images" in refusal(capsys, "evaluate", "run").lower()
+    assert "no task has evaluation inputs" in refusal(capsys, "evaluate", "run").lower()
 
 
 def test_adapt_sweep_checks_each_job(arguments, capsys, tmp_path, configs):

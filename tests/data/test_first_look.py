@@ -144,7 +144,7 @@ def test_template_without_a_place_for_the_name_is_refused():
 def test_label_that_is_no_class_number_is_refused(label, message):
     task = Task(adapt=items(0), evaluate=Named([(torch.zeros(3, 4, 4), label)] * 2, ["cat", "dog"]))
     text = refused(task)
-    assert text.startswith("data.tasks.pets.evaluate: item 0 (image 0): expected ")
+    assert text.startswith("data.tasks.pets.evaluate: item 0 (input 0): expected ")
     assert message in text
 
 
@@ -206,7 +206,7 @@ def test_late_label_is_named_where_it_is_scored():
 )
 def test_item_that_is_no_input_is_refused(item, message):
     text = refused(Task(adapt=[item, item], evaluate=items(0, 1)))
-    assert text.startswith("data.tasks.pets.adapt: item 0 (image 0): ")
+    assert text.startswith("data.tasks.pets.adapt: item 0 (input 0): ")
     assert message in text
 
 
@@ -221,7 +221,7 @@ def test_double_precision_is_refused_where_the_network_is_in_single():
 def test_items_of_unequal_shapes_are_refused():
     images = [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]
     message = refused(Task(adapt=images))
-    assert "data.tasks.pets.adapt: item 0 (image 0) has the shape (3, 4, 4), item 2 (image 2) (3, 4, 5)" in message
+    assert "data.tasks.pets.adapt: item 0 (input 0) has the shape (3, 4, 4), item 2 (input 2) (3, 4, 5)" in message
 
 
 def test_late_shape_is_named_in_its_batch():
@@ -236,7 +236,7 @@ def test_error_of_a_data_set_is_named_after_its_item():
         def __getitem__(self, index):
             raise KeyError("width")
 
-    assert "data.tasks.pets.adapt: item 0 (image 0): KeyError: 'width'" in refused(Task(adapt=Broken(items(0, 1))))
+    assert "data.tasks.pets.adapt: item 0 (input 0): KeyError: 'width'" in refused(Task(adapt=Broken(items(0, 1))))
 
 
 def test_look_draws_no_random_numbers_and_passes_over_damaged_images(tmp_path):

@@ -84,7 +84,7 @@ def test_image_that_becomes_nan_is_left_out_and_counted():
     assert data.streams["a"][1].indices == 2
     ((inputs, _),) = data.evaluation_loader("a")
     assert inputs[:, 0, 0, 0].tolist() == [0, 2, 3]
-    assert data.unreadable() == data.unreadable_evaluation() == {"a": ["image 1"]}
+    assert data.unreadable() == data.unreadable_evaluation() == {"a": ["input 1"]}
     strict = UnlabeledTasks({"a": Task(dataset=images)}, protocol="transductive")
-    with pytest.raises(InputError, match=r"data\.tasks\.a: 1 of 4 images .*image 1 \(NaN or infinite values\)"):
+    with pytest.raises(InputError, match=r"data\.tasks\.a: 1 of 4 inputs .*input 1 \(NaN or infinite values\)"):
         list(strict.evaluation_loader("a"))

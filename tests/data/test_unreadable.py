@@ -75,7 +75,7 @@ def test_unreadable_image_is_replaced_by_the_next_and_named(folder, how, caplog)
 def test_more_unreadable_images_than_allowed_are_refused_by_name(folder):
     spoil(folder, 2, 3, 4)
     data = make(folder)
-    with pytest.raises(InputError, match=r"data\.tasks\.a: 3 of 12 images cannot be read, the latest .*04\.png"):
+    with pytest.raises(InputError, match=r"data\.tasks\.a: 3 of 12 inputs cannot be read, the latest .*04\.png"):
         [data.streams["a"][index] for index in range(COUNT)]
     with pytest.raises(InputError, match=r"1 of 12 .* data\.max_unreadable allows a share of 0\. "):
         make(folder, max_unreadable=0.0).streams["a"][2]
@@ -114,7 +114,7 @@ def test_names_look_through_subsets_and_fall_back_to_numbers(folder):
     assert account.names == [folder.samples[6][0]]
     numbers = Readable([1, 2, 3], limit=0.9)
     numbers.unreadable = [2]
-    assert numbers.names == ["image 2"]
+    assert numbers.names == ["input 2"]
 
 
 def test_unreadable_images_survive_a_checkpoint(folder):
@@ -174,7 +174,7 @@ def test_run_with_an_unreadable_image_lists_it_and_scores_the_rest(tmp_path):
     options = (*options[:-1], "+data.max_unreadable=0.01")
     assert run(*arguments(configs, tmp_path / "strict", *options), cwd=tmp_path) == 2
     (line,) = [line for line in output(tmp_path).splitlines() if "error:" in line]
-    assert line.startswith("error: data.tasks.mnist: 1 of 15 images cannot be read")
+    assert line.startswith("error: data.tasks.mnist: 1 of 15 inputs cannot be read")
 
 
 def test_view_of_an_unreadable_image_is_the_same_view_of_its_stand_in(folder):

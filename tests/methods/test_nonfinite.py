@@ -116,11 +116,11 @@ def test_more_skipped_steps_than_allowed_stop_the_run(toy, tmp_path):
 
 def test_stop_names_task_images_and_tensor(toy, tmp_path):
     method = make(toy, Poisoned(1))
-    with pytest.raises(GuardError, match=r"Step 1: the loss of task 'green' is nan on the images at positions \d, \d,"):
+    with pytest.raises(GuardError, match=r"Step 1: the loss of task 'green' is nan on the inputs at positions \d, \d,"):
         fit(method, make_data(), tmp_path, callbacks=[Prepared()])
     method = make(toy, Poisoned(1, gradient=True))
     names = "|".join(name.replace(".", r"\.") for name in method.model.pool.names)
-    with pytest.raises(GuardError, match=rf"not finite: tensor '({names})' for task 'green', images at positions \d"):
+    with pytest.raises(GuardError, match=rf"not finite: tensor '({names})' for task 'green', inputs at positions \d"):
         fit(method, make_data(), tmp_path, callbacks=[Prepared()])
 
 

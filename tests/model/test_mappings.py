@@ -9,6 +9,8 @@ from adamerge import Coefficients, ExpertPool, InputError, MergedModel, Outputs,
 from adamerge.callbacks import KeepBest
 from adamerge.callbacks.unlabeled import RunningCriteria
 from adamerge.data.batch import pad, read_output
+from adamerge.merges.fisher import Fisher, fisher_sums_of_rows
+from adamerge.merges.regmean import RegMean, RegMeanPlusPlus
 from adamerge.methods import ShardedStrategy
 from adamerge.model.encoder import EncoderOptions, facts_of, fused
 from adamerge.model.task_step import TaskStep
@@ -134,6 +136,35 @@ def test_cached_answers_are_those_of_the_rows_in_any_order():
     torch.testing.assert_close(cached.rows(), again.rows(), rtol=0, atol=1e-12)
     for name in ("layers.0", "layers.1"):
         torch.testing.assert_close(cached.hidden[name], again.hidden[name], rtol=0, atol=1e-12)
+
+
+# Merges that read the network's inputs
+
+
+@pytest.mark.parametrize("rule", [RegMean(), RegMeanPlusPlus(), Fisher(draws=2)], ids=lambda rule: type(rule).__name__)
+def test_rules_leave_padding_out(rule):
+    results = []
+    for batch_size in (1, 8):
+        model = make_model()
+        results.append(dict(rule(model.pool, model, make_data(4, evaluation_batch_size=batch_size))))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=0, atol=1e-8)
+    assert any(not torch.equal(tensor, model.pool.base[name]) for name, tensor in results[0].items())
+
+
+def test_fisher_of_all_classes_is_the_definition_where_a_text_has_one_row():
+    model, batch = make_model(), pad([text for text in texts(30, 5) if len(text["input_ids"]) == 2][:3])
+    params = {name: tensor.clone() for name, tensor in model.expert_parameters("one").items()}
+    sums = list(fisher_sums_of_rows(lambda p, inputs: model.outputs(inputs, "one", p).rows(), params, batch))
+    leaf = params["head.bias"].clone().requires_grad_()
+    expected = 0
+    for logits in model.outputs(batch, "one", {**params, "head.bias": leaf}).rows():
+        for p, score in zip(logits.softmax(-1).detach(), logits.log_softmax(-1), strict=True):
+            expected = expected + p * torch.autograd.grad(score, leaf, retain_graph=True)[0].square()
+    assert [count for _, count in sums] == [1, 1, 1]
+    torch.testing.assert_close(sum(part["head.bias"] for part, _ in sums), expected)
+    with pytest.raises(InputError, match=r"draws=1"):
+        list(fisher_sums_of_rows(lambda p, i: model.outputs(i, "one", p).rows(), params, pad(texts(3, 5))))
 
 
 # Networks

@@ -226,7 +226,7 @@ def test_table_shows_every_row_within_the_width(width):
     assert lines["mine"][1:4] == ["60.0", "70.0", "65.0"]
     assert lines["oracle"][1] == "*"
     assert "The title" in text
-    assert "images that adapted are not scored" in text
+    assert "inputs that adapted are not scored" in text
     assert "* uses labels" in text
     assert text.splitlines()[1].split() == ["accuracy,", "%", "a", "b", "mean", "95", "%", "gap", "norm.", "ECE", "s"]
     assert "…" not in text
@@ -243,4 +243,4 @@ def test_table_of_six_tasks_fits_into_80_columns(hits, interval_shown):
     assert max(map(len, text.splitlines())) <= 80
     assert all(name in text for name in names)
     assert ("±2.0" in text) == interval_shown
-    assert "adapted on the scored images" in text
+    assert "adapted on the scored inputs" in text

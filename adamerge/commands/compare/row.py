@@ -207,7 +207,7 @@ def _model(of: run.Assembly, coefficients: Coefficients, pool: ExpertPool) -> Me
 
 def _reference_or_merge(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
     if not assembly.data.evaluation:
-        raise InputError("No task has evaluation images to score. Give data.tasks.<name>.evaluate (or dataset).")
+        raise InputError("No task has evaluation inputs to score. Give data.tasks.<name>.evaluate (or dataset).")
     if spec.reference == SEARCHED:
         return _searched(assembly)
     if spec.rule is None:
@@ -230,7 +230,7 @@ def _score(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
 
 
 def _searched(assembly: run.Assembly) -> TableRow:
-    """Score task arithmetic with the coefficient that is best on the labels of the adaptation images."""
+    """Score task arithmetic with the coefficient that is best on the labels of the adaptation inputs."""
     pool, data = assembly.pool, assembly.data
     watch = Stopwatch()
     model = _model(assembly, Coefficients(pool, "task", "mean", "none"), pool)

@@ -231,7 +231,7 @@ def check_tasks(config: DictConfig, parts: Mapping[str, Any], problems: Problems
     tasks = {name: task for name, task in data.tasks.items() if name not in unseen}
     scored = getattr(data, "evaluation", tasks) if config.get("evaluate") is True else tasks
     problems += [
-        f"data.tasks.{name}.evaluate: expected labelled images to score, found none. Give data.tasks.{name}.evaluate, "
+        f"data.tasks.{name}.evaluate: expected labelled inputs to score, found none. Give data.tasks.{name}.evaluate, "
         "or set evaluate=false."
         for name in tasks
         if name not in scored

@@ -222,7 +222,7 @@ def _score(
     if not config.evaluate or not (trainer.is_global_zero or assembly.model.is_sharded):
         return None
     if not assembly.data.evaluation:
-        log.warning("Nothing is scored: no task has evaluation images (data.tasks.<name>.evaluate).")
+        log.warning("Nothing is scored: no task has evaluation inputs (data.tasks.<name>.evaluate).")
         return None
     uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
     merged = MergeResult(str(config.name), export.dirpath / export.filename, seconds, int(config.seed), uses_labels)
@@ -244,11 +244,11 @@ def _provenance(config: DictConfig) -> dict[str, Any]:
 
 
 def _tell_unreadable(data: UnlabeledTasks) -> None:
-    """Log which images were left out: processes that load data may have no log."""
+    """Log which inputs were left out: processes that load data may have no log."""
     for kind, images in (("adapt", data.unreadable()), ("score", data.unreadable_evaluation())):
         for task, names in images.items():
             log.warning(
-                "data.tasks.%s: %d images to %s cannot be read: %s", task, len(names), kind, shorten(names, 1000)
+                "data.tasks.%s: %d inputs to %s cannot be read: %s", task, len(names), kind, shorten(names, 1000)
             )
 
 

@@ -153,7 +153,7 @@ def losses(run: Run) -> LineChart | None:
     if "adapt/loss" in run.metrics:
         series["all"] = _smooth(run.metrics["adapt/loss"])
     if "holdout/loss" in run.metrics:
-        series["held-out images"] = _line(run.metrics["holdout/loss"])
+        series["held-out inputs"] = _line(run.metrics["holdout/loss"])
     if not series:
         return None
     text = "What is minimized, on unlabeled images; a running mean over the nearest steps."
