@@ -294,7 +294,9 @@ def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[st
     """Merge the rule that a row starts from, if any; write and return the row's options, and what the merge took."""
     begun: dict[str, Any] = {"options": _options(spec, config), "seconds": 0.0, "uses_labels": False}
     if spec.rule is not None:
-        rule, begun["seconds"] = _merge(spec.rule, _assembled(config), start)
+        raw = config.copy()  # the rule merges the experts themselves; a transform is of their way from the merge
+        raw.transform = None
+        rule, begun["seconds"] = _merge(spec.rule, _assembled(raw), start)
         begun["uses_labels"] = bool(getattr(rule, "uses_labels", False))
     save_json(begun, folder / _STARTED)
     return begun
