@@ -312,6 +312,13 @@ def test_build_that_was_interrupted_ends_with_the_same_weights(built, tiny, tmp_
     assert build_text(tmp_path, packages, design, progress=False) == facts
 
 
+def test_missing_library_is_refused_before_anything_is_fetched(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r'pip install "adamerge\[hf\]"'):
+        build_text(tmp_path / "zoo", tmp_path / "none", tiny[1], progress=False)
+    assert not (tmp_path / "none").exists()
+
+
 def test_folder_of_another_zoo_is_refused(built, tiny):
     packages, design = tiny
     with pytest.raises(InputError, match="another seed: expected 1, found 0"):

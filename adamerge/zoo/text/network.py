@@ -19,6 +19,19 @@ SCALE = 20.0
 """Of the cosines of a text and a class sentence, to logits: that of the encoder's own training."""
 
 
+def library() -> Any:
+    """Return the library transformers.
+
+    Raises:
+        InputError: If it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(f'The text zoo needs transformers ({error}): pip install "adamerge[hf]"') from error
+    return transformers
+
+
 class SentenceEncoder:
     """A network and its tokenizer.
 
@@ -31,14 +44,11 @@ class SentenceEncoder:
     """
 
     def __init__(self, folder: Path, max_length: int) -> None:
-        try:
-            from transformers import AutoModel, AutoTokenizer
-            from transformers.utils.logging import disable_progress_bar
-        except ImportError as error:
-            raise InputError('The text zoo needs transformers: pip install "adamerge[hf]"') from error
-        disable_progress_bar()  # of reading a hundred tensors
-        self.network: nn.Module = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        transformers = library()
+        transformers.utils.logging.disable_progress_bar()  # of reading a hundred tensors
+        options = {"local_files_only": True, "trust_remote_code": False}
+        self.network: nn.Module = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, **options)
+        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **options)
         self._max_length = max_length
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
