@@ -172,6 +172,15 @@ def library_names(network: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     }
 
 
+def rearranges(network: nn.Module) -> bool:
+    """Return whether the library has other tensors in memory than in the files of this network."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return False
+    return bool(get_model_conversion_mapping(network, add_legacy=False))
+
+
 def tied_names(network: nn.Module) -> dict[str, str]:
     """Return alias to canonical name, of the parameters that the library shares."""
     names = {parameter: name for name, parameter in network.named_parameters()}
@@ -180,10 +189,13 @@ def tied_names(network: nn.Module) -> dict[str, str]:
 
 
 def vocabulary_names(network: Any) -> list[str]:
-    """Return the parameters with one row per token."""
+    """Return the parameters with one row per token, the input's first; none of networks that read no tokens."""
+    if network.main_input_name != "input_ids":
+        return []
     modules = [network.get_input_embeddings(), network.get_output_embeddings()]
-    parameters = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
-    return [name for name, parameter in network.named_parameters() if id(parameter) in parameters]
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    return list(dict.fromkeys(names[id(parameter)] for parameter in parameters))
 
 
 def takes(network: nn.Module, argument: str) -> bool:

@@ -94,6 +94,11 @@ class Transformers:
         return networks.class_of(self.config, self.auto, self.folder)
 
     @property
+    def is_rearranged(self) -> bool:
+        """Whether the base's file has the names of the network, where those of the library's files are others."""
+        return networks.rearranges(self._plain) and all(key == name for key, name in self._base.names.items())
+
+    @property
     def class_name(self) -> str:
         """The name of the network's class."""
         return self.network_class.__name__
@@ -140,10 +145,24 @@ class Transformers:
         """The module that is each expert's own; None where there is none."""
         if self.head is None:
             return None
-        grown = set(networks.vocabulary_names(self._network)) if self.vocabulary == "shared" else set[str]()
+        grown = set(self.extended)
+        if not grown:
+            self._check_vocabularies()
         path = None if self.head == "auto" else self.head
         experts = {name: file.shapes for name, file in self._experts.items()}
         return find_head(self._plain, path, self._base.shapes, experts, grown)
+
+    def _check_vocabularies(self) -> None:
+        """Refuse experts with another number of tokens than the base."""
+        embedding = networks.vocabulary_names(self._plain)[:1]
+        for name, file in self._experts.items():
+            for key in embedding:
+                base, own = self._base.shapes.get(key), file.shapes.get(key)
+                if base and own and own[1:] == base[1:] and own != base:
+                    raise InputError(
+                        f"Expert {name!r}: {key}: {own[0]} tokens, but the base has {base[0]}. Share rows of common "
+                        "tokens and take further ones from this expert: backbone.vocabulary=shared."
+                    )
 
     @property
     def names(self) -> Mapping[str, str]:

@@ -1,13 +1,11 @@
 """``pool``: files that name a base and its experts, and what is known about them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from omegaconf import OmegaConf
 
 from adamerge.checkpoints.hashes import check_hash, forget
 from adamerge.checkpoints.hub import HubReference, located, located_all, reference_of
@@ -16,8 +14,8 @@ from adamerge.commands.run.named_pools import named_pool, own_pools, pool_path, 
 from adamerge.commands.terminal import echo, json_option, out, print_json, print_table, report
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.opening import check_names
-from adamerge.pool.pool_file import DEFAULTS, PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
-from adamerge.system.files import atomic_path
+from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, named_values, place
+from adamerge.pool.save import save_pool_file
 
 _VISUAL = "visual."
 
@@ -136,6 +134,26 @@ def fetch(targets: tuple[str, ...]) -> None:
         out.print(f"{reference}: {reference.fetch()}", highlight=False)
 
 
+@pool.command()
+@click.argument("name")
+@click.option("--through", type=click.Choice(["transformers"]), required=True, help="The library that loads them.")
+@click.option("--auto", help="Its Auto class, such as AutoModelForCausalLM.  [what config.json names]")
+@click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="A new folder.")
+def pack(name: str, through: str, auto: str | None, output: Path) -> None:
+    """Write a pool's models under the names that their library gives them in memory.
+
+    \b
+    adamerge pool pack mixtral.yaml --through transformers --out packed
+    adamerge adapt pool=packed/pool.yaml backbone=transformers data=mine
+
+    For models whose files the library rearranges when it loads them, such as mixtures of experts. One model after
+    another is in memory. Adapters stay where they are: they were trained on what is in memory.
+    """  # noqa: D301
+    from adamerge.commands.pack import write_through
+
+    click.echo("\n".join(map(str, write_through(named_pool(name), output, auto))))
+
+
 def _with_files(path: Path, base: str | None, experts: Mapping[str, PoolFile]) -> PoolFiles:
     """Return a new pool, or the one in a file with further experts."""
     if path.is_file():
@@ -199,34 +217,6 @@ def _refuse_duplicates(files: PoolFiles, recorded: Mapping[str, PoolFile]) -> No
                 f"pool add: {twin} and {name} are the same file, or copies: {entry.file}. Leave one out; a pool file "
                 "with duplicates: allow may have both."
             )
-
-
-def save_pool_file(files: PoolFiles, path: Path) -> None:
-    """Write a pool file, atomically.
-
-    Paths are written relative to its folder where they lie below that, or both below the working directory.
-    """
-    options = {"key_prefix": files.key_prefix, **files.options}
-    content: dict[str, Any] = {
-        "base": _written(files.base, path),
-        **{key: value for key, value in options.items() if value is not None and value != DEFAULTS.get(key)},
-        "experts": {name: _written(entry, path) for name, entry in files.experts.items()},
-    }
-    if files.task_vectors is not None:
-        content["task_vectors"] = _written(files.task_vectors, path)
-    with atomic_path(path) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(content), encoding="utf-8")
-
-
-def _written(entry: PoolFile, pool_file: Path) -> dict[str, str]:
-    file, folder = entry.file, pool_file.parent.absolute()
-    if isinstance(file, Path):
-        whole = Path(os.path.abspath(file))  # without the '..' that a pool file's own paths may have
-        together = all(path.is_relative_to(Path.cwd()) for path in (whole, folder))
-        relative = Path(os.path.relpath(whole, folder))
-        leads_there = (folder / relative).resolve() == whole.resolve()  # not where '..' leaves a linked folder
-        file = relative if leads_there and (together or whole.is_relative_to(folder)) else whole
-    return replace(entry, file=file).facts()
 
 
 def _places(files: PoolFiles) -> list[tuple[str, Path | None]]:

@@ -58,7 +58,8 @@ def test_network_without_weights_gives_the_library_s_logits(name: str, tmp_path:
 
     expected = getattr(transformers, name).from_pretrained(folders["two"]).eval()
     inputs = _inputs(expected)
-    parameters = {**pool.fixed, **pool.expert_parameters("two"), **dict(network.named_buffers())}
+    buffers = pool.buffers(dict(network.named_buffers()), "two")
+    parameters = {**pool.fixed, **pool.expert_parameters("two"), **buffers}
     with torch.no_grad():
         logits = torch.func.functional_call(network, parameters, kwargs=inputs, tie_weights=True).logits
         assert torch.equal(logits, expected(**inputs).logits)
@@ -130,7 +131,7 @@ def test_vocabulary_shared_takes_further_rows_of_the_one_expert_that_has_them(tm
     longer = transformers.AutoModelForCausalLM.from_pretrained(folders["two"])
     longer.resize_token_embeddings(66)
     save_model(longer, folders["two"])
-    with pytest.raises(InputError, match=r"expected \(64, 16\), found \(66, 16\).*backbone.vocabulary=shared"):
+    with pytest.raises(InputError, match=r"'two'.*66 tokens, but the base has 64.*backbone.vocabulary=shared"):
         pool_for(backbone_of(folders))
     backbone = backbone_of(folders, vocabulary="shared")
     pool = pool_for(backbone)

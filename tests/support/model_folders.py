@@ -141,3 +141,49 @@ def save_file_of(module: nn.Module, path: Path) -> Path:
     """Write a module's tensors into one file, tied ones each."""
     save_file({name: tensor.clone() for name, tensor in module.state_dict().items()}, path, {"format": "pt"})
     return path
+
+
+class Items:
+    """A data set of texts, images, or images with texts, and labels.
+
+    Args:
+        kind: ``text``, ``image`` or ``both``.
+        seed: Of what is in them.
+        count: How many.
+    """
+
+    def __init__(self, kind: str, seed: int = 0, count: int = 12) -> None:
+        self._kind, self._seed, self._count = kind, seed, count
+        self.targets = [i % 2 for i in range(count)]
+        self.classes = ["bad", "good"]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        generator = torch.Generator().manual_seed(1000 * self._seed + index)
+        words = torch.randint(len(_WORDS), (2 + index % 5,), generator=generator)
+        text = " ".join(_WORDS[int(word)] for word in words)
+        colours = torch.randint(256, (24, 24, 3), generator=generator, dtype=torch.uint8)
+        image = Image.fromarray(colours.numpy())
+        items = {"text": text, "image": image, "both": {"image": image, "text": f"<image> {text}"}}
+        return items[self._kind], self.targets[index]
+
+
+def save_processor(name: str, folder: Path) -> None:
+    """Write the image processor, or the processor, of a tiny model."""
+    import transformers as t
+
+    if name.startswith("Segformer"):
+        t.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        return
+    size = {"height": 16, "width": 16}
+    images = t.ViTImageProcessor(size=size)
+    if name.startswith("Llava"):
+        tokenizer = save_tokenizer(folder)
+        options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        t.LlavaProcessor(image_processor=images, tokenizer=tokenizer, **options).save_pretrained(folder)
+    else:
+        images.save_pretrained(folder)

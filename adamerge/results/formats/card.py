@@ -51,7 +51,7 @@ def write_card(merged: MergedFolder, folder: Path, name: str, usage: Usage) -> N
     parts, sidecar = ingredients(recipe), merged.backbone.sidecar()
     heads = [task for task, head in merged.heads.items() if set(head) == {"weight", "scale"}]
     preprocessing = ", ".join(f"{key} {json.dumps(value)}" for key, value in usage.preprocessing.items())
-    is_clip = usage.library in ("open_clip", "transformers")
+    is_clip = usage.library in ("open_clip", "transformers") and "class" not in usage.options
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
     )

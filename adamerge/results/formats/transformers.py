@@ -54,6 +54,8 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
     files = write_model(weights, base, folder, changes=changes)
     if task is not None:
         weights.unlink()
+    if backbone.is_rearranged:
+        files = _saved_by_library(backbone, folder, files)
     name = str((read_json_mapping(folder / HF_CONFIG).get("architectures") or ["AutoModel"])[0])
     pipeline = next((kind for end, kind in _PIPELINES.items() if name.endswith(end)), "feature-extraction")
     has_tokenizer = any(file.startswith("tokenizer") for file in files)
@@ -64,6 +66,20 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
             f"Each task's own {backbone.head_module.path} is in heads.safetensors; --task TASK writes one with it.",
         )
     return Usage("transformers", pipeline, files, {}, notes, options)
+
+
+def _saved_by_library(backbone: Transformers, folder: Path, files: Mapping[str, str]) -> dict[str, str]:
+    """Write the weights of a folder again, as the library keeps them in files, where it rearranges them in memory."""
+    kind = Transformers(model=folder).network_class
+    with quiet():
+        model: Any = kind.from_pretrained(folder, dtype="auto", local_files_only=True)
+        for weights in folder.glob("model*.safetensors*"):
+            weights.unlink()
+        config = (folder / HF_CONFIG).read_bytes()
+        model.save_pretrained(folder, max_shard_size="5GB")
+    (folder / HF_CONFIG).write_bytes(config)
+    others = {file: text for file, text in files.items() if not file.startswith("model")}
+    return {**others, **{path.name: "the merged weights" for path in sorted(folder.glob("model*.safetensors*"))}}
 
 
 def _backbone(merged: MergedFolder) -> Transformers:
@@ -109,7 +125,7 @@ def prove(merged: MergedFolder, folder: Path, task: str | None = None) -> None:
         log.warning('transformers is not installed, so the folder was not loaded back: pip install "adamerge[hf]".')
         return
     backbone = Transformers(model=folder)
-    with _quiet():
+    with quiet():
         loaded: Any = backbone.network_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         inputs = _example(backbone, loaded)
         with torch.no_grad():
@@ -166,7 +182,7 @@ def _generate(backbone: Transformers, loaded: Any, inputs: Mapping[str, Tensor])
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' bars and reports while weights are loaded."""
     from transformers.utils import logging as told
 
