@@ -1,0 +1,134 @@
+"""Models of transformers from the command line: adapted, merged, packed and exported as folders that load there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.command_line import QUIET, call
+from tests.support.model_folders import (
+    moved,
+    new_model,
+    save_family,
+    save_model,
+    save_processor,
+)
+
+pytestmark = QUIET
+
+DATA = """
+defaults: [folders]
+batch_size: 4
+num_workers: 0
+tasks:
+  one: &task
+    _target_: adamerge.data.Task
+    dataset: {{_target_: tests.support.model_folders.Items, kind: {kind}, seed: 1}}
+  two:
+    <<: *task
+    dataset: {{_target_: tests.support.model_folders.Items, kind: {kind}, seed: 2}}
+"""
+
+
+def ok(*arguments: str) -> None:
+    """Run a command that must succeed."""
+    assert call(*arguments) == 0
+
+
+def adapt(folder: Path, kind: str, *overrides: str) -> Path:
+    """Adapt the folders ``base``, ``one`` and ``two`` in a folder to items of a kind; return the run's folder."""
+    (folder / "configs" / "data").mkdir(parents=True)
+    (folder / "configs" / "data" / "items.yaml").write_text(DATA.format(kind=kind))
+    ok(
+        "adapt",
+        f"--config-dir={folder / 'configs'}",
+        "data=items",
+        "pool=files",
+        f"pool.base={folder / 'base'}",
+        f"pool.experts={{one: {folder / 'one'}, two: {folder / 'two'}}}",
+        "backbone=transformers",
+        "trainer=cpu",
+        "logger=none",
+        "report=false",
+        "evaluate=false",
+        "steps=2",
+        f"run_dir={folder / 'run'}",
+        *overrides,
+    )
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("LlamaForCausalLM", "text"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ("Qwen2ForCausalLM", "text"),
+                ("GPT2LMHeadModel", "text"),
+                ("T5ForConditionalGeneration", "text"),
+                ("BertForTokenClassification", "text"),
+                ("ViTForImageClassification", "image"),
+                ("SegformerForSemanticSegmentation", "image"),
+                ("LlavaForConditionalGeneration", "both"),
+            )
+        ),
+    ],
+)
+def test_adapted_and_exported(name: str, kind: str, tmp_path: Path) -> None:
+    for folder in save_family(name, tmp_path).values():
+        if kind != "text":
+            save_processor(name, folder)
+    run = adapt(tmp_path, kind)
+    ok("export", str(run), "--to", "hf", "--out", str(tmp_path / "hf"))
+    import transformers
+
+    loaded, info = getattr(transformers, name).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    base = getattr(transformers, name).from_pretrained(tmp_path / "base").state_dict()
+    assert any(not torch.equal(tensor, base[key]) for key, tensor in loaded.state_dict().items())
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f'{name}.from_pretrained("FOLDER")' in card
+
+
+def test_export_with_the_head_of_a_task(tmp_path: Path) -> None:
+    bert = new_model("BertModel")
+    save_model(bert, tmp_path / "base")
+    experts = {}
+    for seed, expert in enumerate(("one", "two"), 1):
+        experts[expert] = new_model("BertForSequenceClassification", seed, num_labels=2)
+        experts[expert].bert.load_state_dict(moved(bert.state_dict(), seed))
+        save_model(experts[expert], tmp_path / expert)
+    run = adapt(tmp_path, "text", "backbone.auto=AutoModelForSequenceClassification")
+    ok("export", str(run), "--to", "hf", "--task", "two", "--out", str(tmp_path / "two_hf"))
+    from transformers import AutoModelForSequenceClassification
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "two_hf")
+    assert torch.equal(loaded.classifier.weight, experts["two"].classifier.weight)
+    assert loaded.config.id2label == {0: "bad", 1: "good"}
+    ok("export", str(run), "--to", "hf", "--out", str(tmp_path / "shared"))
+    assert json.loads((tmp_path / "shared" / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+def test_pool_packed_through_the_library_merges_and_is_written_as_files_have_it(tmp_path: Path) -> None:
+    folders = save_family("MixtralForCausalLM", tmp_path)
+    lines = [f"base: {folders['base']}", "experts:", f"  one: {folders['one']}", f"  two: {folders['two']}"]
+    (tmp_path / "pool.yaml").write_text("\n".join(lines))
+    pool = str(tmp_path / "pool.yaml")
+    ok("pool", "pack", pool, "--through", "transformers", "--out", str(tmp_path / "packed"))
+    packed = str(tmp_path / "packed" / "pool.yaml")
+    ok("merge", "--rule", "weight_average", "--pool", packed, "--out", str(tmp_path / "merged"))
+    ok("export", str(tmp_path / "merged"), "--to", "hf", "--out", str(tmp_path / "hf"))
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    with (
+        safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file,
+        safe_open(folders["base"] / "model.safetensors", "pt") as base,
+    ):
+        assert set(file.keys()) == set(base.keys())
+    models = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two", "hf")}
+    for key, tensor in models["hf"].items():
+        torch.testing.assert_close(tensor, (models["one"][key] + models["two"][key]) / 2)
