@@ -55,7 +55,7 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
     if task is not None:
         weights.unlink()
     if backbone.is_rearranged:
-        files = _saved_by_library(backbone, folder, files)
+        files = _saved_by_library(merged, folder, files)
     name = str((read_json_mapping(folder / HF_CONFIG).get("architectures") or ["AutoModel"])[0])
     pipeline = next((kind for end, kind in _PIPELINES.items() if name.endswith(end)), "feature-extraction")
     has_tokenizer = any(file.startswith("tokenizer") for file in files)
@@ -68,15 +68,17 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
     return Usage("transformers", pipeline, files, {}, notes, options)
 
 
-def _saved_by_library(backbone: Transformers, folder: Path, files: Mapping[str, str]) -> dict[str, str]:
+def _saved_by_library(merged: MergedFolder, folder: Path, files: Mapping[str, str]) -> dict[str, str]:
     """Write the weights of a folder again, as the library keeps them in files, where it rearranges them in memory."""
-    kind = Transformers(model=folder).network_class
+    written = Transformers(model=folder)
+    network: Any = new_network(written.network_class, written.config)
+    network.load_state_dict({key: merged.checkpoint.get(key) for key in merged.checkpoint.keys}, False, assign=True)
+    network.tie_weights()
+    for weights in folder.glob("model*.safetensors*"):
+        weights.unlink()
+    config = (folder / HF_CONFIG).read_bytes()
     with quiet():
-        model: Any = kind.from_pretrained(folder, dtype="auto", local_files_only=True)
-        for weights in folder.glob("model*.safetensors*"):
-            weights.unlink()
-        config = (folder / HF_CONFIG).read_bytes()
-        model.save_pretrained(folder, max_shard_size="5GB")
+        network.save_pretrained(folder, max_shard_size="5GB")
     (folder / HF_CONFIG).write_bytes(config)
     others = {file: text for file, text in files.items() if not file.startswith("model")}
     return {**others, **{path.name: "the merged weights" for path in sorted(folder.glob("model*.safetensors*"))}}
