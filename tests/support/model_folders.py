@@ -38,7 +38,9 @@ def _configs() -> dict[str, Callable[[], Any]]:
 
     return {
         "LlamaForCausalLM": lambda: t.LlamaConfig(**_GROUPED),
-        "Qwen2ForCausalLM": lambda: t.Qwen2Config(**_GROUPED, tie_word_embeddings=True),
+        "Qwen2ForCausalLM": lambda: t.Qwen2Config(
+            **{**_GROUPED, "vocab_size": 260, "pad_token_id": None}, tie_word_embeddings=True
+        ),
         "GPT2LMHeadModel": lambda: t.GPT2Config(
             n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=40, bos_token_id=1, eos_token_id=2
         ),
@@ -98,10 +100,20 @@ def save_tokenizer(folder: Path, words: Sequence[str] = _WORDS, **options: Any) 
     tokens = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "[SEP]", "<image>", *words]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+    special: dict[str, Any] = {"bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+    special["additional_special_tokens"] = ["<image>"]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**special, **options})
     fast.save_pretrained(folder)
     return fast
+
+
+def save_qwen_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of bytes, as the library gives every Qwen its own class of tokenizer."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[]).save_pretrained(folder)
 
 
 def moved(tensors: Mapping[str, torch.Tensor], seed: int, scale: float = 0.1) -> dict[str, torch.Tensor]:
@@ -120,7 +132,10 @@ def moved(tensors: Mapping[str, torch.Tensor], seed: int, scale: float = 0.1) ->
 def save_model(model: Any, folder: Path, **tokenizer: Any) -> Path:
     """Write a model as the library does, and a tokenizer beside it."""
     model.save_pretrained(folder)
-    save_tokenizer(folder, **tokenizer)
+    if model.config.model_type == "qwen2":
+        save_qwen_tokenizer(folder)
+    else:
+        save_tokenizer(folder, **tokenizer)
     return folder
 
 
