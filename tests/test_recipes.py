@@ -105,7 +105,8 @@ def test_part_of_an_iteration_is_refused(arguments, capsys):
     [
         pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
         for name in EXPERIMENTS
-        if name != "offline_benchmark"  # recommended, on a zoo that takes minutes to build
+        # recommended, on a zoo that takes minutes to build; those of language models: tests/commands/test_texts.py
+        if name != "offline_benchmark" and not name.endswith("_lm")
     ],
 )
 def test_run_of_an_experiment_makes_its_stated_iterations(arguments, tmp_path, name):

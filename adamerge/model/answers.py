@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adamerge.data.batch import Outputs
+from adamerge.data.batch import Outputs as Outputs
 
 _NOTHING = -6e4  # logarithm of no mass that half precision can hold, and that times no mass is 0
 

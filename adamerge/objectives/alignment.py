@@ -11,7 +11,7 @@ from torch import Tensor
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.hidden_layers import select
 from adamerge.model.task_step import TaskStep
-from adamerge.objectives.imitation import divergence
+from adamerge.objectives.imitation import divergence_from
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Alignment:
         rows = len(merged.rows())
         loss = torch.zeros((), device=merged.logits.device)
         if self.logit_weight:
-            loss = loss + self.logit_weight * divergence(merged.rows(), expert.rows(), self.temperature).mean()
+            loss = loss + self.logit_weight * divergence_from(expert, merged.rows(), self.temperature).mean()
         if self.hidden_weight and self.hidden_layers:
             selected = [select(merged.hidden, pattern, "objective.hidden_layers") for pattern in self.hidden_layers]
             names = dict.fromkeys(chain.from_iterable(selected))

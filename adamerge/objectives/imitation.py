@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adamerge.errors import InputError, check_choice, check_number
-from adamerge.model.answers import best_classes, coarsen
+from adamerge.model.answers import Outputs, best_classes, coarsen
 from adamerge.model.task_step import TaskStep
 from adamerge.objectives.entropy import log_softmax, mean_over
 
@@ -62,18 +62,28 @@ class Imitation:
 
     def __call__(self, step: TaskStep) -> Tensor:
         """Return the divergence in nats, averaged over the batch's rows that count."""
-        merged, outputs = step.outputs.rows(), step.teacher()
-        expert, classes = outputs.rows(), outputs.classes
-        if classes is not None and self.temperature != 1:
-            raise InputError(
-                f"objective.temperature: expected 1 with teachers.top_k, found {self.temperature}: what a temperature "
-                "makes of the classes that are left out is not known. Set teachers.top_k=null, or the temperature to 1."
-            )
+        merged, expert = step.outputs.rows(), step.teacher()
         if self.targets == "soft":
-            losses = divergence(merged if classes is None else coarsen(merged, classes), expert, self.temperature)
+            losses = divergence_from(expert, merged, self.temperature)
         else:
-            losses = -log_softmax(merged).gather(-1, best_classes(outputs).unsqueeze(-1)).squeeze(-1)
-        return mean_over(losses, is_sure(merged.detach(), expert, classes)) if self.drop_unsure else losses.mean()
+            losses = -log_softmax(merged).gather(-1, best_classes(expert).unsqueeze(-1)).squeeze(-1)
+        return mean_over(losses, is_sure(merged.detach(), expert)) if self.drop_unsure else losses.mean()
+
+
+def divergence_from(expert: Outputs, merged: Tensor, temperature: float) -> Tensor:
+    """Return ``t^2 KL(expert || merged)`` in nats of rows (N, C), (N,); of an expert's kept classes a lower bound.
+
+    Raises:
+        InputError: If only some classes were kept, and the temperature is not 1.
+    """
+    if expert.classes is None:
+        return divergence(merged, expert.rows(), temperature)
+    if temperature != 1:
+        raise InputError(
+            f"objective.temperature: expected 1 with teachers.top_k, found {temperature}: what a temperature makes of "
+            "the classes that are left out is not known. Set teachers.top_k=null, or the temperature to 1."
+        )
+    return divergence(coarsen(merged, expert.classes), expert.rows(), temperature)
 
 
 def divergence(merged: Tensor, expert: Tensor, temperature: float) -> Tensor:
@@ -82,12 +92,12 @@ def divergence(merged: Tensor, expert: Tensor, temperature: float) -> Tensor:
     return functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * temperature**2
 
 
-def is_sure(merged: Tensor, expert: Tensor, classes: Tensor | None = None) -> Tensor:
-    """Return where the expert agrees with the merged model or is at least as confident; logits (..., C) to (...).
+def is_sure(merged: Tensor, expert: Outputs) -> Tensor:
+    """Return where the expert agrees with the merged model's rows (N, C) or is at least as confident, (N,).
 
-    >>> is_sure(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    >>> is_sure(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), Outputs(torch.tensor([[0.0, 1.0], [1.0, 0.0]])))
     tensor([False,  True])
     """
-    ours, theirs = log_softmax(merged).max(-1), log_softmax(expert)
-    values, indices = theirs.max(-1) if classes is None else (theirs[..., 0], classes[..., 0])
-    return (ours.indices == indices) | (values >= ours.values)
+    ours, best = log_softmax(merged).max(-1), best_classes(expert)
+    theirs = log_softmax(expert.rows()).gather(-1, (best if expert.classes is None else best * 0).unsqueeze(-1))
+    return (ours.indices == best) | (theirs.squeeze(-1) >= ours.values)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adamerge.commands.run.compose import compose
+from adamerge.objectives.imitation import Imitation
 from tests.support.command_line import QUIET, call, refusal
 from tests.support.language import WORDS, llama
 
@@ -84,3 +86,45 @@ def test_texts_without_anything_to_score_by_are_scored_by_their_experts(argument
 def test_a_field_that_is_not_there_is_refused_before_a_weight_is_read(arguments, capsys):
     message = refusal(capsys, "adapt", *arguments, "+data.tasks.sums.dataset.answer=anser")
     assert "sums.jsonl, line 1: no field 'anser'. Did you mean 'answer'?" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["expert_merging_lm", "recommended_lm"])
+def test_recipes_for_language_models_run_as_they_state(arguments, name, world):
+    options = [word for word in arguments if not word.startswith(("steps=", "data.batch_size="))]
+    quick = ["data.limit=4", "steps=2"] if name == "recommended_lm" else []
+    command = [*options, f"experiment={name}", *quick, f"run_dir={name}", "evaluate=false", "logger=none"]
+    assert call("adapt", *command) == 0
+    config = compose(command)
+    recipe = json.loads((world / name / "merge.json").read_text())
+    assert recipe["steps"] == config.steps
+    granularity = json.loads((world / name / "coefficients.json").read_text())["granularity"]
+    assert str(granularity).lower().startswith("row" if name == "recommended_lm" else "layer")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_gone_on_with_is_that_of_one_go(arguments, world):
+    options = [word for word in arguments if not word.startswith("steps=")]
+    command = [*options, "steps=3", "evaluate=false", "logger=none", "teachers.top_k=4", "checkpoint_every=1"]
+    assert call("adapt", *command, "run_dir=whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Imitation, "__call__", broken_after(4))  # of two tasks: in the third step
+        assert call("adapt", *command, "run_dir=parts") != 0
+    assert call("adapt", "resume=parts") == 0
+    assert (world / "parts" / "merged.safetensors").read_bytes() == (
+        world / "whole" / "merged.safetensors"
+    ).read_bytes()
+
+
+def broken_after(calls):
+    """Return the objective's call that fails once, as a full disk would, after some more."""
+    original, count = Imitation.__call__, 0
+
+    def call_of(self, step):
+        nonlocal count
+        count += 1
+        if count > calls + 1:  # the first is a trial before the first step
+            raise OSError("no space left")
+        return original(self, step)
+
+    return call_of

@@ -95,4 +95,5 @@ def _look(data: UnlabeledTasks, backbone: Transformers, task: str) -> _Sample | 
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    scale, unit = next(((s, u) for s, u in ((1e9, "GB"), (1e6, "MB")) if count >= s / 10), (1e3, "kB"))
+    return f"{count / scale:.1f} {unit}"
