@@ -4,13 +4,14 @@ A folder may come from a stranger. What lies where a file is expected may be a p
 endless, nested deeper than any reader goes, or double with each line that refers to the one before.
 """
 
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
@@ -34,7 +35,7 @@ _KINDS = {
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a file to read its bytes; never waits for a pipe's other end, as opening it would.
 
     Raises:
