@@ -9,7 +9,16 @@ from pathlib import Path
 
 import click
 
-from adamerge.commands.terminal import EXIT_INPUT, Agreed, json_option, out, preemptible, print_json, report
+from adamerge.commands.terminal import (
+    EXIT_INPUT,
+    Agreed,
+    json_option,
+    out,
+    preemptible,
+    print_json,
+    report,
+    trust_option,
+)
 from adamerge.errors import InputError
 from adamerge.system import ranks
 
@@ -18,15 +27,16 @@ from adamerge.system import ranks
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     short_help="Learn coefficients on unlabeled data and export the merged checkpoint.",
 )
+@trust_option
 @json_option
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def adapt(overrides: tuple[str, ...], as_json: bool) -> None:
+def adapt(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
     with preemptible():
-        _adapt(overrides, as_json)
+        _adapt(overrides, as_json, trust_code)
 
 
-def _adapt(overrides: tuple[str, ...], as_json: bool) -> None:
+def _adapt(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     from adamerge.commands.run.compose import compose, hand_over, read_line
     from adamerge.commands.run.named_pools import quoted
 
@@ -39,7 +49,8 @@ def _adapt(overrides: tuple[str, ...], as_json: bool) -> None:
 
     processes.join()
     if resume not in ("", "null", "auto"):
-        start.resume(Path(resume), [word for word in overrides if not word.startswith("resume=")], as_json=as_json)
+        others = [word for word in overrides if not word.startswith("resume=")]
+        start.resume(Path(resume), others, as_json=as_json, trust_code=trust_code)
         return
     if resume == "auto" and not any(word.startswith("run_dir=") for word in line.overrides):
         raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
@@ -73,9 +84,10 @@ def _check_flags(flags: tuple[str, ...], resume: str, as_json: bool) -> None:
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     short_help="Find what is wrong with a run, in seconds, without starting it.",
 )
+@trust_option
 @json_option
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def check(overrides: tuple[str, ...], as_json: bool) -> None:
+def check(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     """Read configuration and file headers of `adamerge adapt OVERRIDES`, and report everything that is wrong.
 
     \b
@@ -85,20 +97,20 @@ def check(overrides: tuple[str, ...], as_json: bool) -> None:
     It takes the options of one run of `adamerge adapt`, see `adamerge adapt --help`; jobs of a sweep are checked one by
     one.
     """  # noqa: D301
-    from adamerge.commands.run.build import containers
     from adamerge.commands.run.check import check as problems_of
     from adamerge.commands.run.compose import compose
-    from adamerge.commands.run.imports import foreign_targets
+    from adamerge.commands.run.imports import check_builds_no_library, targets_beyond
 
-    config = compose(overrides)
-    problems = problems_of(config)
-    foreign = [str(target) for target in foreign_targets(containers(config))]
+    config = compose(overrides, announced=False)
+    imports = [str(target) for target in targets_beyond(config) if target.is_found]
+    if not as_json:  # before any of it is built
+        for target in imports:
+            out.print(target, highlight=False)
+    problems = ([] if trust_code else check_builds_no_library(config)) or problems_of(config)
     if as_json:
-        print_json({"problems": problems, "imports": foreign})
+        print_json({"problems": problems, "imports": imports})
         if problems:
             sys.exit(EXIT_INPUT)
         return
-    for target in foreign:
-        out.print(target, highlight=False)
     report(problems)
     out.print("No problems found.")

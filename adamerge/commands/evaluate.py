@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adamerge.commands.terminal import json_option, out, print_json
+from adamerge.commands.terminal import json_option, out, print_json, trust_option
 from adamerge.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--severity", type=click.IntRange(1, 5), default=5, show_default=True, help="Where a name has none.")
 @click.option("--harness", metavar="TASKS", help="Score a language model by tasks of lm-eval: NAME or FILE.yaml,...")
 @click.option("--include-path", type=click.Path(path_type=Path), help="With --harness: a folder of your task files.")
+@trust_option
 @json_option
 def evaluate(
     run_dir: Path,
@@ -32,6 +33,7 @@ def evaluate(
     severity: int,
     harness: str | None,
     include_path: Path | None,
+    trust_code: bool,
     as_json: bool,
 ) -> None:
     """Score the merged checkpoint of a run on its tasks' labelled data, beside experts and baselines.
@@ -51,10 +53,11 @@ def evaluate(
     if harness is not None:
         if checkpoint or corruptions:
             raise InputError("--harness: goes without --checkpoint and --corruptions; name the folder of the model.")
-        _evaluate_by_harness(run_dir.absolute(), harness, include_path, as_json=as_json)
+        _evaluate_by_harness(run_dir.absolute(), harness, include_path, trust_code=trust_code, as_json=as_json)
         return
     from adamerge.callbacks.elapsed import seconds_of
     from adamerge.commands.run.folder import LAST, load_config
+    from adamerge.commands.run.recorded import check_config, check_pool
     from adamerge.commands.run.run import assemble
     from adamerge.data.corruptions import read_corruptions
     from adamerge.results.evaluation import summary, table
@@ -64,8 +67,10 @@ def evaluate(
     chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
     run_dir = run_dir.absolute()
     file = (checkpoint or run_dir / "merged.safetensors").absolute()
-    config = load_config(run_dir)
+    config = load_config(run_dir, trust_code=trust_code)
+    check_config(config, run_dir)
     assembly = assemble(config)
+    check_pool(assembly.pool.hashes(), run_dir)
     path = run_dir / "summary.json"
     before = {} if checkpoint or not path.is_file() else _row_before(path, str(config.name))
     name = _row_name(file) if checkpoint else str(config.name)
@@ -84,9 +89,12 @@ def evaluate(
         out.print(table(content).terminal(out.width))
 
 
-def _evaluate_by_harness(folder: Path, tasks: str, include_path: Path | None, *, as_json: bool) -> None:
+def _evaluate_by_harness(
+    folder: Path, tasks: str, include_path: Path | None, *, trust_code: bool, as_json: bool
+) -> None:
     """Score a folder that transformers loads, or one made of a run for the while; the result goes beside it."""
     import tempfile
+    from functools import partial
 
     from adamerge.commands.export import backbone_of
     from adamerge.results.formats import export_as
@@ -100,7 +108,7 @@ def _evaluate_by_harness(folder: Path, tasks: str, include_path: Path | None, *,
     else:
         with tempfile.TemporaryDirectory() as temporary:
             model = Path(temporary) / "model"
-            export_as(folder, "hf", model, backbone_of)
+            export_as(folder, "hf", model, partial(backbone_of, trust_code=trust_code))
             content = score_by_harness(model, names, include_path)
     save_json(content, folder / "harness.json")
     if as_json:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor
 from adamerge.backbones import Backbone, OpenClip, Torchvision, Transformers
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG
-from adamerge.commands.run.build import build, containers
+from adamerge.commands.run.build import build
 from adamerge.commands.run.compose import compose
-from adamerge.commands.run.folder import CONFIG_FILE, LAST, load_config, plain
-from adamerge.commands.run.imports import announce, check_own
+from adamerge.commands.run.folder import CONFIG_FILE, LAST, load_config, look_at_config, plain
+from adamerge.commands.run.imports import announce, check_listed, check_own
 from adamerge.commands.run.named_pools import chosen_pool
+from adamerge.commands.run.recorded import check_config, check_pool, check_start
 from adamerge.commands.run.run import Assembly, assemble, build_pool, head_info
-from adamerge.commands.terminal import echo, json_option, pool_options, print_files, print_json
+from adamerge.commands.terminal import echo, json_option, pool_options, print_files, print_json, trust_option
 from adamerge.errors import InputError
 from adamerge.model.batch_norm import FILE, average, average_for, load_statistics
 from adamerge.model.coefficients import Coefficients, load_coefficients
@@ -43,6 +45,7 @@ from adamerge.system.files import atomic_path
 @click.option("--model", help="With --to: what RUN_DIR merges, where it does not say; of torchvision NAME[:HEAD].")
 @click.option("--upload", metavar="ORG/NAME", help="With --to: upload to the Hub, into a private repository.")
 @click.option("--public", is_flag=True, help="With --upload: let it be public.")
+@trust_option
 @json_option
 def export(
     run_dir: Path | None,
@@ -54,6 +57,7 @@ def export(
     model: str | None,
     upload: str | None,
     public: bool,
+    trust_code: bool,
     **pool: Any,
 ) -> None:
     """Write the merged checkpoint of a run's last step, replay a coefficients file, or change the format.
@@ -81,7 +85,9 @@ def export(
         if output is None:
             raise InputError(f"--to {target}: give --out FOLDER, a new one.")
         output = output.absolute()  # a run's configuration may move this process
-        find = backbone_of if model is None else lambda folder, recipe: _named(model, target)
+        find = partial(backbone_of, trust_code=trust_code)
+        if model is not None:
+            find = lambda folder, recipe: _named(model, target)  # noqa: E731
         paths, address = export_as(run_dir, target, output, find, task=task, repository=upload, public=public)
         if as_json:
             print_json({"files": [str(path) for path in paths], "address": address})
@@ -89,7 +95,7 @@ def export(
             echo("\n".join([*map(str, paths), address or str(output)]))
         return
     if run_dir is not None:
-        files = export_run(run_dir, coefficients, output or run_dir)
+        files = export_run(run_dir, coefficients, output or run_dir, trust_code=trust_code)
     elif coefficients is None or output is None or not any(pool.values()):
         raise InputError("export: give RUN_DIR, or --coefficients, --out, and --pool or both --base and --expert.")
     else:
@@ -97,7 +103,7 @@ def export(
     print_files(files, as_json)
 
 
-def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[str, Path]:
+def export_run(run_dir: Path, coefficients: Path | None, output: Path, *, trust_code: bool = False) -> dict[str, Path]:
     """Export a run from its last checkpoint, or replay given coefficients.
 
     Args:
@@ -106,19 +112,23 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
             it has exported any. Default the run's last checkpoint, with heads built anew. Where the run recalibrates
             BatchNorm layers, the statistics beside the file are taken, or images are read if there are none.
         output: Where to write; the run's own folder only while it has no export.
+        trust_code: See :func:`~adamerge.commands.run.folder.load_config`.
 
     Raises:
         InputError: If the folder is not a run's, has no checkpoint, or the coefficients are another pool's.
     """
     run_dir, output = run_dir.absolute(), output.absolute()
     coefficients = coefficients.absolute() if coefficients else None
-    config = load_config(run_dir)
+    config = load_config(run_dir, trust_code=trust_code)
+    check_config(config, run_dir)
     if output.resolve() == run_dir.resolve() and (run_dir / "merged.safetensors").exists():
         raise InputError(f"{run_dir} has an export already, which would be replaced. Give --out.")
     source = coefficients or run_dir / LAST
     recipe = {"config": plain(config), "replayed": str(source)}
     if coefficients is None:
         assembly = assemble(config)
+        check_pool(assembly.pool.hashes(), run_dir)
+        check_start(assembly.start.get("start", {}), run_dir)
         values = assembly.model.coefficients  # frozen groups keep their initial value; the checkpoint lacks them
         _restore(values, source)
         return write_export(
@@ -131,7 +141,6 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path) -> dict[s
             sidecar=assembly.backbone.sidecar(),
             recipe=recipe,
         )
-    announce(containers(config))
     backbone = build(config, "backbone")
     pool = build_pool(config, backbone)
     values = load_coefficients(coefficients, pool, build(config, "granularity"))
@@ -155,10 +164,10 @@ def pool_of(run_dir: Path) -> ExpertPool:
     Raises:
         InputError: If the folder is not a run's, names code of others, or the files do not fit.
     """
-    config = load_config(run_dir.absolute())
+    config = look_at_config(run_dir.absolute())
     for node in ("backbone", "transform"):
         if config.get(node) is not None:
-            check_own({node: OmegaConf.to_container(config[node], resolve=True)})
+            check_own({node: config[node]})
     if "head_cache" in config.backbone:
         config.backbone.head_cache = "off"
     return build_pool(config, build(config, "backbone"), download=False)
@@ -233,23 +242,31 @@ def _restore(coefficients: Coefficients, checkpoint: Path) -> None:
         coefficients.raw.copy_(raw)
 
 
-def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
+def backbone_of(folder: Path, recipe: Mapping[str, Any], *, trust_code: bool = False) -> Backbone:
     """Return the backbone that a merge's own files name: configuration, recipe, or open_clip's sidecar.
 
     Relative paths of a run's configuration start from the folder that it was launched in; this process moves there.
 
+    Args:
+        folder: The merge's.
+        recipe: The content of its ``merge.json``.
+        trust_code: Whether these files may import names beyond the list though nothing shows that this user wrote them.
+
     Raises:
         InputError: If the folder does not say what model it is.
     """
-    stored = recipe.get("config")
+    stored, source = recipe.get("config"), None if trust_code else str(folder / "merge.json")
     if (folder / CONFIG_FILE).is_file():
-        config = load_config(folder)
+        config = load_config(folder, trust_code=trust_code)
+        check_config(config, folder)
     elif isinstance(stored, Mapping):  # of an export on request
         _go_to(stored.get("cwd"))
         config = OmegaConf.create({"backbone": stored.get("backbone")})
+        if source is not None:
+            check_listed(config, source, "nothing shows that you wrote it")
     elif recipe.get("overrides"):  # of a merge that read data
         _go_to(recipe.get("cwd"))
-        config = compose([str(override) for override in recipe["overrides"]])
+        config = compose([str(override) for override in recipe["overrides"]], stored_in=source)
     elif (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
         return OpenClip(str(folder / "open_clip"))
     elif (folder / FOLDER / HF_CONFIG).is_file():  # of a merge without data
@@ -261,7 +278,7 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any]) -> Backbone:
             f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
             f"{OPEN_CLIP_CONFIG}."
         )
-    announce({"backbone": containers(config.backbone)})
+    announce({"backbone": config.backbone})
     backbone: Backbone = build(config, "backbone")
     return backbone
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adamerge.commands.terminal import json_option, print_files, rule_options
+from adamerge.commands.terminal import json_option, print_files, rule_options, trust_option
 from adamerge.errors import InputError
 from adamerge.system import progress
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
 @click.option("--config-dir", type=click.Path(path_type=Path), help="Your own yaml files, for OVERRIDES.")
+@trust_option
 @json_option
 @click.argument("overrides", nargs=-1)
 def merge(
@@ -37,6 +38,7 @@ def merge(
     batch_norm: str | None,
     config_dir: Path | None,
     overrides: tuple[str, ...],
+    trust_code: bool,
     **options: Any,
 ) -> None:
     """Merge a pool by a rule, without training.
@@ -56,8 +58,10 @@ def merge(
 
     folder = () if config_dir is None else (f"--config-dir={config_dir.absolute()}",)
     extra: dict[str, Any] = {"overrides": [*folder, *overrides], "batch_norm": batch_norm}
-    rule, files, extra = rule_and_pool("merge", extra, **options)
-    print_files(run(rule, files, output, **extra), as_json)
+    rule, files, extra = rule_and_pool("merge", extra, trust_code=trust_code, **options)
+    recipe = options["recipe"]
+    source = str(recipe) if recipe is not None and not trust_code else None
+    print_files(run(rule, files, output, **extra, stored_in=source), as_json)
 
 
 def run(
@@ -67,6 +71,7 @@ def run(
     *,
     overrides: Sequence[str] = (),
     batch_norm: str | None = None,
+    stored_in: str | None = None,
 ) -> dict[str, Path]:
     """Merge and export.
 
@@ -76,6 +81,7 @@ def run(
         folder: Where to write.
         overrides: Hydra arguments of ``adapt`` that name backbone and data, where data is needed.
         batch_norm: Policy of BatchNorm statistics; None: ``recalibrate`` where the rule reads data, else ``average``.
+        stored_in: The recipe that the overrides are from, where it is not trusted, see :func:`compose`.
 
     Returns:
         Short name to file, of what was written.
@@ -105,7 +111,7 @@ def run(
     watch = progress.Stopwatch()
     extras: dict[str, Any] = {}
     if needs_data:
-        assembly, extras = _assemble(files, overrides, policy)
+        assembly, extras = _assemble(files, overrides, policy, stored_in)
         pool, model, data = assembly.pool, assembly.model, assembly.data
     else:
         pool, model, data = files.open(), None, None
@@ -125,7 +131,7 @@ def run(
 
 
 def _assemble(
-    files: "PoolFiles", overrides: Sequence[str], policy: "BatchNormPolicy"
+    files: "PoolFiles", overrides: Sequence[str], policy: "BatchNormPolicy", stored_in: str | None
 ) -> tuple["Assembly", dict[str, Any]]:
     """Build backbone, data and heads around the pool, as ``adapt`` would; return them and the parts to export."""
     from lightning.pytorch import seed_everything  # as is all of a run, it is heavy, and most rules read no data
@@ -133,7 +139,7 @@ def _assemble(
     from adamerge.commands.run.compose import compose, name_experts
     from adamerge.commands.run.run import assemble, head_info
 
-    config = compose(overrides)
+    config = compose(overrides, stored_in=stored_in)
     config.pool = files.node()
     config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}  # the merge has no coefficients
     config.init, config.transform = "mean", None

@@ -42,11 +42,28 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, figures: Path | None
         if run.config and not run.pool:
             _record(run.folder)
     runs = [read_run(folder) for folder in run_dirs]
+    for run in runs:
+        run.notes.extend(_changes(run.folder) if run.config else ())
     write_report(runs, page)
     if figures is not None:
         for path in save_figures(runs, figures, suffix):
             out.print(f"  {path}", highlight=False)
     echo(page)
+
+
+def _changes(folder: Path) -> list[str]:
+    """Say where a run's configuration is not the one that it was begun with; a page is shown all the same."""
+    from adamerge.commands.run.folder import look_at_config
+    from adamerge.commands.run.recorded import check_config
+
+    try:
+        check_config(look_at_config(folder), folder)
+    except InputError as error:
+        log.warning("%s", error)
+        return [str(error)]
+    except Exception:  # of a broken file, which has a note already
+        log.debug("%s", folder, exc_info=True)
+    return []
 
 
 def _record(folder: Path) -> None:

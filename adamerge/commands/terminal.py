@@ -69,6 +69,9 @@ def report(problems: Sequence[str], explain: Callable[[], None] | None = None) -
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON on standard output, all else on standard error."
 )
+trust_option = click.option(
+    "--trust-code", is_flag=True, help="Import code beyond adamerge's list of names for a folder (docs/security.md)."
+)
 
 
 def pool_options(*further: Option) -> Option:
@@ -250,6 +253,11 @@ def log_to(path: Path) -> Iterator[None]:
         handler.close()
         with suppress(OSError):  # of lines that a full disk did not take
             stream.close()
+
+
+def record_line(text: object) -> None:
+    """Write a line into the log files that the terminal has shown before they were open."""
+    _RECORD.info("%s", text)
 
 
 def record(shown: RenderableType) -> None:

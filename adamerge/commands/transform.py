@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adamerge.commands.terminal import json_option, print_files, rule_options
+from adamerge.commands.terminal import json_option, print_files, rule_options, trust_option
 from adamerge.errors import InputError
 from adamerge.system import progress
 
@@ -28,6 +28,7 @@ _PACKED, _POOL, _RECIPE = "task_vectors.safetensors", "pool.yaml", "transform.js
 )
 @click.option("--dtype", default=None, help="float32 (default), bfloat16, float16 or int8.")
 @click.option("--out", "output", type=click.Path(path_type=Path), required=True, help="Folder.")
+@trust_option
 @json_option
 def transform(output: Path, as_json: bool, dtype: str | None, **options: Any) -> None:
     """Write a pool's transformed task vectors into one file, which is streamed from then on.

@@ -59,6 +59,7 @@ class MergingMethod(LightningModule):
         observers: Called with each :class:`TaskStep` of a training step; they must not change it.
         teacher_files: A folder that keeps the experts' outputs from run to run; None to ask them in each run.
         recipe: JSON-ready content for the checkpoints, such as the resolved configuration.
+        start: The same: file and hash of the coefficients that the run starts from, if any.
         skipped: Batches skipped so far because a loss or gradient was not finite.
         learns_coefficients: Whether the result is a merge; else it is the state dict that :meth:`exported` returns.
     """
@@ -76,6 +77,7 @@ class MergingMethod(LightningModule):
         self.observers: list[Observer] = []
         self.teacher_files: TeacherFiles | None = None
         self.recipe: Mapping[str, Any] = {}
+        self.start: Mapping[str, Any] = {}
         self.skipped = 0
         self._has_gradient = False  # whether any batch of the step to come was not skipped
         self._window = Window()
@@ -99,12 +101,20 @@ class MergingMethod(LightningModule):
         """Record which pool the coefficients are for, the recipe, and the states of the random generators."""
         checkpoint["pool"] = self.model.pool.hashes()
         checkpoint["recipe"] = dict(self.recipe)
+        checkpoint["start"] = dict(self.start)
+        checkpoint["threads"] = torch.get_num_threads()
         checkpoint["skipped"] = self.skipped
         checkpoint["generators"] = generator_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with a checkpoint; raise :class:`~adamerge.InputError` where it is another pool's."""
         checks.check_same_pool(checkpoint.get("pool", {}), self.model.pool.hashes())
+        threads = torch.get_num_threads()
+        if checkpoint.get("threads", threads) != threads:
+            log.warning(
+                "The run had %d threads, this process has %d: its result may differ in the last bits. For the same "
+                "bytes set OMP_NUM_THREADS=%d.", checkpoint["threads"], threads, checkpoint["threads"]
+            )  # fmt: skip
         self.skipped = checkpoint.get("skipped", 0)
         self._generators = checkpoint.get("generators")
 

@@ -11,7 +11,7 @@ from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_sta
 from adamerge.callbacks import ExportMergedWeights
 from adamerge.commands import export as export_command
 from adamerge.commands.export import export_run
-from adamerge.commands.run.folder import CONFIG_FILE, LAST
+from adamerge.commands.run.folder import CONFIG_FILE, LAST, save_config
 from adamerge.model.granularity import Chunk
 from adamerge.pool.pool_file import PoolFile, PoolFiles
 from adamerge.results.export import export, load_heads
@@ -156,7 +156,7 @@ def run_folder(toy, folder, granularity):
     }
     if isinstance(granularity, Chunk):
         config["granularity"] |= {"pieces": dict(granularity.pieces), "default": granularity.default}
-    OmegaConf.save(OmegaConf.create(config), run / CONFIG_FILE)
+    save_config(OmegaConf.create(config), run / CONFIG_FILE)
     return run, callback.files
 
 
@@ -181,7 +181,7 @@ def test_export_run_of_coefficients_opens_no_data_where_there_is_nothing_to_reca
     config = OmegaConf.load(run / CONFIG_FILE)
     config.data = {"_target_": f"{__name__}.no_data"}
     config.batch_norm = {"_target_": "adamerge.model.batch_norm.BatchNormPolicy", "policy": policy}
-    OmegaConf.save(config, run / CONFIG_FILE)
+    save_config(config, run / CONFIG_FILE)
     files = export_run(run, own["coefficients"], tmp_path / "b")
     assert files["merged"].read_bytes() == own["merged"].read_bytes()
 
@@ -197,7 +197,7 @@ def test_pool_of_builds_no_code_of_others(toy, tmp_path, monkeypatch):
     ):
         config = OmegaConf.load(run / CONFIG_FILE)
         config.backbone = {"_target_": target, "path": str(touched)}
-        OmegaConf.save(config, run / CONFIG_FILE)
+        save_config(config, run / CONFIG_FILE)
         with pytest.raises(InputError, match="backbone: expected a class of adamerge's own, found"):
             export_command.pool_of(run)
     assert not touched.exists()
@@ -234,6 +234,6 @@ def test_export_run_checkpoint_of_another_granularity_is_refused(toy, tmp_path):
     run, _ = run_folder(toy, tmp_path, "layer")
     config = OmegaConf.load(run / CONFIG_FILE)
     config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
-    OmegaConf.save(config, run / CONFIG_FILE)
+    save_config(config, run / CONFIG_FILE)
     with pytest.raises(InputError, match=r"last\.ckpt: expected coefficients of shape \(3, 1\), found \(3, \d+\)"):
         export_run(run, None, tmp_path / "a")

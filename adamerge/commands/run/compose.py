@@ -20,6 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 
+from adamerge.commands.run.imports import TRUST, announce, check_listed
 from adamerge.commands.run.named_pools import quoted, register_resolvers, with_pool_files
 from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names, shipped_folder
 from adamerge.errors import InputError, did_you_mean
@@ -78,8 +79,13 @@ def read_line(arguments: Sequence[str]) -> Line:
     return Line(tuple(overrides), folder, tuple(flags))
 
 
-def compose(arguments: Sequence[str]) -> DictConfig:
+def compose(arguments: Sequence[str], *, announced: bool = True, stored_in: str | None = None) -> DictConfig:
     """Compose the configuration of ``adapt`` without running it.
+
+    Args:
+        arguments: Overrides, and flags.
+        announced: Whether to say what it imports beyond the list of names.
+        stored_in: The file that the arguments are from, where that may be another's; it may not import such names.
 
     Raises:
         InputError: If an override or a file is wrong; with the nearest known name.
@@ -92,6 +98,8 @@ def compose(arguments: Sequence[str]) -> DictConfig:
         if flag not in _FLAGS_WITH_VALUE:
             raise _unknown_flag(line.flags[0])
         raise InputError(f"{line.flags[0]}: not supported; put your yaml files into a folder and use --config-dir.")
+    if stored_in is not None and any(word.lstrip("+~").startswith("hydra") for word in line.overrides):
+        raise InputError(f"{stored_in}: expected options of a run, found Hydra's own; if you trust it, say {TRUST}.")
     setup_globals()
     register_resolvers()
     overrides = [re.sub("^hydra[.]run[.]dir=", "run_dir=", override) for override in _for_hydra(line)]
@@ -101,7 +109,12 @@ def compose(arguments: Sequence[str]) -> DictConfig:
         config = _composed(overrides)
     except Exception as error:
         raise _explained(error, line.config_dir) from error
-    return expanded(config)
+    config = expanded(config)
+    if stored_in is not None:
+        check_listed(config, stored_in, "nothing shows that you wrote it")
+    elif announced:
+        announce(config)
+    return config
 
 
 def hand_over(line: Line, job: Callable[[DictConfig], None]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from adamerge.commands.run import imports, trust
 from adamerge.commands.run.stages import STAGE, START
 from adamerge.errors import InputError
 from adamerge.results.recipes import PLACES, flat
@@ -83,18 +84,49 @@ def _locked(path: Path, option: str) -> int:
 
 
 def save_config(config: DictConfig, path: Path) -> None:
-    """Write the resolved configuration, atomically."""
+    """Write the resolved configuration, atomically, and in its last line that this user wrote it."""
+    text = OmegaConf.to_yaml(config, resolve=True).encode()
     with atomic_path(path) as temporary:
-        OmegaConf.save(config, temporary, resolve=True)
+        temporary.write_bytes(trust.signed(text))
 
 
-def load_config(folder: Path) -> DictConfig:
-    """Read a run's configuration; the folder may have moved since.
+def load_config(folder: Path, *, trust_code: bool = False) -> DictConfig:
+    """Read a run's configuration, to build what it names; the folder may have moved since.
 
     Relative paths in it start from the folder that the run was launched in, so this process moves there.
 
     Args:
         folder: The run's, absolute.
+        trust_code: Whether it may import names beyond the list though nothing shows that this user wrote it.
+
+    Raises:
+        InputError: If the folder is not a run's, or its configuration imports what it may not.
+    """
+    path = folder / CONFIG_FILE
+    config, doubt = _read(folder)
+    if doubt is not None and not trust_code:
+        imports.check_listed(config, str(path), doubt)
+    imports.announce(config)
+    return _moved(config, folder)
+
+
+def look_at_config(folder: Path) -> DictConfig:
+    """Read a run's configuration as :func:`load_config` does, to look at: nothing that it names may be built."""
+    return _moved(_read(folder)[0], folder)
+
+
+def resume_command(folder: Path) -> str:
+    """Return the command that goes on with a run, with what it needs on this machine."""
+    path = folder / CONFIG_FILE
+    needs_trust = False
+    if path.is_file():
+        config, doubt = _read(folder)
+        needs_trust = doubt is not None and bool(imports.targets_beyond(config, literal=True))
+    return f"adamerge adapt resume={folder}{f' {imports.TRUST}' if needs_trust else ''}"
+
+
+def _read(folder: Path) -> tuple[DictConfig, str | None]:
+    """Return a run's configuration as it stands in its file, and why it may be another's; None if it is not.
 
     Raises:
         InputError: If the folder is not a run's.
@@ -108,7 +140,12 @@ def load_config(folder: Path) -> DictConfig:
                 f"{merged}; or beside others: adamerge compare --rows RULE --out DIR."
             )
         raise InputError(f"{folder}: not a run folder: it has no {CONFIG_FILE}. {remedy}")
-    config = _stored(path)
+    text = read_yaml_text(path)
+    return _parsed(text, path), trust.doubt(text.encode())
+
+
+def _moved(config: DictConfig, folder: Path) -> DictConfig:
+    """Return a configuration with the folder where its run is now, and move to where the run was launched."""
     config.run_dir = str(folder)
     if isinstance(config.get("cwd"), str) and Path(config.cwd).is_dir():
         os.chdir(config.cwd)
@@ -119,13 +156,12 @@ def load_config(folder: Path) -> DictConfig:
     return config
 
 
-def _stored(path: Path) -> DictConfig:
+def _parsed(text: str, path: Path) -> DictConfig:
     """Read a configuration that :func:`save_config` wrote, in which every interpolation is resolved.
 
     Raises:
         InputError: If it is something else.
     """
-    text = read_yaml_text(path)
     if "${" in text:  # nested ones double the text with each
         raise InputError(f"{path}: expected values, found an interpolation, ${{...}}, which no run writes there.")
     try:
@@ -153,7 +189,7 @@ def check_unused(folder: Path) -> None:
 def is_of_job(folder: Path, job: str | None) -> bool:
     """Whether a folder holds the run of a scheduler's job."""
     path = folder / CONFIG_FILE
-    return job is not None and path.is_file() and bool(_stored(path).get("job") == job)
+    return job is not None and path.is_file() and bool(_parsed(read_yaml_text(path), path).get("job") == job)
 
 
 def remove_unstarted(folder: Path) -> None:

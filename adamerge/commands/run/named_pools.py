@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from adamerge.commands.run.imports import announce, check_listed
 from adamerge.commands.run.shipped import rule_names, rule_node, shipped_folder
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, place, pool_files
@@ -139,6 +140,7 @@ def rule_and_pool(
     recipe: Path | None,
     rule: str | None,
     settings: Sequence[str],
+    trust_code: bool = False,
     **pool: Any,
 ) -> tuple[dict[str, Any], PoolFiles, dict[str, Any]]:
     """Read what ``merge`` or ``transform`` is to do: from its options, or from a recipe that it has written.
@@ -149,6 +151,7 @@ def rule_and_pool(
         recipe: The file, in which all of these are; its checkpoints must still have the hashes that it records.
         rule: Name or import path.
         settings: Options of the rule.
+        trust_code: Whether the recipe's rule may be a name beyond the list.
         pool: See :func:`chosen_pool`.
 
     Returns:
@@ -161,12 +164,16 @@ def rule_and_pool(
         if any((rule, settings, *pool.values(), *extra.values())):
             raise InputError(f"{command}: --recipe holds everything but --out; leave the other options out.")
         content = read_recipe(recipe, command, ("rule", "files", "hashes", *extra))
+        if not trust_code:
+            check_listed({"rule": content["rule"]}, str(recipe), "nothing shows that you wrote it")
         files = pool_files(content["files"], f"{recipe}: ", recipe.parent).pinned(content["hashes"])
         return content["rule"], files, {key: content[key] for key in extra}
     if rule is None:
         remark = "; none packs only" if command == "transform" else ""
         raise InputError(f"{command}: give --rule NAME; docs/methods.md lists them{remark}.")
-    return rule_node(command, rule, settings), chosen_pool(command, **pool), extra
+    node = rule_node(command, rule, settings)
+    announce({"--rule": node})
+    return node, chosen_pool(command, **pool), extra
 
 
 def quoted(text: object) -> str:

@@ -19,19 +19,18 @@ from adamerge.callbacks.checkpoint_io import write_atomically
 from adamerge.callbacks.elapsed import Elapsed, seconds_of
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.commands.run.build import build, build_init, build_optional, containers, pool_of
+from adamerge.commands.run.build import build, build_init, build_optional, pool_of
 from adamerge.commands.run.folder import (
     CONFIG_FILE,
     LAST,
     LAST_GOOD,
     is_started,
     last_checkpoint,
-    load_config,
     plain,
     save_config,
 )
-from adamerge.commands.run.imports import announce
 from adamerge.commands.run.processes import is_sharded, trainer_options
+from adamerge.commands.run.recorded import check_start
 from adamerge.commands.run.stages import STAGE, START, first_stage, start_file
 from adamerge.data.batch import described
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
@@ -94,7 +93,6 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
         model.teacher_cache = of.model.teacher_cache
         of.batch_norm.start(model)
         return replace(of, model=model, start=start)
-    announce(containers(config))
     backbone: Backbone = build(config, "backbone")
     data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess(), collate=collate_of(backbone))
     pool = build_pool(config, backbone)
@@ -157,13 +155,16 @@ def build_pool(config: DictConfig, backbone: Backbone, *, download: bool = True)
     return pool_of(config, backbone, base).open(transform=transform, mapped=is_sharded(config))
 
 
-def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str, Any] | None:
+def adapt(
+    config: DictConfig, folder: Path, *, resume: bool = False, first: DictConfig | None = None
+) -> dict[str, Any] | None:
     """Adapt, export and evaluate; everything goes into ``folder``, a first stage into a folder of its own in there.
 
     Args:
         config: The composed configuration; ``run_dir`` must be ``folder``.
         folder: The run's folder, made if needed.
         resume: Go on from the folder's last checkpoint, or from the beginning where there is none yet.
+        first: The first stage's configuration as it is stored, where ``config`` is; else it follows from ``config``.
 
     Returns:
         The content of ``summary.json``, or None where ``evaluate`` is off.
@@ -176,7 +177,7 @@ def adapt(config: DictConfig, folder: Path, *, resume: bool = False) -> dict[str
     """
     if resume and not is_started(folder):
         log.info("%s: nothing was saved before the run was stopped, so it starts from the beginning.", folder)
-    first = load_config(folder / STAGE) if resume and config.get("first_stage") is not None else first_stage(config)
+    first = first_stage(config) if first is None else first
     todo = first if first is not None and not (folder / START).is_file() else None
     prepared = Stopwatch()
     with progress.phase("Reading the pool and building the heads"):
@@ -273,7 +274,7 @@ def _fit(
     objective = build(config, "objective")
     method: MergingMethod = build(config, "method", model=assembly.model, objective=objective)
     method.teacher_files = TeacherFiles(config.teacher_cache) if config.get("teacher_cache") else None
-    method.recipe = plain(config)
+    method.recipe, method.start = plain(config), assembly.start.get("start", {})
     elapsed = Elapsed()
     observers = [MergingProgress(description), UnlabeledCriteria()]
     callbacks = [*observers, *_callbacks(config, folder), *exports, elapsed, GracefulStop(folder / LAST)]
@@ -282,6 +283,8 @@ def _fit(
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers or False, **options)
     write_atomically(trainer)
     saved = last_checkpoint(folder) if resume else None
+    if saved is not None:
+        check_start(method.start, folder)
     try:
         trainer.fit(method, datamodule=assembly.data, ckpt_path=saved, weights_only=True)
     except NonfiniteError as error:

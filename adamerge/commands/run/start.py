@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run import processes, run
 from adamerge.commands.run.check import check, check_trainer
 from adamerge.commands.run.compose import expanded
+from adamerge.commands.run.imports import TRUST, announce, targets_beyond
 from adamerge.commands.run.named_pools import register_resolvers
-from adamerge.commands.run.stages import running_stage
+from adamerge.commands.run.recorded import check_config
+from adamerge.commands.run.stages import STAGE, running_stage
 from adamerge.commands.terminal import (
     PIPED_WIDTH,
     Agreed,
@@ -29,6 +32,7 @@ from adamerge.commands.terminal import (
     print_json,
     quiet_lightning,
     record,
+    record_line,
 )
 from adamerge.errors import GuardError, InputError, Interrupted
 from adamerge.results.evaluation import table
@@ -67,7 +71,7 @@ def start(config: DictConfig, command: Sequence[str], *, as_json: bool) -> None:
         _on_first(run_folder.check_unused, folder)
         _run(config, folder, resume=False, as_json=as_json)
         return
-    stored = run_folder.load_config(folder)
+    stored = run_folder.look_at_config(folder)  # which must say what the command says, and is not built
     stored.job = config.job
     changed = run_folder.differing(run_folder.plain(config), run_folder.plain(stored))
     if changed:
@@ -75,11 +79,19 @@ def start(config: DictConfig, command: Sequence[str], *, as_json: bool) -> None:
             f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
             f"{_further(folder) if 'steps' in changed else ''}"
         )
-    _run(stored, folder, resume=True, as_json=as_json)
+    _on_first(partial(check_config, config), folder)
+    config.cwd, config.command = stored.cwd, stored.command
+    _run(config, folder, resume=True, as_json=as_json)
 
 
-def resume(folder: Path, overrides: Sequence[str], *, as_json: bool) -> None:
+def resume(folder: Path, overrides: Sequence[str], *, as_json: bool, trust_code: bool = False) -> None:
     """Go on with the run of a folder.
+
+    Args:
+        folder: The run's.
+        overrides: What else was given.
+        as_json: Print the result as JSON.
+        trust_code: See :func:`~adamerge.commands.run.folder.load_config`.
 
     Raises:
         InputError: If the folder is no run's, or there are overrides.
@@ -87,8 +99,12 @@ def resume(folder: Path, overrides: Sequence[str], *, as_json: bool) -> None:
     if overrides:
         advice = _further(folder) if any(word.startswith("steps=") for word in overrides) else ""
         raise InputError(f"resume takes its configuration from {folder}: leave out {' '.join(overrides)}.{advice}")
-    folder = folder.absolute()
-    config = run_folder.load_config(folder)
+    folder, first = folder.absolute(), None
+    config = run_folder.load_config(folder, trust_code=trust_code)
+    if config.get("first_stage") is not None:
+        first = run_folder.load_config(folder / STAGE, trust_code=trust_code)
+        _on_first(partial(check_config, first), folder / STAGE)
+    _on_first(partial(check_config, config), folder)
     try:
         check_trainer(config)
     except InputError as error:
@@ -96,8 +112,9 @@ def resume(folder: Path, overrides: Sequence[str], *, as_json: bool) -> None:
             f"{error} A run goes on as it was begun: there, or here from what it has learned, with "
             f"adamerge export {folder} --out DIR and init=DIR/coefficients.json."
         ) from error
-    if not start_ranks(config, [f"resume={folder}"], as_json=as_json):
-        _run(config, folder, resume=True, as_json=as_json)
+    flags = [TRUST] if trust_code else []
+    if not start_ranks(config, [*flags, f"resume={folder}"], as_json=as_json):
+        _run(config, folder, resume=True, as_json=as_json, first=first)
 
 
 def _further(folder: Path) -> str:
@@ -113,6 +130,7 @@ def sweep_job(config: DictConfig) -> None:
     processes.join()
     try:
         config = expanded(config)
+        announce(config)
         config.run_dir = str(HydraConfig.get().runtime.output_dir)
         refuse(check(config))
         if processes.environment() is None and processes.wanted(config.trainer) > 1:
@@ -166,13 +184,13 @@ def _on_first(function: Callable[[Path], object], folder: Path) -> None:
         raise error
 
 
-def _run(config: DictConfig, folder: Path, *, resume: bool, as_json: bool) -> None:
+def _run(config: DictConfig, folder: Path, *, resume: bool, as_json: bool, first: DictConfig | None = None) -> None:
     """Run in a folder that no other process may use meanwhile, and print the result."""
     with contextlib.ExitStack() as stack:
         held = run_folder.held(folder, unused=not resume)  # again: another process may have started here since
         _on_first(lambda _: stack.enter_context(held), folder)
         try:
-            content = _run_logged(config, folder, resume=resume)
+            content = _run_logged(config, folder, resume=resume, first=first)
         except (Exception, Interrupted) as error:  # an objective of others that fails leaves no folder behind either
             if not resume and ranks.is_first() and not isinstance(error, GuardError):
                 run_folder.remove_unstarted(folder)
@@ -188,12 +206,14 @@ def _run(config: DictConfig, folder: Path, *, resume: bool, as_json: bool) -> No
     list_files(folder)
 
 
-def _run_logged(config: DictConfig, folder: Path, *, resume: bool) -> Any:
+def _run_logged(config: DictConfig, folder: Path, *, resume: bool, first: DictConfig | None) -> Any:
     """Run with a log in the run's folder, and say how to go on where the run is stopped."""
     quiet_lightning()
     try:
         with log_to(folder / "adapt.log") if ranks.is_first() else contextlib.nullcontext():
-            content = run.adapt(config, folder, resume=resume)
+            for target in targets_beyond(config):
+                record_line(target)
+            content = run.adapt(config, folder, resume=resume, first=first)
             if content is not None:
                 record(table(content).terminal(PIPED_WIDTH))
             return content
@@ -201,7 +221,7 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool) -> Any:
         raise InputError(f"trainer: {error}") from error
     except OSError as error:
         if ranks.is_first() and run_folder.is_started(folder):
-            err.print(f"When that is mended, go on with: adamerge adapt resume={folder}")
+            err.print(f"When that is mended, go on with: {run_folder.resume_command(folder)}")
         if error.errno is not None and error.filename is None:  # a full disk does not say which file it was
             raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
         raise
@@ -209,6 +229,6 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool) -> Any:
         if ranks.is_first() and not run_folder.is_started(folder):
             err.print("Nothing was saved yet: start it again.")
         elif ranks.is_first():
-            err.print(f"Stopped and saved. Go on with: adamerge adapt resume={folder}")
+            err.print(f"Stopped and saved. Go on with: {run_folder.resume_command(folder)}")
             err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
         raise

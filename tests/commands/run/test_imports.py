@@ -8,7 +8,7 @@ import pytest
 
 from adamerge import InputError
 from adamerge.commands.run import imports
-from adamerge.commands.run.imports import announce, check_targets, foreign_targets
+from adamerge.commands.run.imports import announce, check_targets, targets_beyond
 
 OBJECTIVE = """
 from dataclasses import dataclass
@@ -38,11 +38,11 @@ def config(*paths: str) -> dict[str, object]:
     return {"objective": {"_target_": paths[0]}, "data": {"tasks": [{"_target_": path} for path in paths[1:]]}}
 
 
-def test_foreign_targets_name_node_path_and_file_without_import(folder, monkeypatch):
+def test_targets_beyond_name_node_path_and_file_without_import(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     before = set(sys.modules)
-    found = foreign_targets(config("my_objectives.Confidence", "mine.inner.Thing", "loose.inner.Thing", "nowhere.X"))
-    assert [(t.node, t.path, t.file) for t in found] == [
+    found = targets_beyond(config("my_objectives.Confidence", "mine.inner.Thing", "loose.inner.Thing", "nowhere.X"))
+    assert [(t.node, t.path, t.file) for t in found if t.is_found] == [
         ("objective", "my_objectives.Confidence", folder / "my_objectives.py"),
         ("data.tasks[0]", "mine.inner.Thing", folder / "mine" / "inner.py"),
         ("data.tasks[1]", "loose.inner.Thing", folder / "loose" / "inner.py"),
@@ -50,18 +50,18 @@ def test_foreign_targets_name_node_path_and_file_without_import(folder, monkeypa
     assert not {"my_objectives", "mine", "loose"} & (set(sys.modules) - before)
 
 
-def test_foreign_targets_leave_out_what_every_run_uses():
+def test_targets_beyond_leave_out_what_every_run_uses():
     own = ["adamerge.data.Task", "torch.optim.Adam", "torchvision.datasets.ImageFolder", "lightning.pytorch.Trainer"]
-    assert foreign_targets(config(*own)) == []
-    assert [t.path for t in foreign_targets({"a": {"_target_": None}, "b": {"_target_": "os.system"}})] == ["os.system"]
+    assert targets_beyond(config(*own)) == []
+    assert [t.path for t in targets_beyond({"a": {"_target_": None}, "b": {"_target_": "os.system"}})] == ["os.system"]
     through = "adamerge.system.files.os.system"  # what a module of ours has imported is not ours
-    assert [t.path for t in foreign_targets({"a": {"_target_": through}})] == [through]
-    assert "time.sleep from Python itself" in str(foreign_targets({"a": {"_target_": "time.sleep"}})[0])
+    assert [t.path for t in targets_beyond({"a": {"_target_": through}})] == [through]
+    assert "time.sleep from Python itself" in str(targets_beyond({"a": {"_target_": "time.sleep"}})[0])
 
 
-def test_foreign_targets_see_through_hydras_own_functions(folder, monkeypatch):
+def test_targets_beyond_see_through_hydras_own_functions(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
-    found = foreign_targets({"a": {"_target_": "hydra.utils.get_class", "path": "mine.inner.Thing"}})
+    found = targets_beyond({"a": {"_target_": "hydra.utils.get_class", "path": "mine.inner.Thing"}})
     assert [t.path for t in found] == ["hydra.utils.get_class", "mine.inner.Thing"]
 
 
@@ -88,7 +88,7 @@ def test_check_targets_working_directory_by_the_interpreters_start_is_refused(fo
 def test_check_targets_installed_module_comes_first(folder, monkeypatch):
     (folder / "numpy.py").write_text("raise SystemExit")
     monkeypatch.setattr(sys, "path", [*[other for other in sys.path if other], ""])
-    assert imports.foreign_targets(config("numpy.array"))[0].file != folder / "numpy.py"
+    assert imports.targets_beyond(config("numpy.array"))[0].file != folder / "numpy.py"
     check_targets(config("numpy.array"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import huggingface_hub
 import onnx
@@ -230,7 +231,7 @@ def test_torchvision_export_of_a_head_that_is_not_linear_is_refused(torchvision_
         torchvision.write(found, tmp_path, "dtd")
 
 
-def test_open_merged_announces_the_code_of_others_and_refuses_that_of_the_working_directory(
+def test_open_merged_imports_the_code_of_others_only_when_trusted_and_none_of_the_working_directory(
     torchvision_run, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "merged.safetensors").write_bytes((torchvision_run / "merged.safetensors").read_bytes())
@@ -238,11 +239,14 @@ def test_open_merged_announces_the_code_of_others_and_refuses_that_of_the_workin
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
     save_json({"config": {"backbone": {"_target_": "stray.Backbone"}}}, tmp_path / "merge.json")
-    with pytest.raises(InputError, match=r"backbone: stray\.Backbone would be imported from .*stray\.py"):
+    with pytest.raises(InputError, match=r"merge\.json: backbone: stray\.Backbone is not on adamerge's list of names"):
         open_merged(tmp_path)
+    trusted = partial(backbone_of, trust_code=True)
+    with pytest.raises(InputError, match=r"backbone: stray\.Backbone would be imported from .*stray\.py"):
+        formats.open_merged(tmp_path, trusted)
     save_json({"config": {"backbone": {"_target_": "fractions.Fraction"}}}, tmp_path / "merge.json")
     with caplog.at_level("INFO"):
-        open_merged(tmp_path)
+        formats.open_merged(tmp_path, trusted)
     assert "backbone: imports fractions.Fraction from" in caplog.text
 
 
