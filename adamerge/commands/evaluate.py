@@ -57,6 +57,7 @@ def evaluate(
         return
     from adamerge.callbacks.elapsed import seconds_of
     from adamerge.commands.run.folder import LAST, load_config
+    from adamerge.commands.run.processes import device_of
     from adamerge.commands.run.recorded import check_config, check_pool
     from adamerge.commands.run.run import assemble
     from adamerge.data.corruptions import read_corruptions
@@ -71,6 +72,7 @@ def evaluate(
     check_config(config, run_dir)
     assembly = assemble(config)
     check_pool(assembly.pool.hashes(), run_dir)
+    assembly.model.to_device(device_of(config))
     path = run_dir / "summary.json"
     before = {} if checkpoint or not path.is_file() else _row_before(path, str(config.name))
     name = _row_name(file) if checkpoint else str(config.name)

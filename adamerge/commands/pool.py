@@ -35,6 +35,9 @@ def pool() -> None:
 @click.option("--task", "tasks", multiple=True, metavar="NAME=TASK", help="What an expert was fine-tuned on; repeat.")
 @click.option("--licence", "licences", multiple=True, metavar="NAME=LICENCE", help="Of an expert, or base=...; repeat.")
 @click.option("--key-prefix", default=None, help="Of the encoder's keys. Default: visual. for a whole CLIP.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Only parameters of such names; repeat.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Parameters to leave out; repeat.")
+@click.option("--unplaced", type=click.Choice(["auto", "refuse", "list"]), help="As pool.unplaced.  [auto]")
 def add(
     name: str,
     base: str | None,
@@ -42,6 +45,9 @@ def add(
     tasks: tuple[str, ...],
     licences: tuple[str, ...],
     key_prefix: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    unplaced: str | None,
 ) -> None:
     """Make the pool NAME, or add to it; a NAME with .yaml or / is a file's.
 
@@ -52,13 +58,14 @@ def add(
     Files are opened and compared with the base; their SHA-256, and the commits of models from the Hub, are recorded.
     Pickled ones are converted first, by adamerge convert.
     """  # noqa: D301
-    if not (base or experts or tasks or licences or key_prefix):
-        raise InputError("pool add: nothing to add; give --base, --expert, --task or --licence.")
+    if not (base or experts or tasks or licences or key_prefix or include or exclude or unplaced):
+        raise InputError("pool add: nothing to add; give --base, --expert, --task, --licence or an option of the pool.")
     path = pool_path(name)
     files = _with_facts(_with_files(path, base, named_files(experts)), tasks, licences)
     if key_prefix is None and files.key_prefix is None:
         key_prefix = _usual_prefix(files)
     files = files if key_prefix is None else replace(files, key_prefix=key_prefix)
+    files = files.with_options(include, exclude, unplaced=unplaced)
     report(files.headers().problems)
     files.verify()
     recorded = {expert: _recorded(files, entry) for expert, entry in files.models.items()}

@@ -286,7 +286,7 @@ def check_names(encoder: nn.Module, pool: ExpertPool) -> None:
     if tied_in_pool:
         raise InputError(
             f"The encoder ties {tied_in_pool[0]!r} to another parameter, but the pool merges it separately. "
-            "Build the pool with tied={alias: canonical}: pool.tied."
+            "Tie it in the pool too: 'pool.tied={ALIAS: NAME}', in Python tied={alias: name}."
         )
     missing = [name for name in wanted if name not in have]
     extra = [name for name in have if name not in wanted]
@@ -295,7 +295,8 @@ def check_names(encoder: nn.Module, pool: ExpertPool) -> None:
         raise InputError(
             f"Encoder and pool differ: the pool lacks {len(missing)} of the encoder's parameters "
             f"({shorten(missing)}) and has {len(extra)} that the encoder lacks ({shorten(extra)}).{hint} "
-            "Is key_map the prefix of the encoder's keys, and are buffers excluded?"
+            "Is the prefix of the encoder's keys given (backbone.prefix, in Python key_map), and are buffers left out "
+            "(pool.exclude)?"
         )
     for name, shape in have.items():
         if tuple(wanted[name].shape) != shape:

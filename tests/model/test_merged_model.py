@@ -530,7 +530,7 @@ def test_encoder_with_a_forgotten_prefix_gets_a_hint(toy):
     pool = toy.pool()
     with pytest.raises(
         InputError,
-        match=r"the pool lacks 16 .*\('visual\.proj'.* that the encoder lacks \('proj'.*Is key_map the prefix of the",
+        match=r"the pool lacks 16 .*\('visual\.proj'.* that the encoder lacks \('proj'.*Is the prefix of the",
     ):
         MergedModel(wrapped, pool, Coefficients(pool), toy.heads)
 

@@ -184,7 +184,9 @@ def _assembled(config: DictConfig) -> run.Assembly:
     config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
     config.init, config.first_stage = "mean", None
     seed_everything(config.seed, workers=True, verbose=False)
-    return run.assemble(config)
+    assembly = run.assemble(config)
+    assembly.model.to_device(processes.device_of(config))
+    return assembly
 
 
 def _transformed(config: DictConfig, of: run.Assembly) -> run.Assembly:
@@ -202,7 +204,7 @@ def _model(of: run.Assembly, coefficients: Coefficients, pool: ExpertPool) -> Me
         of.model.encoder, pool, coefficients, of.heads, of.model.teachers, read=of.model.read, valid=of.model.valid
     )
     of.batch_norm.start(model)
-    return model
+    return model.to_device(of.pool.device)
 
 
 def _reference_or_merge(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:

@@ -16,7 +16,7 @@ import hydra
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import distributed
 
 from adamerge.errors import EXIT_PREEMPTED, InputError
@@ -106,6 +106,19 @@ def wanted(trainer: Mapping[str, Any]) -> int:
     if devices in ("auto", -1, "-1"):
         return max(1, torch.cuda.device_count()) if trainer.get("accelerator") != "cpu" else 1
     return int(devices) if isinstance(devices, (int, str)) else len(devices)
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """Return the first device of a configuration's trainer; the processor, with a warning, where it is not here."""
+    trainer = config.get("trainer") or {}
+    accelerator, devices = trainer.get("accelerator") or "auto", trainer.get("devices")
+    kinds = {"gpu": ("cuda", "mps"), "auto": ("cuda", "mps"), "cuda": ("cuda",), "mps": ("mps",)}
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found = next((kind for kind in kinds.get(str(accelerator), ()) if here[kind]), "cpu")
+    if found == "cpu" and accelerator not in ("cpu", "auto"):
+        log.warning("trainer.accelerator=%s: torch finds none here, so that the processor scores.", accelerator)
+    is_listed = isinstance(devices, (Sequence, ListConfig)) and not isinstance(devices, str) and len(devices) > 0
+    return torch.device(found, int(devices[0]) if is_listed else 0) if found == "cuda" else torch.device(found)
 
 
 def is_sharded(config: DictConfig) -> bool:

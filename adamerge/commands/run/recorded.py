@@ -70,23 +70,30 @@ def check_config(config: DictConfig, folder: Path) -> None:
     Raises:
         InputError: If an option has another value; the message names it.
     """
-    record, of_stage = record_of(folder), record_of(folder / STAGE)
-    changed: list[str] = []
-    if record is not None and record.options:
-        changed = [key for key in differing(plain(config), record.options) if not key.startswith(_BY_HASH)]
-    elif of_stage is not None and of_stage.options:
-        record = of_stage
-        shared = [key for key in differing(plain(config), of_stage.options) if key.startswith(_OF_BOTH_STAGES)]
-        changed = [key for key in shared if not key.startswith(_BY_HASH)]
-    if record is None or not changed:
+    record, is_stage = record_of(folder), False
+    if record is None or not record.options:
+        record, is_stage = record_of(folder / STAGE), True
+    if record is None or not record.options:
         return
-    option, then, now = changed[0], flat(record.options), flat(plain(config))
+    then, now = flat(record.options), flat(plain(config))
+    changed = [key for key in differing(plain(config), record.options) if not _is_place(key, then, now)]
+    if is_stage:
+        changed = [key for key in changed if key.startswith(_OF_BOTH_STAGES)]
+    if not changed:
+        return
+    option = changed[0]
     others = f" So have {shorten(changed[1:])}." if len(changed) > 1 else ""
     raise InputError(
         f"{folder / CONFIG_FILE}: {option} has changed since the run was begun: {_shown(then, option)} then "
         f"({record.source.name}), {_shown(now, option)} now.{others} Write back what was there; with other options "
         f"start another run, and to start it from what this one has learned, init=FILE names its coefficients.json."
     )
+
+
+def _is_place(option: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an option says where a file lies whose content is compared."""
+    files = [str(options.get(option)).endswith(".json") for options in (then, now)]
+    return option.startswith(_BY_HASH) or (option == "init" and all(files))
 
 
 def _shown(options: Mapping[str, Any], option: str) -> str:
