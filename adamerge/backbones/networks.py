@@ -47,6 +47,13 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"{file}: transformers cannot read it: {' '.join(str(error).split())}") from error
 
 
+def _is_network(found: Any) -> bool:
+    """Whether a name of transformers is a network's, and not one of its functions or other classes."""
+    from transformers import PreTrainedModel
+
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
+
+
 def class_of(config: Any, auto: str | None, folder: Path) -> type[Any]:
     """Return the class of the network.
 
@@ -61,7 +68,7 @@ def class_of(config: Any, auto: str | None, folder: Path) -> type[Any]:
     import transformers
 
     if auto is None:
-        names = [name for name in config.architectures or () if hasattr(transformers, name)]
+        names = [name for name in config.architectures or () if _is_network(getattr(transformers, str(name), None))]
         if not names:
             raise InputError(
                 f"{folder / HF_CONFIG}: architectures: names no class of transformers. Name an Auto class: "

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import logging
-import site
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ log = logging.getLogger(__name__)
 _BY_PATH = "hydra.utils."  # get_class, get_method, get_object: they import what path says
 _VIEWED = ("adamerge.backbones.", "adamerge.transforms.", "adamerge.zoo.tokenizer.")  # whose classes only read
 _DEEPEST = 100  # nodes inside one another; interpolations can go round in circles
+_PACKAGES = frozenset({"site-packages", "dist-packages"})  # what folders of installed packages are called
 TRUST = "--trust-code"
 
 
@@ -140,9 +140,10 @@ def _is_users(file: Path | None) -> bool:
     """Whether a module lies outside of the folders of Python and of installed packages."""
     if file is None:
         return False
-    folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    folders += [*site.getsitepackages(), site.getusersitepackages()]
-    return not any(file.resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
+    library = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib")}
+    places = (file.absolute(), file.resolve())
+    is_package = any(not _PACKAGES.isdisjoint(place.parts) for place in places)
+    return not is_package and not any(place.is_relative_to(folder) for place in places for folder in library)
 
 
 def check_targets(content: Any) -> None:

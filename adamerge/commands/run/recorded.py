@@ -8,11 +8,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
-from adamerge.checkpoints.model_folder import read_json
 from adamerge.commands.run.folder import CONFIG_FILE, differing, last_checkpoint, plain
 from adamerge.commands.run.stages import STAGE
 from adamerge.errors import InputError, shorten
 from adamerge.results.recipes import flat
+from adamerge.system.reading import read_json_mapping
 
 _BY_HASH = ("pool.base", "pool.experts.", "pool.file")  # whose content is compared: files may lie elsewhere now
 _OF_BOTH_STAGES = ("pool.", "data.", "backbone.", "transform.", "encoder.", "batch_norm.", "seed")
@@ -48,7 +48,7 @@ def record_of(folder: Path) -> Record | None:
         options = dict(_mapping(content, "recipe"))
         return Record(checkpoint, options, _mapping(content, "pool"), _mapping(content, "start"))
     if recipe.is_file():
-        content = read_json(recipe)
+        content = read_json_mapping(recipe)
         return Record(recipe, _mapping(content, "config"), _mapping(content, "hashes"), _mapping(content, "start"))
     return None
 

@@ -1,14 +1,19 @@
+import importlib.util
 import logging
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from adamerge import InputError
 from adamerge.commands.run import imports
 from adamerge.commands.run.imports import announce, check_targets, targets_beyond
+from adamerge.commands.run.listed import LISTED, is_listed
+from adamerge.commands.run.shipped import shipped_folder
 
 OBJECTIVE = """
 from dataclasses import dataclass
@@ -48,6 +53,45 @@ def test_targets_beyond_name_node_path_and_file_without_import(folder, monkeypat
         ("data.tasks[1]", "loose.inner.Thing", folder / "loose" / "inner.py"),
     ]
     assert not {"my_objectives", "mine", "loose"} & (set(sys.modules) - before)
+
+
+def test_configurations_that_ship_name_nothing_beyond_the_list():
+    files = [path for path in shipped_folder("").rglob("*.yaml") if "_target_" in path.read_text()]
+    assert len(files) > 60
+    beyond = {(path.name, t.path) for path in files for t in targets_beyond(yaml.safe_load(path.read_text()))}
+    assert not beyond
+
+
+@pytest.mark.parametrize("name", [name for names in LISTED.values() for name in names if "*" not in name])
+def test_names_of_the_list_exist_and_are_classes_or_functions(name):
+    package = name.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    assert callable(pkgutil.resolve_name(name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "torch.load",
+            "torch.optim.adam.torch.load",
+            "torch.optim.lr_scheduler.warnings.warn",
+            "torch.optim.functional",
+        ),
+        *("adamerge.objectives.entropy.Tensor", "adamerge.objectives.entropy.Entropy.__init__"),
+        *("adamerge.commands.cli.main", "adamerge.backbones.open_clip.os.mkdir", "adamerge.data.Protocol.__class__"),
+        *(
+            "torchvision.transforms.functional.crop",
+            "transformers.AutoModel.from_pretrained",
+            "builtins.eval",
+            "os.system",
+        ),
+        *("torch.optim.", "", ".", "torch.optim.Adam\n"),
+    ],
+)
+def test_names_that_a_listed_module_merely_has_at_hand_are_not_listed(name):
+    assert not is_listed(name)
 
 
 def test_targets_beyond_leave_out_what_every_run_uses():

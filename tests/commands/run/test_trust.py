@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from adamerge import InputError
 from adamerge.commands.run import trust
 from adamerge.commands.run.folder import load_config, look_at_config, resume_command, save_config
-from adamerge.commands.run.imports import check_builds_no_library
+from adamerge.commands.run.imports import check_builds_no_library, check_listed
 from tests.support.command_line import QUIET, call, refusal
 
 pytestmark = QUIET
@@ -181,12 +181,6 @@ def test_check_lists_and_builds_no_name_of_a_library_beyond_the_list(arguments, 
         "data: {tasks: {x: {dataset: {loader: {_target_: torch.load, _partial_: true}}}}}",
         "a: {_target_: torch.optim.Adam, _args_: [[{_target_: os.mkdir, path: MARK}]]}",
         "a: {_target_: hydra.utils.get_method, path: os.mkdir}",
-        "a: {_target_: '${b}'}\nb: os.mkdir",
-        "a: ${b}\nb: {_target_: os.mkdir, path: MARK}",
-        "a: '${oc.create:\"{_target_: os.mkdir, path: MARK}\"}'",
-        "a: '\\${oc.create:\"{_target_: os.mkdir, path: MARK}\"}'",
-        "a: {_target_: '${oc.env:HOME}'}",
-        "a: {_target_: '${nowhere}'}",
         "a: {_target_: torch.optim.adam.torch.load}",
         "a: {_target_: torchvision.datasets.DatasetFolder}",
         "a: {_target_: builtins.eval}",
@@ -202,15 +196,37 @@ def test_configuration_of_a_stranger_is_refused_however_it_names_code(tmp_path, 
     (tmp_path / "config.yaml").write_text(text.replace("MARK", str(mark)) + "\n")
     with pytest.raises(InputError, match=r"config\.yaml: \S+: .* is not on adamerge's list of names"):
         load_config(tmp_path)
-    if "_target_: not" not in text and "nowhere" not in text:
-        assert check_builds_no_library(look_at_config(tmp_path))
+    assert bool(check_builds_no_library(look_at_config(tmp_path))) == ("_target_: not." not in text)
     load_config(tmp_path, trust_code=True)  # builds nothing by itself
 
 
-def test_nodes_in_circles_are_refused(tmp_path):
-    (tmp_path / "config.yaml").write_text("a: {b: '${a}'}\n")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: {_target_: '${b}'}\nb: os.mkdir",
+        "a: ${b}\nb: {_target_: os.mkdir, path: MARK}",
+        "a: '${oc.create:\"{_target_: os.mkdir, path: MARK}\"}'",
+        "a: '\\${oc.create:\"{_target_: os.mkdir, path: MARK}\"}'",
+        "a: {_target_: '${oc.env:HOME}'}",
+        "a: {_target_: '${nowhere}'}",
+    ],
+)
+def test_interpolations_count_as_what_they_lead_to_and_are_refused_in_a_strangers_file(tmp_path, mark, text):
+    text = text.replace("MARK", str(mark))
+    with pytest.raises(InputError, match=r"file: \S+: .* is not on adamerge's list of names"):
+        check_listed(OmegaConf.create(text), "file", "it is a stranger's")
+    for written in (text, text.replace("'", '"').replace("${", "\\x24{")):  # which yaml reads as the same
+        (tmp_path / "config.yaml").write_text(written + "\n")
+        with pytest.raises(InputError, match=r"config\.yaml"):
+            load_config(tmp_path)
+
+
+def test_nodes_deep_inside_one_another_are_refused():
+    content = {"_target_": "os.mkdir"}
+    for _ in range(200):
+        content = {"a": content}
     with pytest.raises(InputError, match="expected nodes of up to 100 levels"):
-        load_config(tmp_path)
+        check_listed(content, "file", "it is a stranger's")
 
 
 # The key
