@@ -11,7 +11,7 @@ from adamerge import zoo
 from adamerge.commands.run.processes import device_of
 from tests.support.command_line import QUIET, call, refusal
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:The dirpath has changed")]  # of folders that are copies
 
 
 @pytest.fixture(scope="module")

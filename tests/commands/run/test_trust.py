@@ -15,7 +15,7 @@ from adamerge.commands.run.folder import load_config, look_at_config, resume_com
 from adamerge.commands.run.imports import check_builds_no_library, check_listed
 from tests.support.command_line import QUIET, call, refusal
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:The dirpath has changed")]  # of folders that are copies
 
 OBJECTIVE = """
 class Confidence:
