@@ -5,12 +5,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.checkpoints.composed import ComposedCheckpoint, Piece
 from adamerge.checkpoints.hub import HubReference, located_all
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError
 from adamerge.pool import vocabulary
 from adamerge.pool.lora import CONFIG as ADAPTER
-from adamerge.pool.lora import open_expert
+from adamerge.pool.lora import AdapterCheckpoint, open_expert
 from adamerge.pool.options import PoolOptions
 
 _BASE = ""  # of the base among the experts' names, here where an expert may have any
@@ -60,7 +61,8 @@ def open_files(
             source = open_model(places.pop(_BASE), fits=fits)
         except (InputError, OSError) as error:
             errors.append(error)
-    opened = _open_experts(places, source, prefix, errors)
+    names = options.key_map if isinstance(options.key_map, Mapping) else {}
+    opened = _open_experts(places, source, prefix, names, errors)
     if source is None or not options.extended:
         return source, opened, errors
     try:
@@ -70,19 +72,42 @@ def open_files(
 
 
 def _open_experts(
-    places: Mapping[str, Path], base: Checkpoint | None, prefix: str, errors: list[InputError | OSError]
+    places: Mapping[str, Path],
+    base: Checkpoint | None,
+    prefix: str,
+    names: Mapping[str, str],
+    errors: list[InputError | OSError],
 ) -> dict[str, Checkpoint]:
     """Open experts; adapters are left out where there is no base to hold them against."""
     opened = {}
     for name, path in places.items():
         try:
             if base is not None:
-                opened[name] = open_expert(path, base, prefix)
+                opened[name] = _open_expert(path, base, prefix, names)
             elif not (path / ADAPTER).is_file():
                 opened[name] = open_model(path)
         except (InputError, OSError) as error:
             errors.append(error)
     return opened
+
+
+def _open_expert(path: Path, base: Checkpoint, prefix: str, names: Mapping[str, str]) -> Checkpoint:
+    """Open an expert; an adapter may have been trained on the network, whose names are not those of the base's file."""
+    try:
+        return open_expert(path, base, prefix)
+    except InputError as error:
+        renamed = {key: name for key, name in names.items() if key in set(base.keys)}
+        if not (path / ADAPTER).is_file() or all(key == name for key, name in renamed.items()):
+            raise
+        network = ComposedCheckpoint(base.name, {n: Piece(base, (key,)) for key, n in renamed.items()}, {"": base})
+        try:
+            adapter = AdapterCheckpoint(path, network)
+        except InputError:
+            raise error from None
+        keys = {name: key for key, name in renamed.items()}
+        pieces = {key: Piece(base, (key,)) for key in base.keys if key not in renamed}
+        pieces |= {keys.get(name, name): Piece(adapter, (name,)) for name in adapter.keys}
+        return ComposedCheckpoint(adapter.name, pieces, {"": adapter})
 
 
 def _with_one_vocabulary(
@@ -99,6 +124,6 @@ def _with_one_vocabulary(
     opened = {}
     for name, checkpoint in experts.items():
         is_adapter = (places[name] / ADAPTER).is_file()
-        again = open_expert(places[name], source, prefix) if is_adapter else checkpoint
+        again = _open_expert(places[name], source, prefix, of_name) if is_adapter else checkpoint
         opened[name] = vocabulary.with_further_rows(again, longer, keys)
     return source, opened

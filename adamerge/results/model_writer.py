@@ -17,6 +17,7 @@ from adamerge.system.reading import read_json_mapping
 
 FOLDER = "model"  # beside a merged checkpoint
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 SHARD_BYTES = 5_000_000_000
 _COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _TOKENIZER = ("token", "vocab", "merges", "spiece", "sentencepiece", "special_", "chat_template", ".tiktoken")
@@ -66,11 +67,24 @@ def write_model(
     checkpoint = open_checkpoint(merged)
     files = {HF_CONFIG: "the architecture", **_write_weights(checkpoint, merged, folder, shard_bytes)}
     for source in _beside(base, tokenizer):
-        with atomic_path(folder / source.name) as temporary:
-            shutil.copyfile(source, temporary)
+        _copy(source, folder)
         files[source.name] = "the base's" if source.parent == base else f"the expert's in {source.parent.name}"
     save_json(_config(read_json_mapping(base / HF_CONFIG), checkpoint, changes or {}), folder / HF_CONFIG)
     return files
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copy a file; a tokenizer's settings so that transformers 4 reads them, which lacks the class that 5 names."""
+    if source.name == _TOKENIZER_CONFIG:
+        settings = read_json_mapping(source)
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            extra = settings.pop("extra_special_tokens", None)
+            if isinstance(extra, list):
+                settings["additional_special_tokens"] = extra
+            save_json({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, folder / source.name)
+            return
+    with atomic_path(folder / source.name) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _config(content: Mapping[str, Any], checkpoint: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
