@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adamerge import zoo
-from adamerge.backbones import Backbone, OpenClip, Torchvision, own_base
+from adamerge.backbones import Backbone, OpenClip, Torchvision, collate_of, own_base
 from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.hub import HubReference
 from adamerge.commands.run.build import build, build_init, check_node, pool_of
@@ -136,7 +136,7 @@ def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> An
                 f"{did_you_mean(name, complete)}"
             )
     try:
-        return build(config, "data", preprocess=_preprocess(backbone))
+        return build(config, "data", preprocess=_preprocess(backbone), collate=collate_of(backbone))
     except InputError:
         count = len(problems)
         for name in nodes:
