@@ -19,9 +19,10 @@ from adamerge.commands.run.compose import compose
 from adamerge.commands.run.named_pools import quoted
 from adamerge.commands.run.run import record_metrics
 from adamerge.commands.terminal import json_option, list_files, out, print_json, report
-from adamerge.results.evaluation import TaskScore, bootstrap, scores_in, table
+from adamerge.results.evaluation import TaskScore, bootstrap, scores_in
 from adamerge.results.report.record import costs_of
 from adamerge.results.report.write import report_run
+from adamerge.results.summary_table import table
 from adamerge.system import progress
 from adamerge.system.files import atomic_path, ensure_writable
 

@@ -61,8 +61,9 @@ def evaluate(
     from adamerge.commands.run.recorded import check_config, check_pool
     from adamerge.commands.run.run import assemble
     from adamerge.data.corruptions import read_corruptions
-    from adamerge.results.evaluation import summary, table
+    from adamerge.results.evaluation import summary
     from adamerge.results.scoring import MergeResult, score_run
+    from adamerge.results.summary_table import table
     from adamerge.system.files import save_json
 
     chosen = [] if corruptions is None else read_corruptions(corruptions, severity)

@@ -17,7 +17,7 @@ from adamerge.commands.compare.table import compared
 from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run.shipped import rule_names
 from adamerge.errors import GuardError, InputError
-from adamerge.results.evaluation import table
+from adamerge.results.summary_table import table
 
 QUIET = Console(quiet=True)
 

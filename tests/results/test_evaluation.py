@@ -20,8 +20,8 @@ from adamerge.results.evaluation import (
     score_tasks,
     scores_in,
     summary,
-    table,
 )
+from adamerge.results.summary_table import table
 from tests.support.toy import CLASSES, EXPERTS
 
 

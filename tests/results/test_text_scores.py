@@ -11,7 +11,8 @@ from adamerge import InputError
 from adamerge.data import Task, Texts, UnlabeledTasks
 from adamerge.data.batch import Outputs, pad
 from adamerge.model.answers import coarsen, shorten_answers
-from adamerge.results.evaluation import TableRow, summary, table
+from adamerge.results.evaluation import TableRow, summary
+from adamerge.results.summary_table import table
 from adamerge.results.text_scores import ExpertAnswers, score_texts
 
 LETTERS = "abcdefgh "

@@ -21,9 +21,9 @@ from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import held
 from adamerge.commands.run.shipped import preset_content
 from adamerge.errors import GuardError, InputError
-from adamerge.results.evaluation import table
 from adamerge.results.report import drawing
 from adamerge.results.report.run_charts import rows_with_means
+from adamerge.results.summary_table import table
 from adamerge.system.files import atomic_path, save_json
 from adamerge.system.reading import read_json_mapping
 

@@ -35,7 +35,7 @@ from adamerge.commands.terminal import (
     record_line,
 )
 from adamerge.errors import GuardError, InputError, Interrupted
-from adamerge.results.evaluation import table
+from adamerge.results.summary_table import table
 from adamerge.system import progress, ranks
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import jinja2
 
 from adamerge import __version__
-from adamerge.results.evaluation import table as accuracy_table
 from adamerge.results.export import stated
 from adamerge.results.formats.merged import MergedFolder, Usage
 from adamerge.results.report import drawing
 from adamerge.results.report.facts import learned_of
 from adamerge.results.report.run_charts import coefficient_map
+from adamerge.results.summary_table import table as accuracy_table
 from adamerge.results.table import Table
 from adamerge.system.files import atomic_path
 from adamerge.system.reading import read_json_mapping

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from adamerge.results.evaluation import marks_of
 from adamerge.results.report.charts import BarChart, Cell, HeatMap, LineChart, Panel, scale_of
 from adamerge.results.report.facts import Learned, Run, Series, Values
 from adamerge.results.report.places import KINDS, are_parameters, by_depth, place_of
+from adamerge.results.summary_table import marks_of
 
 _POINTS = 200  # of a line; more would not be seen
 _BINS = 60

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from adamerge.results.evaluation import table
 from adamerge.results.numbers import decimal, duration, number, percent, size
 from adamerge.results.report import run_charts as charts
 from adamerge.results.report.charts import HeatMap
 from adamerge.results.report.facts import Run
 from adamerge.results.report.page import Block, Code, Facts, Note, Plan, Section, Tiles, build_sections
+from adamerge.results.summary_table import table
 from adamerge.results.table import Table
 
 _COLLAPSED = 0.7  # as CollapseGuard's default: below this share of what it was
