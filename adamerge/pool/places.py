@@ -34,17 +34,20 @@ def places_of(names: Names, keys: Collection[str], fits: Callable[[Place], bool]
         fits: Whether shapes agree in a place; where they do in none, all are returned.
     """
     starts = {"", *(key[: dot.end()] for key in keys for dot in re.finditer(r"\.", key))}
-    places: dict[str | None, Place] = {}  # by where the first name leads
-    for wrapper, start in itertools.product(_prefixes([name for name, _ in names]), sorted(starts)):
-        place = Place(keys, wrapper, start)
-        if all(place.key(*name) for name in names):
-            places.setdefault(place.key(*names[0]), place)
-    return [place for place in places.values() if fits(place)] or list(places.values())
+    whole = [name for name, _ in names]
+    usual = itertools.product(wrappers(whole), sorted(starts))
+    for candidates in (usual, ((module, "") for module in _modules(whole))):
+        places: dict[str | None, Place] = {}  # by where the first name leads
+        for wrapper, start in candidates:
+            place = Place(keys, wrapper, start)
+            if all(place.key(*name) for name in names):
+                places.setdefault(place.key(*names[0]), place)
+        if places:
+            return [place for place in places.values() if fits(place)] or list(places.values())
+    return []
 
 
-def _prefixes(names: Sequence[str]) -> list[str]:
-    """Return what may stand before all of the names: what wrappers add, and the modules that contain all."""
-    first = names[0]
-    starts = [first[: dot.end()] for dot in re.finditer(r"\.", first)]
-    common = itertools.takewhile(lambda start: all(name.startswith(start) for name in names), starts)
-    return list(dict.fromkeys([*wrappers(names), *common]))
+def _modules(names: Sequence[str]) -> list[str]:
+    """Return the modules, each with its dot, that contain all of the names: a bare base lacks their prefix."""
+    starts = [names[0][: dot.end()] for dot in re.finditer(r"\.", names[0])]
+    return list(itertools.takewhile(lambda start: all(name.startswith(start) for name in names), starts))

@@ -63,9 +63,17 @@ def test_prefix_that_a_user_names_stays(tmp_path):
     assert ExpertPool.from_files(base, {"a": expert}, key_map=mapping).names == ("x",)
 
 
+def test_an_expert_behind_one_more_prefix_is_read_as_the_base(tmp_path):
+    base = write(tmp_path / "base.safetensors", BASE)
+    expert = {f"net.{key}": tensor + 1 for key, tensor in BASE.items()} | {"classifier.w": torch.ones(2)}
+    expert = write(tmp_path / "a.safetensors", expert)
+    pool = ExpertPool.from_files(base, {"a": expert}, key_map="visual.")
+    assert set(pool.names) == {"w", "b"}
+
+
 def test_names_that_fit_neither_way_are_told_as_they_are(tmp_path):
     base = write(tmp_path / "base.safetensors", BASE)
-    expert = write(tmp_path / "a.safetensors", {"net.visual.b": torch.ones(2)})
+    expert = write(tmp_path / "a.safetensors", {"net.visual.b": torch.ones(2), "old.visual.b": torch.ones(2)})
     with pytest.raises(
         InputError, match=r"a\.safetensors\) lacks 2 of 2 tensors of the base: 'visual\.b', 'v"
     ) as caught:
