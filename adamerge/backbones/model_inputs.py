@@ -120,14 +120,12 @@ class ModelInputs:
         return min(stated, self.max_length or _UNLIMITED)
 
     def _text(self, text: Text) -> Mapping[str, Tensor]:
-        prompt = self._prompt(text)
         if self.is_encoder_decoder:
-            return self._pair(prompt, text.answer)
-        answer = self._ids(text.answer, special=False) if text.answer and self.is_causal else []
+            return self._pair(self._prompt(text, self._limit), text.answer)
+        answer = self._ids(text.answer, self._limit - 1, special=False) if text.answer and self.is_causal else []
+        prompt = self._prompt(text, self._limit - len(answer))
         if answer and prompt[-1:] == [self.tokenizer.eos_token_id]:
             prompt = prompt[:-1]  # the answer goes on where the prompt ends
-        answer = self._cut(answer, self._limit - 1)
-        prompt = self._cut(prompt, self._limit - len(answer))
         ids = [*prompt, *answer]
         if not ids:
             raise InputError("data: an empty text has no tokens; leave it out.")
@@ -138,9 +136,8 @@ class ModelInputs:
 
     def _pair(self, prompt: list[int], answer: str | None) -> Mapping[str, Tensor]:
         """Return a text and what the decoder has said of its answer."""
-        prompt = self._cut(prompt, self._limit)
         start = self.tokenizer.pad_token_id if self.decoder_start is None else self.decoder_start
-        said = [start, *self._cut(self._ids(answer, special=True) if answer else [], self._limit)]
+        said = [start, *(self._ids(answer, self._limit, special=True) if answer else [])]
         said = said[:-1] if len(said) > 1 else said  # the last token is only predicted
         return {
             "input_ids": torch.tensor(prompt),
@@ -149,10 +146,10 @@ class ModelInputs:
             "decoder_attention_mask": torch.ones(len(said), dtype=torch.long),
         }
 
-    def _prompt(self, text: Text) -> list[int]:
+    def _prompt(self, text: Text, limit: int) -> list[int]:
         """Return the tokens of a prompt; of a chat, by the tokenizer's template."""
         if not text.is_chat:
-            return self._ids(str(text.prompt), special=True)
+            return self._ids(str(text.prompt), limit, special=True)
         if not self.tokenizer.chat_template:
             raise InputError(
                 f"{self.folder}: its tokenizer has no chat template, which prompts of messages need. Put the base's "
@@ -160,14 +157,11 @@ class ModelInputs:
             )
         messages = [dict(message) for message in text.prompt if isinstance(message, Mapping)]
         shown = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._ids(shown, special=False)
+        return self._ids(shown, limit, special=False)
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
+    def _ids(self, text: str, limit: int, *, special: bool) -> list[int]:
+        """Return the tokens of a text; of a longer one than the limit as the tokenizer cuts it, or refuse it."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        return ids
-
-    def _cut(self, ids: list[int], limit: int) -> list[int]:
-        """Cut a text on the tokenizer's side, or refuse it."""
         if len(ids) <= limit:
             return ids
         if not self.truncates:
@@ -176,11 +170,13 @@ class ModelInputs:
                 "or backbone.long_texts=truncate."
             )
         tell_once(
-            f"data: texts of more than {self._limit} tokens are cut, the first has {len(ids)}: backbone.max_length, or "
-            "backbone.long_texts=refuse.",
+            f"data: texts of more than {self._limit} tokens are cut; see backbone.max_length and backbone.long_texts.",
             logging.WARNING,
         )
-        return ids[-limit:] if self.tokenizer.truncation_side == "left" else ids[:limit]
+        # The library keeps the special tokens at the end, which slices would lose.
+        cut = self.tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit, verbose=False)
+        kept: list[int] = cut["input_ids"]
+        return kept
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:

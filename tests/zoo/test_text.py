@@ -351,10 +351,11 @@ def root(built) -> str:
     return f"data.root={built.parent}"
 
 
-def test_backbone_gives_the_features_and_answers_that_the_zoo_was_trained_with(built, root):
-    config = compose(["experiment=text_zoo", root, "backbone.max_length=12"])
+@pytest.mark.parametrize("max_length", [12, 5], ids=["whole", "cut"])
+def test_backbone_gives_the_features_and_answers_that_the_zoo_was_trained_with(max_length, built, root):
+    config = compose(["experiment=text_zoo", root, f"backbone.max_length={max_length}"])
     backbone, tasks = build(config, "backbone"), text_tasks(built)
-    encoder = SentenceEncoder(built / "base", 12)
+    encoder = SentenceEncoder(built / "base", max_length)
     network, weights = backbone.encoder().eval(), encoder.network.state_dict()
     texts = [text for text, _ in tasks["movies"].evaluate]
     inputs = backbone.collate([backbone.preprocess()(text) for text in texts])
