@@ -16,7 +16,7 @@ from adamerge.errors import NonfiniteError
 from adamerge.methods import checks
 from adamerge.methods.step import Observer, StepOptions, StepResult, report
 from adamerge.methods.teaching import Teaching
-from adamerge.methods.weighing import Window, has_rows, row_shares, shares_of_parts, summed
+from adamerge.methods.weighing import Window, has_rows, of_all_devices, row_shares, shares_of_parts, summed
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_encoder import MergedEncoder
 from adamerge.model.merged_model import MergedModel
@@ -165,7 +165,8 @@ class MergingMethod(LightningModule):
         samples = sum(len(data.indices) for part in batches for data in part.values())
         report(self, loss, result.losses, values.detach(), samples)
         surrogate = self._surrogate(loss, values, result)
-        return surrogate if len(batches) == 1 else surrogate * self.trainer.accumulate_grad_batches  # Lightning divides
+        factor = 1 if self.model.valid is None else self.trainer.accumulate_grad_batches  # by which Lightning divides
+        return surrogate if factor == 1 else surrogate * factor
 
     def _surrogate(self, loss: Tensor, values: Tensor, result: StepResult | None) -> Tensor:
         """Return a scalar of the loss's value, whose gradient is the step's; without gradient where there is none."""
@@ -202,18 +203,7 @@ class MergingMethod(LightningModule):
     ) -> tuple[Tensor, StepResult]:
         """Run one batch, whose tasks count by their shares of a step."""
         loss, result = self.run(batch, values, shares=shares, **options)
-        if ranks.count() == 1:
-            parts = {task: value * shares[task] for task, value in result.losses.items()}
-            return loss, result if set(shares.values()) == {1.0} else StepResult(parts, result.gradient)
-        zero = values.new_zeros(())
-        parts = [result.losses[task] * share if task in batch else zero for task, share in shares.items()]
-        finite = (result.gradient * 0).sum()  # NaN unless it is
-        sums = ranks.total(torch.stack([part.to(values) for part in (*parts, finite)]))
-        *means, finite = (sums / ranks.count()).unbind()
-        losses = dict(zip(shares, means, strict=True))
-        gradient = result.gradient if torch.isfinite(finite) else ranks.total(result.gradient)
-        weights = self.weights(shares)
-        return torch.stack([losses[task] * weights[task] for task in losses]).sum(), StepResult(losses, gradient)
+        return of_all_devices(loss, result, shares, self.weights(shares), values)
 
     def run(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from adamerge.data.batch import Outputs, TaskBatch
 from adamerge.methods.step import StepResult
@@ -76,3 +77,30 @@ def summed(results: Sequence[StepResult]) -> StepResult:
     """Return the sum of the results of batches whose shares of a step add up to one."""
     losses = {task: torch.stack([result.losses[task] for result in results]).sum() for task in results[0].losses}
     return StepResult(losses, torch.stack([result.gradient for result in results]).sum(0))
+
+
+def of_all_devices(
+    loss: Tensor, result: StepResult, shares: Mapping[str, float], weights: Mapping[str, float], values: Tensor
+) -> tuple[Tensor, StepResult]:
+    """Return the loss and the losses by task of all devices, beside this device's gradient; all must call.
+
+    A gradient that is not finite on one device is not on any.
+
+    Args:
+        loss: This device's.
+        result: This device's.
+        shares: Its part of each task of all devices, times their number.
+        weights: The factor of each task's loss.
+        values: The coefficients (E, G), whose dtype the losses get.
+    """
+    if ranks.count() == 1:
+        parts = {task: value * shares[task] for task, value in result.losses.items()}
+        return loss, result if set(shares.values()) == {1.0} else StepResult(parts, result.gradient)
+    zero = values.new_zeros(())
+    losses = [result.losses[task] * share if task in result.losses else zero for task, share in shares.items()]
+    finite = (result.gradient * 0).sum()  # NaN unless it is
+    sums = ranks.total(torch.stack([part.to(values) for part in (*losses, finite)]))
+    *means, finite = (sums / ranks.count()).unbind()
+    by_task = dict(zip(shares, means, strict=True))
+    gradient = result.gradient if torch.isfinite(finite) else ranks.total(result.gradient)
+    return torch.stack([by_task[task] * weights[task] for task in by_task]).sum(), StepResult(by_task, gradient)

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.data import cache as caching
+from adamerge.data.batch import pad
 from adamerge.data.cache import nature_of
 from adamerge.data.datasets import InputCache, Unlabeled
 from adamerge.objectives.imitation import Imitation
@@ -217,3 +218,27 @@ def test_fit_is_the_same_with_and_without_cache_thread_and_workers_and_after_a_r
             fit(method, data, tmp_path, steps=5, resume=resume, **settings)
             results.append(values(method))
     assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize(("workers", "calls"), [(0, 6), (1, None)])
+def test_mappings_of_unequal_length_are_made_once_in_one_process(tmp_path, workers, calls):
+    made = []
+
+    def tokens(text):
+        made.append(text)
+        return {"input_ids": torch.arange(len(text))}
+
+    texts = ["a", "bb", "ccc", "dddd", "a b", "c"]
+    data = UnlabeledTasks(
+        {"a": Task(adapt=texts)}, batch_size=3, preprocess=tokens, collate=pad, cache="ram", num_workers=workers
+    )
+    with_trainer(data, max_steps=6).setup("fit")
+    assert (data.streams["a"].cache is not None) == (workers == 0)
+    made.clear()
+    if workers == 0:
+        first, again = (list(data.train_dataloader()) for _ in range(2))
+        assert len(made) == calls
+        assert all(
+            torch.equal(a["a"].inputs["input_ids"], b["a"].inputs["input_ids"])
+            for a, b in zip(first, again, strict=True)
+        )

@@ -227,3 +227,11 @@ def test_views_of_kept_images_are_the_same_and_each_image_is_decoded_once():
     looks = 3 + 2  # at a few items before the run, and at how images come about
     assert sources[0].decoded == looks + 20
     assert sources[1].decoded == looks + 5
+
+
+def test_token_ids_have_no_views():
+    texts = [({"input_ids": torch.arange(3), "attention_mask": torch.ones(3)}, 0)] * 4
+    for items in (texts, [(torch.arange(3), 0)] * 4):
+        data = UnlabeledTasks({"a": Task(adapt=items)}, batch_size=2, views=Views(Affine(), count=2))
+        with pytest.raises(InputError, match=r"data\.views: expected images.*(input_ids|whole numbers)"):
+            data.first_batch()

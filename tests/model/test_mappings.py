@@ -12,7 +12,7 @@ from adamerge.data.batch import pad, read_output
 from adamerge.merges.fisher import Fisher, fisher_sums_of_rows
 from adamerge.merges.regmean import RegMean, RegMeanPlusPlus
 from adamerge.methods import ShardedStrategy
-from adamerge.model.encoder import EncoderOptions, facts_of, fused
+from adamerge.model.encoder import EncoderOptions, Runner, facts_of, fused
 from adamerge.model.task_step import TaskStep
 from adamerge.objectives.alignment import Alignment
 from adamerge.objectives.entropy import Entropy
@@ -246,3 +246,15 @@ def test_a_whole_checkpoint_by_the_files_names_runs(tmp_path):
 def test_valid_rows_are_counted_before_the_network_runs():
     batch = pad(texts(5, 2))
     assert make_model().count_rows(batch) == int(valid(batch).sum())
+
+
+def test_channels_last_is_of_the_images_of_a_mapping():
+    class Both(torch.nn.Module):
+        def forward(self, pixel_values, input_ids):
+            self.seen = pixel_values.is_contiguous(memory_format=torch.channels_last), input_ids.is_contiguous()
+            return pixel_values.flatten(1)
+
+    network = Both()
+    inputs = {"pixel_values": torch.ones(2, 3, 4, 4), "input_ids": torch.ones(2, 3, 4, 4, dtype=torch.long)}
+    Runner(network, EncoderOptions(channels_last=True))(network, inputs)
+    assert network.seen == (True, True)
