@@ -147,7 +147,7 @@ def test_random_transform_is_not_frozen(folder, draw, caplog):
     assert data.train_dataloader()._ahead == 0  # a thread would draw in another order
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    with pytest.raises(InputError, match=r"data\.cache: 'ram' would freeze the images of task 'a'"):
+    with pytest.raises(InputError, match=r"data\.cache: 'ram' would freeze the inputs of task 'a'"):
         make(folder, preprocess=preprocess, cache="ram")
 
 
