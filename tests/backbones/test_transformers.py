@@ -223,3 +223,36 @@ def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     backbone = backbone_of(folders)
     checkpoints = {name: find_model(path, lambda _: True).checkpoint for name, path in folders.items()}
     assert "model_type 'gpt2', but the base is 'llama'" in backbone.problems(checkpoints)[0]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of transformers
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "ViTForImageClassification", "BertForSequenceClassification"])
+def test_adapters_trained_on_the_network_are_its_experts(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = new_model.__wrapped__(name, 0)
+    is_bert = name.startswith("Bert")
+    folders = {"base": save_model(model.bert if is_bert else model, tmp_path / "base")}
+    targets = ["query"] if is_bert else ["q_proj"]
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=2, target_modules=targets, init_lora_weights=False, task_type="SEQ_CLS" if is_bert else None
+    )
+    adapted = peft.get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "one")
+    backbone = backbone_of({**folders, "one": tmp_path / "one"}, auto=_AUTO[name])
+    pool, network = pool_for(backbone), backbone.encoder()
+    inputs = _inputs(model)
+    parameters = {**pool.expert_parameters("one"), **dict(network.named_buffers())}
+    heads = backbone.heads(pool.source, {"one": pool.checkpoint("one")}, {"one": Task(dataset=[(torch.zeros(1), 0)])})
+    with torch.no_grad():
+        output = torch.func.functional_call(network, parameters, kwargs=inputs, strict=False)
+        outputs = backbone.read(output, inputs)
+        logits = heads["one"](outputs.features) if heads else outputs.logits
+        torch.testing.assert_close(logits, adapted(**inputs).logits, rtol=0, atol=1e-5)
+
+
+_AUTO = {
+    "LlamaForCausalLM": "AutoModelForCausalLM",
+    "ViTForImageClassification": "AutoModelForImageClassification",
+    "BertForSequenceClassification": "AutoModelForSequenceClassification",
+}

@@ -431,7 +431,7 @@ def test_wrong_folders_and_options_are_refused(clip_run, torchvision_run, tmp_pa
         export_as(tmp_path, "hf", tmp_path / "out")
     with pytest.raises(InputError, match=r"--task cras: expected one of .*'cars', 'dtd', found 'cras'\. Did you mean"):
         export_as(torchvision_run, "torchvision", tmp_path / "out", task="cras")
-    with pytest.raises(InputError, match=r"--task cars: only --to torchvision has one classifier"):
+    with pytest.raises(InputError, match=r"--task cars: a CLIP has no classifier of its own"):
         export_as(clip_run, "hf", tmp_path / "out", task="cars")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
