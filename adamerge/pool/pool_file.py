@@ -12,6 +12,7 @@ Paths start from the folder of the file.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,6 +43,7 @@ DEFAULTS = {
     "tied": None,
     "extended": None,
 }
+_RESOLVED = re.compile(r"\$\{(oc\.env|zoo|offline_benchmark):[^${}]*\}")
 _KEYS = ("base", "experts", "key_prefix", "task_vectors", "sha256", *DEFAULTS)
 _FILE_KEYS = ("file", "task", "licence", "sha256")
 
@@ -218,8 +220,11 @@ def load_pool_file(path: Path) -> PoolFiles:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such pool file.")
+    text = read_yaml_text(path)
+    if "${" in _RESOLVED.sub("", text):  # values that refer to one another can double with each
+        raise InputError(f"{path}: expected no interpolation but ${{oc.env:NAME}} and ${{zoo:FILE}}, found another.")
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.create(read_yaml_text(path)), resolve=True)
+        content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
         raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
     return pool_files(content, f"{path}: ", path.parent)

@@ -38,7 +38,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 POOL_COMMANDS = (
     ["inspect", "--pool", "pool/pool.yaml"],
-    ["merge", "--pool", "pool/pool.yaml", "--rule", "average", "--out", "out"],
+    ["merge", "--pool", "pool/pool.yaml", "--rule", "weight_average", "--out", "out"],
 )
 POOL_FILE: dict[str, Any] = {
     "base": "base.safetensors",
@@ -100,18 +100,22 @@ def make_world(folder: Path) -> Path:
     pool.mkdir()
     shutil.copy(zoo.files() / "base.safetensors", pool)
     shutil.copy(zoo.files() / "experts" / "mnist.safetensors", pool / "expert.safetensors")
-    shapes = {f"visual.transformer.resblocks.0.mlp.{name}": SHAPES[name] for name in SHAPES}
+    shapes = {f"visual.transformer.resblocks.{n}.mlp.{name}": SHAPES[name] for n in range(4) for name in SHAPES}
     random_adapter(
         pool / "adapter", shapes, rank_pattern={"c_fc": 2}, alpha_pattern={"c_proj": 4}, target_modules="c_.*"
     )
     (pool / "pool.yaml").write_text(yaml.safe_dump(POOL_FILE))
+    for command in POOL_COMMANDS:  # so that what is changed is what counts
+        assert run(*command, cwd=folder) == 0, (folder / "output").read_text()
+    shutil.rmtree(folder / "out")
+    (folder / "output").unlink()
     (folder / "model").mkdir()
     shutil.copy(zoo.files() / "open_clip_config.json", folder / "model")
     (folder / "victim").write_text("precious\n" * 100)
     return folder
 
 
-SHAPES = {"c_fc": (192, 48), "c_proj": (48, 192)}
+SHAPES = {"c_fc": (384, 96), "c_proj": (96, 384)}
 
 
 def cases(seed: int, count: int, world: Path) -> Iterator[Case]:

@@ -48,8 +48,9 @@ def preset_content(group: str, preset: str) -> tuple[Path, Any]:
         InputError: If there is no such preset, or it is no yaml file.
     """
     path = preset_file(group, preset)
+    text = read_yaml_text(path)
     try:
-        return path, OmegaConf.to_container(OmegaConf.create(read_yaml_text(path)), resolve=True)
+        return path, OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong
         raise InputError(f"{path}: expected a yaml file, found: {' '.join(str(error).split())}.") from error
 

@@ -52,10 +52,10 @@ def prove(merged: MergedFolder, folder: Path) -> None:
     """
     import open_clip
 
+    images, encoder = example(merged.backbone, 2), merged.encoder()  # which refuses what describes no model
     model = open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
-    images = example(merged.backbone, 2)
     with torch.no_grad():
-        check_equal(model.encode_image(images), merged.encoder()(images), f"{folder.name} in open_clip")
+        check_equal(model.encode_image(images), encoder(images), f"{folder.name} in open_clip")
 
 
 def tokenizer_notes(backbone: Backbone) -> tuple[str, ...]:
