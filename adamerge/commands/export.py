@@ -31,6 +31,7 @@ from adamerge.pool.pool_file import PoolFiles
 from adamerge.results.export import digest
 from adamerge.results.export import export as write_export
 from adamerge.results.formats import export_as
+from adamerge.results.formats.merged import BackboneOf
 from adamerge.results.model_writer import FOLDER
 from adamerge.system.files import atomic_path
 
@@ -85,9 +86,9 @@ def export(
         if output is None:
             raise InputError(f"--to {target}: give --out FOLDER, a new one.")
         output = output.absolute()  # a run's configuration may move this process
-        find = partial(backbone_of, trust_code=trust_code)
+        find: BackboneOf = partial(backbone_of, trust_code=trust_code)
         if model is not None:
-            find = lambda folder, recipe: _named(model, target)  # noqa: E731
+            find = lambda *_: _named(model, target)  # noqa: E731
         paths, address = export_as(run_dir, target, output, find, task=task, repository=upload, public=public)
         if as_json:
             print_json({"files": [str(path) for path in paths], "address": address})
