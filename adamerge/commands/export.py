@@ -27,7 +27,7 @@ from adamerge.errors import InputError
 from adamerge.model.batch_norm import FILE, average, average_for, load_statistics
 from adamerge.model.coefficients import Coefficients, load_coefficients
 from adamerge.pool.pool import ExpertPool
-from adamerge.pool.pool_file import PoolFiles
+from adamerge.pool.pool_file import PoolFiles, pool_files
 from adamerge.results.export import digest
 from adamerge.results.export import export as write_export
 from adamerge.results.formats import export_as
@@ -268,6 +268,8 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any], *, trust_code: bool = F
     elif recipe.get("overrides"):  # of a merge that read data
         _go_to(recipe.get("cwd"))
         config = compose([str(override) for override in recipe["overrides"]], stored_in=source)
+        if recipe.get("files"):
+            config.pool = pool_files(recipe["files"], f"{folder / 'merge.json'}: ", folder).node()
     elif (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
         return OpenClip(str(folder / "open_clip"))
     elif (folder / FOLDER / HF_CONFIG).is_file():  # of a merge without data

@@ -28,6 +28,11 @@ class KeyMap:
         self.map = key_map or ""
         self._to_file = {name: key for key in base_keys if (name := self.name(key)) is not None}
 
+    @property
+    def described(self) -> str:
+        """What messages call it."""
+        return f"the key prefix {self.map!r}" if isinstance(self.map, str) else f"the names of its {len(self.map)} keys"
+
     def name(self, file_key: str) -> str | None:
         """Return the encoder's name of a file's key, or None where it is not the encoder's."""
         if isinstance(self.map, str):
@@ -104,7 +109,7 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
     if not merged:
         problems.append(
             f"{base.name}: no tensor to merge: none of its {len(base.keys)} keys, such as "
-            f"{next(iter(base.keys), None)!r}, is left by the key prefix {keys.map!r}, include and exclude."
+            f"{next(iter(base.keys), None)!r}, is left by {keys.described}, include and exclude."
         )
     remarks: list[str] = []
     for expert, checkpoint in experts.items():
@@ -118,7 +123,7 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
             is_refused = options.unplaced == "refuse" or (options.unplaced == "auto" and is_adapter)
             meant = "" if options.unplaced == "list" else " If that is meant: pool.unplaced=list, or --unplaced list."
             (problems if is_refused else remarks).append(
-                f"{where}: {len(outside)} tensors have no place in the encoder (key prefix {keys.map!r}), and are not "
+                f"{where}: {len(outside)} tensors have no place in the encoder ({keys.described}), and are not "
                 f"merged: {shorten(outside)}.{meant}" + (f" Or: {REMEDY}" if is_adapter and meant else "")
             )
     return PoolLayout(tuple(merged), tuple(fixed), skipped, tuple(problems), tuple(remarks))
