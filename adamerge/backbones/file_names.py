@@ -12,6 +12,7 @@ from adamerge.checkpoints.checkpoint import open_checkpoint
 from adamerge.checkpoints.composed import renamed_by_prefix
 from adamerge.checkpoints.hub import located
 from adamerge.checkpoints.model_folder import find_model
+from adamerge.errors import InputError
 
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -74,3 +75,24 @@ def network_names(network: nn.Module, keys: Collection[str], wanted: Collection[
 def path_of(place: Any) -> Path:
     """Return where a pool's entry is."""
     return located(place["file"] if isinstance(place, Mapping) else place)
+
+
+def check_vocabularies(embeddings: Collection[str], base: FileNames, experts: Mapping[str, FileNames]) -> None:
+    """Refuse experts with another number of tokens than the base.
+
+    Args:
+        embeddings: The parameters with one row per token, by the network's names.
+        base: The base's file.
+        experts: Those of the experts, by name.
+
+    Raises:
+        InputError: If one has.
+    """
+    for expert, file in experts.items():
+        for name in embeddings:
+            of_base, own = base.shapes.get(name), file.shapes.get(name)
+            if of_base and own and own[1:] == of_base[1:] and own != of_base:
+                raise InputError(
+                    f"Expert {expert!r}: {name}: {own[0]} tokens, but the base has {of_base[0]}. Share rows of common "
+                    "tokens and take further ones from this expert: backbone.vocabulary=shared."
+                )

@@ -12,6 +12,32 @@ from adamerge.errors import InputError, shorten
 FEATURES = ("auto", "pooler_output", "image_embeds", "text_embeds", "last_hidden_state", "mean", "first")
 
 
+def rows_of(network: str, *, is_encoder_decoder: bool, features: str) -> str:
+    """Return what a network's logits have rows of: ``next`` tokens, the ``decoder``'s, ``tokens`` or ``samples``.
+
+    Args:
+        network: Name of its class, which the library's own tables sort.
+        is_encoder_decoder: As its configuration says.
+        features: One of :data:`FEATURES`.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = {
+        "next": (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        "decoder": (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
+        "tokens": (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    }
+    if is_encoder_decoder:
+        del kinds["next"]
+    named = (kind for kind, tables in kinds.items() if any(_has(table, network) for table in tables))
+    return next(named, "tokens" if features == "last_hidden_state" else "samples")
+
+
+def _has(table: Mapping[str, Any], name: str) -> bool:
+    """Whether one of the library's tables of classes has a name; some entries have several."""
+    return any(name == entry or (isinstance(entry, (tuple, list)) and name in entry) for entry in table.values())
+
+
 def next_tokens(inputs: Mapping[str, Tensor], *, answers_only: bool) -> Tensor:
     """Return the positions whose next token is part of the text, or of its answer, bool (B, S - 1)."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from adamerge.backbones import networks
 from adamerge.backbones.classifiers import read_classifiers
-from adamerge.backbones.file_names import FileNames, file_names, network_names, path_of
+from adamerge.backbones.file_names import FileNames, check_vocabularies, file_names, network_names, path_of
 from adamerge.backbones.model_inputs import ModelInputs, collate
 from adamerge.backbones.own_heads import HeadModule, find_head, head_of
-from adamerge.backbones.reading import FEATURES, next_tokens, pooled
+from adamerge.backbones.reading import FEATURES, next_tokens, pooled, rows_of
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.model_folder import HF_CONFIG
@@ -147,22 +147,10 @@ class Transformers:
             return None
         grown = set(self.extended)
         if not grown:
-            self._check_vocabularies()
+            check_vocabularies(networks.vocabulary_names(self._plain)[:1], self._base, self._experts)
         path = None if self.head == "auto" else self.head
         experts = {name: file.shapes for name, file in self._experts.items()}
         return find_head(self._plain, path, self._base.shapes, experts, grown)
-
-    def _check_vocabularies(self) -> None:
-        """Refuse experts with another number of tokens than the base."""
-        embedding = networks.vocabulary_names(self._plain)[:1]
-        for name, file in self._experts.items():
-            for key in embedding:
-                base, own = self._base.shapes.get(key), file.shapes.get(key)
-                if base and own and own[1:] == base[1:] and own != base:
-                    raise InputError(
-                        f"Expert {name!r}: {key}: {own[0]} tokens, but the base has {base[0]}. Share rows of common "
-                        "tokens and take further ones from this expert: backbone.vocabulary=shared."
-                    )
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -291,10 +279,20 @@ class Transformers:
         """Return the way from a text or image to an input: tokenizer, image processor or processor of the folder."""
         return self._inputs
 
+    @property
+    def _tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer: the expert's that has further tokens, else the model's own."""
+        for name in self.extended[:1]:
+            for expert, file in self._experts.items():
+                if file.shapes.get(name, (0,))[0] > self._base.shapes.get(name, (0,))[0]:
+                    path = path_of((self.pool or {})["experts"][expert])
+                    return path.parent if path.is_file() else path
+        return self.folder
+
     @cached_property
     def _inputs(self) -> ModelInputs:
         return ModelInputs(
-            self.folder,
+            self._tokenizer_folder,
             is_causal=self._rows == "next",
             is_encoder_decoder=self._rows == "decoder",
             decoder_start=getattr(self.config, "decoder_start_token_id", None),
@@ -310,19 +308,7 @@ class Transformers:
 
     @cached_property
     def _rows(self) -> str:
-        """What the logits have rows of: ``next`` tokens, the ``decoder``'s, all ``tokens``, or ``samples``."""
-        from transformers.models.auto import modeling_auto as auto
-
-        kinds = {
-            "next": (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-            "decoder": (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,),
-            "tokens": (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        }
-        if self.config.is_encoder_decoder:
-            del kinds["next"]
-        name = self.class_name
-        named = (kind for kind, tables in kinds.items() if any(_has(table, name) for table in tables))
-        return next(named, "tokens" if self.features == "last_hidden_state" else "samples")
+        return rows_of(self.class_name, is_encoder_decoder=self.config.is_encoder_decoder, features=self.features)
 
     def valid(self, inputs: Inputs) -> Tensor | None:
         """Return the rows of the logits that count: of texts the tokens that are no padding, or their predictions."""
@@ -355,8 +341,3 @@ class Transformers:
 
     def sidecar(self) -> None:
         """The export is no open_clip model."""
-
-
-def _has(table: Mapping[str, Any], name: str) -> bool:
-    """Whether one of the library's tables of classes has a name; some entries have several."""
-    return any(name == entry or (isinstance(entry, (tuple, list)) and name in entry) for entry in table.values())

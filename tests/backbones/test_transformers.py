@@ -130,7 +130,7 @@ def test_vocabulary_shared_takes_further_rows_of_the_one_expert_that_has_them(tm
 
     longer = transformers.AutoModelForCausalLM.from_pretrained(folders["two"])
     longer.resize_token_embeddings(66)
-    save_model(longer, folders["two"])
+    save_model(longer, folders["two"], words=["other"])
     with pytest.raises(InputError, match=r"'two'.*66 tokens, but the base has 64.*backbone.vocabulary=shared"):
         pool_for(backbone_of(folders))
     backbone = backbone_of(folders, vocabulary="shared")
@@ -140,6 +140,7 @@ def test_vocabulary_shared_takes_further_rows_of_the_one_expert_that_has_them(tm
     assert torch.equal(pool.base[embeddings][64:], longer.get_input_embeddings().weight[64:])
     assert pool.task_vectors(embeddings)[:, 64:].abs().max() == 0
     assert dict(backbone.encoder().named_parameters())[embeddings].shape == (66, 16)
+    assert backbone.preprocess()("other")["input_ids"].tolist() == [6]  # the tokenizer is that expert's
 
 
 @pytest.mark.parametrize(
