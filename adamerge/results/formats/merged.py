@@ -98,7 +98,7 @@ def example(backbone: Backbone, count: int, seed: int = 0) -> Tensor:
     """Return random inputs (count, ...) of the shape that a backbone's preprocessing gives.
 
     Raises:
-        InputError: If it has no preprocessing.
+        InputError: If it has no preprocessing, or one that takes no image.
     """
     from PIL import Image
 
@@ -108,7 +108,11 @@ def example(backbone: Backbone, count: int, seed: int = 0) -> Tensor:
             f"{describe(backbone)}: has no preprocessing, so that the shape of its inputs is not known. Give the "
             "backbone a preprocess()."
         )
-    shape = transform(Image.new("RGB", (320, 256))).shape
+    try:
+        shape = transform(Image.new("RGB", (320, 256))).shape
+    except (AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{describe(backbone)}: its preprocessing takes no image ({reason}).") from error
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
