@@ -93,6 +93,7 @@ def test_adapted_and_exported(name: str, kind: str, tmp_path: Path) -> None:
     assert f'{name}.from_pretrained("FOLDER")' in card
 
 
+@pytest.mark.slow
 def test_export_with_the_head_of_a_task(tmp_path: Path) -> None:
     bert = new_model("BertModel")
     save_model(bert, tmp_path / "base")
