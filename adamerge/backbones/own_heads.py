@@ -28,10 +28,10 @@ class HeadModule:
 
 
 class ClassesLast(nn.Module):
-    """A convolution's classes as the last axis: features (B, F, H, W) to logits (B, H, W, C).
+    """A convolution on features whose last axis is F: (B, H, W, F) to logits (B, H, W, C), or (B, F) to (B, C).
 
     Args:
-        head: Features to logits (B, C, H, W).
+        head: (B, F, H, W) to (B, C, H, W).
     """
 
     def __init__(self, head: nn.Module) -> None:
@@ -39,9 +39,10 @@ class ClassesLast(nn.Module):
         self.head = head
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return logits (B, H, W, C)."""
-        logits: Tensor = self.head(features)
-        return logits.movedim(1, -1)
+        """Return logits (B, H, W, C), or (B, C)."""
+        dense = features if features.ndim == 4 else features[:, None, None]
+        logits: Tensor = self.head(dense.movedim(-1, 1)).movedim(1, -1)
+        return logits if features.ndim == 4 else logits[:, 0, 0]
 
 
 def find_head(

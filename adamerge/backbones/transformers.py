@@ -335,8 +335,7 @@ class Transformers:
                 f"backbone: {self.class_name} gives {type(logits).__name__} as logits, expected a tensor. Choose "
                 "another Auto class, or a backbone of your own with a method read()."
             )
-        if self.head_module is None and logits.ndim == 4:
-            logits = logits.movedim(1, -1)
+        logits = logits.movedim(1, -1) if logits.ndim == 4 else logits
         return Outputs(logits, logits)
 
     def sidecar(self) -> None:

@@ -257,3 +257,20 @@ _AUTO = {
     "ViTForImageClassification": "AutoModelForImageClassification",
     "BertForSequenceClassification": "AutoModelForSequenceClassification",
 }
+
+
+def test_heads_of_segmentation_have_their_classes_last(tmp_path: Path) -> None:
+    name = "SegformerForSemanticSegmentation"
+    folders = {"base": save_model(new_model(name), tmp_path / "base")}
+    tuned = new_model(name, 1, num_labels=3)
+    folders["one"] = save_model(tuned, tmp_path / "one")
+    backbone = backbone_of(folders)
+    pool, network, inputs = pool_for(backbone), backbone.encoder(), _inputs(tuned)
+    head = backbone.heads(pool.source, {"one": pool.checkpoint("one")}, {"one": Task(dataset=[(torch.zeros(1), 0)])})
+    parameters = {**pool.expert_parameters("one"), **pool.buffers(dict(network.named_buffers()), "one")}
+    with torch.no_grad():
+        output = torch.func.functional_call(network, parameters, kwargs=inputs, strict=False)
+        features = backbone.read(output, inputs).features
+        assert features is not None
+        torch.testing.assert_close(head["one"](features), tuned(**inputs).logits.movedim(1, -1))
+        assert head["one"](torch.zeros(1, features.shape[-1])).shape == (1, 3)
