@@ -46,7 +46,7 @@ class ToyBackbone:
         return None
 
 
-def toy_data(preprocess):
+def toy_data(preprocess, collate):
     return make_data()
 
 
@@ -171,7 +171,7 @@ def test_export_run_from_its_checkpoint_or_coefficients_gives_the_same_bytes(toy
     assert export_run(run, own["coefficients"], tmp_path / "b")["merged"].read_bytes() == expected
 
 
-def no_data(preprocess):
+def no_data(preprocess, collate):
     raise AssertionError("data was built")
 
 
