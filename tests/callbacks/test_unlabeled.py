@@ -212,7 +212,7 @@ def test_criteria_go_on_after_a_resume(toy, tmp_path):
 def test_criteria_skip_what_is_not_finite_and_single_classes():
     criteria = UnlabeledCriteria()
     for logits in (torch.tensor([[math.nan, 0.0]]), torch.zeros(3, 1)):
-        criteria.observe(SimpleNamespace(task="a", outputs=SimpleNamespace(logits=logits)))
+        criteria.observe(SimpleNamespace(task="a", outputs=Outputs(logits)))
     assert criteria._criteria._sums == {}
 
 
