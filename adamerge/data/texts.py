@@ -135,10 +135,10 @@ class Texts(Dataset[tuple[Text, int | None]]):
         text = "" if prompt is None else prompt if isinstance(prompt, tuple) else _plain(prompt, place)
         answer = None if answer is None else _plain(answer, place)
         number = self._number(record, options, answer, place)
-        answer, *options = (self._apart(text, part) for part in (answer, *options))
-        return Text(text, answer, tuple(filter(None, options)), number)
+        answer = None if answer is None else self._apart(text, answer)
+        return Text(text, answer, tuple(self._apart(text, option) for option in options), number)
 
-    def _apart(self, prompt: str | tuple[Message, ...], following: str | None) -> str | None:
+    def _apart(self, prompt: str | tuple[Message, ...], following: str) -> str:
         """Return what follows a prompt, with the separator before it where there is no white space."""
         if not following or not isinstance(prompt, str) or prompt[-1:].isspace() or following[:1].isspace():
             return following
