@@ -96,6 +96,7 @@ class ExportMergedWeights(Callback):
             recipe |= {"skipped_steps": pl_module.skipped, **pl_module.export_recipe()}
             if "config" not in recipe:  # a run from Python
                 recipe |= method_facts(pl_module, pl_module.objective, next(iter(trainer.optimizers), None))
+            recipe |= {"evidence": pl_module.evidence} if pl_module.evidence else {}
         if statistics:
             recipe["batch_norm"] = dataclasses.asdict(self.batch_norm)
         merged = pl_module.exported() if isinstance(pl_module, MergingMethod) else model.coefficients

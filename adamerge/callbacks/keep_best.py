@@ -46,8 +46,7 @@ class KeepBest(Callback):
         Raises:
             InputError: If no inputs are held out.
         """
-        if not isinstance(data, UnlabeledTasks) or not data.holdout_streams:
-            raise InputError("KeepBest: expected held-out inputs, found none. Set data.holdout, for example to 0.2.")
+        check_held_out("KeepBest", data)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the coefficients that the run starts from."""
@@ -96,6 +95,12 @@ class KeepBest(Callback):
         """Go on where a checkpoint stood."""
         self._learned, self.best = state_dict["learned"], state_dict["best"]
         self._latest, self._waited = state_dict["latest"], state_dict["waited"]
+
+
+def check_held_out(callback: str, data: object) -> None:
+    """Refuse data without held-out samples, for a callback that measures on them."""
+    if not isinstance(data, UnlabeledTasks) or not data.holdout_streams:
+        raise InputError(f"{callback}: expected held-out inputs, found none. Set data.holdout, for example to 0.2.")
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ class Distillation(GradientMerging):
             return
         if self.model.is_sharded:
             raise InputError("method=distillation: not with trainer=fsdp: each device trains all weights. Use ddp.")
+        if self.options.anchor:
+            raise InputError("method.anchor: not with method=distillation, whose weights are no coefficients. Set 0.")
         self.model.coefficients.raw.requires_grad_(False)
         weights = TrainedWeights(self.model.encoder, self.model.pool, self.model.coefficients)
         self.model.weights = weights

@@ -31,6 +31,7 @@ class GradientMerging(MergingMethod):
         micro_batch: Most inputs in one forward pass.
         on_nonfinite: What a NaN or infinite number does.
         max_skipped: Skipped batches, beyond which the run stops after all.
+        anchor: Pull to the start: a factor, or ``"auto"``.
 
     Raises:
         InputError: If an option is unknown or the objective cannot be called with a step.
@@ -48,8 +49,9 @@ class GradientMerging(MergingMethod):
         micro_batch: MicroBatch = "auto",
         on_nonfinite: Literal["stop", "skip"] = "stop",
         max_skipped: int = 10,
+        anchor: float | Literal["auto"] = 0.0,
     ) -> None:
-        options = StepOptions(task_weights, reduction, micro_batch, on_nonfinite, max_skipped)
+        options = StepOptions(task_weights, reduction, micro_batch, on_nonfinite, max_skipped, anchor)
         super().__init__(model, objective, options)
         self._optimizer = optimizer
         self._scheduler = scheduler

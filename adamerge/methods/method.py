@@ -14,8 +14,10 @@ from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import NonfiniteError
 from adamerge.methods import checks
+from adamerge.methods.anchor import penalised, strength
 from adamerge.methods.step import Observer, StepOptions, StepResult, report
 from adamerge.methods.teaching import Teaching
+from adamerge.methods.trial import try_objective
 from adamerge.methods.weighing import Window, has_rows, of_all_devices, row_shares, shares_of_parts, summed
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_encoder import MergedEncoder
@@ -61,6 +63,7 @@ class MergingMethod(LightningModule):
         recipe: JSON-ready content for the checkpoints, such as the resolved configuration.
         start: The same: file and hash of the coefficients that the run starts from, if any.
         skipped: Batches skipped so far because a loss or gradient was not finite.
+        evidence: JSON-ready facts about the result for ``merge.json``, which a callback has measured.
         learns_coefficients: Whether the result is a merge; else it is the state dict that :meth:`exported` returns.
     """
 
@@ -79,6 +82,8 @@ class MergingMethod(LightningModule):
         self.recipe: Mapping[str, Any] = {}
         self.start: Mapping[str, Any] = {}
         self.skipped = 0
+        self.evidence: Mapping[str, Any] = {}
+        self._strength = 0.0  # of the anchor, known when a fit begins
         self._has_gradient = False  # whether any batch of the step to come was not skipped
         self._window = Window()
         self._generators: Mapping[str, Any] | None = None  # of a checkpoint, until the first step after it
@@ -90,21 +95,18 @@ class MergingMethod(LightningModule):
         self.model.to_device(self.device)
         self.model.teacher_cache.clear()
         data = data_of(self.trainer)
-        if data is None:
-            return
-        checks.check_task_weights(self.task_weights, self.objective, data.streams)
-        if self.uses_teacher:
-            self._teaching.ask_all(data)
-        self._try_objective(data)
+        self._strength = strength(self.options.anchor, data)
+        if data is not None:
+            checks.check_task_weights(self.task_weights, self.objective, data.streams)
+            if self.uses_teacher:
+                self._teaching.ask_all(data)
+            try_objective(self, data)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record which pool the coefficients are for, the recipe, and the states of the random generators."""
-        checkpoint["pool"] = self.model.pool.hashes()
-        checkpoint["recipe"] = dict(self.recipe)
-        checkpoint["start"] = dict(self.start)
-        checkpoint["threads"] = torch.get_num_threads()
-        checkpoint["skipped"] = self.skipped
-        checkpoint["generators"] = generator_states()
+        facts = {"recipe": dict(self.recipe), "start": dict(self.start), "threads": torch.get_num_threads()}
+        facts |= {"skipped": self.skipped, "generators": generator_states()}
+        checkpoint.update({"pool": self.model.pool.hashes(), **facts})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with a checkpoint; raise :class:`~adamerge.InputError` where it is another pool's."""
@@ -162,6 +164,8 @@ class MergingMethod(LightningModule):
             self._skip(problem)
             return nothing
         self._has_gradient = True
+        if self._strength:
+            loss, result = penalised(loss, result, values.detach(), self.model.coefficients.initial, self._strength)
         samples = sum(len(data.indices) for part in batches for data in part.values())
         report(self, loss, result.losses, values.detach(), samples)
         surrogate = self._surrogate(loss, values, result)
@@ -260,7 +264,7 @@ class MergingMethod(LightningModule):
 
     def export_recipe(self) -> dict[str, Any]:
         """Return what ``merge.json`` tells of the method's result, by a key of the method's own; JSON-ready."""
-        return {}
+        return {"anchor": self._strength} if self._strength else {}
 
     def on_parameter_gradient(self, name: str, gradient: Tensor) -> None:
         """See the gradient (*S) of one merged parameter during a training step's backward pass."""
@@ -299,18 +303,6 @@ class MergingMethod(LightningModule):
                 observer(step)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _try_objective(self, data: UnlabeledTasks) -> None:
-        """Run the first batch, before the first step, with random numbers that leave those of the run alone."""
-        batch = {task: part.to(self.device) for task, part in data.first_batch().items()}
-
-        def step(values: Tensor, needs_gradient: bool) -> tuple[Mapping[str, Tensor], Tensor]:
-            _, result = self.step([batch], values, needs_gradient=needs_gradient)
-            return result.losses, result.gradient
-
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.trainer.precision_plugin.forward_context():
-            checks.check_first_step(self.objective, step, self.model.coefficients().detach())
-
     @property
     def _teaching(self) -> Teaching:
         return Teaching(self.model, self._hidden_layers, self.teacher_files, self.trainer)
@@ -339,10 +331,8 @@ class MergingMethod(LightningModule):
         """
         limit = self.options.max_skipped if self.options.on_nonfinite == "skip" else 0
         if self.skipped >= limit:
-            so_far = (
-                f" {self.skipped} batches were skipped before, as method.max_skipped allows." if self.skipped else ""
-            )
-            raise NonfiniteError(problem + so_far)
+            so_far = f" {self.skipped} batches were skipped before, as method.max_skipped allows."
+            raise NonfiniteError(problem + so_far * bool(self.skipped))
         self.skipped += 1
         log.warning("%s Skipped, %d so far.", problem.split(f" {checks.KEPT}")[0], self.skipped)
         self.log("adapt/skipped", float(self.skipped), batch_size=1)

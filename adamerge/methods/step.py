@@ -26,6 +26,8 @@ class StepOptions:
         on_nonfinite: What a loss or gradient that is NaN or infinite does: ``"stop"`` the run, or ``"skip"`` the
             batch: coefficients and optimizer stay as they are.
         max_skipped: Skipped batches, beyond which the run stops after all.
+        anchor: Factor of the mean squared distance of the coefficients from their start, in the objective's unit;
+            ``"auto"`` for a rule by the number of samples, see :func:`~adamerge.methods.anchor.strength`.
 
     Raises:
         InputError: If an option has another value.
@@ -36,6 +38,7 @@ class StepOptions:
     micro_batch: MicroBatch = "auto"
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10
+    anchor: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.task_weights, (Mapping, NoneType)):
@@ -47,6 +50,8 @@ class StepOptions:
             check_number("method.micro_batch", self.micro_batch, 1, whole=True)
         check_choice("method.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         check_number("method.max_skipped", self.max_skipped, 0, whole=True)
+        if self.anchor != "auto":
+            check_number("method.anchor", self.anchor, 0)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.callbacks.keep_best import KeepBest
+from adamerge.callbacks.never_worse import NeverWorse
 from adamerge.commands.run.build import build, check_node
 from adamerge.commands.run.check_files import Problems
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
@@ -49,7 +50,7 @@ def check_callbacks(config: DictConfig, parts: Mapping[str, Any], problems: Prob
         with problems.naming(node):
             check_node(config, node)
             callback = build(config, node) if _is_own(config, node) else None
-            if isinstance(callback, KeepBest) and "data" in parts:
+            if isinstance(callback, (KeepBest, NeverWorse)) and "data" in parts:
                 callback.check_data(parts["data"])
 
 

@@ -28,7 +28,7 @@ _PEAKS = {"Most memory of the process": "peak_memory_bytes", "Most memory of the
 def sections(run: Run) -> list[Section]:
     """Return the page's sections; those for which nothing is known are left out."""
     plan: Plan = [
-        ("result", "Result", [headline, charts.accuracies, matrix, accuracy_table]),
+        ("result", "Result", [headline, evidence, charts.accuracies, matrix, accuracy_table]),
         ("merged", "What was merged", [setting, expert_table, left_out]),
         ("learned", "Coefficients", [charts.coefficients, few_coefficients, charts.distribution, charts.spread,
                                      charts.trajectories]),
@@ -87,6 +87,26 @@ def _accuracy_tiles(rows: Mapping[str, Any], own_row: str) -> list[tuple[str, st
     return tiles
 
 
+def evidence(run: Run) -> Note | None:
+    """What was measured on samples that did not adapt, without labels."""
+    facts = run.recipe.get("evidence")
+    if not facts:
+        return None
+    start, result = facts["start"], facts["result"]
+    if start is None:
+        return Note("No held-out task has an expert to agree with: nothing proves that the result is better.", True)
+    text = (
+        f"On {result['rows']} samples that did not adapt the result agrees with the experts on "
+        f"{percent(result['agreement'])} % (the start on {percent(start['agreement'])} %), at a divergence of "
+        f"{number(result['kl'])} nats (the start: {number(start['kl'])}). "
+    )
+    if facts["exported"] == "result":
+        return Note(text + "It is better than the start.")
+    return Note(
+        text + "It is not better, so that the start was exported: the coefficients are those of the start.", True
+    )
+
+
 def matrix(run: Run) -> HeatMap | None:
     """Accuracies of many rows by task, for comparisons."""
     return charts.rows_by_task(run.summary) if run.summary and run.own_row is None else None
@@ -113,7 +133,7 @@ def setting(run: Run) -> Facts | None:
         "Granularity": learned.granularity if learned else _target(config.get("granularity")),
         "Constraint": learned.constraint if learned else _target(config.get("constraint")),
         "Transform": _target(config.get("transform")) or ("none" if config else ""),
-        "Start": config.get("init"),
+        "Start": _start(config),
         "Data": run.recipe.get("protocol") or (config.get("data") or {}).get("protocol"),
         "Seed": config.get("seed", run.recipe.get("seed")),
         "Merged": _merged(run),
@@ -245,6 +265,12 @@ def _target(node: Any) -> str:
     if not isinstance(node, Mapping) or not node.get("_target_"):
         return node if isinstance(node, str) else ""
     return str(node["_target_"]).rsplit(".", 1)[-1]
+
+
+def _start(config: Mapping[str, Any]) -> Any:
+    """Return the rule whose merge a run starts from, or its initial coefficients."""
+    start = config.get("start")
+    return f"merge of {start.get('rule')}" if isinstance(start, Mapping) else config.get("init")
 
 
 def _trained(run: Run) -> str:
