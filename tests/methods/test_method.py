@@ -8,6 +8,7 @@ import torch
 from adamerge import Coefficients, InputError, MergedModel
 from adamerge.commands import cli
 from adamerge.methods import FrankWolfeMerging, GradientMerging
+from adamerge.methods import method as module
 from adamerge.objectives import check_objective
 from adamerge.objectives.alignment import Alignment
 from adamerge.objectives.combine import Combine
@@ -123,16 +124,16 @@ def test_objective_task_weight_of_an_unknown_task_is_refused(toy, tmp_path):
     refused(toy, tmp_path, Alignment(task_weights={"rad": 2.0}), r"objective\.task_weights: no task 'rad'\. Did you")
 
 
-def test_trying_an_objective_leaves_the_random_state_alone(toy, tmp_path):
+def test_trying_an_objective_leaves_the_random_state_alone(toy, tmp_path, monkeypatch):
     method = make_method(toy, lambda step: Entropy()(step) + torch.rand(()) * 0)
-    attempt, states = method._try_objective, []
+    attempt, states = module.try_objective, []
 
-    def remember(data):
+    def remember(*arguments):
         states.append(torch.get_rng_state())
-        attempt(data)
+        attempt(*arguments)
         states.append(torch.get_rng_state())
 
-    method._try_objective = remember
+    monkeypatch.setattr(module, "try_objective", remember)
     fit(method, make_data(), tmp_path, steps=1)
     assert torch.equal(*states)
 
