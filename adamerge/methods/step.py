@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Literal
+from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
@@ -62,9 +61,7 @@ class StepResult:
     gradient: Tensor
 
 
-def report(
-    method: LightningModule, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int
-) -> None:
+def report(method: Any, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:
     """Log a step: the losses, and where the coefficients (E, G) stand."""
     coefficients, names = method.model.coefficients, method.model.pool.expert_names
     travel = (values - coefficients.initial).abs().mean()

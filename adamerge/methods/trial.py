@@ -1,7 +1,7 @@
 """A method's objective, tried before the first step."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +9,9 @@ from torch import Tensor
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.methods.checks import check_first_step
 
-if TYPE_CHECKING:
-    from adamerge.methods.method import MergingMethod
 
-
-def try_objective(method: "MergingMethod", data: UnlabeledTasks) -> None:
-    """Run the first batch, before the first step, with random numbers that leave those of the run alone."""
+def try_objective(method: Any, data: UnlabeledTasks) -> None:
+    """Let a method run the first batch, before the first step, with random numbers that leave those of the run alone."""
     batch = {task: part.to(method.device) for task, part in data.first_batch().items()}
 
     def step(values: Tensor, needs_gradient: bool) -> tuple[Mapping[str, Tensor], Tensor]:
