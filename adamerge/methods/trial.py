@@ -11,7 +11,7 @@ from adamerge.methods.checks import check_first_step
 
 
 def try_objective(method: Any, data: UnlabeledTasks) -> None:
-    """Let a method run the first batch, before the first step, with random numbers that leave those of the run alone."""
+    """Run the first batch, before the first step, with random numbers that leave the run's alone."""
     batch = {task: part.to(method.device) for task, part in data.first_batch().items()}
 
     def step(values: Tensor, needs_gradient: bool) -> tuple[Mapping[str, Tensor], Tensor]:
