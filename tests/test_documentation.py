@@ -66,6 +66,7 @@ def first_choice(word):
     """Return a sweep's first job: ``seed=0,1`` as ``seed=0``; and no run that would have to be resumed."""
     if re.match(r"resume=|--cfg", word):
         return "resume=null"
+    word = word.replace("/home/me/configs", "my_configs")  # the reader's home is this folder
     return re.sub(r"^([\w./@]+=[^\[{,'\"]+),.*$", r"\1", word)
 
 
