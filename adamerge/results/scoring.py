@@ -44,6 +44,7 @@ def score_run(
     batch_norm: BatchNormPolicy | None = None,
     *,
     references: bool,
+    from_start: bool = False,
 ) -> dict[str, TableRow]:
     """Score an exported checkpoint as it was written.
 
@@ -53,6 +54,8 @@ def score_run(
         result: The checkpoint.
         batch_norm: Which statistics task arithmetic's BatchNorm layers have; default the base's.
         references: Whether to score the pretrained model, task arithmetic and the experts beside it.
+        from_start: Whether the pool's base is the merge that a run starts from: it is scored as ``start``, in the place
+            of the first two.
 
     Raises:
         InputError: If no task has evaluation inputs, or the file is no merge of the model's pool.
@@ -63,7 +66,9 @@ def score_run(
     experts = ExpertAnswers(model, data)
     merged = checkpoint_parameters(result.file, model)
     rows: dict[str, TableRow] = {}
-    if references:
+    if references and from_start:
+        rows["start"] = TableRow(*scores_of(model, model.base_parameters(), data, "Scoring the start"))
+    elif references:
         rows["pretrained"] = TableRow(
             *scores_of(model, model.base_parameters(), data, "Scoring the pretrained model", experts)
         )

@@ -72,6 +72,7 @@ def test_controls_are_runs_with_options_of_their_own_that_a_row_replaces():
     assert set(other.overrides) == {"experiment=imitation_row", "transform=random", "transform.seed=3"}
     assert read_row("distillation steps=10").overrides == ("experiment=distillation", "steps=10")
     assert read_row("experiment=distillation").control is None
+    assert read_row("experiment=imitation_row start=auto").rule == "auto"
 
 
 def test_controls_are_marked_and_explained(tmp_path, made):
@@ -175,8 +176,8 @@ def test_interrupted_row_goes_on_with_its_own_options_only(tmp_path, monkeypatch
 
     resumed = []
     monkeypatch.setattr(compare_row.run, "adapt", interrupted)
-    monkeypatch.setattr(compare_row, "_merge", lambda rule, assembly, path: (None, 1.0))
-    monkeypatch.setattr(compare_row, "_assembled", lambda config: None)
+    monkeypatch.setattr(compare_row, "begin", lambda config, folder: config)
+    monkeypatch.setattr(compare_row, "load_config", lambda folder: None)
     monkeypatch.setattr(compare_row, "check", lambda config: [])
     text = "experiment=adamerging_layer steps=2 start=wudi"
     for _ in range(2):

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -25,10 +25,10 @@ from adamerge.commands.run import processes, run
 from adamerge.commands.run.build import build
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose
-from adamerge.commands.run.folder import differing, held, is_started, plain
+from adamerge.commands.run.folder import differing, held, is_started, load_config, plain
 from adamerge.commands.run.shipped import rule_node
+from adamerge.commands.run.starting import assembled, begin, merge_of
 from adamerge.errors import InputError
-from adamerge.merges import merged_state_dict
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merged_model import MergedModel
 from adamerge.pool.pool import ExpertPool
@@ -59,7 +59,8 @@ class Spec:
     Attributes:
         text: As the user wrote it.
         reference: Which of :data:`REFERENCES` it is, or None.
-        rule: Node of the merge that is the row or its start; None for references and runs from the pool's base.
+        rule: Node of the merge that is the row or its start, which may be ``auto``; None for references and runs from
+            the pool's base.
         overrides: Overrides of the configuration of ``adapt``.
         adapts: Whether it is a run of ``adapt``.
         control: Which of :data:`CONTROLS` it is, or None.
@@ -67,7 +68,7 @@ class Spec:
 
     text: str
     reference: str | None = None
-    rule: Mapping[str, Any] | None = None
+    rule: Mapping[str, Any] | Literal["auto"] | None = None
     overrides: tuple[str, ...] = ()
     adapts: bool = False
     control: str | None = None
@@ -127,6 +128,8 @@ def _adapted_spec(text: str, words: Sequence[str]) -> Spec:
     overrides = tuple(word for word in words if not word.startswith(("start=", "start.")))
     if settings and not start:
         raise InputError(f"start.{settings[0]}: no start=RULE that takes it.")
+    if start == ["auto"] and not settings:
+        return Spec(text, rule="auto", overrides=overrides, adapts=True)
     node = _checked(rule_node("merge", start[-1], settings)) if start else None
     return Spec(text, rule=node, overrides=overrides, adapts=True)
 
@@ -175,18 +178,7 @@ def _composed(overrides: Sequence[str], seed: int) -> DictConfig:
 @lru_cache(maxsize=1)
 def shared_assembly(common: tuple[str, ...], seed: int) -> run.Assembly:
     """Build what all rows of a seed that do not adapt have in common, once in a process."""
-    return _assembled(_composed(common, seed))
-
-
-def _assembled(config: DictConfig) -> run.Assembly:
-    """Build everything that a merge may ask for; its coefficients stay unused."""
-    config = config.copy()
-    config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
-    config.init, config.first_stage = "mean", None
-    seed_everything(config.seed, workers=True, verbose=False)
-    assembly = run.assemble(config)
-    assembly.model.to_device(processes.device_of(config))
-    return assembly
+    return assembled(_composed(common, seed))
 
 
 def _transformed(config: DictConfig, of: run.Assembly) -> run.Assembly:
@@ -214,6 +206,7 @@ def _reference_or_merge(spec: Spec, assembly: run.Assembly, folder: Path) -> Tab
         return _searched(assembly)
     if spec.rule is None:
         return _score(spec, assembly, folder)
+    assert spec.rule != "auto"
     rule, seconds = _merge(spec.rule, assembly, folder / _MERGED)
     uses_data, uses_labels = (bool(getattr(rule, name, False)) for name in ("needs_data", "uses_labels"))
     row = _score(spec, assembly, folder)
@@ -258,8 +251,7 @@ def _merge(node: Mapping[str, Any], assembly: run.Assembly, path: Path) -> tuple
     """Merge into a file; return the rule, and the seconds that it took."""
     rule = _built(node)
     watch = Stopwatch()
-    state_dict = merged_state_dict(assembly.pool, rule, model=assembly.model, data=assembly.data)
-    state_dict = assembly.batch_norm.complete(state_dict, assembly.model, assembly.pool, assembly.data)
+    state_dict = merge_of(rule, assembly)
     seconds = watch.seconds()
     save_state_dict(state_dict, path)
     return rule, seconds
@@ -267,7 +259,7 @@ def _merge(node: Mapping[str, Any], assembly: run.Assembly, path: Path) -> tuple
 
 def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
     """Run ``adapt``, from where it was interrupted, and return its summary, of one row."""
-    run_dir, start = folder / _RUN, folder / "start" / _MERGED
+    run_dir = folder / _RUN
     config.run_dir = str(run_dir)
     config.references, config.report = False, False
     if processes.wanted(config.trainer) > 1:
@@ -275,45 +267,33 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
             "trainer.devices: a row has one process, as each would make the whole comparison. Set trainer.devices=1."
         )
     with held(run_dir, option="--out"):
-        resumed = is_started(run_dir)
-        begun = _check_same(spec, config, folder) if resumed else _begin(spec, config, folder, start)
-        if spec.rule is not None:
-            config.pool.base = str(start)
-            config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
-            config.init = 0.0 if not any(word.startswith("init=") for word in spec.overrides) else config.init
+        if resumed := is_started(run_dir):
+            _check_same(spec, config, folder)
+        else:
+            save_json({"options": _options(spec, config)}, folder / _STARTED)
+        config.start = spec.rule
         problems = check(config)
         if problems:
             raise InputError(problems[0])
-        content = run.adapt(config, run_dir, resume=resumed)
+        begun = begin(load_config(run_dir) if resumed and spec.rule else config, run_dir)
+        if any(word.startswith("init=") for word in spec.overrides):
+            begun.init = config.init
+        content = run.adapt(begun, run_dir, resume=resumed)
     if content is None:
         raise InputError("Nothing was scored: leave evaluate on, and give data.tasks.<name>.evaluate (or dataset).")
     (row,) = content["rows"].values()
-    facts = {"seconds": row["seconds"] + begun["seconds"], "uses_labels": row["uses_labels"] or begun["uses_labels"]}
-    return {**content, "rows": {"row": {**row, **facts}}}
-
-
-def _begin(spec: Spec, config: DictConfig, folder: Path, start: Path) -> dict[str, Any]:
-    """Merge the rule that a row starts from, if any; write and return the row's options, and what the merge took."""
-    begun: dict[str, Any] = {"options": _options(spec, config), "seconds": 0.0, "uses_labels": False}
-    if spec.rule is not None:
-        raw = config.copy()  # the rule merges the experts themselves; a transform is of their way from the merge
-        raw.transform = None
-        rule, begun["seconds"] = _merge(spec.rule, _assembled(raw), start)
-        begun["uses_labels"] = bool(getattr(rule, "uses_labels", False))
-    save_json(begun, folder / _STARTED)
-    return begun
+    return {**content, "rows": {"row": row}}
 
 
 def _options(spec: Spec, config: DictConfig) -> dict[str, Any]:
     return {**plain(config), "start": spec.rule}
 
 
-def _check_same(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
-    """Return the record of an interrupted row's start; refuse to go on with other options."""
+def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:
+    """Refuse to go on with an interrupted row that was begun with other options."""
     path = folder / _STARTED
     try:
-        begun: dict[str, Any] = read_json(path)
-        changed = differing(json.loads(json.dumps(_options(spec, config))), begun["options"])
+        changed = differing(json.loads(json.dumps(_options(spec, config))), read_json(path)["options"])
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         changed = [f"unknown, as {path.name} is missing or damaged"]
     if changed:
@@ -321,4 +301,3 @@ def _check_same(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
             f"{folder}: an interrupted row that was made with other options: {', '.join(changed)}. "
             "Remove its folder to make it anew, or choose another --out."
         )
-    return begun

@@ -24,6 +24,7 @@ from adamerge.commands.run.forecast import forecast_texts
 from adamerge.commands.run.processes import is_sharded
 from adamerge.commands.run.shipped import CONFIG_NAME, shipped_folder
 from adamerge.commands.run.stages import first_stage
+from adamerge.commands.run.start_rules import check_start_rule
 from adamerge.errors import InputError, check_number, did_you_mean, shorten
 from adamerge.objectives import check_objective
 from adamerge.results.scoring import REFERENCES
@@ -58,6 +59,8 @@ def check(config: DictConfig) -> list[str]:
     if config.get("teacher_cache") is not None:
         with problems.naming("teacher_cache"):
             check_folder("teacher_cache", config.teacher_cache)
+    with problems.naming("start"):
+        check_start_rule(config)
     _build_stage(config, parts, problems)
     with problems.naming("encoder"):
         parts["encoder"] = build_optional(config, "encoder")

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 CONFIG_FILE = "config.yaml"
 LAST = Path("checkpoints") / "last.ckpt"
+START_MERGE = Path("start") / "merged.safetensors"  # the merge of the rule that a run starts from
 LAST_GOOD = "last_good.json"  # coefficients before a step that was not finite
 
 
@@ -147,6 +148,10 @@ def _read(folder: Path) -> tuple[DictConfig, str | None]:
 def _moved(config: DictConfig, folder: Path) -> DictConfig:
     """Return a configuration with the folder where its run is now, and move to where the run was launched."""
     config.run_dir = str(folder)
+    for parent in (folder, folder.parent):  # the run's own, or that of the run whose stage it is
+        if OmegaConf.select(config, "start.merged") and (parent / START_MERGE).is_file():
+            config.pool.base = str(parent / START_MERGE)
+            break
     if isinstance(config.get("cwd"), str) and Path(config.cwd).is_dir():
         os.chdir(config.cwd)
     loggers = config.get("logger")
@@ -195,6 +200,7 @@ def is_of_job(folder: Path, job: str | None) -> bool:
 def remove_unstarted(folder: Path) -> None:
     """Remove the folder of a run that failed before its first step; a folder with anything else in it is left alone."""
     replaceable = {folder / "adapt.log", folder / LOCK, folder / CONFIG_FILE, folder / STAGE / CONFIG_FILE}
+    replaceable.add(folder / START_MERGE)
     if any(path.is_file() for path in folder.rglob("*") if path not in replaceable):
         return
     shutil.rmtree(folder, ignore_errors=True)

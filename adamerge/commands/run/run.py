@@ -225,9 +225,12 @@ def _score(
     if not assembly.data.evaluation:
         log.warning("Nothing is scored: no task has evaluation inputs (data.tasks.<name>.evaluate).")
         return None
-    uses_labels = bool(getattr(trainer.lightning_module.objective, "uses_labels", False))
+    start = config.get("start") or {}
+    seconds += start.get("seconds", 0.0)
+    uses_labels = getattr(trainer.lightning_module.objective, "uses_labels", False) or start.get("uses_labels", False)
     merged = MergeResult(str(config.name), export.dirpath / export.filename, seconds, int(config.seed), uses_labels)
-    rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, references=config.references)
+    compared = {"references": bool(config.references), "from_start": bool(start)}
+    rows = score_run(assembly.model, assembly.data, merged, assembly.batch_norm, **compared)
     if not trainer.is_global_zero:
         return None
     content = summary(rows, assembly.data.protocol, assembly.data.unreadable_evaluation())

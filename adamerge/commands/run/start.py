@@ -20,6 +20,7 @@ from adamerge.commands.run.imports import TRUST, announce, targets_beyond
 from adamerge.commands.run.named_pools import register_resolvers
 from adamerge.commands.run.recorded import check_config
 from adamerge.commands.run.stages import STAGE, running_stage
+from adamerge.commands.run.starting import begin
 from adamerge.commands.terminal import (
     PIPED_WIDTH,
     Agreed,
@@ -213,7 +214,7 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool, first: DictCo
         with log_to(folder / "adapt.log") if ranks.is_first() else contextlib.nullcontext():
             for target in targets_beyond(config):
                 record_line(target)
-            content = run.adapt(config, folder, resume=resume, first=first)
+            content = run.adapt(begin(config, folder), folder, resume=resume, first=first)
             if content is not None:
                 record(table(content).terminal(PIPED_WIDTH))
             return content

@@ -1,0 +1,73 @@
+"""What the option ``start`` names: rules of `adamerge merge`, checked before anything is read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from adamerge.commands.run import processes
+from adamerge.commands.run.build import build
+from adamerge.commands.run.shipped import rule_node
+from adamerge.errors import InputError
+
+AUTO = (  # what start=auto chooses among
+    *(f"task_arithmetic coefficient={coefficient}" for coefficient in (0.1, 0.2, 0.3, 0.4)),
+    *("tsvm", "wudi", "regmean++"),
+)
+
+
+def rules_of(start: Any) -> dict[str, dict[str, Any]]:
+    """Return the rules that an option ``start`` names, by their texts: of ``auto`` several.
+
+    Args:
+        start: ``auto``, a rule's name or import path, ``{rule: ..., option: ...}``, or a node with a ``_target_``.
+
+    Raises:
+        InputError: If there is no such rule, or it does not take an option.
+    """
+    if isinstance(start, DictConfig):
+        start = OmegaConf.to_container(start, resolve=True)
+    if isinstance(start, Mapping) and "_target_" in start:
+        return {str(start["_target_"]).rpartition(".")[2]: _checked(dict(start))}
+    if isinstance(start, Mapping):
+        options = {str(key): value for key, value in start.items() if key != "rule"}
+        start = " ".join([str(start.get("rule")), *(f"{key}={value}" for key, value in options.items())])
+    if not isinstance(start, str) or not start.strip():
+        raise InputError(f"start: expected auto, a rule, or {{rule: ..., OPTION: ...}}, found {start!r}.")
+    nodes = {}
+    for text in AUTO if start == "auto" else (start,):
+        name, *settings = text.split()
+        try:
+            nodes[text] = _checked(rule_node("merge", name, settings))
+        except InputError as error:
+            raise InputError(f"start={start}: {str(error).removeprefix('--rule: ')}") from error
+    return nodes
+
+
+def check_start_rule(config: DictConfig) -> None:
+    """Refuse a start that cannot be merged; nothing is read.
+
+    Raises:
+        InputError: If the rule is wrong, or the run has several processes or LoRA experts.
+    """
+    start = config.get("start")
+    if start is None or (isinstance(start, DictConfig) and start.get("merged")):
+        return
+    rules_of(start)
+    if processes.wanted(config.trainer) > 1:
+        raise InputError(
+            "start: a rule's merge is made in one process: set trainer.devices=1, or make it with adamerge merge "
+            "and give pool.base=FILE init=0."
+        )
+    for name, path in (config.pool.get("experts") or {}).items():
+        if (Path(str(path)) / "adapter_config.json").is_file():
+            raise InputError(
+                f"start: expert {name!r} is a LoRA adapter, which goes with the base, not a merge; leave start out."
+            )
+
+
+def _checked(node: dict[str, Any]) -> dict[str, Any]:
+    """Build a rule, which refuses options that it does not take."""
+    build(OmegaConf.create({"merge": node}), "merge")
+    return node

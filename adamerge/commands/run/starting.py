@@ -1,0 +1,145 @@
+"""Start a run from a rule's merge: it becomes the base, and coefficients of the experts' way from it begin at 0.
+
+start=wudi | start={rule: wudi, steps: 100} | start=auto: the rule whose merge is nearest to the experts on unlabeled
+samples. What was chosen is recorded in the run's configuration, where a resume, a replay and a score find it.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.commands.run import processes
+from adamerge.commands.run.build import build
+from adamerge.commands.run.folder import START_MERGE
+from adamerge.commands.run.run import Assembly, assemble
+from adamerge.commands.run.start_rules import check_start_rule, rules_of
+from adamerge.data.batch import to
+from adamerge.errors import InputError
+from adamerge.merges import merged_state_dict
+from adamerge.merges.calibration import batches
+from adamerge.results.agreement import Agreement, Tally
+from adamerge.system.progress import Stopwatch
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = 256  # samples of a task that its expert is asked about, at most
+
+
+def begin(config: DictConfig, folder: Path) -> DictConfig:
+    """Return a run's configuration with the merge that it starts from as the base; make the merge unless it is there.
+
+    Args:
+        config: Composed; returned as it is without ``start``, or where a resumed run has begun already.
+        folder: The run's.
+    """
+    start = config.get("start")
+    if start is None or (isinstance(start, DictConfig) and start.get("merged")):
+        return config
+    check_start_rule(config)
+    assembly = assembled(config)
+    path = folder.absolute() / START_MERGE
+    rules = rules_of(start)
+    watch, candidates = Stopwatch(), dict[str, Any]()
+    chosen = next(iter(rules))
+    state_dict: Mapping[str, Tensor] | None = None
+    if len(rules) > 1:
+        chosen, state_dict, candidates = _chosen(rules, assembly)
+    rule = build(OmegaConf.create({"merge": rules[chosen]}), "merge")
+    if state_dict is None:
+        state_dict = merge_of(rule, assembly)
+    seconds = watch.seconds()
+    save_state_dict(state_dict, path)
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    facts = {"rule": chosen, "node": rules[chosen], "base": config.pool.get("base"), "merged": str(START_MERGE)}
+    facts |= {"seconds": seconds, "uses_labels": bool(getattr(rule, "uses_labels", False)), "candidates": candidates}
+    config.init = 0.0
+    config.start = facts
+    config.pool.base = str(path)
+    config.pool.sha256 = {k: v for k, v in (config.pool.get("sha256") or {}).items() if k != "base"}
+    return config
+
+
+def assembled(config: DictConfig) -> Assembly:
+    """Build everything that a merge of the raw experts may ask for; its coefficients stay unused."""
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
+    config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
+    config.init, config.first_stage, config.start, config.transform = "mean", None, None, None
+    seed_everything(config.seed, workers=True, verbose=False)
+    assembly = assemble(config)
+    assembly.model.to_device(processes.device_of(config))
+    return assembly
+
+
+def merge_of(rule: Any, assembly: Assembly) -> dict[str, Tensor]:
+    """Return the state dict of a rule's merge, with the statistics of BatchNorm layers that belong to it."""
+    state_dict = merged_state_dict(assembly.pool, rule, model=assembly.model, data=assembly.data)
+    return assembly.batch_norm.complete(state_dict, assembly.model, assembly.pool, assembly.data)
+
+
+def _chosen(
+    rules: Mapping[str, Mapping[str, Any]], assembly: Assembly
+) -> tuple[str, Mapping[str, Tensor], dict[str, Any]]:
+    """Return the rule whose merge is nearest to the experts on unlabeled samples, its merge, and what was measured."""
+    answers = _answers(assembly)
+    best: tuple[float, str, Mapping[str, Tensor]] | None = None
+    facts: dict[str, Any] = {}
+    for text, node in rules.items():
+        watch = Stopwatch()
+        try:
+            state_dict = merge_of(build(OmegaConf.create({"merge": dict(node)}), "merge"), assembly)
+        except InputError as error:
+            log.info("start=auto: %s is left out: %s", text, error)
+            continue
+        measured = agreement_of(state_dict, answers, assembly)
+        facts[text] = {**asdict(measured), "seconds": watch.seconds()}
+        log.info(
+            "start=auto: %s agrees with the experts on %.1f %%, %.4f nats from them",
+            text, 100 * measured.agreement, measured.kl,
+        )  # fmt: skip
+        if best is None or measured.kl < best[0]:
+            best = measured.kl, text, state_dict
+    if best is None:
+        raise InputError("start=auto: no rule merges this pool; name one, or leave start out.")
+    log.info("start=auto: starts from %s", best[1])
+    return best[1], best[2], facts
+
+
+Answers = Mapping[str, list[tuple[Any, Tensor]]]  # task to inputs (B, ...) and the expert's logits of their rows (N, C)
+
+
+@torch.no_grad()
+def _answers(assembly: Assembly) -> Answers:
+    """Ask the experts about a random sample of each task's unlabeled samples."""
+    model, data, answers = assembly.model, assembly.data, dict[str, list[tuple[Any, Tensor]]]()
+    for task in data.streams:
+        if task not in model.teachers:
+            continue
+        inputs = [to(part, model.pool.device) for part in batches(data, task, EXAMPLES)]
+        outputs = model.expert_outputs(model.teachers[task], [(task, part) for part in inputs])
+        answers[task] = [(part, output.rows()) for part, output in zip(inputs, outputs, strict=True)]
+    if not answers:
+        raise InputError("start=auto: no task has an expert to agree with; name a rule, such as start=tsvm.")
+    return answers
+
+
+@torch.no_grad()
+def agreement_of(state_dict: Mapping[str, Tensor], answers: Answers, assembly: Assembly) -> Agreement:
+    """Measure a merge, by the names of the pool's files, against the experts' answers."""
+    pool, tally = assembly.pool, Tally(answers)
+    params = {name: state_dict[pool.keys.file_key(name)].to(pool.device, pool.compute_dtype) for name in pool.names}
+    for task, parts in answers.items():
+        for inputs, expert in parts:
+            tally.add(task, assembly.model.outputs(inputs, task, params).rows(), expert)
+    result = tally.result(pool.device)
+    assert result is not None
+    return result
