@@ -88,8 +88,9 @@ def class_of(config: Any, auto: str | None, folder: Path) -> type[Any]:
             f"backbone.auto: {auto} has no model of model_type {config.model_type!r} ({folder / HF_CONFIG}). Fitting "
             f"are: {', '.join(_fitting(config)) or 'none'}."
         )
-    found = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    classes = mapping[type(config)]
+    network: type[Any] = classes[0] if isinstance(classes, tuple) else classes
+    return network
 
 
 def auto_classes() -> list[str]:
@@ -139,7 +140,7 @@ def _without_weights() -> Iterator[None]:
     try:
         from transformers.initialization import no_init_weights
     except ImportError:  # transformers 4
-        from transformers.modeling_utils import no_init_weights
+        from transformers.modeling_utils import no_init_weights  # type: ignore[attr-defined,no-redef]
     register = nn.Module.register_parameter
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -147,7 +148,7 @@ def _without_weights() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
     try:
         with no_init_weights(), torch.no_grad():
             yield
@@ -155,7 +156,7 @@ def _without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def library_names(network: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+def library_names(network: Any, keys: Iterable[str]) -> dict[str, str]:
     """Return what the library calls the tensors of a file when it loads them, as far as it only renames them.
 
     Tensors that it puts together, such as the experts of a mixture, keep their names.
@@ -179,7 +180,7 @@ def library_names(network: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     }
 
 
-def rearranges(network: nn.Module) -> bool:
+def rearranges(network: Any) -> bool:
     """Return whether the library has other tensors in memory than in the files of this network."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

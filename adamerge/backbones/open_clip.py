@@ -268,8 +268,7 @@ class OpenClip:
         heads: dict[str, nn.Module] = {}
         head_of = self._heads_of(base)
         for name, task in tasks.items():
-            classes = task.class_names
-            if not classes:
+            if not (classes := task.class_names):
                 raise InputError(
                     f"data.tasks.{name}.classes: a zero-shot head needs class names, and the data set has none."
                 )

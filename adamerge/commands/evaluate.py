@@ -55,6 +55,14 @@ def evaluate(
             raise InputError("--harness: goes without --checkpoint and --corruptions; name the folder of the model.")
         _evaluate_by_harness(run_dir.absolute(), harness, include_path, trust_code=trust_code, as_json=as_json)
         return
+    chosen = None if corruptions is None else (corruptions, severity)
+    _evaluate_run(run_dir.absolute(), checkpoint, chosen, trust_code=trust_code, as_json=as_json)
+
+
+def _evaluate_run(
+    run_dir: Path, checkpoint: Path | None, corruptions: tuple[str, int] | None, *, trust_code: bool, as_json: bool
+) -> None:
+    """Score a run's export, or another file as if it were that; ``corruptions`` are their names and severity."""
     from adamerge.callbacks.elapsed import seconds_of
     from adamerge.commands.run.folder import LAST, load_config
     from adamerge.commands.run.processes import device_of
@@ -66,8 +74,7 @@ def evaluate(
     from adamerge.results.summary_table import table
     from adamerge.system.files import save_json
 
-    chosen = [] if corruptions is None else read_corruptions(corruptions, severity)
-    run_dir = run_dir.absolute()
+    chosen = [] if corruptions is None else read_corruptions(*corruptions)
     file = (checkpoint or run_dir / "merged.safetensors").absolute()
     config = load_config(run_dir, trust_code=trust_code)
     check_config(config, run_dir)

@@ -207,7 +207,7 @@ def join(batches: Sequence[Inputs]) -> Inputs:
         return first
     if isinstance(first, Tensor):
         return torch.cat(list(batches))  # type: ignore[arg-type]  # tensors, as the first is
-    return {key: torch.cat([batch[key] for batch in batches]) for key in first}  # type: ignore[index,call-overload]
+    return {key: torch.cat([batch[key] for batch in batches]) for key in first}  # type: ignore[index]
 
 
 def kind(inputs: Inputs) -> Hashable:

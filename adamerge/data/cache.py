@@ -107,8 +107,10 @@ def keep_inputs(visits: Sequence[Visits], mode: Cache, workers: int, processes: 
         for visit in kept:
             chosen = visit.positions[: int(share * len(visit.positions))]
             example = visit.nature.example
-            is_tensor = isinstance(example, Tensor)
-            visit.stream.cache = InputCache(chosen, example, workers > 0) if is_tensor else MappingCache(chosen)
+            if isinstance(example, Tensor):
+                visit.stream.cache = InputCache(chosen, example, workers > 0)
+            else:
+                visit.stream.cache = MappingCache(chosen)
         level = logging.DEBUG if share == 1 else logging.INFO
         log.log(level, "data.cache: %.0f %% of the inputs are made once and kept.", 100 * share)
 

@@ -127,12 +127,14 @@ class Texts(Dataset[tuple[Text, int | None]]):
 
     def _text(self, record: Record, place: str) -> Text:
         prompt = _value(record, self._prompt, place)
+        text: str | tuple[Message, ...]
         answer = None if self._answer is None else _value(record, self._answer, place)
         if isinstance(prompt, (list, tuple)):
-            prompt, last = _messages(prompt, place, takes_answer=self._answer is None)
+            text, last = _messages(prompt, place, takes_answer=self._answer is None)
             answer = last if self._answer is None else answer
+        else:
+            text = "" if prompt is None else _plain(prompt, place)
         options = self._options(record, place)
-        text = "" if prompt is None else prompt if isinstance(prompt, tuple) else _plain(prompt, place)
         answer = None if answer is None else _plain(answer, place)
         number = self._number(record, options, answer, place)
         answer = None if answer is None else self._apart(text, answer)

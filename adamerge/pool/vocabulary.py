@@ -11,7 +11,7 @@ from adamerge.errors import InputError, shorten
 from adamerge.system.files import combined_hash
 
 
-@dataclass(frozen=True)
+@dataclass
 class WithFurtherRows:
     """A checkpoint some of whose tensors go on with the rows that another has beyond theirs.
 
@@ -25,10 +25,8 @@ class WithFurtherRows:
     longer: Checkpoint
     extended: frozenset[str]
 
-    @property
-    def name(self) -> str:
-        """The checkpoint's, for messages."""
-        return self.checkpoint.name
+    def __post_init__(self) -> None:
+        self.name = self.checkpoint.name  # for messages
 
     @property
     def keys(self) -> tuple[str, ...]:

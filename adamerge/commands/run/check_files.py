@@ -24,8 +24,9 @@ from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model import starts
 from adamerge.model.coefficients import Coefficients
-from adamerge.model.encoder import EncoderOptions, select
+from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import GroupIndex
+from adamerge.model.hidden_layers import select
 from adamerge.model.refinement import Refinement
 from adamerge.pool.headers import Headers
 from adamerge.pool.options import PoolOptions, stored_dtype

@@ -143,9 +143,8 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 def _for_hydra(line: Line) -> list[str]:
     """Return overrides as Hydra takes them: pool files by path, and texts in quotes."""
     is_sweep = not set(_SWEEP).isdisjoint(line.flags)
-    overrides = [_choice(override) for override in with_pool_files(line.overrides, line.config_dir)]
-    overrides = [_readable(override, is_sweep=is_sweep) for override in overrides if override]
-    return _with_new_keys(overrides)
+    overrides = map(_choice, with_pool_files(line.overrides, line.config_dir))
+    return _with_new_keys([_readable(override, is_sweep=is_sweep) for override in overrides if override])
 
 
 def _choice(override: str) -> str:
@@ -157,10 +156,8 @@ def _choice(override: str) -> str:
     group, _, choice = override.partition("=")
     if choice != "null" or not shipped_folder(group).is_dir():
         return override
-    if group in _OPTIONAL:
-        return ""
-    if "none" in rule_names(group):
-        return f"{group}=none"
+    if group in _OPTIONAL or "none" in rule_names(group):
+        return "" if group in _OPTIONAL else f"{group}=none"
     raise InputError(f"{override}: a run has one; {group} is one of {', '.join(rule_names(group))}.")
 
 
@@ -305,8 +302,7 @@ def _explained(error: Exception, config_dir: Path | None) -> InputError:
     """Turn Hydra's message into one line, with the nearest name for an unknown key or choice."""
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         return _no_such_choice(error, config_dir)
-    text = str(error).split("Config search path")[0]
-    text = re.sub(r"\s*\n\s*", " ", text.strip())
+    text = " ".join(str(error).split("Config search path")[0].split())
     if "hydra_submitit_launcher" in text:
         return InputError('hydra/launcher: the package submitit is not installed: pip install "adamerge[cluster]".')
     match = re.search(r"(?:Could not override|Key) '([^']+)'", text)

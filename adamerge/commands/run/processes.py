@@ -117,8 +117,8 @@ def device_of(config: DictConfig) -> torch.device:
     found = next((kind for kind in kinds.get(str(accelerator), ()) if here[kind]), "cpu")
     if found == "cpu" and accelerator not in ("cpu", "auto"):
         log.warning("trainer.accelerator=%s: torch finds none here, so that the processor scores.", accelerator)
-    is_listed = isinstance(devices, (Sequence, ListConfig)) and not isinstance(devices, str) and len(devices) > 0
-    return torch.device(found, int(devices[0]) if is_listed else 0) if found == "cuda" else torch.device(found)
+    listed = list(devices) if isinstance(devices, (Sequence, ListConfig)) and not isinstance(devices, str) else []
+    return torch.device(found, int(listed[0]) if listed else 0) if found == "cuda" else torch.device(found)
 
 
 def is_sharded(config: DictConfig) -> bool:

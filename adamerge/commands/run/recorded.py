@@ -20,7 +20,7 @@ _RECIPE = "merge.json"
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """What a run was made with.
 
     Attributes:
@@ -36,7 +36,7 @@ class Record:
     start: Mapping[str, Any]
 
 
-def record_of(folder: Path) -> Record | None:
+def record_of(folder: Path) -> RunRecord | None:
     """Read the record of a run or stage: its last checkpoint's, else its export's; None where it has neither.
 
     Raises:
@@ -46,10 +46,10 @@ def record_of(folder: Path) -> Record | None:
     if checkpoint is not None:
         content = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
         options = dict(_mapping(content, "recipe"))
-        return Record(checkpoint, options, _mapping(content, "pool"), _mapping(content, "start"))
+        return RunRecord(checkpoint, options, _mapping(content, "pool"), _mapping(content, "start"))
     if recipe.is_file():
         content = read_json_mapping(recipe)
-        return Record(recipe, _mapping(content, "config"), _mapping(content, "hashes"), _mapping(content, "start"))
+        return RunRecord(recipe, _mapping(content, "config"), _mapping(content, "hashes"), _mapping(content, "start"))
     return None
 
 

@@ -324,20 +324,16 @@ def head_info(data: UnlabeledTasks) -> dict[str, Any]:
 def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> None:
     """Add the metrics to ``merge.json``."""
     content = read_json_mapping(path)
-    facts = {"metrics": summary["rows"], "unreadable_evaluation": summary.get("unreadable", {})}
+    rows = {name: {k: v for k, v in row.items() if k != "correct"} for name, row in summary["rows"].items()}
+    facts = {"metrics": rows, "unreadable_evaluation": summary.get("unreadable", {})}
     save_json({**content, **facts, "seconds": seconds, "peak_memory_bytes": peak_memory()}, path)
 
 
 def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:
     checkpoints = ModelCheckpoint(
-        dirpath=folder / LAST.parent,
-        filename="step={step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=config.checkpoint_every,
-        save_top_k=0,
-        save_last=True,
-        enable_version_counter=False,
-    )
+        dirpath=folder / LAST.parent, filename="step={step}", auto_insert_metric_name=False,
+        every_n_train_steps=config.checkpoint_every, save_top_k=0, save_last=True, enable_version_counter=False,
+    )  # fmt: skip
     return [checkpoints, *(build(config, f"callbacks.{name}") for name in config.callbacks or {})]
 
 

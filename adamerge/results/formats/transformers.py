@@ -60,7 +60,7 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
     pipeline = next((kind for end, kind in _PIPELINES.items() if name.endswith(end)), "feature-extraction")
     has_tokenizer = any(file.startswith("tokenizer") for file in files)
     options = {"class": name, "has_tokenizer": has_tokenizer, "prompt": PROMPT}
-    notes = ()
+    notes: tuple[str, ...] = ()
     if merged.heads and task is None and backbone.head_module is not None:
         notes = (
             f"Each task's own {backbone.head_module.path} is in heads.safetensors; --task TASK writes one with it.",

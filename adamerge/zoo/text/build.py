@@ -216,7 +216,7 @@ def _train_expert(
 
 def _accuracy(encoder: SentenceEncoder, head: nn.Linear, task: TextTask, texts: Sequence[Any]) -> float:
     predicted = head(encoder.all_features([text.text for text in texts])).argmax(1)
-    return round((predicted == _labels(task, texts)).float().mean().item(), 4)
+    return round(float((predicted == _labels(task, texts)).float().mean()), 4)
 
 
 def _expert(task: str) -> str:

@@ -113,7 +113,7 @@ def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
     try:
         member = archive.extractfile(name)
     except KeyError as error:
-        raise InputError(f"{archive.name}: expected the file {name} in it, found none.") from error
+        raise InputError(f"{archive.name!s}: expected the file {name} in it, found none.") from error
     assert member is not None  # a file, not a folder
     return member
 

@@ -79,6 +79,6 @@ class SentenceEncoder:
 def zero_shot_head(encoder: SentenceEncoder, sentences: Sequence[str]) -> nn.Linear:
     """Return a frozen head (F to C) whose rows are the features of class sentences, times :data:`SCALE`."""
     weight = SCALE * encoder.all_features(sentences)
-    head = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False)
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False)
     head.load_state_dict({"weight": weight})
     return head.requires_grad_(False)
