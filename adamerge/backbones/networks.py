@@ -89,8 +89,8 @@ def class_of(config: Any, auto: str | None, folder: Path) -> type[Any]:
             f"are: {', '.join(_fitting(config)) or 'none'}."
         )
     classes = mapping[type(config)]
-    network: type[Any] = classes[0] if isinstance(classes, tuple) else classes
-    return network
+    chosen: type[Any] = classes[0] if isinstance(classes, tuple) else classes
+    return chosen
 
 
 def auto_classes() -> list[str]:
