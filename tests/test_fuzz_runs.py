@@ -19,7 +19,7 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(2000, marks=pytest.mark.slow)])
 def test_commands_stand_what_strangers_leave(world, tmp_path, count):
     tried, short = Counter(), {}
     for case in cases(1 if count > 100 else 0, count, world):

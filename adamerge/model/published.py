@@ -91,7 +91,11 @@ def chosen_list(target: str) -> PublishedList:
             f"coefficients import {target}: no such file, and no list of that name ships; shipped: "
             f"{', '.join(shipped)}.{did_you_mean(target, shipped)}"
         )
-    return PublishedList(path.stem, _rows_of(read_text(path), target), {"file": path.name, "sha256": sha256(path)})
+    try:
+        text = read_text(path)
+    except InputError as error:
+        raise _no_list(target, str(error).removeprefix(f"{path}: ").rstrip(".")) from error
+    return PublishedList(path.stem, _rows_of(text, target), {"file": path.name, "sha256": sha256(path)})
 
 
 def named_coefficients(

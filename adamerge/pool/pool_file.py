@@ -221,8 +221,11 @@ def load_pool_file(path: Path) -> PoolFiles:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such pool file.")
     text = read_yaml_text(path)
-    if "${" in _RESOLVED.sub("", text):  # values that refer to one another can double with each
-        raise InputError(f"{path}: expected no interpolation but ${{oc.env:NAME}} and ${{zoo:FILE}}, found another.")
+    refused = re.search(r"\$\{[^}\s]*\}?", _RESOLVED.sub("", text))
+    if refused:  # values that refer to one another can double with each
+        raise InputError(
+            f"{path}: expected no interpolation but ${{oc.env:NAME}} and ${{zoo:FILE}}, found {refused[0][:80]}."
+        )
     try:
         content: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except Exception as error:  # whatever a yaml parser, a decoder or an interpolation finds wrong

@@ -153,6 +153,7 @@ def test_error_of_a_rule_ends_its_own_row_only(tmp_path, made):
     assert "tsvm" in json.loads((tmp_path / "summary.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_folder_of_another_comparison_is_refused(tmp_path, made):
     script = "import sys\nfrom pathlib import Path\nfrom adamerge.commands.run import folder as run_folder\n"
     script += "with run_folder.held(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"

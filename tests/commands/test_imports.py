@@ -44,11 +44,12 @@ CODE = """
 """
 
 
-def test_commands_do_without_heavy_packages(tmp_path):
+@pytest.mark.parametrize("names", [("inspect", "merge"), pytest.param(tuple(NOT_IMPORTED), marks=pytest.mark.slow)])
+def test_commands_do_without_heavy_packages(tmp_path, names):
     for value, file in enumerate(("base", "a", "b")):
         save_file({"w": torch.full((2, 3), float(value))}, tmp_path / f"{file}.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CODE), json.dumps(NOT_IMPORTED)],
+        [sys.executable, "-c", textwrap.dedent(CODE), json.dumps({name: NOT_IMPORTED[name] for name in names})],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert not done.returncode, done.stderr

@@ -146,7 +146,7 @@ def test_pool_file_paths_start_from_its_folder_and_hashes_are_verified(pool, fil
         ("base: b\nexperts: [a]", "expected {name: FILE"),
         ("experts: {a: a}", "base: must be given"),
         ("base: b\nexperts: {a: a}\nexclude: head", "expected a list of globs"),
-        ("base: [", "expected a yaml file"),
+        ("base: [", "not readable as yaml"),
         ("- a", "expected a mapping"),
     ],
 )

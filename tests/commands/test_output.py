@@ -53,7 +53,7 @@ def test_adapt_json_prints_one_document_and_logs_everything(configs, tmp_path, c
     text = (folder / "adapt.log").read_text()
     for words in (
         "adamerge adapt", "Reading the pool", "Asking the experts: 2 tasks", "Adapting: 2/2 steps", "loss", "steps/s",
-        "mean coefficient", "Scoring the merged checkpoint: 20 images", "accuracy, %", "Done.",
+        "mean coefficient", "Scoring the merged checkpoint: 20 inputs", "accuracy, %", "Done.",
     ):  # fmt: skip
         assert words in text
     assert "\x1b" not in text + errors

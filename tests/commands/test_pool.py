@@ -190,7 +190,7 @@ def test_list_says_what_is_here_of_shipped_and_own_pools(capsys, files, tmp_path
     assert found["zoo"]["state"] == "7 of 7 files are here"
     assert found["clip_vit_b32_8"]["state"] == "0 of 9 files are here"
     assert found["clip_vit_l14_20"]["experts"] == "20"
-    assert "expected a yaml file" in found["broken"]["state"]
+    assert "not readable as yaml" in found["broken"]["state"]
     assert all("no such pool file" in found[name]["state"] for name in ("dangling", "folder"))
     assert "mine" in run(capsys, "pool", "list")[1]
     listed = json.loads(run(capsys, "pool", "list", "clip_vit_b16_14", "--json")[1])

@@ -248,6 +248,7 @@ def run(*arguments):
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_run_with_an_unseen_task_on_a_corrupted_stream_and_its_scores(tmp_path, capsys):
     configs, folder = write_configs(tmp_path / "configs"), tmp_path / "run"
     own = ["--config-dir", str(configs), "pool=small", "data=small", "trainer=cpu", f"run_dir={folder}"]

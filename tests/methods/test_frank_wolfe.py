@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel
 from adamerge.callbacks import ExportMergedWeights
+from adamerge.data.batch import Outputs
 from adamerge.methods import FrankWolfeMerging
 from adamerge.methods.frank_wolfe_steps import FrankWolfe, SoftFrankWolfe, Vertices, harmonic, line_search
 from adamerge.objectives.entropy import Entropy
@@ -69,7 +70,7 @@ class _Step:
     """Just enough of a TaskStep."""
 
     def __init__(self, logits):
-        self.outputs = type("Outputs", (), {"logits": logits})
+        self.outputs = Outputs(logits)
 
 
 def test_cosine_ranking_counter_example():

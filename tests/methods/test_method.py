@@ -168,6 +168,7 @@ def test_check_objective_refuses_what_cannot_be_called_with_a_step(toy, objectiv
         make_method(toy, objective)
 
 
+@pytest.mark.slow
 def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(configs, tmp_path, monkeypatch, capsys):
     """A package on PYTHONPATH with its own yaml, through the command line."""
     package = tmp_path / "elsewhere" / "my_package"

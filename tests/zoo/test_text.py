@@ -368,6 +368,7 @@ def test_backbone_gives_the_features_and_answers_that_the_zoo_was_trained_with(m
     assert heads["movies"](features).shape == (20, 2)
 
 
+@pytest.mark.slow
 def test_zoo_adapts_and_compares(built, root, tmp_path, capsys):
     own = [root, "backbone.max_length=12", "trainer=cpu"]
     with pytest.raises(SystemExit) as ended:

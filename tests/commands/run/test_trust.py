@@ -143,6 +143,7 @@ def test_recipe_of_a_stranger_is_refused(tmp_path, mark, monkeypatch, capsys, co
     assert "recipe.json: rule: os.mkdir is not on adamerge's list of names" in text
 
 
+@pytest.mark.slow
 def test_recipe_of_a_stranger_that_composes_a_strangers_files_is_refused(tmp_path, attack, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert (
