@@ -57,8 +57,9 @@ class Texts(Dataset[tuple[Text, int | None]]):
         answer: Field of the answer, or a text with fields in braces; default ``answer`` where records have it.
         choices: Field of a list of answers to choose from, or several fields of one answer each; default ``choices``
             where records have it, else ``classes``.
-        label: Field of the right class or choice, as its number or its name; default ``label`` where records have
-            it. Where there are choices and no label, an answer that is one of them is the label.
+        label: Field of the right class or choice, as its number or its name (of several fields of choices also the
+            field's name); default ``label`` where records have it. Where there are choices and no label, an answer that
+            is one of them is the label.
         classes: Names in the order of the labels; default the names among the labels, sorted.
         separator: Goes between a prompt and its answer or choices, unless there is white space already; never in chats.
 
@@ -126,6 +127,8 @@ class Texts(Dataset[tuple[Text, int | None]]):
         return None if all(map(_is_number, labels)) else sorted(labels)
 
     def _text(self, record: Record, place: str) -> Text:
+        if self._prompt not in record and not _FIELD.search(self._prompt):
+            raise InputError(f"{place}: no field {self._prompt!r}, as records before; fields: {shorten(record)}.")
         prompt = _value(record, self._prompt, place)
         text: str | tuple[Message, ...]
         answer = None if self._answer is None else _value(record, self._answer, place)
@@ -164,10 +167,12 @@ class Texts(Dataset[tuple[Text, int | None]]):
     def _number(self, record: Record, options: Sequence[str], answer: str | None, place: str) -> int | None:
         """Return the number of the right class or choice, None where that is not known."""
         label = None if self._label is None else _value(record, self._label, place)
+        fields = [] if self._choices is None or isinstance(self._choices, str) else list(self._choices)
         if label is None or label == "":
             return options.index(answer) if answer is not None and answer in options else None
-        if str(label) in options:
-            return options.index(str(label))
+        for names in (options, fields):
+            if str(label) in names:
+                return names.index(str(label))
         if not _is_number(label):
             raise InputError(
                 f"{place}: {self._label}: expected one of {shorten(options) or 'the whole numbers from 0'}, found "

@@ -120,7 +120,9 @@ def _caption(content: Mapping[str, Any]) -> str:
         text += "\ngap: share of the way from task arithmetic (0.3) to the experts, %."
     if any(row.get("normalised") is not None for row in content["rows"].values()):
         text += "\nnorm.: accuracy relative to the task's expert, %."
-    return f"{text}\n95 %: bootstrap over the scored inputs; ECE: expected calibration error, %; s: seconds."
+    if any(row.get("calibration_error") for row in content["rows"].values()):
+        text += "\nECE: expected calibration error, %."
+    return f"{text}\n95 %: bootstrap over the scored inputs; s: seconds."
 
 
 def _mean(values: Mapping[str, float]) -> float:

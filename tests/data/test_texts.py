@@ -81,6 +81,18 @@ def test_braces_reach_no_attribute_of_a_value():
     assert Texts([{"q": "x", "q.__class__": "plain"}], prompt="{q.__class__}")[0][0].prompt == "plain"
 
 
+@pytest.mark.parametrize(("key", "label"), [("B", 1), ("0", 0), ("yes", 0), ("no", 1)])
+def test_label_of_fields_of_choices_is_a_number_a_choice_or_a_fields_name(key, label):
+    records = [{"prompt": "Is it?", "A": "yes", "B": "no", "key": key}]
+    assert Texts(records, choices=["A", "B"], label="key")[0][1] == label
+
+
+def test_prompt_that_a_later_record_lacks_is_refused_and_an_empty_one_left_out():
+    with pytest.raises(InputError, match=r"record 1: no field 'prompt'.*question"):
+        Texts([{"prompt": "a"}, {"question": "b"}])
+    assert len(Texts([{"prompt": "a"}, {"prompt": ""}])) == 1
+
+
 def test_labels_are_numbers_or_names_in_the_order_of_the_classes(tmp_path):
     records = [{"text": "fine", "label": "good"}, {"text": "poor", "label": "bad"}]
     sorted_names = Texts(records)
