@@ -89,14 +89,8 @@ def _evaluate_run(
     if chosen:
         _evaluate_corrupted(run_dir, assembly, result, chosen, as_json=as_json)
         return
-    rows = score_run(
-        assembly.model,
-        assembly.data,
-        result,
-        assembly.batch_norm,
-        references=True,
-        from_start=config.get("start") is not None,
-    )
+    options = {"references": True, "from_start": config.get("start") is not None}
+    rows = score_run(assembly.model, assembly.data, result, assembly.batch_norm, **options)
     content = summary(rows, assembly.data.protocol, assembly.data.unreadable_evaluation())
     if not checkpoint:
         save_json(content, path)

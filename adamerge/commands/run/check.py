@@ -56,8 +56,8 @@ def check(config: DictConfig) -> list[str]:
     _check_settings(config, (*_LIMITS, *_SWITCHES, "name"), problems)
     with problems.naming("run_dir"):
         parts["run_dir"] = check_folder("run_dir", config.get("run_dir"))
-    if config.get("teacher_cache") is not None:
-        with problems.naming("teacher_cache"):
+    with problems.naming("teacher_cache"):
+        if config.get("teacher_cache") is not None:
             check_folder("teacher_cache", config.teacher_cache)
     with problems.naming("start"):
         check_start_rule(config)
@@ -88,8 +88,7 @@ def check(config: DictConfig) -> list[str]:
         check_tasks(config, parts, problems)
     with problems.naming("teachers"):
         build_optional(config, "teachers")
-        if not problems:
-            problems += forecast_texts(config, parts)
+        problems += [] if problems else forecast_texts(config, parts)
     return problems
 
 

@@ -323,10 +323,9 @@ def head_info(data: UnlabeledTasks) -> dict[str, Any]:
 
 def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> None:
     """Add the metrics to ``merge.json``."""
-    content = read_json_mapping(path)
-    rows = {name: {k: v for k, v in row.items() if k != "correct"} for name, row in summary["rows"].items()}
-    facts = {"metrics": rows, "unreadable_evaluation": summary.get("unreadable", {})}
-    save_json({**content, **facts, "seconds": seconds, "peak_memory_bytes": peak_memory()}, path)
+    metrics = {name: {k: v for k, v in row.items() if k != "correct"} for name, row in summary["rows"].items()}
+    facts = {"metrics": metrics, "unreadable_evaluation": summary.get("unreadable", {})}
+    save_json({**read_json_mapping(path), **facts, "seconds": seconds, "peak_memory_bytes": peak_memory()}, path)
 
 
 def _callbacks(config: DictConfig, folder: Path) -> list[Callback]:
