@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +28,7 @@ from adamerge.checkpoints.hashes import digest
 from adamerge.checkpoints.model_folder import OPEN_CLIP_CONFIG, read_open_clip_config
 from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.system.progress import only_errors
 
 
 class ZeroShotHead(nn.Module):
@@ -215,7 +214,7 @@ class OpenClip:
     def _create(self, device: str) -> Any:
         import open_clip
 
-        with _quiet():
+        with only_errors():  # not that a model without weights is random: its weights are not used
             try:
                 return open_clip.create_model(self._name, device=device, load_weights=False, pretrained_text=False)
             except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -336,15 +335,3 @@ class OpenClip:
         import open_clip
 
         return {"model_cfg": open_clip.get_model_config(self.model)}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's warning that a model without weights is random: its weights are not used."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)

@@ -12,7 +12,7 @@ from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.data.batch import Collate, Read, Valid, read_output, stack
 from adamerge.data.first_look import check_labels
 from adamerge.data.task import Task
-from adamerge.errors import InputError
+from adamerge.errors import InputError, did_you_mean
 
 _TEMPLATE = re.compile(r"[^{}]*(\{0?\}[^{}]*)+")
 
@@ -114,6 +114,21 @@ def check_templates(name: str, templates: Sequence[str]) -> None:
                 f"data.tasks.{name}.templates: expected texts with {{}} in the place of the class name, found "
                 f"{repr(template)[:80]}."
             )
+
+
+def expert_of(name: str, task: Task, experts: Mapping[str, Checkpoint], part: str) -> Checkpoint:
+    """Return the expert of a task, whose ``part`` is the task's head.
+
+    Raises:
+        InputError: If the pool has none.
+    """
+    expert = task.expert or name
+    if expert not in experts:
+        raise InputError(
+            f"data.tasks.{name}.expert: no expert {expert!r} in the pool, whose {part} would be the head."
+            f"{did_you_mean(expert, experts)}"
+        )
+    return experts[expert]
 
 
 def check_classes(tasks: Mapping[str, Task], heads: Mapping[str, nn.Module], features: int) -> None:

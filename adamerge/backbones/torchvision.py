@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adamerge.backbones.protocol import expert_of
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.data.task import Task
 from adamerge.errors import InputError, did_you_mean, shorten
@@ -76,13 +77,7 @@ class Torchvision:
         """
         heads: dict[str, nn.Module] = {}
         for name, task in tasks.items():
-            expert = task.expert or name
-            if expert not in experts:
-                raise InputError(
-                    f"data.tasks.{name}.expert: no expert {expert!r} in the pool, whose classifier would be the head."
-                    f"{did_you_mean(expert, experts)}"
-                )
-            source = experts[expert]
+            source = expert_of(name, task, experts, "classifier")
             keys = [f"{self.head}.weight", f"{self.head}.bias"]
             missing = [key for key in keys if key not in source.keys]
             if missing:

@@ -15,13 +15,14 @@ from adamerge.backbones.classifiers import read_classifiers
 from adamerge.backbones.file_names import FileNames, check_vocabularies, file_names, network_names, path_of
 from adamerge.backbones.model_inputs import ModelInputs, collate
 from adamerge.backbones.own_heads import HeadModule, find_head, head_of
+from adamerge.backbones.protocol import expert_of
 from adamerge.backbones.reading import FEATURES, next_tokens, pooled, rows_of
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.model_folder import HF_CONFIG
 from adamerge.data.batch import Inputs, Outputs
 from adamerge.data.task import Task
-from adamerge.errors import InputError, check_choice, check_number, did_you_mean, shorten
+from adamerge.errors import InputError, check_choice, check_number, shorten
 from adamerge.system.reading import read_json_mapping
 
 
@@ -258,13 +259,7 @@ class Transformers:
             return {}
         heads: dict[str, nn.Module] = {}
         for name, task in tasks.items():
-            expert = task.expert or name
-            if expert not in experts:
-                raise InputError(
-                    f"data.tasks.{name}.expert: no expert {expert!r} in the pool, whose {head.path} would be the head."
-                    f"{did_you_mean(expert, experts)}"
-                )
-            heads[name] = self._head(head, experts[expert])
+            heads[name] = self._head(head, expert_of(name, task, experts, head.path))
         return heads
 
     def _head(self, head: HeadModule, expert: Checkpoint) -> nn.Module:

@@ -1,7 +1,6 @@
 """Score an exported language model by tasks of lm-eval (the Language Model Evaluation Harness)."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from adamerge.errors import InputError, did_you_mean
 from adamerge.results.table import Table
+from adamerge.system.progress import only_errors
 
 FORMAT = 1
 _MISSING = "--harness needs the package lm_eval: pip install 'adamerge[harness]'."
@@ -104,13 +104,10 @@ def _quiet() -> Iterator[None]:
     """Leave progress and remarks of lm-eval out, and forbid tokenizers to warn of forks."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with only_errors("lm_eval"):
+            yield
     finally:
-        logger.setLevel(level)
         os.environ.pop("TOKENIZERS_PARALLELISM")
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -37,6 +37,18 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
+@contextmanager
+def only_errors(name: str = "") -> Iterator[None]:
+    """Let a logger (default: the root) pass errors only while a block lasts."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class SafeConsole(Console):
     """A console that texts cannot steer: names in files of others may hold control characters."""
 

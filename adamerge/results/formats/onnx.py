@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from adamerge.errors import InputError
 from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, example
 from adamerge.results.formats.torchvision import preprocessing_of
 from adamerge.system.files import save_json
+from adamerge.system.progress import only_errors
 
 WEIGHTS = "model.onnx"
 EXTERNAL = f"{WEIGHTS}.data"  # what the exporter calls it
@@ -111,15 +111,11 @@ def _module(merged: MergedFolder) -> Classifiers:
 
 def _exported(module: nn.Module, images: Tensor, outputs: list[str]) -> Any:
     """Export without the exporter's progress and its advice to other programs."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            return torch.onnx.export(
-                module, (images,), input_names=[INPUT], output_names=outputs,
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}}, dynamo=True, verbose=False,
-            )  # fmt: skip
-    finally:
-        logger.setLevel(level)
+    with (
+        only_errors("torch.onnx"), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad()
+    ):  # fmt: skip
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            module, (images,), input_names=[INPUT], output_names=outputs,
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}}, dynamo=True, verbose=False,
+        )  # fmt: skip
