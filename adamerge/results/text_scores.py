@@ -168,19 +168,28 @@ def score_texts(
     Raises:
         InputError: If the texts have nothing to score by, and no expert to compare with.
     """
+    if _is_classified(outputs, data, task, device):
+        return None
     totals, texts = TextTotals(), texts_of(data, task)
     answers = repeat(None) if experts is None else experts.of(task)
     for (inputs, labels), expert in zip(data.evaluation_loader(task), answers, strict=False):
         on_device = to(inputs, device)
         result = outputs(on_device, task)
-        if not totals.rows and next_tokens(result, on_device) is None and all(text.label is not None for text in texts):
-            return None
         totals.add(result, on_device)
         if expert is not None:
             totals.compare(result.rows(), expert)
         if on_batch is not None:
             on_batch(len(labels))
     return _score(totals, texts, outputs, data, task, device)
+
+
+def _is_classified(outputs: OutputsOf, data: UnlabeledTasks, task: str, device: torch.device) -> bool:
+    """Whether a task's texts have labels, and the network, asked one text, predicts no tokens."""
+    texts = texts_of(data, task)
+    if not texts or any(text.label is None for text in texts):
+        return False
+    inputs = to(data.collate([data.input_of(texts[0])]), device)
+    return next_tokens(outputs(inputs, task), inputs) is None
 
 
 def _score(
@@ -213,6 +222,8 @@ def _score(
 class ExpertAnswers:
     """What each task's expert says of the texts to score, asked once: one expert in memory at a time.
 
+    Experts that classify texts with labels are not asked.
+
     Args:
         model: Has the experts.
         data: Has the texts.
@@ -228,11 +239,17 @@ class ExpertAnswers:
     @torch.no_grad()
     def _ask(model: MergedModel, data: UnlabeledTasks, task: str) -> Iterator[Answers]:
         params = model.expert_parameters(model.teacher_of(task))
+
+        def outputs_of(inputs: Inputs, task: str) -> Outputs:
+            return model.outputs(inputs, task, params)
+
+        if _is_classified(outputs_of, data, task, model.pool.device):
+            return
         for inputs, _ in data.evaluation_loader(task):
-            outputs = model.outputs(to(inputs, model.pool.device), task, params)
+            outputs = outputs_of(to(inputs, model.pool.device), task)
             answers = shorten_answers(outputs.rows(), KEPT)
             yield Answers(*(None if part is None else part.cpu() for part in answers))  # type: ignore[arg-type]
 
     def of(self, task: str) -> Iterator[Answers | None]:
         """Yield the answers to each batch of a task; None without end where no expert was asked."""
-        return chain(self._answers[task]) if task in self._answers else repeat(None)
+        return chain(self._answers[task]) if self._answers.get(task) else repeat(None)
