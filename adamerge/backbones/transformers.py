@@ -146,12 +146,14 @@ class Transformers:
         """The module that is each expert's own; None where there is none."""
         if self.head is None:
             return None
-        grown = set(self.extended)
+        grown, tied = set(self.extended), networks.tied_names(self._plain)
         if not grown:
             check_vocabularies(networks.vocabulary_names(self._plain)[:1], self._base, self._experts)
         path = None if self.head == "auto" else self.head
         experts = {name: file.shapes for name, file in self._experts.items()}
-        return find_head(self._plain, path, self._base.shapes, experts, grown)
+        of_file = self._base.shapes
+        base = {alias: of_file[name] for alias, name in tied.items() if name in of_file} | dict(of_file)
+        return find_head(self._plain, path, base, experts, grown)
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -186,10 +188,7 @@ class Transformers:
         """Return the network, without the experts' own head."""
         self.config.use_cache = False
         network = networks.new_network(self.network_class, self.config)
-        head = self.head_module
-        if head is not None:
-            network.set_submodule(head.path, nn.Identity())
-        return network
+        return network if self.head_module is None else self.head_module.without(network)
 
     def base_problems(self, base: Checkpoint) -> list[str]:
         """Say which parameters of the network a base lacks."""
@@ -323,7 +322,8 @@ class Transformers:
         logits = getattr(output, "logits", None)
         if logits is None:
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-            logits = pooled(output, mask, self.features, self.class_name)
+            follows_body = self.head_module is not None and self.head_module.body is not None
+            logits = pooled(output, mask, "first" if follows_body else self.features, self.class_name)
             logits = functional.normalize(logits, dim=-1) if self.normalize else logits
         if not isinstance(logits, Tensor):
             raise InputError(

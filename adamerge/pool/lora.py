@@ -21,6 +21,7 @@ from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, check_pattern, did_you_mean, shorten
 from adamerge.pool.low_rank import LowRank, matrix_shape
 from adamerge.pool.places import BIAS, WEIGHT, Place, places_of
+from adamerge.pool.tied_outputs import leave_out_tied
 from adamerge.system.files import combined_hash, sha256
 from adamerge.system.patterns import search_all
 from adamerge.system.reading import read_json
@@ -89,6 +90,7 @@ class AdapterCheckpoint:
         whole: dict[str, str] = {}
         for key in self._file.keys:
             self._sort(key, pairs, biases, whole)
+        leave_out_tied(self._file, base, pairs, whole)
         if not pairs:
             raise InputError(
                 f"{self._file.name}: no LoRA weights: expected keys such as '{_PREFIX}NAME.lora_A.weight'."

@@ -78,23 +78,37 @@ def _inputs(model: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, **({"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {})}
 
 
-def test_experts_with_heads_of_their_own_over_a_bare_base(tmp_path: Path) -> None:
-    bert = new_model("BertModel")
-    folders = {"base": save_model(bert, tmp_path / "base")}
-    tuned = {}
-    for expert, classes in (("one", 2), ("two", 3)):
-        tuned[expert] = new_model("BertForSequenceClassification", classes, num_labels=classes)
-        tuned[expert].bert.load_state_dict(moved(bert.state_dict(), classes))
-        folders[expert] = save_model(tuned[expert], tmp_path / expert)
+OWN_HEADS = {
+    "BertModel": ("BertForSequenceClassification", "classifier"),
+    "BertForMaskedLM": ("BertForSequenceClassification", "bert.pooler, classifier"),
+    "DistilBertForMaskedLM": ("DistilBertForSequenceClassification", "pre_classifier, classifier"),
+}
+
+
+def family_with_heads(base: str, expert: str, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Write a base without the experts' heads, and two experts of 2 and 3 classes; return folders and experts."""
+    bare = new_model(base)
+    folders, tuned = {"base": save_model(bare, folder / "base")}, {}
+    for name, classes in (("one", 2), ("two", 3)):
+        tuned[name] = new_model(expert, classes, num_labels=classes)
+        tuned[name].base_model.load_state_dict(moved(bare.base_model.state_dict(), classes), strict=False)
+        folders[name] = save_model(tuned[name], folder / name)
+    return folders, tuned
+
+
+@pytest.mark.parametrize("base", OWN_HEADS)
+def test_experts_with_heads_of_their_own_over_a_bare_base(base: str, tmp_path: Path) -> None:
+    expert, path = OWN_HEADS[base]
+    folders, tuned = family_with_heads(base, expert, tmp_path)
     backbone = backbone_of(folders, auto="AutoModelForSequenceClassification")
     pool = pool_for(backbone)
     head = backbone.head_module
     assert head is not None
-    assert head.path == "classifier"
-    assert len(pool.names) == len(list(bert.parameters()))
+    assert head.path == path
+    network, ids = backbone.encoder(), torch.randint(6, 20, (2, 7))
+    assert set(pool.names) == {name for name, _ in network.named_parameters()}
     tasks = {name: Task(dataset=[(torch.zeros(1), 0)]) for name in ("one", "two")}
     heads = backbone.heads(pool.source, {name: pool.checkpoint(name) for name in ("one", "two")}, tasks)
-    network, ids = backbone.encoder(), torch.randint(6, 20, (2, 7))
     for name, model in tuned.items():
         parameters = {**pool.expert_parameters(name), **dict(network.named_buffers())}
         with torch.no_grad():
@@ -102,6 +116,14 @@ def test_experts_with_heads_of_their_own_over_a_bare_base(tmp_path: Path) -> Non
             outputs = backbone.read(output, {"input_ids": ids})
             assert outputs.features is not None
             torch.testing.assert_close(heads[name](outputs.features), model(ids).logits)
+
+
+def test_modules_after_the_body_that_read_all_positions_are_refused(tmp_path: Path) -> None:
+    folders, _ = family_with_heads("ModernBertModel", "ModernBertForSequenceClassification", tmp_path)
+    backbone = backbone_of(folders, auto="AutoModelForSequenceClassification")
+    pool = pool_for(backbone)
+    with pytest.raises(InputError, match="other positions than the first"):
+        backbone.heads(pool.source, {"one": pool.checkpoint("one")}, {"one": Task(dataset=[(torch.zeros(1), 0)])})
 
 
 def test_tied_weights_under_both_names_are_accepted_when_equal(tmp_path: Path) -> None:
@@ -250,6 +272,34 @@ def test_adapters_trained_on_the_network_are_its_experts(name: str, tmp_path: Pa
         outputs = backbone.read(output, inputs)
         logits = heads["one"](outputs.features) if heads else outputs.logits
         torch.testing.assert_close(logits, adapted(**inputs).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # peft warns of tied weights
+def test_adapters_of_a_tied_output_layer_are_those_of_the_embeddings_or_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = save_model(new_model("Qwen2ForCausalLM"), tmp_path / "base")
+    options: dict[str, dict[str, Any]] = {
+        "apart": {"target_modules": ["q_proj", "lm_head"]},
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "tied": {"target_modules": ["q_proj", "lm_head", "embed_tokens"], "ensure_weight_tying": True},
+    }
+    for name, chosen in options.items():
+        model = new_model.__wrapped__("Qwen2ForCausalLM")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False, **chosen)).eval()
+        for key, parameter in adapted.named_parameters():
+            if "modules_to_save" in key:
+                parameter.data += 0.1
+        adapted.save_pretrained(tmp_path / name)
+        backbone = backbone_of({"base": base, "one": tmp_path / name})
+        if name != "tied":
+            with pytest.raises(InputError, match=r"trains 'lm_head.*Tied weights"):
+                pool_for(backbone)
+            continue
+        pool, network, inputs = pool_for(backbone), backbone.encoder(), _inputs(model)
+        parameters = {**pool.expert_parameters("one"), **dict(network.named_buffers())}
+        with torch.no_grad():
+            output = torch.func.functional_call(network, parameters, kwargs=inputs, tie_weights=True)
+            torch.testing.assert_close(output.logits, adapted(**inputs).logits)
 
 
 _AUTO = {

@@ -58,6 +58,17 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "BertForSequenceClassification": lambda: t.BertConfig(**_TEXT),
         "BertForTokenClassification": lambda: t.BertConfig(**_TEXT),
         "BertModel": lambda: t.BertConfig(**_TEXT),
+        "BertForMaskedLM": lambda: t.BertConfig(**_TEXT),
+        **dict.fromkeys(
+            ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
+            lambda: t.DistilBertConfig(
+                dim=16, hidden_dim=24, n_layers=2, n_heads=2, vocab_size=VOCABULARY, max_position_embeddings=40
+            ),
+        ),
+        **dict.fromkeys(
+            ("ModernBertModel", "ModernBertForSequenceClassification"),
+            lambda: t.ModernBertConfig(**_TEXT, classifier_pooling="mean"),
+        ),
         "ViTForImageClassification": lambda: t.ViTConfig(**_VISION),
         "SegformerForSemanticSegmentation": lambda: t.SegformerConfig(
             num_encoder_blocks=2,

@@ -102,7 +102,7 @@ def _with_head(merged: MergedFolder, backbone: Transformers, task: str) -> dict[
     tensors = {name: merged.checkpoint.get(key) for key, name in names.items() if key in set(merged.checkpoint.keys)}
     dtype = next(iter(tensors.values())).dtype
     for name, tensor in merged.heads[task].items():
-        tensors[f"{head.path}.{name.removeprefix('head.')}"] = tensor.to(dtype)
+        tensors[head.name_of(name)] = tensor.to(dtype)
     return tensors
 
 
