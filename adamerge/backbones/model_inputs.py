@@ -16,8 +16,8 @@ from adamerge.data.texts import Text
 from adamerge.errors import InputError, shorten
 
 _UNLIMITED = 1_000_000  # tokens; tokenizers without a limit state 1e30
-_PADS = {"labels": -100}  # values that padding has, by key; input_ids have the tokenizer's
-ANSWER = "_answer"
+ANSWER, TARGETS = "_answer", "_targets"
+_PADS = {"labels": -100, TARGETS: -100}  # values that padding has, by key; input_ids have the tokenizer's
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ class ModelInputs:
     def _pair(self, prompt: list[int], answer: str | None) -> Mapping[str, Tensor]:
         """Return a text and what the decoder has said of its answer."""
         start = self.tokenizer.pad_token_id if self.decoder_start is None else self.decoder_start
-        said = [start, *(self._ids(answer, self._limit, special=True) if answer else [])]
-        said = said[:-1] if len(said) > 1 else said  # the last token is only predicted
+        targets = self._ids(answer, self._limit, special=True) if answer else []
+        said = [start, *targets[:-1]]  # the last token is only predicted
         return {
             "input_ids": torch.tensor(prompt),
             "attention_mask": torch.ones(len(prompt), dtype=torch.long),
             "decoder_input_ids": torch.tensor(said),
             "decoder_attention_mask": torch.ones(len(said), dtype=torch.long),
+            TARGETS: torch.tensor(targets or [_PADS[TARGETS]]),
         }
 
     def _prompt(self, text: Text, limit: int) -> list[int]:

@@ -43,8 +43,44 @@ def check_task(name: str, task: Task, preprocess: Callable[[Any], Inputs] | None
         InputError: If something is wrong; the message names the task, the split, the item and the remedy.
     """
     check_class_names(name, task)
+    check_metrics(name, task)
     for where, dataset in _to_adapt(name, task):
         _check_inputs(where, dataset, preprocess)
+
+
+def check_metrics(name: str, task: Task) -> None:
+    """Try a task's metrics on logits of as many classes as it names.
+
+    Raises:
+        InputError: If one is no metric, has another number of classes, or gives more than one number.
+    """
+    if not isinstance(task.metrics, Mapping):
+        raise InputError(f"data.tasks.{name}.metrics: expected name: metric, found {task.metrics!r}.")
+    for key, metric in task.metrics.items():
+        where, classes = f"data.tasks.{name}.metrics.{key}", len(task.class_names or ())
+        if not callable(metric) or not hasattr(metric, "reset"):
+            raise InputError(
+                f"{where}: expected a metric of torchmetrics, found {metric!r}. Such as "
+                "{_target_: torchmetrics.classification.MulticlassF1Score, num_classes: 3, average: macro}."
+            )
+        if classes:
+            measure(metric, torch.eye(classes), torch.arange(classes), where)
+
+
+def measure(metric: Any, predictions: Tensor, labels: Tensor, where: str) -> float:
+    """Return the number that a metric gives for logits (N, C), or classes (N,), and labels (N,).
+
+    Raises:
+        InputError: If it gives none; ``where`` names it.
+    """
+    try:
+        value = float(metric(predictions, labels))
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        of = f" on {predictions.shape[-1]} classes" if predictions.ndim > 1 else ""
+        raise InputError(f"{where}: {type(metric).__name__}{of}: {reason}") from error
+    metric.reset()
+    return value
 
 
 def check_precision(name: str, task: Task) -> None:

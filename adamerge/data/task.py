@@ -1,7 +1,7 @@
 """A task's inputs, and their division into those that adapt, are held out, and are scored."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch.utils.data import Dataset, Subset
@@ -29,6 +29,8 @@ class Task:
         classes: Class names in the order of the labels; default ``dataset.classes``.
         templates: Prompts such as ``"a photo of a {}."`` for zero-shot heads.
         expert: Name of the expert that belongs to the task; default the task's own name.
+        metrics: Name to a metric of torchmetrics, of logits (N, C) and labels (N,) to one number, that is measured
+            beside the accuracy.
     """
 
     dataset: Dataset[Any] | None = None
@@ -37,6 +39,7 @@ class Task:
     classes: Sequence[str] | None = None
     templates: Sequence[str] = ("a photo of a {}.",)
     expert: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def class_names(self) -> list[str] | None:

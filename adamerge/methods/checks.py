@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from adamerge.data.batch import TaskBatch
+from adamerge.data.batch import Outputs, TaskBatch
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model.merged_model import MergedModel
 from adamerge.objectives import Objective
@@ -30,6 +30,25 @@ def check_same_pool(saved: Mapping[str, str], here: Mapping[str, str]) -> None:
         raise InputError(
             f"The checkpoint cannot be resumed: the content of {shorten(changed)} has changed since it was saved. "
             "Restore the files, or start a new run."
+        )
+
+
+def check_rows(outputs: Outputs, model: MergedModel, parts: int) -> None:
+    """Refuse a batch in several parts, whose rows that count are known only once the network has run.
+
+    Args:
+        outputs: Of one part.
+        model: Whose ``valid`` would have told it before.
+        parts: Devices, times batches whose gradients are accumulated.
+
+    Raises:
+        InputError: If so: the parts would be weighed by their samples.
+    """
+    if outputs.valid is not None and model.valid is None and parts > 1:
+        raise InputError(
+            "backbone: read() says which rows count (Outputs.valid), but a step in several parts, on devices or with "
+            "accumulate_grad_batches, has to know it before. Give the backbone a method valid(inputs) that returns it "
+            "(of a MergedModel: valid=)."
         )
 
 

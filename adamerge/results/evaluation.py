@@ -12,8 +12,9 @@ from adamerge.data.batch import Inputs, Outputs, to
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.model.merged_model import MergedModel
+from adamerge.results.task_score import MEASURES
 from adamerge.results.task_score import TaskScore as TaskScore
-from adamerge.results.text_scores import MEASURES, ExpertAnswers, is_text, score_texts
+from adamerge.results.text_scores import ExpertAnswers, is_text, of_metrics, score_texts
 from adamerge.system import progress
 
 FORMAT = 1
@@ -87,10 +88,13 @@ def score_task(
             f"data.tasks.{task}: found label {int(outside[0])}, but its head has {classes} classes. "
             "Do the class names belong to this data set?"
         )
+    measures, kinds = of_metrics(data, task, predictions, truth)
     return TaskScore(
         accuracy=MulticlassAccuracy(classes, average="micro")(predictions, truth).item(),
         calibration_error=MulticlassCalibrationError(classes, n_bins=15)(predictions.softmax(-1), truth).item(),
         correct=predictions.argmax(-1) == truth,
+        measures=measures,
+        kinds=kinds,
     )
 
 
@@ -213,11 +217,12 @@ def summary(
     tasks, metrics = list(first), {task: score.metric for task, score in first.items()}
     unseen = list(dict.fromkeys(task for row in rows.values() for task in row.unseen))
     shown = dict.fromkeys(name for row in content.values() for name in row.get("measures", ()))
+    kinds = {**MEASURES, **{name: kind for score in first.values() for name, kind in score.kinds.items()}}
     optional = {
         "unseen": unseen,
         "unreadable": dict(unreadable or {}),
         "metrics": metrics if set(metrics.values()) != {"accuracy"} else {},
-        "measures": {name: asdict(MEASURES[name]) for name in shown if name in MEASURES},
+        "measures": {name: asdict(kinds[name]) for name in shown if name in kinds},
     }
     stated = {key: value for key, value in optional.items() if value}
     return {"format": FORMAT, "protocol": protocol, "tasks": tasks, **stated, "rows": content}

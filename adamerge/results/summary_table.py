@@ -7,7 +7,7 @@ from typing import Any
 
 from adamerge.results.numbers import percent
 from adamerge.results.table import Table
-from adamerge.results.text_scores import KEPT, MEASURES
+from adamerge.results.text_scores import KEPT
 
 _CONTROLS = {
     "random_experts": "random directions of the task vectors' norms in their place; same start, steps and samples",
@@ -25,13 +25,14 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
     tasks, unseen = content["tasks"], content.get("unseen", [])
     rows = list(content["rows"].values())
     names = dict.fromkeys(name for row in rows for name in row.get("measures", ()))
+    kinds = content.get("measures", {})
     measures: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "95 %": lambda row: f"±{50 * (row['interval'][1] - row['interval'][0]):.1f}",
         "spread": lambda row: "" if row.get("spread") is None else f"±{100 * row['spread']:.1f}",
         "gap": lambda row: percent(row.get("gap_closed"), 0),
         "norm.": lambda row: percent(row.get("normalised")),
         "diff.": lambda row: "" if row.get("difference") is None else f"{row['difference']:+.1f}",
-        **{_heading(name): functools.partial(_measured, name) for name in names},
+        **{_heading(name, kinds.get(name)): functools.partial(_measured, name, kinds.get(name)) for name in names},
         "ECE": lambda row: percent(_mean(row["calibration_error"]) if row.get("calibration_error") else None),
         "s": lambda row: "" if row.get("seconds") is None else f"{row['seconds']:.1f}",
         "MB": lambda row: f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "",
@@ -52,16 +53,15 @@ def table(content: Mapping[str, Any], title: str = "") -> Table:
     )  # fmt: skip
 
 
-def _heading(name: str) -> str:
+def _heading(name: str, kind: Mapping[str, Any] | None) -> str:
     """Return the heading of a measure, with its unit and its better direction."""
-    measure = MEASURES.get(name)
-    if measure is None:
+    if kind is None:
         return name
-    unit = f", {measure.unit}" if measure.unit else ""
-    return f"{name}{unit} {'↓' if measure.lower_is_better else '↑'}"
+    unit = f", {kind['unit']}" if kind["unit"] else ""
+    return f"{name}{unit} {'↓' if kind['lower_is_better'] else '↑'}"
 
 
-def _measured(name: str, row: Mapping[str, Any]) -> str:
+def _measured(name: str, kind: Mapping[str, Any] | None, row: Mapping[str, Any]) -> str:
     """Return the mean of a measure over a row's tasks that have it; of perplexities the geometric one."""
     values = list(row.get("measures", {}).get(name, {}).values())
     if not values:
@@ -69,7 +69,7 @@ def _measured(name: str, row: Mapping[str, Any]) -> str:
     if name == "perplexity":
         return f"{math.exp(sum(map(math.log, values)) / len(values)):.4g}"
     mean = sum(values) / len(values)
-    return percent(mean) if MEASURES[name].unit == "%" else f"{mean:.3g}"
+    return percent(mean) if kind and kind["unit"] == "%" else f"{mean:.3g}"
 
 
 def _beside(value: float, row: Mapping[str, Any], task: str | None = None) -> str:

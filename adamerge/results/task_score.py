@@ -7,6 +7,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How a measure beside the score is shown: its unit, and whether lower values are better."""
+
+    unit: str
+    lower_is_better: bool
+
+
+MEASURES = {
+    "perplexity": Measure("", lower_is_better=True),
+    "agreement": Measure("%", lower_is_better=False),
+    "KL": Measure("nats", lower_is_better=True),
+}
+
+
+@dataclass(frozen=True)
 class TaskScore:
     """One task's result.
 
@@ -16,6 +31,7 @@ class TaskScore:
         correct: Each sample's part of the score, (N,): whether it is hit, or a share.
         metric: What the score is, such as ``exact match``.
         measures: What else was measured, such as ``perplexity``.
+        kinds: How those are shown that are not in :data:`MEASURES`.
     """
 
     accuracy: float
@@ -23,3 +39,4 @@ class TaskScore:
     correct: Tensor
     metric: str = "accuracy"
     measures: Mapping[str, float] = field(default_factory=dict)
+    kinds: Mapping[str, Measure] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 Legend: B texts, S positions, V tokens, N rows that count.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,31 +15,19 @@ from torch import Tensor
 
 from adamerge.data.batch import Inputs, Outputs, to
 from adamerge.data.datasets import length_of, split_item
+from adamerge.data.first_look import measure
 from adamerge.data.texts import Text, Texts
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.data.unreadable import in_whole
 from adamerge.errors import InputError
 from adamerge.model.answers import Answers, coarsen, shorten_answers
 from adamerge.model.merged_model import MergedModel
-from adamerge.results.task_score import TaskScore
+from adamerge.results.task_score import Measure, TaskScore
+
+log = logging.getLogger(__name__)
 
 KEPT = 64  # classes of an expert's answer; a divergence from it is a lower bound where there are more
 OutputsOf = Callable[[Inputs, str], Outputs]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How a measure beside the score is shown: its unit, and whether lower values are better."""
-
-    unit: str
-    lower_is_better: bool
-
-
-MEASURES = {
-    "perplexity": Measure("", lower_is_better=True),
-    "agreement": Measure("%", lower_is_better=False),
-    "KL": Measure("nats", lower_is_better=True),
-}
 
 
 def is_text(data: UnlabeledTasks, task: str) -> bool:
@@ -118,6 +107,16 @@ class TextTotals:
         if self.rows:
             measures |= {"agreement": float(self.agreed.mean()), "KL": self.divergence / self.rows}
         return measures
+
+
+def of_metrics(
+    data: UnlabeledTasks, task: str, predictions: Tensor, labels: Tensor
+) -> tuple[dict[str, float], dict[str, Measure]]:
+    """Return what a task's metrics say of logits (N, C) or classes (N,), and how they are shown."""
+    metrics = data.tasks[task].metrics
+    where = f"data.tasks.{task}.metrics"
+    values = {name: measure(metric, predictions, labels, f"{where}.{name}") for name, metric in metrics.items()}
+    return values, {name: Measure("", metric.higher_is_better is False) for name, metric in metrics.items()}
 
 
 @torch.no_grad()
@@ -203,8 +202,12 @@ def _score(
     measures, is_generative = totals.measures(), totals.tokens > 0
     if is_generative and all(text.choices and text.label is not None for text in texts):
         measures.pop("perplexity")  # of questions
-        right = choose(outputs, data, task, texts, device) == torch.tensor([text.label for text in texts])
-        return TaskScore(right.float().mean().item(), None, right, "choice accuracy", measures)
+        chosen, labels = choose(outputs, data, task, texts, device), torch.tensor([text.label for text in texts])
+        more, kinds = of_metrics(data, task, chosen, labels)
+        right = chosen == labels
+        return TaskScore(right.float().mean().item(), None, right, "choice accuracy", {**measures, **more}, kinds)
+    if data.tasks[task].metrics:
+        log.warning("data.tasks.%s.metrics: left out, as its texts have no labels to measure by.", task)
     if is_generative:
         is_answer = all(text.answer for text in texts)
         right = totals.right == 1 if is_answer else totals.right

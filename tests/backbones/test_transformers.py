@@ -14,6 +14,7 @@ from adamerge.data.task import Task
 from adamerge.data.texts import Text
 from adamerge.errors import InputError
 from adamerge.pool.pool import ExpertPool
+from adamerge.results.text_scores import next_tokens
 from tests.support.model_folders import moved, new_model, save_family, save_file_of, save_model, save_tokenizer
 
 CLASSES = (
@@ -205,6 +206,23 @@ def test_texts_become_ids_with_the_positions_of_the_answer(tmp_path: Path) -> No
     answers = backbone_of(folders, positions="answer").valid(batch)
     assert answers is not None
     assert answers.sum() == 1
+
+
+def test_a_decoder_is_scored_by_what_it_is_to_say(tmp_path: Path) -> None:
+    model = new_model("T5ForConditionalGeneration")
+    backbone = Transformers(model=save_model(model, tmp_path))
+    texts = [Text("2 plus 3 equals", "five"), Text("a film", "very good film"), Text("a film")]
+    batch = backbone.collate([backbone.preprocess()(text) for text in texts])
+    assert batch["decoder_input_ids"].tolist() == [[0, 0, 0], [0, 15, 6], [0, 0, 0]]
+    outputs = backbone.read(model(**{key: value for key, value in batch.items() if not key.startswith("_")}), batch)
+    said = next_tokens(outputs, batch)
+    assert said is not None
+    logits, targets, lengths = said
+    assert targets.tolist() == [20, 15, 6, 9]
+    assert lengths.tolist() == [1, 3, 0]
+    ids = torch.tensor([[15, 6, 9]])
+    alone = model(input_ids=torch.tensor([[8, 9]]), labels=ids)
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(logits[1:], targets[1:]), alone.loss)
 
 
 def test_padding_on_either_side_gives_the_same_logits(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Networks on mappings of tensors of unequal lengths: padding never counts, wherever the parts of a batch run."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,7 +22,7 @@ from adamerge.objectives.infomax import InfoMax
 from tests.support.fits import QUIET
 from tests.support.gradients import gradient, one_by_one
 from tests.support.processes import run_ranks
-from tests.support.texts import TASKS, learned, make_data, make_model, texts, valid
+from tests.support.texts import TASKS, learned, make_data, make_model, read, texts, valid
 from tests.support.toy import make_toy, save_files
 
 pytestmark = [
@@ -81,6 +82,14 @@ def test_micro_batches_change_nothing(micro_batch):
                 merged.backward(sum(outputs.rows().square().mean() for outputs in merged(group).values()))
         gradients.append(merged.gradient)
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def test_rows_that_only_the_output_tells_are_refused_in_steps_of_several_parts(tmp_path):
+    model = make_model()
+    model.read, model.valid = lambda output, inputs: replace(read(output, inputs), valid=valid(inputs)), None
+    learned(tmp_path, make_data(2), 1, model=model)
+    with pytest.raises(InputError, match=r"method valid\(inputs\)"):
+        learned(tmp_path, make_data(2), 1, model=model, accumulate_grad_batches=2)
 
 
 def of_rank(folder, sharded, batch_size, distribute="samples", accumulate=1):

@@ -2,14 +2,17 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 from torch.utils.data import TensorDataset
+from torchmetrics.classification import MulticlassF1Score
 
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
+from adamerge.data.first_look import check_metrics
 from adamerge.results.evaluation import (
     TableRow,
     TaskScore,
@@ -60,6 +63,24 @@ def test_score_task_accuracy_and_hits_by_hand():
     result = score_task(as_they_are, labelled(outputs, [0, 1, 1, 2], evaluation_batch_size=3), "a")
     assert result.accuracy == 0.5
     assert result.correct.tolist() == [True, True, False, False]
+
+
+def test_score_task_measures_a_task_s_own_metrics():
+    outputs = [[2.0, 1.0, 0.0], [0.0, 5.0, 1.0], [0.0, 1.0, 3.0], [4.0, 1.0, 2.0]]
+    data, macro = labelled(outputs, [0, 1, 1, 2]), MulticlassF1Score(3, average="macro")
+    data.tasks["a"] = replace(data.tasks["a"], metrics={"F1": macro})
+    scores = {"a": score_task(as_they_are, data, "a")}
+    assert scores["a"].measures == {"F1": pytest.approx((2 / 3 + 2 / 3 + 0) / 3)}
+    content = summary({"mine": TableRow(scores)}, "split")
+    assert content["measures"] == {"F1": {"unit": "", "lower_is_better": False}}
+    assert "F1 ↑" in table(content).markdown()
+    for metrics, message in (
+        ({"F1": MulticlassF1Score(2)}, r"metrics\.F1: MulticlassF1Score on 3 classes"),
+        ({"F1": MulticlassF1Score(3, average="none")}, r"metrics\.F1"),
+        ({"F1": 3}, r"metrics\.F1: expected a metric of torchmetrics"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_metrics("a", Task(classes=["x", "y", "z"], metrics=metrics))
 
 
 def test_score_task_micro_accuracy_counts_images_not_classes():

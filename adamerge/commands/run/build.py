@@ -12,7 +12,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from adamerge.backbones import Backbone
+from adamerge.backbones import Backbone, collate_of
 from adamerge.commands.run.imports import check_targets
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFiles, pool_files
@@ -47,6 +47,29 @@ def build(config: DictConfig, node: str, **objects: Any) -> Any:
         raise InputError(f"{node}: {str(error).splitlines()[0]}") from error
     except Exception as error:
         raise InputError(f"{node}: {type(error).__name__}: {error}") from error
+
+
+def build_tasks(config: DictConfig, backbone: Backbone, preprocess: Callable[[Any], Any] | None) -> Any:
+    """Build the data for a backbone; a class without the argument ``collate`` makes batches by itself.
+
+    Args:
+        config: The whole configuration.
+        backbone: Whose batches they are.
+        preprocess: Its preprocessing.
+
+    Raises:
+        InputError: If the backbone pads its inputs, and the class cannot be told how.
+    """
+    check_node(config, "data")
+    parameters = inspect.signature(hydra.utils.get_object(str(config.data._target_))).parameters
+    if "collate" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return build(config, "data", preprocess=preprocess, collate=collate_of(backbone))
+    if hasattr(backbone, "collate"):
+        raise InputError(
+            f"data._target_: {config.data._target_} takes no argument 'collate', by which the backbone "
+            f"{type(backbone).__name__} pads the inputs of a batch. Add it, and hand it to your loaders as collate_fn."
+        )
+    return build(config, "data", preprocess=preprocess)
 
 
 def build_optional(config: DictConfig, node: str) -> Any:

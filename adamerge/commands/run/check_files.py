@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adamerge import zoo
-from adamerge.backbones import Backbone, OpenClip, Torchvision, collate_of, own_base
+from adamerge.backbones import Backbone, OpenClip, Torchvision, own_base
 from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.hub import HubReference
-from adamerge.commands.run.build import build, build_init, check_node, pool_of
+from adamerge.commands.run.build import build, build_init, build_tasks, check_node, pool_of
 from adamerge.commands.run.stages import start_file
 from adamerge.data.first_look import check_precision, check_task
 from adamerge.data.task import Task
@@ -137,7 +137,7 @@ def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> An
                 f"{did_you_mean(name, complete)}"
             )
     try:
-        return build(config, "data", preprocess=_preprocess(backbone), collate=collate_of(backbone))
+        return build_tasks(config, backbone, _preprocess(backbone))
     except InputError:
         count = len(problems)
         for name in nodes:

@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from adamerge.backbones import Backbone, check_classes, collate_of, own_base, read_of, valid_of
+from adamerge.backbones import Backbone, check_classes, own_base, read_of, valid_of
 from adamerge.callbacks import ExportMergedWeights, GracefulStop, UnlabeledCriteria
 from adamerge.callbacks.checkpoint_io import write_atomically
 from adamerge.callbacks.elapsed import Elapsed, seconds_of
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.commands.run.build import build, build_init, build_optional, pool_of
+from adamerge.commands.run.build import build, build_init, build_optional, build_tasks, pool_of
 from adamerge.commands.run.folder import (
     CONFIG_FILE,
     LAST,
@@ -94,7 +94,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
         of.batch_norm.start(model)
         return replace(of, model=model, start=start)
     backbone: Backbone = build(config, "backbone")
-    data: UnlabeledTasks = build(config, "data", preprocess=backbone.preprocess(), collate=collate_of(backbone))
+    data: UnlabeledTasks = build_tasks(config, backbone, backbone.preprocess())
     pool = build_pool(config, backbone)
     experts = {name: pool.checkpoint(name) for name in pool.expert_names}
     heads = backbone.heads(pool.source, experts, data.tasks)
