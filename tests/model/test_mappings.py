@@ -211,8 +211,8 @@ def test_classes_on_any_axis_give_the_same_rows():
     pool = ExpertPool.from_state_dicts(base, {"one": {name: tensor + 0.5 for name, tensor in base.items()}})
     last = partial(read_output, class_axis=1)
     losses = []
-    for read in (last, lambda output, _: Outputs(output.movedim(1, -1).contiguous())):
-        model = MergedModel(network, pool, Coefficients(pool, "layer"), {}, read=read)
+    for reads in (last, lambda output, _: Outputs(output.movedim(1, -1).contiguous())):
+        model = MergedModel(network, pool, Coefficients(pool, "layer"), {}, read=reads)
         assert model.logits(images, "one").shape == (2, 4, 5, 3)
         losses.append(gradient(model, Imitation(), {"one": images}, {"one": 1}))
     torch.testing.assert_close(*losses)
