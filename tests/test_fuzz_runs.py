@@ -26,6 +26,7 @@ def test_commands_stand_what_strangers_leave(world, tmp_path, count):
         tried[case.kind] += 1
         if problem := attempt(case, world, tmp_path / "case"):
             short[f"{case.kind}, {case.name}"] = problem
+            print(f"{case.kind}, {case.name}: {problem}", flush=True)
     for kind in sorted(tried):
         print(f"{kind}: {tried[kind]} tried, {sum(name.startswith(kind) for name in short)} short")
     assert not short

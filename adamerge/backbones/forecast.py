@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
@@ -14,42 +15,45 @@ from torch.nn.modules.module import (
 from adamerge.errors import InputError
 from adamerge.system.memory import free_memory
 
-MAX_PARTS = 30_000  # parameters and modules of a network
+MAX_PARTS = 30_000  # parameters, buffers and modules of a network
 
 
 @contextmanager
-def forecast(where: str, parts: int = MAX_PARTS) -> Iterator[None]:
+def forecast(where: str, parts: int = MAX_PARTS, *, weights: bool = True) -> Iterator[None]:
     """Build a network in a block without memory, on the device ``meta``, and refuse it as soon as it is too large.
 
     Args:
         where: What describes the network, for the message.
-        parts: How many parameters and modules it may have at most.
+        parts: How many parameters, buffers and modules it may have at most.
+        weights: Whether its parameters are to fit into the memory that is free; else its buffers alone are.
 
     Raises:
-        InputError: If it has more, or would not fit into the memory that is free.
+        InputError: If it has more, or would not fit.
     """
-    with bounded(where, parts, free_memory()), torch.device("meta"):
+    with bounded(where, parts, free_memory(), weights=weights), torch.device("meta"):
         yield
 
 
 @contextmanager
-def bounded(where: str, parts: int = MAX_PARTS, free: float = math.inf) -> Iterator[None]:
+def bounded(where: str, parts: int = MAX_PARTS, free: float = math.inf, *, weights: bool = True) -> Iterator[None]:
     """Refuse the networks of a block as soon as they are too large.
 
     Args:
         where: What describes them, for the message.
-        parts: How many parameters and modules they may have at most.
-        free: How many bytes their parameters may take.
+        parts: How many parameters, buffers and modules they may have at most.
+        free: How many bytes their parameters and buffers may take.
+        weights: Whether parameters count among these bytes.
 
     Raises:
         InputError: If they have more.
     """
     count, size = 0, 0
 
-    def add(_: nn.Module, name: str, part: nn.Module | nn.Parameter | None) -> None:
+    def add(_: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
         nonlocal count, size
         count += 1
-        size += part.numel() * part.itemsize if isinstance(part, nn.Parameter) else 0
+        if isinstance(part, Tensor) and (weights or not isinstance(part, nn.Parameter)):
+            size += part.numel() * part.itemsize
         if count > parts:
             raise InputError(f"{where}: describes a network of more than {parts} parts. Is it the right file?")
         if size > free:
@@ -58,7 +62,11 @@ def bounded(where: str, parts: int = MAX_PARTS, free: float = math.inf) -> Itera
                 "it the right file?"
             )
 
-    hooks = [register_module_parameter_registration_hook(add), register_module_module_registration_hook(add)]
+    hooks = [
+        register_module_parameter_registration_hook(add),
+        register_module_buffer_registration_hook(add),
+        register_module_module_registration_hook(add),
+    ]
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from adamerge.checkpoints.composed import tell_once
 from adamerge.data.batch import pad
 from adamerge.data.texts import Text
 from adamerge.errors import InputError, shorten
+from adamerge.system.reading import check_texts
 
 _UNLIMITED = 1_000_000  # tokens; tokenizers without a limit state 1e30
 ANSWER, TARGETS = "_answer", "_targets"
@@ -100,6 +101,7 @@ class ModelInputs:
         return self._loaded(AutoProcessor, "processor", "processor_config.json")
 
     def _loaded(self, auto: Any, kind: str, files: str) -> Any:
+        check_texts(self.folder)
         try:
             return auto.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # whatever the library makes of a folder without them

@@ -1,5 +1,6 @@
 """Networks of the transformers library, built from a configuration without weights."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from adamerge.backbones.forecast import bounded
+from adamerge.backbones.forecast import bounded, forecast
 from adamerge.checkpoints.model_folder import HF_CONFIG
-from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.errors import InputError, check_number, did_you_mean, shorten
 from adamerge.system.reading import read_json_mapping
 
-_MAX_PARTS = 100_000  # parameters and modules: the largest mixtures of experts have 50,000
+_MAX_PARTS = 100_000  # parameters, buffers and modules: the largest mixtures of experts have 50,000
+_MAX_COUNT = 1_000_000  # of layers, labels and the like: the library lists them before it builds any
+_MAX_SIZE = 1 << 27  # of widths, vocabularies and positions
+_SIZES = re.compile("vocab|size|dim|position|length|theta|window|token|max|seed|_id$")  # keys of the latter
 _PLAIN = (
     "The code that a folder brings is never run. If a class of transformers computes the same, remove auto_map from "
     "config.json and name that class's model_type; else register the class in a package of your own, and give a "
@@ -36,6 +40,7 @@ def read_config(folder: Path) -> Any:
             "found none. Name it: backbone.model=FOLDER."
         )
     content = read_json_mapping(file)
+    _check_numbers(content, file)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the library makes of a file that is not its own
@@ -45,6 +50,25 @@ def read_config(folder: Path) -> Any:
                 f"model_type {content.get('model_type')!r}. {_PLAIN}"
             ) from error
         raise InputError(f"{file}: transformers cannot read it: {' '.join(str(error).split())}") from error
+
+
+def _check_numbers(content: Mapping[str, Any], file: Path) -> None:
+    """Refuse numbers that the library would make lists or tables of, and a name of another configuration.
+
+    Raises:
+        InputError: If there are such.
+    """
+    if "configuration_files" in content:
+        raise InputError(f"{file}: configuration_files: another file is not read in its place. Remove the key.")
+    pending: list[tuple[str, Any]] = list(content.items())
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(key, item) for item in value]
+        elif isinstance(value, int):
+            check_number(f"{file}: {key}", value + 0, high=_MAX_SIZE if _SIZES.search(key) else _MAX_COUNT)
 
 
 def _is_network(found: Any) -> bool:
@@ -105,6 +129,21 @@ def _fitting(config: Any) -> list[str]:
 
     classes = {name: getattr(transformers, name) for name in auto_classes()}
     return [name for name, kind in classes.items() if type(config) in getattr(kind, "_model_mapping", ())]
+
+
+def check_size(kind: type[Any], config: Any) -> None:
+    """Refuse a network of too many parts, or one whose buffers would not fit, before it is built; see `new_network`.
+
+    Raises:
+        InputError: If it is too large.
+    """
+    try:
+        with forecast(f"backbone.model: {kind.__name__}", _MAX_PARTS, weights=False), _without_weights():
+            kind(type(config).from_dict(config.to_dict()))
+    except InputError:
+        raise
+    except Exception:  # of the few networks that compute with values while they are built: `new_network` tells more
+        return
 
 
 def new_network(kind: type[Any], config: Any) -> nn.Module:

@@ -250,8 +250,11 @@ class OpenClip:
         """Return open_clip's evaluation transform for the model."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        config = PreprocessCfg(**self.sidecar()["preprocess_cfg"])
-        transform: Callable[[Any], Tensor] = image_transform_v2(config, is_train=False)
+        stated = self.sidecar()["preprocess_cfg"]
+        try:
+            transform: Callable[[Any], Tensor] = image_transform_v2(PreprocessCfg(**stated), is_train=False)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"backbone.model={self.model}: preprocess_cfg: not open_clip's: {stated}.") from error
         return transform
 
     def heads(

@@ -128,6 +128,7 @@ class Transformers:
     @cached_property
     def _plain(self) -> nn.Module:
         """The network as the base's configuration has it."""
+        networks.check_size(self.network_class, self.config)
         return networks.new_network(self.network_class, self.config)
 
     @cached_property

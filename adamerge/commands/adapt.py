@@ -14,7 +14,6 @@ from adamerge.commands.terminal import (
     Agreed,
     json_option,
     out,
-    preemptible,
     print_json,
     report,
     trust_option,
@@ -32,11 +31,6 @@ from adamerge.system import ranks
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def adapt(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
-    with preemptible():
-        _adapt(overrides, as_json, trust_code)
-
-
-def _adapt(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     from adamerge.commands.run.compose import compose, hand_over, read_line
     from adamerge.commands.run.named_pools import quoted
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from adamerge import __version__
-from adamerge.commands.terminal import EXIT_INPUT, JobFailed, configure_logging, err, fail
+from adamerge.commands.terminal import EXIT_INPUT, JobFailed, configure_logging, err, fail, interruptible
 from adamerge.errors import EXIT_INTERRUPTED, GuardError, InputError
 from adamerge.system import ranks
 
@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if flag in arguments:
             arguments = [flag, *(a for a in arguments if a != flag)]
     try:
-        code = app.main(arguments, prog_name="adamerge", standalone_mode=False)
+        with interruptible():
+            code = app.main(arguments, prog_name="adamerge", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()

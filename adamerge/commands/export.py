@@ -28,7 +28,7 @@ from adamerge.model.batch_norm import FILE, average, average_for, load_statistic
 from adamerge.model.coefficients import Coefficients, load_coefficients
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.pool_file import PoolFiles, pool_files
-from adamerge.results.export import digest
+from adamerge.results.export import HEADS, RECIPE, digest
 from adamerge.results.export import export as write_export
 from adamerge.results.formats import export_as
 from adamerge.results.formats.merged import BackboneOf
@@ -122,7 +122,7 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path, *, trust_
     coefficients = coefficients.absolute() if coefficients else None
     config = load_config(run_dir, trust_code=trust_code)
     check_config(config, run_dir)
-    if output.resolve() == run_dir.resolve() and (run_dir / "merged.safetensors").exists():
+    if output.resolve() == run_dir.resolve() and (run_dir / RECIPE).exists():  # which is written last
         raise InputError(f"{run_dir} has an export already, which would be replaced. Give --out.")
     source = coefficients or run_dir / LAST
     recipe = {"config": plain(config), "replayed": str(source)}
@@ -148,12 +148,12 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path, *, trust_
     statistics = _statistics_beside(coefficients, values)
     if statistics is None:
         statistics = _statistics_anew(config, backbone, pool, values)
+    heads = {"heads": output / HEADS} if (run_dir / HEADS).is_file() else {}
+    for path in heads.values():
+        with atomic_path(path) as temporary:
+            shutil.copyfile(run_dir / HEADS, temporary)
     files = write_export(pool, values, output, statistics=statistics, sidecar=backbone.sidecar(), recipe=recipe)
-    if (run_dir / "heads.safetensors").is_file():
-        files["heads"] = output / "heads.safetensors"
-        with atomic_path(files["heads"]) as temporary:
-            shutil.copyfile(run_dir / "heads.safetensors", temporary)
-    return files
+    return {**files, **heads}
 
 
 def pool_of(run_dir: Path) -> ExpertPool:
@@ -256,7 +256,7 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any], *, trust_code: bool = F
     Raises:
         InputError: If the folder does not say what model it is.
     """
-    stored, source = recipe.get("config"), None if trust_code else str(folder / "merge.json")
+    stored, source = recipe.get("config"), None if trust_code else str(folder / RECIPE)
     if (folder / CONFIG_FILE).is_file():
         config = load_config(folder, trust_code=trust_code)
         check_config(config, folder)

@@ -54,13 +54,22 @@ def write_through(files: PoolFiles, output: Path, auto: str | None) -> list[Path
 
 def _write(source: Path, folder: Path, auto: str | None) -> None:
     """Write one model as it is in memory, with the files beside its weights."""
-    from adamerge.backbones.networks import class_of, read_config, tied_names
+    from adamerge.backbones.networks import check_size, class_of, read_config, tied_names
     from adamerge.checkpoints.checkpoint import save_state_dict
     from adamerge.results.formats.transformers import quiet
 
-    kind = class_of(read_config(source), auto, source)
-    with quiet():
-        model: Any = kind.from_pretrained(source, dtype="auto", local_files_only=True, trust_remote_code=False)
+    config = read_config(source)
+    kind = class_of(config, auto, source)
+    check_size(kind, config)
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}  # unpickles nothing
+    try:
+        with quiet():
+            model: Any = kind.from_pretrained(source, dtype="auto", **options)
+    except Exception as error:  # whatever the library makes of files that are not its own
+        raise InputError(
+            f"{source}: transformers cannot load it: {' '.join(str(error).split())[:300]} Weights that are pickled "
+            "become safetensors with adamerge convert."
+        ) from error
     tensors: Mapping[str, Any] = model.state_dict()
     tied = tied_names(model)
     kept = {name: tensor for name, tensor in tensors.items() if name not in tied}

@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from adamerge import __version__
-from adamerge.errors import EXIT_PREEMPTED, GuardError, InputError, Interrupted
+from adamerge.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, GuardError, InputError, Interrupted
 from adamerge.results.numbers import size
 from adamerge.results.table import Table
 from adamerge.system import progress, ranks
@@ -160,25 +160,31 @@ def fail(error: Exception, debug: bool) -> None:
 
 
 @contextmanager
-def preemptible() -> Iterator[None]:
-    """Leave with the exit code for "start it again" when SIGTERM comes, which is what a scheduler sends first.
+def interruptible() -> Iterator[None]:
+    """Leave on Ctrl-C, and with the exit code for "start it again" on SIGTERM, which is what a scheduler sends first.
 
-    While steps are taken, :class:`~adamerge.callbacks.GracefulStop` stands in.
+    Not by KeyboardInterrupt, which Lightning turns into exit code 1. While steps are taken,
+    :class:`~adamerge.callbacks.GracefulStop` stands in.
     """
+    process = os.getpid()
 
-    def leave(*_: Any) -> None:
-        if ranks.is_first():
-            os.write(2, b"Stopped by SIGTERM.\n")  # past what may be printing just now
-        raise Interrupted(EXIT_PREEMPTED)
+    def leave(number: int, _: Any) -> None:
+        if os.getpid() != process:  # forked to load data: it ends with its parent
+            raise KeyboardInterrupt
+        is_preempted = number == signal.SIGTERM
+        if ranks.is_first():  # past what may be printing just now
+            os.write(2, b"Stopped by SIGTERM.\n" if is_preempted else b"Interrupted.\n")
+        raise Interrupted(EXIT_PREEMPTED if is_preempted else EXIT_INTERRUPTED)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
         yield
         return
-    previous = signal.signal(signal.SIGTERM, leave)
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def configure_logging(debug: bool, quiet: bool = False) -> None:

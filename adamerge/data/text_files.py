@@ -5,11 +5,13 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from adamerge.errors import InputError
+from adamerge.system.reading import check_regular, read_lines
 
-_LONGEST = 2**24  # characters of a line: what is longer is no text but a file of another kind
+_LARGEST = 2**30  # bytes of a file, whose records are kept in memory
+_LONGEST = 2**24  # bytes of a line: what is longer is no text but a file of another kind
 _PARQUET = "reading Parquet needs the package pyarrow: pip install 'adamerge[texts]'."
 
 Record = Mapping[str, Any]
@@ -28,51 +30,33 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise InputError(f"{path}: expected one of {', '.join(_READERS)}, found {suffix or 'no ending'}.")
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         found = "a folder: name a file in it" if path.is_dir() else "nothing there: check the path"
         raise InputError(f"{path}: expected a file of texts, found {found}.")
     try:
+        check_regular(path)
         yield from _READERS[suffix](path)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise InputError(
-            f"{path}: expected UTF-8, found the byte 0x{byte:02x}, which is none of it. Convert the file, such as with "
-            "iconv -f latin1 -t utf-8."
-        ) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not empty, and their numbers."""
-    for number in itertools.count(1):
-        line = file.readline(_LONGEST)
-        if not line:
-            return
-        if len(line) == _LONGEST:
-            raise InputError(f"{path}, line {number}: longer than {_LONGEST} characters. Is it a file of texts?")
-        if line.strip():
-            yield number, line.rstrip("\r\n")
-
-
-def _open(path: Path) -> TextIO:
-    return path.open(encoding="utf-8-sig", newline="")  # some programs begin a file with a mark
+    lines = enumerate(read_lines(path, _LARGEST, _LONGEST), 1)
+    return ((number, line.rstrip("\r\n")) for number, line in lines if line.strip())
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Record]]:
-    with _open(path) as file:
-        for number, line in _lines(path, file):
-            yield number, _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+    for number, line in _lines(path):
+        yield number, _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
 
 
 def _json(path: Path) -> Iterator[tuple[int, Record]]:
-    with _open(path) as file:
-        first = next(_lines(path, file), (1, ""))[1].lstrip()
-        if not first.startswith("["):
-            yield from _json_lines(path)
-            return
-        file.seek(0)
-        content = _parsed(file.read(), str(path))
+    text = "".join(read_lines(path, _LARGEST, _LARGEST))
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path)
+        return
+    content = _parsed(text, str(path))
     yield from ((number, _record(item, f"{path}, item {number}")) for number, item in enumerate(content, 1))
 
 
@@ -92,16 +76,15 @@ def _record(item: Any, where: str) -> Record:
 def _delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
     limit = csv.field_size_limit(_LONGEST)
     try:
-        with _open(path) as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
-            names = next(rows, [])
-            for row in filter(None, rows):
-                if len(row) != len(names):
-                    raise InputError(
-                        f"{path}, line {rows.line_num}: expected {len(names)} fields as in the first line, found "
-                        f"{len(row)}. Are texts with commas or line breaks in quotes?"
-                    )
-                yield rows.line_num, dict(zip(names, row, strict=True))
+        rows = csv.reader(read_lines(path, _LARGEST, _LONGEST), delimiter=delimiter, strict=True)
+        names = next(rows, [])
+        for row in filter(None, rows):
+            if len(row) != len(names):
+                raise InputError(
+                    f"{path}, line {rows.line_num}: expected {len(names)} fields as in the first line, found "
+                    f"{len(row)}. Are texts with commas or line breaks in quotes?"
+                )
+            yield rows.line_num, dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise InputError(f"{path}: not a table with {delimiter!r} between fields ({error}).") from error
     finally:
@@ -109,8 +92,7 @@ def _delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Record]]:
 
 
 def _plain(path: Path) -> Iterator[tuple[int, Record]]:
-    with _open(path) as file:
-        yield from ((number, {"text": line}) for number, line in _lines(path, file))
+    return ((number, {"text": line}) for number, line in _lines(path))
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Record]]:
@@ -121,6 +103,10 @@ def _parquet(path: Path) -> Iterator[tuple[int, Record]]:
         raise InputError(f"{path}: {_PARQUET}") from error
     try:
         with ParquetFile(path) as file:
+            facts = file.metadata
+            size = sum(facts.row_group(n).total_byte_size for n in range(facts.num_row_groups))
+            if max(size, facts.num_rows * facts.num_columns) > _LARGEST:
+                raise InputError(f"{path}: expected at most {_LARGEST >> 20} MB, found more once it is unpacked.")
             records = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024))
             yield from enumerate(records, 1)
     except ArrowException as error:

@@ -29,6 +29,7 @@ from adamerge.results.model_writer import FOLDER, folder_of, write_model
 from adamerge.system.files import atomic_path, combined_hash, ensure_writable, save_json
 
 FORMAT = 1
+HEADS, RECIPE = "heads.safetensors", "merge.json"
 
 
 def export(
@@ -73,7 +74,7 @@ def export(
         RuntimeError: If what was read back differs from what was merged.
     """
     ensure_writable(folder)
-    files = {"merged": folder / filename, "recipe": folder / "merge.json"}
+    files = {"merged": folder / filename, "recipe": folder / RECIPE}
     if isinstance(merged, Coefficients):
         files |= _write_coefficients(pool, merged, files["merged"], statistics or {})
     else:
@@ -82,7 +83,7 @@ def export(
         _write_checkpoint(files["merged"], merged, json.dumps(decided, sort_keys=True))
     content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
     if heads:
-        files["heads"] = folder / "heads.safetensors"
+        files["heads"] = folder / HEADS
         save_heads(heads, files["heads"], head_info or {})
     if sidecar:
         files["open_clip"] = folder / "open_clip"

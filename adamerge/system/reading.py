@@ -4,7 +4,9 @@ A folder may come from a stranger. What lies where a file is expected may be a p
 endless, nested deeper than any reader goes, or double with each line that refers to the one before.
 """
 
+import codecs
 import io
+import itertools
 import json
 import os
 import stat
@@ -22,6 +24,7 @@ MAX_JSON = 24 << 20  # bytes; a list of empty lists takes 20 times as many once 
 MAX_TEXT = 4 << 20  # bytes of other texts
 MAX_LINES = 128 << 20  # bytes of a text that is read line by line
 MAX_YAML = 1 << 20  # bytes; yaml's reader takes seconds for as many
+_TEXTS = frozenset({".json", ".jinja", ".model", ".tiktoken", ".txt", ".vocab"})
 _MAX_NODES = 20_000  # of yaml, aliases counted as often as they stand for what they name
 _MAX_DEPTH = 50
 _MAX_LINE = 1 << 20  # bytes
@@ -67,6 +70,20 @@ def check_regular(path: Path, status: os.stat_result | None = None) -> None:
         raise InputError(f"{path}: expected a file, found {_KINDS.get(kind, 'something else')}.")
 
 
+def check_texts(folder: Path) -> None:
+    """Check that a library can read the texts of a folder, such as a tokenizer's: regular files of up to 128 MB.
+
+    Raises:
+        OSError: If the folder cannot be read.
+        InputError: If one is something else.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _TEXTS and path.exists():
+            check_regular(path)
+            if path.stat().st_size > MAX_LINES:
+                raise InputError(f"{path}: expected at most {MAX_LINES >> 20} MB, found more.")
+
+
 def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
     """Read a file whole, up to a limit.
 
@@ -91,34 +108,45 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
     Raises:
         InputError: Also if it is no such text.
     """
-    try:
-        text = read_bytes(path, limit).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected a text in UTF-8, found byte {error.start} that is none.") from error
+    text = _decoded(read_bytes(path, limit), str(path))
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_lines(path: Path, limit: int = MAX_LINES) -> Iterator[str]:
-    """Yield the lines of a text in UTF-8, each read when asked for; see :func:`read_bytes`.
+def read_lines(path: Path, limit: int = MAX_LINES, longest: int = _MAX_LINE) -> Iterator[str]:
+    """Yield the lines of a text in UTF-8, with their ends, each read when asked for; see :func:`read_bytes`.
 
     Args:
-        path: The file.
+        path: The file; a mark of UTF-8 at its beginning is left out.
         limit: Bytes, of all lines.
+        longest: Bytes of a line.
 
     Raises:
         OSError: If it cannot be read.
-        InputError: If it is no regular file, no such text, or larger; a line may have 1 MB.
+        InputError: If it is no regular file, no such text, or larger.
     """
     with open_regular(path) as file:
-        while line := file.readline(_MAX_LINE + 1):
+        for number in itertools.count(1):
+            line = file.readline(longest + 1)
             limit -= len(line)
-            if limit < 0 or len(line) > _MAX_LINE:
-                raise InputError(f"{path}: expected less text: it, or one of its lines, is too long.")
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                bad = line[error.start : error.end]
-                raise InputError(f"{path}: expected a text in UTF-8, found {bad!r}.") from error
+            if not line:
+                return
+            if limit < 0:
+                raise InputError(f"{path}: expected less text. Make several files of it.")
+            if len(line) > longest:
+                raise InputError(
+                    f"{path}: expected lines of up to {longest} bytes, found line {number} longer. Is it a text?"
+                )
+            yield _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, f"{path}, line {number}")
+
+
+def _decoded(text: bytes, where: str) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: expected UTF-8, found the byte 0x{text[error.start]:02x}, which is none of it. Convert the "
+            "file, such as with iconv -f latin1 -t utf-8."
+        ) from error
 
 
 def read_json(path: Path) -> Any:

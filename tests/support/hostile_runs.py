@@ -22,6 +22,7 @@ from adamerge import zoo
 from tests.support import hostile
 from tests.support.adapters import random_adapter
 from tests.support.hostile import ODD, nodes, replaced
+from tests.support.language import llama
 from tests.support.small_run import CONTEXT, arguments, run, write_configs
 
 SECONDS = 20  # of a processor
@@ -64,6 +65,12 @@ STRANGE: list[Any] = [
     ),
     {"_target_": "os.system", "_args_": ["touch canary"]},
     {"_target_": "torch.load", "f": "victim", "weights_only": False},
+    {"_target_": "torch.load", "_args_": ["victim"], "weights_only": False, "_partial_": False, "_convert_": "all"},
+    {"_target_": "pickle.load", "file": {"_target_": "builtins.open", "_args_": ["victim", "rb"]}},
+    {"_target_": "numpy.load", "file": "victim", "allow_pickle": True},
+    {"_target_": "torch.optim.Adam", "params": {"_target_": "torch.load", "f": "victim", "weights_only": False}},
+    {"_target_": "adamerge.system.files.os.system", "_args_": ["touch canary"]},
+    {"_target_": "hydra.utils.call", "config": {"_target_": "os.system", "_args_": ["touch canary"]}},
     {"_target_": "builtins.eval", "_args_": ["open('canary', 'w')"]},
     {"_target_": "hydra.utils.get_method", "path": "os.system"},
     {"_target_": "adamerge.model.granularity.Pattern", "groups": {"a": "(x+x+)+y", "b": "(\\w+\\.?)*x!"}},
@@ -111,7 +118,7 @@ def make_world(folder: Path) -> Path:
     (folder / "output").unlink()
     (folder / "model").mkdir()
     shutil.copy(zoo.files() / "open_clip_config.json", folder / "model")
-    (folder / "victim").write_text("precious\n" * 100)
+    (folder / "victim").write_bytes(hostile.call("os", "system", "touch canary") + b"precious\n" * 100)
     return folder
 
 
@@ -119,7 +126,7 @@ SHAPES = {"c_fc": (384, 96), "c_proj": (96, 384)}
 
 
 def cases(seed: int, count: int, world: Path) -> Iterator[Case]:
-    """Yield cases; the same ones for the same seed, and of every kind early on."""
+    """Yield cases, and an eighth as many of language models; the same ones for the same seed."""
     makers = (
         _config,
         _json,
@@ -136,6 +143,8 @@ def cases(seed: int, count: int, world: Path) -> Iterator[Case]:
     )
     for number in range(count):
         yield makers[number % len(makers)](random.Random(f"{seed} {number}"), number, world)
+    for number in range(count // 8):
+        yield _language(random.Random(f"{seed} language {number}"), number, world)
 
 
 def _of_run(kind: str, draw: random.Random, number: int, change: Callable[[], None], *names: str) -> Case:
@@ -290,6 +299,46 @@ def _model(draw: random.Random, number: int, world: Path) -> Case:
     return Case("open_clip_config.json", f"{number}", prepare)
 
 
+LANGUAGE = """
+defaults: [texts]
+tasks: {a: {_target_: adamerge.data.Task, dataset: {_target_: adamerge.data.Texts, source: language/SOURCE}}}
+"""
+SOURCES = {
+    "texts.jsonl": b"".join(b'{"prompt": "one is", "answer": "two"}\n' for _ in range(4)),
+    "texts.json": json.dumps([{"prompt": "one is", "answer": "two"}] * 4).encode(),
+    "texts.csv": b"prompt,answer\n" + b"one is,two\n" * 4,
+    "texts.txt": b"one is two\n" * 4,
+}
+
+
+def _language(draw: random.Random, number: int, world: Path) -> Case:
+    folder = world / "language"
+    if not folder.exists():
+        for at, name in enumerate(("base", "a")):
+            llama(folder / name, at)
+        for source, content in SOURCES.items():
+            (folder / source).write_bytes(content)
+        (folder / "data").mkdir()
+    files = ("config.json", "config.json", "tokenizer.json", "tokenizer_config.json")
+    changed = draw.choice([f"base/{draw.choice(files)}"] * 3 + ["data/x.yaml", *SOURCES])
+    source = changed if changed in SOURCES else "texts.txt"
+
+    def prepare() -> list[str]:
+        _write("language/data/x.yaml", LANGUAGE.replace("SOURCE", source))
+        path = Path("language", changed)
+        if changed.endswith(".json") and changed != "texts.json":
+            _write(str(path), _changed_json(json.loads(path.read_text()), draw))
+        elif changed.endswith(".yaml"):
+            _write(str(path), _changed_yaml(path.read_text(), draw))
+        else:
+            _write(str(path), _edited(path.read_bytes(), draw))
+        pool = ["pool=files", "pool.base=language/base", "+pool.experts.a=language/a", "backbone=transformers"]
+        quick = ["data=x", "trainer=cpu", "report=false", "evaluate=false", "steps=1", "run_dir=new"]
+        return [draw.choice(("check", "adapt")), "--config-dir", "language", *pool, *quick]
+
+    return Case(f"language model, {Path(changed).name}", f"{number}", prepare)
+
+
 def _option(draw: random.Random, number: int, world: Path) -> Case:
     content = yaml.safe_load((world / "run" / "config.yaml").read_text())
     places = [place for place in nodes(content) if place and all(isinstance(key, str) for key in place)]
@@ -400,7 +449,7 @@ def attempt(case: Case, world: Path, folder: Path) -> str:
         short = "writes elsewhere"
     if "\x1b[2J" in said:
         short = "steers the terminal"
-    return short
+    return short and f"{short}: {said.strip()[-300:]!r}"
 
 
 def _run(command: list[str], folder: str) -> None:

@@ -55,7 +55,13 @@ def arguments(configs: Path, folder: Path, *overrides: str) -> list[str]:
     return ["adapt", "--config-dir", str(configs), "pool=small", "data=small", *quick, f"run_dir={folder}", *overrides]
 
 
-def start(*command: str, cwd: Path, kill: tuple[str, int, float] | None = None, file_size: int = 0) -> BaseProcess:
+def start(
+    *command: str,
+    cwd: Path,
+    kill: tuple[str, int, float] | None = None,
+    by: signal.Signals = signal.SIGKILL,
+    file_size: int = 0,
+) -> BaseProcess:
     """Start a run in a process of its own; its output goes to ``cwd``/output.
 
     Args:
@@ -64,9 +70,10 @@ def start(*command: str, cwd: Path, kill: tuple[str, int, float] | None = None, 
         kill: When it is killed: ("step", n, seconds after the start of its n-th step), or ("file", n, 0.0): at the
             n-th sync of a file, which is when it has been written under a temporary name; a float between 0 and 1 cuts
             it to that share before, as a kill in the middle of writing does.
+        by: What it is killed by.
         file_size: Most bytes of any file it writes; 0 for no limit.
     """
-    process = CONTEXT.Process(target=_run, args=(command, str(cwd), kill, file_size))
+    process = CONTEXT.Process(target=_run, args=(command, str(cwd), kill, by, file_size))
     process.start()
     return process
 
@@ -84,14 +91,16 @@ def output(cwd: Path) -> str:
     return (cwd / "output").read_text()
 
 
-def _run(command: tuple[str, ...], cwd: str, kill: tuple[str, int, float] | None, file_size: int) -> None:
+def _run(
+    command: tuple[str, ...], cwd: str, kill: tuple[str, int, float] | None, by: signal.Signals, file_size: int
+) -> None:
     os.chdir(cwd)
     file = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
     if kill is not None:
-        (_die_in_step if kill[0] == "step" else _die_in_file)(*kill[1:])
+        (_die_in_step if kill[0] == "step" else _die_in_file)(*kill[1:], by)
     if file_size:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
@@ -105,11 +114,7 @@ def _run(command: tuple[str, ...], cwd: str, kill: tuple[str, int, float] | None
             sys.stderr.flush()
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _die_in_step(number: int, seconds: float) -> None:
+def _die_in_step(number: int, seconds: float, by: signal.Signals) -> None:
     from adamerge.methods import GradientMerging
 
     step, seen = GradientMerging.training_step, []
@@ -117,13 +122,13 @@ def _die_in_step(number: int, seconds: float) -> None:
     def counted(self, *args):
         seen.append(1)
         if len(seen) == number:
-            threading.Timer(seconds, _die).start()
+            threading.Timer(seconds, os.kill, (os.getpid(), by)).start()
         return step(self, *args)
 
     GradientMerging.training_step = counted
 
 
-def _die_in_file(number: int, share: float) -> None:
+def _die_in_file(number: int, share: float, by: signal.Signals) -> None:
     sync, seen = os.fsync, []
 
     def counted(file):
@@ -131,7 +136,7 @@ def _die_in_file(number: int, share: float) -> None:
         if len(seen) == number:
             if share:
                 os.ftruncate(file, int(share * os.fstat(file).st_size))
-            _die()
+            os.kill(os.getpid(), by)
         sync(file)
 
     os.fsync = counted

@@ -15,7 +15,6 @@ from typing import Any
 import click
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import setup_globals
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
@@ -23,6 +22,7 @@ from omegaconf.errors import InterpolationResolutionError
 from adamerge.commands.run.imports import TRUST, announce, check_listed
 from adamerge.commands.run.named_pools import quoted, register_resolvers, with_pool_files
 from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names, shipped_folder
+from adamerge.commands.run.yaml_files import prepare_hydra
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFiles, load_pool_file
 
@@ -100,7 +100,6 @@ def compose(arguments: Sequence[str], *, announced: bool = True, stored_in: str 
         raise InputError(f"{line.flags[0]}: not supported; put your yaml files into a folder and use --config-dir.")
     if stored_in is not None and any(word.lstrip("+~").startswith("hydra") for word in line.overrides):
         raise InputError(f"{stored_in}: expected options of a run, found Hydra's own; if you trust it, say {TRUST}.")
-    setup_globals()
     register_resolvers()
     overrides = [re.sub("^hydra[.]run[.]dir=", "run_dir=", override) for override in _for_hydra(line)]
     if line.config_dir is not None:
@@ -142,6 +141,7 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 
 def _for_hydra(line: Line) -> list[str]:
     """Return overrides as Hydra takes them: pool files by path, and texts in quotes."""
+    prepare_hydra()
     is_sweep = not set(_SWEEP).isdisjoint(line.flags)
     overrides = map(_choice, with_pool_files(line.overrides, line.config_dir))
     return _with_new_keys([_readable(override, is_sweep=is_sweep) for override in overrides if override])

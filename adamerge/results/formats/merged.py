@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adamerge.backbones import Backbone, ZeroShotHead
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.errors import GuardError, InputError, did_you_mean, shorten
-from adamerge.results.export import load_heads
+from adamerge.results.export import HEADS, RECIPE, load_heads
 from adamerge.system.reading import read_json_mapping
 
 WEIGHTS = "merged.safetensors"
@@ -127,12 +127,12 @@ def open_merged(folder: Path, backbone_of: BackboneOf) -> MergedFolder:
         InputError: If the folder has no merged checkpoint.
     """
     folder = folder.absolute()
-    path, recipe_file = folder / WEIGHTS, folder / "merge.json"
+    path, recipe_file = folder / WEIGHTS, folder / RECIPE
     if not path.is_file():
         hint = f" Write it first: adamerge export {folder}." if (folder / "config.yaml").is_file() else ""
         raise InputError(f"{folder}: expected a merge, {WEIGHTS}, found none.{hint}")
     recipe = read_json_mapping(recipe_file) if recipe_file.is_file() else {}
-    heads, info = load_heads(folder / "heads.safetensors") if (folder / "heads.safetensors").is_file() else ({}, {})
+    heads, info = load_heads(folder / HEADS) if (folder / HEADS).is_file() else ({}, {})
     return MergedFolder(open_checkpoint(path), backbone_of(folder, recipe), path, recipe, heads, info)
 
 

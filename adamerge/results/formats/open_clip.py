@@ -52,6 +52,8 @@ def prove(merged: MergedFolder, folder: Path) -> None:
     """
     import open_clip
 
+    for problem in merged.backbone.base_problems(merged.checkpoint) if isinstance(merged.backbone, OpenClip) else ():
+        raise InputError(problem)
     images, encoder = example(merged.backbone, 2), merged.encoder()  # which refuses what describes no model
     model = open_clip.create_model(f"local-dir:{folder}", precision="fp32").eval()
     with torch.no_grad():

@@ -88,7 +88,7 @@ def build_sections(subject: Any, plan: Plan, notes: Sequence[str]) -> list[Secti
         for make in makers:
             try:
                 content = make(subject)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 warnings.append(f"A part of the report is missing, as a file is not as adamerge writes it ({error!r}).")
                 continue
             blocks += content if isinstance(content, list) else [content] if content is not None else []

@@ -198,9 +198,12 @@ def gap(run: Run) -> LineChart | None:
 def cosines(run: Run) -> HeatMap | None:
     """Cosines between the experts' task vectors."""
     matrix, names = run.pool.get("cosines"), run.experts
-    if not matrix or len(matrix) != len(names):
+    if not matrix or {len(matrix), *map(len, matrix)} != {len(names)}:
         return None
-    values = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+    values = [
+        [value if i != j and math.isfinite(value) else None for j, value in enumerate(row)]
+        for i, row in enumerate(matrix)
+    ]
     text = "Near 0: the experts changed the base in different directions and interfere little. High: they are alike."
     return HeatMap(
         "cosines", "Cosines of the task vectors", text, names, [Panel("", names, values)], "cosine", "expert",

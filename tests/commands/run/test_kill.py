@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,19 @@ def test_checkpoint_holds_coefficients_optimizer_generators_positions_and_recipe
     assert set(content["generators"]) == {"python", "numpy", "torch", "cuda"}
     numbers = sum(value.numel() for value in content["state_dict"].values())
     assert path.stat().st_size < 4 * 3 * numbers + 60_000  # float32: coefficients and Adam's two moments; no weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_signals_during_an_export_leave_whole_files_only(configs, whole, tmp_path, by, code):
+    folder = tmp_path / "run"
+    assert run(*arguments(configs, folder, *OPTIONS), cwd=tmp_path, kill=("file", 13, 0.5), by=by) == code
+    assert "Go on with: adamerge adapt resume=" in output(tmp_path)
+    for command in (["--out", "out"], ["--coefficients", str(whole / "coefficients.json"), "--out", "out"]):
+        assert run("export", str(folder), *command, cwd=tmp_path, kill=("file", 1, 0.5), by=by) == code
+        assert list((tmp_path / "out").rglob("*")) == [], output(tmp_path)
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert run("export", str(folder), cwd=tmp_path) == 0, output(tmp_path)  # the one that was stopped is replaced
+    shutil.rmtree(folder / "open_clip")
+    (folder / "merge.json").unlink()
+    assert_resumes(folder, whole, tmp_path)

@@ -19,7 +19,7 @@ from adamerge.commands.run import folder as run_folder
 from adamerge.commands.run import processes
 from adamerge.commands.run.compose import hand_over, read_line
 from adamerge.commands.run.start import sweep_job
-from adamerge.commands.terminal import preemptible
+from adamerge.commands.terminal import interruptible
 from adamerge.errors import InputError, Interrupted
 from adamerge.system import ranks
 from tests.support.command_line import as_rank, call, command, environment, refusal
@@ -151,12 +151,16 @@ def test_ranks_end_with_the_process_that_started_them(monkeypatch):
     os.close(ending)
 
 
-def test_sigterm_outside_of_steps_asks_to_be_started_again(capfd):
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interrupted) as caught, preemptible():
-        signal.raise_signal(signal.SIGTERM)
-    assert (caught.value.code, capfd.readouterr().err) == (75, "Stopped by SIGTERM.\n")
-    assert signal.getsignal(signal.SIGTERM) is handler
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 75, "Stopped by SIGTERM.\n"), (signal.SIGINT, 130, "Interrupted.\n")],
+)
+def test_signals_outside_of_steps_have_exit_codes_of_their_own(capfd, number, code, said):
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught, interruptible():
+        signal.raise_signal(number)
+    assert (caught.value.code, capfd.readouterr().err) == (code, said)
+    assert signal.getsignal(number) is handler
 
 
 def test_start_hands_signals_on(monkeypatch):
