@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adamerge.backbones.clip_texts import check_text_tower, tokenizer_of
 from adamerge.backbones.forecast import forecast
 from adamerge.backbones.head_cache import head_key, open_head_cache
 from adamerge.backbones.protocol import check_templates
@@ -216,8 +217,10 @@ class OpenClip:
 
         with only_errors():  # not that a model without weights is random: its weights are not used
             try:
+                if self._folder:
+                    check_text_tower(self._config())
                 return open_clip.create_model(self._name, device=device, load_weights=False, pretrained_text=False)
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            except Exception as error:  # whatever the library makes of a file that is not its own
                 if not self._folder or isinstance(error, InputError):
                     raise
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -286,7 +289,7 @@ class OpenClip:
         import open_clip
 
         cache = open_head_cache(self.head_cache)
-        tokenizer = self.tokenizer or open_clip.get_tokenizer(self._name)
+        tokenizer = self.tokenizer or tokenizer_of(self._name, self._folder, self._config())
         vocabulary = self._config()["model_cfg"].get("text_cfg", {}).get("vocab_size")
         model: dict[str, Any] = {}
         if cache is not None:

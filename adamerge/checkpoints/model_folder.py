@@ -10,7 +10,7 @@ from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.clip_names import as_own, is_hugging_face
 from adamerge.checkpoints.composed import ComposedCheckpoint, Piece, tell_once, unwrapped
 from adamerge.checkpoints.hub import located
-from adamerge.errors import InputError, check_number, shorten
+from adamerge.errors import InputError, check_keys, check_number, shorten
 from adamerge.system.reading import read_json_mapping
 
 HF_CONFIG = "config.json"
@@ -23,6 +23,7 @@ _WEIGHTS = {
         *("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ),
 }
+_TOKENIZING = ("clean", "language", "strip_sep_token")  # what open_clip may be told; others open files, or trust code
 _MAX_EDGE = 4096  # pixels of the images that a configuration may ask for
 
 
@@ -153,11 +154,12 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
     """Read an ``open_clip_config.json``.
 
     Raises:
-        InputError: If its parts are no mappings, or its images would take gigabytes.
+        InputError: If its parts are no mappings, its images would take gigabytes, or its tokenizer would run code.
     """
     config = read_json_mapping(file)
     model = _mapping(config, "model_cfg", file)
-    vision, _ = _mapping(model, "vision_cfg", file), _mapping(model, "text_cfg", file)
+    vision, text = _mapping(model, "vision_cfg", file), _mapping(model, "text_cfg", file)
+    check_keys(text.get("tokenizer_kwargs") or {}, _TOKENIZING, f"{file}: model_cfg.text_cfg.tokenizer_kwargs")
     preprocessing = _mapping({"preprocess_cfg": {}, **config}, "preprocess_cfg", file)
     sizes = {
         "preprocess_cfg.size": preprocessing.get("size"),

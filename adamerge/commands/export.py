@@ -1,6 +1,5 @@
 """``export``: a run's last checkpoint, a coefficients file, or a merge in another library's format."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -17,7 +16,7 @@ from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG
 from adamerge.commands.run.build import build
 from adamerge.commands.run.compose import compose
-from adamerge.commands.run.folder import CONFIG_FILE, LAST, load_config, look_at_config, plain
+from adamerge.commands.run.folder import CONFIG_FILE, LAST, go_to, load_config, look_at_config, plain
 from adamerge.commands.run.imports import announce, check_listed, check_own
 from adamerge.commands.run.named_pools import chosen_pool
 from adamerge.commands.run.recorded import check_config, check_pool, check_start
@@ -261,12 +260,12 @@ def backbone_of(folder: Path, recipe: Mapping[str, Any], *, trust_code: bool = F
         config = load_config(folder, trust_code=trust_code)
         check_config(config, folder)
     elif isinstance(stored, Mapping):  # of an export on request
-        _go_to(stored.get("cwd"))
+        go_to(stored.get("cwd"))
         config = OmegaConf.create({"backbone": stored.get("backbone")})
         if source is not None:
             check_listed(config, source, "nothing shows that you wrote it")
     elif recipe.get("overrides"):  # of a merge that read data
-        _go_to(recipe.get("cwd"))
+        go_to(recipe.get("cwd"))
         config = compose([str(override) for override in recipe["overrides"]], stored_in=source)
         if recipe.get("files"):
             config.pool = pool_files(recipe["files"], f"{folder / 'merge.json'}: ", folder).node()
@@ -292,11 +291,6 @@ def _model_of_transformers(recipe: Mapping[str, Any]) -> Transformers:
     base = files.get("base") or {}
     place = base.get("file") if isinstance(base, Mapping) else base
     return Transformers(model=place, pool={"base": place, "experts": files.get("experts") or {}})
-
-
-def _go_to(folder: Any) -> None:
-    if folder and Path(str(folder)).is_dir():
-        os.chdir(str(folder))
 
 
 def _named(model: str, target: str) -> Backbone:

@@ -176,6 +176,24 @@ def test_open_clip_base_in_the_models_own_folder_is_compared_when_it_is_read(tmp
         own.heads(open_checkpoint(tmp_path / "base.safetensors"), {}, zoo_tasks())
 
 
+def test_open_clip_folder_runs_no_code_of_its_tokenizer(tmp_path):
+    config = json.loads((zoo.files() / "open_clip_config.json").read_text())
+    files = {
+        "tokenizer_config.json": {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}},
+        "config.json": {"model_type": "bert"},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "mine.py").write_text("raise SystemExit('run')")
+    text = config["model_cfg"]["text_cfg"]
+    base = open_checkpoint(zoo.files() / "base.safetensors")
+    for options, message in (({"trust_remote_code": True}, "unknown key 'trust_remote_code'"), ({}, "no tokenizer")):
+        text |= {"hf_tokenizer_name": "mine", "tokenizer_kwargs": options}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=message):
+            OpenClip(str(tmp_path)).heads(base, {}, zoo_tasks())
+
+
 def test_open_clip_base_of_another_architecture_is_found_from_its_header():
     base = open_checkpoint(zoo.files() / "base.safetensors")
     assert backbone().base_problems(base) == []

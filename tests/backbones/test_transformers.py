@@ -1,6 +1,7 @@
 """The backbone transformers: names, heads, tied weights, vocabularies and inputs, on tiny models of real classes."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,30 @@ def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "configuration.py").write_text("raise SystemExit('run')")
     with pytest.raises(InputError, match=r"auto_map.*never run"):
         Transformers(model=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 100_000}, "more than 100000 parts"),
+        ({"num_labels": 10**9}, "num_labels: expected"),
+        ({"configuration_files": ["config.9.json"]}, "configuration_files"),
+    ],
+)
+def test_a_network_of_absurd_size_is_refused_before_it_is_built(change, message, tmp_path: Path) -> None:
+    folder = save_model(new_model("LlamaForCausalLM"), tmp_path / "base")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | change))
+    with pytest.raises(InputError, match=message):
+        assert Transformers(model=folder).exclude
+
+
+def test_tokenizers_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    folders = {"base": save_model(new_model("LlamaForCausalLM"), tmp_path / "base")}
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "base" / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json: expected a file, found a named pipe"):
+        backbone_of(folders).preprocess()("a")
 
 
 def test_texts_become_ids_with_the_positions_of_the_answer(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 
@@ -172,3 +173,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(name, tmp_path):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing there"):
         Texts(tmp_path / "missing.jsonl")
+    for name in ("pipe.jsonl", "pipe.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match="found a named pipe"):
+            Texts(tmp_path / name)

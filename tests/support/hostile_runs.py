@@ -21,7 +21,7 @@ import yaml
 from adamerge import zoo
 from tests.support import hostile
 from tests.support.adapters import random_adapter
-from tests.support.hostile import ODD, nodes, replaced
+from tests.support.hostile import BOMB, ODD, nodes, replaced
 from tests.support.language import llama
 from tests.support.small_run import CONTEXT, arguments, run, write_configs
 
@@ -78,7 +78,6 @@ STRANGE: list[Any] = [
     {"_target_": "adamerge.nothing"},
     [{}] * 1000,
 ]
-BOMB = "a: &a [x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}' if i else '*a'] * 9)}]\n" for i in range(30))
 
 
 @dataclass(frozen=True)

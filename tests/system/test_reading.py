@@ -9,8 +9,17 @@ import yaml
 from adamerge import InputError
 from adamerge.system.files import check_inside, open_own
 from adamerge.system.patterns import search_all
-from adamerge.system.reading import MAX_JSON, open_regular, read_bytes, read_json, read_lines, read_text, read_yaml_text
-from tests.support.hostile_runs import BOMB
+from adamerge.system.reading import (
+    MAX_JSON,
+    check_texts,
+    open_regular,
+    read_bytes,
+    read_json,
+    read_lines,
+    read_text,
+    read_yaml_text,
+)
+from tests.support.hostile import BOMB
 
 READERS = [open_regular, read_bytes, read_text, read_json, read_yaml_text, lambda path: list(read_lines(path))]
 
@@ -19,6 +28,9 @@ READERS = [open_regular, read_bytes, read_text, read_json, read_yaml_text, lambd
 def test_pipes_devices_and_folders_are_refused_at_once(tmp_path, reader):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
+    (tmp_path / "model.json").symlink_to("pipe")
+    with pytest.raises(InputError, match=r"model\.json: expected a file, found a named pipe"):
+        check_texts(tmp_path)
     for path, found in ((tmp_path / "pipe", "a named pipe"), (tmp_path / "link", "a device"), (tmp_path, "a folder")):
         with pytest.raises(InputError, match=f"{path}: expected a file, found {found}"):
             reader(path)
@@ -33,6 +45,8 @@ def test_texts_are_read_up_to_a_limit(tmp_path):
     for reader in (lambda: read_bytes(path, 4), lambda: list(read_lines(path, 4))):
         with pytest.raises(InputError, match="expected"):
             reader()
+    path.write_bytes(b"\xef\xbb\xbfa\n")  # some programs begin a file with a mark
+    assert list(read_lines(path)) == ["a\n"]
     path.touch()
     os.truncate(path, 1 << 40)  # a sparse file
     for reader in READERS[1:]:

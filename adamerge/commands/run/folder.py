@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ LOCK = ".lock"
 CONFIG_FILE = "config.yaml"
 LAST = Path("checkpoints") / "last.ckpt"
 START_MERGE = Path("start") / "merged.safetensors"  # the merge of the rule that a run starts from
+_LOGGERS_OF_FILES = ("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger")
 LAST_GOOD = "last_good.json"  # coefficients before a step that was not finite
 
 
@@ -107,8 +109,28 @@ def load_config(folder: Path, *, trust_code: bool = False) -> DictConfig:
     config, doubt = _read(folder)
     if doubt is not None and not trust_code:
         imports.check_listed(config, str(path), doubt)
+        _check_loggers(config, path, doubt)
     imports.announce(config)
     return _moved(config, folder)
+
+
+def _check_loggers(config: DictConfig, path: Path, why: str) -> None:
+    """Refuse loggers that may log elsewhere than in the run's folder, which they get as ``save_dir``.
+
+    Raises:
+        InputError: If one is of a service, or names a path.
+    """
+    for option, value in flat({"logger": config.get("logger")}).items():
+        is_place = isinstance(value, str) and ("/" in value or value == "..")
+        if option.endswith("._target_"):
+            is_place = value not in _LOGGERS_OF_FILES
+        elif option.endswith(".save_dir"):
+            is_place = False
+        if is_place or option.endswith("._args_"):
+            raise InputError(
+                f"{path}: {option}: {str(value)[:100]!r} may log elsewhere than in the run's folder, and {why}. Read "
+                f"the file; if you trust it, say {imports.TRUST}."
+            )
 
 
 def look_at_config(folder: Path) -> DictConfig:
@@ -152,13 +174,19 @@ def _moved(config: DictConfig, folder: Path) -> DictConfig:
         if OmegaConf.select(config, "start.merged") and (parent / START_MERGE).is_file():
             config.pool.base = str(parent / START_MERGE)
             break
-    if isinstance(config.get("cwd"), str) and Path(config.cwd).is_dir():
-        os.chdir(config.cwd)
+    go_to(config.get("cwd"))
     loggers = config.get("logger")
     for logger in loggers.values() if isinstance(loggers, DictConfig) else ():
         if isinstance(logger, DictConfig) and "save_dir" in logger:
             logger.save_dir = str(folder)
     return config
+
+
+def go_to(folder: Any) -> None:
+    """Move to where a run was launched, if that is a folder here; it may be a stranger's: nothing is imported there."""
+    if isinstance(folder, str) and Path(folder).is_dir():
+        sys.path[:] = [os.path.abspath(entry) for entry in sys.path]  # "", of a notebook, would be that folder then
+        os.chdir(folder)
 
 
 def _parsed(text: str, path: Path) -> DictConfig:

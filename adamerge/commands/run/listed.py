@@ -1,8 +1,9 @@
 """The names that a configuration may import without being asked, by kind (docs/security.md).
 
-Whoever adds one answers for it: nothing that it does with options from a stranger may run code or open a pickle. So
-never ``torch.load``, ``torch.hub.load``, ``torch.jit.load``, readers of pandas and numpy, ``DatasetFolder``, data sets
-that open pickles (torchvision's CIFAR10, LSUN, ...), ``hydra.utils.get_*``, and nothing of Python's own library.
+Whoever adds one answers for it: nothing that it does with options from a stranger may run code, open a pickle, or write
+where the options say (of loggers see :func:`adamerge.commands.run.folder.load_config`). So never ``torch.load``,
+``torch.hub.load``, ``torch.jit.load``, readers of pandas and numpy, ``DatasetFolder``, data sets that open pickles
+(torchvision's CIFAR10, LSUN, ...), ``hydra.utils.get_*``, and nothing of Python's own library.
 """
 
 import importlib
@@ -17,7 +18,18 @@ from typing import Any
 LISTED: dict[str, tuple[str, ...]] = {
     "adamerge's parts of a run": (
         *("adamerge.backbones.**", "adamerge.model.**", "adamerge.objectives.**", "adamerge.transforms.**"),
-        *("adamerge.merges.**", "adamerge.methods.**", "adamerge.callbacks.*", "adamerge.zoo.Tokenizer"),
+        *("adamerge.merges.**", "adamerge.methods.**", "adamerge.zoo.Tokenizer"),
+    ),
+    "adamerge's callbacks": tuple(
+        f"adamerge.callbacks.{name}"  # those that write no files: the others every run has
+        for name in (
+            "CollapseGuard",
+            "HandOverLabels",
+            "KeepBest",
+            "LogCoefficients",
+            "NeverWorse",
+            "UnlabeledCriteria",
+        )
     ),
     "adamerge's data": (
         *("adamerge.data.*", "adamerge.data.views.*", "adamerge.data.benchmarks.task"),

@@ -26,7 +26,7 @@ from adamerge.system import ranks
 log = logging.getLogger(__name__)
 
 _LIFELINE = "ADAMERGE_LIFELINE"  # in the environment: a pipe that ends with the process that has started this one
-_PROGRAM = ("-m", "adamerge.commands.cli")
+_PROGRAM = ("-P", "-m", "adamerge.commands.cli")  # not from the folder that a run's configuration has led to
 _GRACE = 20.0  # seconds that the other processes have to end by themselves after one has failed
 
 Environment = TorchElasticEnvironment | SLURMEnvironment

@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 
 from adamerge.commands.run.compose import compose
 from adamerge.errors import InputError
+from tests.support.hostile import BOMB
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,10 @@ def test_option_beside_a_pool_file_goes_before_the_file_also_where_it_is_the_def
 def test_compose_of_a_sweep_says_that_a_job_is_checked_alone(flag):
     with pytest.raises(InputError, match=f"{flag}: a sweep is checked job by job"):
         compose([flag, "seed=0,1"])
+
+
+def test_yaml_files_of_a_folder_are_read_within_bounds(tmp_path):
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective" / "bomb.yaml").write_text(BOMB)
+    with pytest.raises(InputError, match=r"bomb\.yaml: not readable as yaml"):
+        compose(["--config-dir", str(tmp_path), "objective=bomb"])

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +181,7 @@ def test_check_lists_and_builds_no_name_of_a_library_beyond_the_list(arguments, 
     [
         "logger: {x: {_target_: os.mkdir, path: MARK}}",
         "callbacks: {x: {_target_: adamerge.system.files.os.mkdir, path: MARK}}",
+        "callbacks: {x: {_target_: adamerge.callbacks.ExportMergedWeights, dirpath: MARK}}",
         "data: {tasks: {x: {dataset: {loader: {_target_: torch.load, _partial_: true}}}}}",
         "a: {_target_: torch.optim.Adam, _args_: [[{_target_: os.mkdir, path: MARK}]]}",
         "a: {_target_: hydra.utils.get_method, path: os.mkdir}",
@@ -199,6 +202,30 @@ def test_configuration_of_a_stranger_is_refused_however_it_names_code(tmp_path, 
         load_config(tmp_path)
     assert bool(check_builds_no_library(look_at_config(tmp_path))) == ("_target_: not." not in text)
     load_config(tmp_path, trust_code=True)  # builds nothing by itself
+
+
+@pytest.mark.parametrize(
+    "logger",
+    [
+        "CSVLogger, save_dir: x, name: ../../x",
+        "CSVLogger, save_dir: x, name: m, version: ..",
+        "TensorBoardLogger, _args_: [elsewhere]",
+        "WandbLogger, settings: {x_executable: evil}",
+    ],
+)
+def test_loggers_of_a_stranger_stay_in_the_runs_folder(tmp_path, logger):
+    (tmp_path / "config.yaml").write_text(f"logger: {{a: {{_target_: lightning.pytorch.loggers.{logger}}}}}\n")
+    with pytest.raises(InputError, match=r"config\.yaml: logger\.a\.\w+: .* elsewhere than in the run's folder"):
+        load_config(tmp_path)
+    load_config(tmp_path, trust_code=True)
+
+
+def test_nothing_is_imported_from_the_folder_that_a_run_was_launched_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.chdir(here := Path.cwd())
+    (tmp_path / "config.yaml").write_text(f"cwd: {tmp_path}\n")
+    load_config(tmp_path)
+    assert (Path.cwd(), sys.path[0]) == (tmp_path, str(here))
 
 
 @pytest.mark.parametrize(
