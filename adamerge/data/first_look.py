@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from adamerge.data.batch import Inputs, described
+from adamerge.data.batch import Collate, Inputs, described, stack
 from adamerge.data.datasets import class_number, input_of, length_of, split_item
 from adamerge.data.random_states import seeded
 from adamerge.data.task import Task
@@ -31,13 +31,16 @@ _ALIKE = (
 )
 
 
-def check_task(name: str, task: Task, preprocess: Callable[[Any], Inputs] | None = None) -> None:
+def check_task(
+    name: str, task: Task, preprocess: Callable[[Any], Inputs] | None = None, collate: Collate = stack
+) -> None:
     """Check a task's class names, and a few of the inputs to adapt on; labels and what is scored are left alone.
 
     Args:
         name: Name of the task.
         task: Its data.
         preprocess: Applied to inputs that are not tensors yet.
+        collate: Makes inputs a batch.
 
     Raises:
         InputError: If something is wrong; the message names the task, the split, the item and the remedy.
@@ -45,7 +48,7 @@ def check_task(name: str, task: Task, preprocess: Callable[[Any], Inputs] | None
     check_class_names(name, task)
     check_metrics(name, task)
     for where, dataset in _to_adapt(name, task):
-        _check_inputs(where, dataset, preprocess)
+        _check_inputs(where, dataset, preprocess, collate)
 
 
 def check_metrics(name: str, task: Task) -> None:
@@ -292,7 +295,9 @@ def _looks(where: str, dataset: Dataset[Any], read: Callable[[Any], T]) -> Itera
         raise InputError(f"{where}: none of the items {positions} can be read ({reason}). Mend the data set.")
 
 
-def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any], Inputs] | None) -> None:
+def _check_inputs(
+    where: str, dataset: Dataset[Any], preprocess: Callable[[Any], Inputs] | None, collate: Collate
+) -> None:
     """Read a few items as a run would."""
     shapes: dict[Any, tuple[str, Inputs]] = {}
     for item, inputs in _looks(where, dataset, lambda item: input_of(split_item(item)[0], preprocess)):
@@ -301,6 +306,12 @@ def _check_inputs(where: str, dataset: Dataset[Any], preprocess: Callable[[Any],
         shapes.setdefault(shape, (item, inputs))
     if len(shapes) > 1:
         (of_first, first), (of_second, second) = list(shapes.values())[:2]
+        if collate is not stack:
+            try:
+                collate([first, second])
+            except InputError as error:
+                raise InputError(f"{where}: {of_first}, {of_second}: {error}") from error
+            return
         if isinstance(first, Tensor) and isinstance(second, Tensor):
             raise InputError(
                 f"{where}: {of_first} has the shape {tuple(first.shape)}, {of_second} {tuple(second.shape)}: no batch "

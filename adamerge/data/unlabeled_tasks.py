@@ -141,7 +141,7 @@ class UnlabeledTasks(LightningDataModule):
         """Look at a task, and make its streams and scored inputs."""
         for dataset in (task.dataset, task.adapt, task.evaluate):
             read_as_seen(dataset)
-        check_task(name, task, self._preprocess)
+        check_task(name, task, self._preprocess, self.collate)
         if name in self.unseen:
             self.unseen_evaluation[name] = self._labelled(name, scored_only(name, task))
             return

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from adamerge import zoo
-from adamerge.backbones import Backbone, OpenClip, Torchvision, own_base
+from adamerge.backbones import Backbone, OpenClip, Torchvision, collate_of, own_base
 from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.hub import HubReference
 from adamerge.commands.run.build import build, build_init, build_tasks, check_node, pool_of
@@ -143,7 +143,7 @@ def build_data(config: DictConfig, backbone: Backbone, problems: Problems) -> An
         for name in nodes:
             with problems.naming(f"data.tasks.{name}"):
                 if isinstance(task := build(config, f"data.tasks.{name}"), Task):
-                    check_task(name, task, backbone.preprocess())
+                    check_task(name, task, backbone.preprocess(), collate_of(backbone))
         problems[:] = dict.fromkeys(problems)  # a folder that is not there is the same problem for all
         if len(problems) > count:
             return None
