@@ -1,8 +1,8 @@
 """Texts and images to the inputs of a transformers model, by the files in its folder."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class ModelInputs:
         argument: The network's main argument, for items that are tensors.
         max_length: Most tokens that the model takes; None for no limit.
         truncates: Whether longer texts are cut; else they are refused.
+        truncation_side: Which end is cut off, ``right`` or ``left``; None for the tokenizer's.
     """
 
     folder: Path
@@ -42,6 +43,8 @@ class ModelInputs:
     argument: str = "input_ids"
     max_length: int | None = None
     truncates: bool = True
+    truncation_side: str | None = None
+    _cut: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
 
     def __call__(self, item: Any) -> Mapping[str, Tensor]:
         """Return an item's input.
@@ -85,7 +88,11 @@ class ModelInputs:
                     "shorter texts. Give pad_token in tokenizer_config.json."
                 )
             tokenizer.pad_token = tokenizer.eos_token
-            tell_once(f"{self.folder}: the tokenizer has no pad token; shorter texts end with {tokenizer.eos_token!r}.")
+            tell_once(
+                f"The tokenizer has no pad token: {tokenizer.eos_token!r} fills up shorter texts, and never counts."
+            )
+        if self.truncation_side is not None:
+            tokenizer.truncation_side = self.truncation_side
         return tokenizer
 
     @cached_property
@@ -116,16 +123,26 @@ class ModelInputs:
         """The token that fills up shorter texts."""
         return int(self.tokenizer.pad_token_id)
 
+    def count_cut(self, items: Iterable[Any]) -> int:
+        """Return how many of the items are texts that are cut."""
+        count = 0
+        for item in items:
+            before = self._cut[0]
+            self(item)
+            count += self._cut[0] > before
+        return count
+
     @cached_property
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """Most tokens of a text."""
         stated = int(min(self.tokenizer.model_max_length, _UNLIMITED))
         return min(stated, self.max_length or _UNLIMITED)
 
     def _text(self, text: Text) -> Mapping[str, Tensor]:
         if self.is_encoder_decoder:
-            return self._pair(self._prompt(text, self._limit), text.answer)
-        answer = self._ids(text.answer, self._limit - 1, special=False) if text.answer and self.is_causal else []
-        prompt = self._prompt(text, self._limit - len(answer))
+            return self._pair(self._prompt(text, self.limit), text.answer)
+        answer = self._ids(text.answer, self.limit - 1, special=False) if text.answer and self.is_causal else []
+        prompt = self._prompt(text, self.limit - len(answer))
         if answer and prompt[-1:] == [self.tokenizer.eos_token_id]:
             prompt = prompt[:-1]  # the answer goes on where the prompt ends
         ids = [*prompt, *answer]
@@ -139,7 +156,7 @@ class ModelInputs:
     def _pair(self, prompt: list[int], answer: str | None) -> Mapping[str, Tensor]:
         """Return a text and what the decoder has said of its answer."""
         start = self.tokenizer.pad_token_id if self.decoder_start is None else self.decoder_start
-        targets = self._ids(answer, self._limit, special=True) if answer else []
+        targets = self._ids(answer, self.limit, special=True) if answer else []
         said = [start, *targets[:-1]]  # the last token is only predicted
         return {
             "input_ids": torch.tensor(prompt),
@@ -172,8 +189,10 @@ class ModelInputs:
                 f"data: a text has {len(ids)} tokens, more than {limit}. Set backbone.max_length, if it takes more, "
                 "or backbone.long_texts=truncate."
             )
+        self._cut[0] += 1
         tell_once(
-            f"data: texts of more than {self._limit} tokens are cut; see backbone.max_length and backbone.long_texts.",
+            f"Texts of more than {self.limit} tokens are cut; see backbone.max_length, backbone.long_texts and "
+            "backbone.truncation_side.",
             logging.WARNING,
         )
         # The library keeps the special tokens at the end, which slices would lose.

@@ -48,6 +48,7 @@ class Transformers:
         positions: Which positions of a causal model count: ``all``, or those of the ``answer`` only.
         max_length: Most tokens of a text; default what tokenizer and model take.
         long_texts: What becomes of texts with more: ``truncate`` or ``refuse``.
+        truncation_side: Which end is cut off, ``right`` or ``left``; None for the tokenizer's own.
 
     Raises:
         InputError: If the folder has no model, the class does not fit it, or an option has another value.
@@ -64,6 +65,7 @@ class Transformers:
     positions: Literal["all", "answer"] = "all"
     max_length: int | None = None
     long_texts: Literal["truncate", "refuse"] = "truncate"
+    truncation_side: Literal["right", "left"] | None = None
     prefix: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +73,7 @@ class Transformers:
         check_choice("backbone.vocabulary", self.vocabulary, ("refuse", "shared"))
         check_choice("backbone.positions", self.positions, ("all", "answer"))
         check_choice("backbone.long_texts", self.long_texts, ("truncate", "refuse"))
+        check_choice("backbone.truncation_side", self.truncation_side, ("right", "left", None))
         if self.max_length is not None:
             check_number("backbone.max_length", self.max_length, 1, whole=True)
         self.network_class  # noqa: B018  # refused here, before any weight is read
@@ -294,6 +297,7 @@ class Transformers:
             argument=str(self.network_class.main_input_name),
             max_length=self.max_length or getattr(self.config.get_text_config(), "max_position_embeddings", None),
             truncates=self.long_texts == "truncate",
+            truncation_side=self.truncation_side,
         )
 
     def collate(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from adamerge.data.batch import Collate, Inputs, TaskBatch, stack
 from adamerge.data.datasets import Unlabeled
+from adamerge.data.lengths import grouped
 from adamerge.data.random_states import permutation, seeded
 from adamerge.errors import InputError
 
@@ -108,6 +109,7 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         draws: Whether items draw random numbers; then they draw from generators that are seeded for their step, so
             that a step is the same after a resume and with any number of workers.
         collate: Makes samples a batch.
+        lengths: Task to the lengths of its inputs, (N,), by which they are grouped; None for no groups.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         by_task: bool = False,
         draws: bool = False,
         collate: Collate = stack,
+        lengths: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._streams = dict(streams)
         self._sizes = {task: min(batch_size * world, len(stream)) for task, stream in streams.items()}
@@ -128,6 +131,7 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         self._by_task = by_task
         self._draws = draws
         self._collate = collate
+        self._lengths = lengths
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def per_pass(self, task: str) -> int:
@@ -178,7 +182,9 @@ class Steps(Dataset[dict[str, TaskBatch]]):
         key = (task, number)
         if key not in self._orders:
             self._orders.pop((task, number - 2), None)
-            self._orders[key] = permutation(len(self._streams[task]), f"{self._seed}/{task}/{number}")
+            order = permutation(len(self._streams[task]), f"{self._seed}/{task}/{number}")
+            lengths = None if self._lengths is None else self._lengths[task]
+            self._orders[key] = order if lengths is None else grouped(order, lengths, self._sizes[task])
         return self._orders[key]
 
 

@@ -20,6 +20,7 @@ from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, s
 from adamerge.data.datasets import Labelled, Unlabeled, input_of
 from adamerge.data.first_look import check_scored, check_task
 from adamerge.data.images import read_as_seen
+from adamerge.data.lengths import lengths_of
 from adamerge.data.streams import Steps, StreamLoader, collate_batch, collate_labelled
 from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
 from adamerge.data.task import Protocol as Protocol
@@ -51,6 +52,7 @@ class UnlabeledTasks(LightningDataModule):
         holdout: Share of each task's adaptation inputs that is held out, in [0, 1): see ``KeepBest``.
         views: Random views that replace the images to adapt on (not those held out or scored); None for
             the images themselves.
+        group_by_length: Whether texts of similar length share a batch, so that less of it is padding.
         seed: Seed of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
         prefetch: Steps whose inputs are loaded ahead, by each process or, without any, by a thread; 0 loads them when
@@ -85,6 +87,7 @@ class UnlabeledTasks(LightningDataModule):
         limit: int | None = None,
         holdout: float = 0.0,
         views: Views | None = None,
+        group_by_length: bool = False,
         seed: int = 0,
         num_workers: int = 0,
         prefetch: int = 2,
@@ -136,6 +139,7 @@ class UnlabeledTasks(LightningDataModule):
         self._max_unreadable = max_unreadable
         for name, task in self.tasks.items():
             self._open(name, task, limit, holdout, views)
+        self._lengths = lengths_of(self.streams) if group_by_length else None
 
     def _open(self, name: str, task: Task, limit: int | None, holdout: float, views: Views | None) -> None:
         """Look at a task, and make its streams and scored inputs."""
@@ -314,7 +318,7 @@ class UnlabeledTasks(LightningDataModule):
         world, rank = self._ranks()
         size = self.batch_size * self.batches_per_step
         by_task = self.distribute == "tasks"
-        return Steps(self.streams, size, self.seed, rank, world, by_task, self._draws, self.collate)
+        return Steps(self.streams, size, self.seed, rank, world, by_task, self._draws, self.collate, self._lengths)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of devices, and which of them this is."""

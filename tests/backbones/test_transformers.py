@@ -222,7 +222,11 @@ def test_texts_become_ids_with_the_positions_of_the_answer(tmp_path: Path) -> No
     sample = preprocess(Text("2 plus 3 equals", "five"))
     assert sample["input_ids"].tolist() == [16, 18, 17, 19, 20]
     assert sample["_answer"].tolist() == [False, False, False, False, True]
-    assert len(preprocess("a a a a a a a a")["input_ids"]) == 6
+    long = "a very very good film was 2 plus 3"
+    assert len(preprocess(long)["input_ids"]) == 6
+    assert preprocess.count_cut([long, "a film", long]) == 2  # type: ignore[attr-defined]
+    left = backbone_of(folders, max_length=6, truncation_side="left").preprocess()(long)["input_ids"].tolist()
+    assert left == preprocess("good film was 2 plus 3")["input_ids"].tolist()
     batch = backbone.collate([sample, preprocess("good film")])
     assert batch["input_ids"].tolist() == [[16, 18, 17, 19, 20], [6, 9, 0, 0, 0]]
     valid = backbone.valid(batch)
@@ -274,7 +278,7 @@ def test_tokenizers_without_a_pad_token_or_templates(tmp_path: Path, caplog: pyt
     with caplog.at_level("INFO"):
         inputs("a good film")
         assert inputs.pad_token == 2  # type: ignore[attr-defined]
-    assert "no pad token; shorter texts end with '[EOS]'" in caplog.text
+    assert "no pad token: '[EOS]' fills up shorter texts" in caplog.text
     with pytest.raises(InputError, match="no chat template"):
         inputs(Text(({"role": "user", "content": "a"},)))
     for path in folder.glob("*token*"):

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from adamerge import InputError
 from adamerge.data import Task, UnlabeledTasks
-from adamerge.data.batch import TaskBatch
+from adamerge.data.batch import TaskBatch, pad
 from adamerge.data.datasets import Unlabeled
 from adamerge.data.streams import StreamLoader
 from tests.support.fits import with_trainer
@@ -249,6 +249,22 @@ def test_ranks_share_the_batch_of_one_process(world):
     for task in lengths:
         joined = [[i for rank in ranks for i in rank[step][task]] for step in range(7)]
         assert joined == [step[task] for step in single]
+
+
+def test_texts_of_similar_length_share_a_batch_each_once_a_pass():
+    ids = [torch.zeros(3 + 7 * i % 50, dtype=torch.long) for i in range(40)]
+    tasks = {"a": Task(adapt=[({"input_ids": one}, 0) for one in ids])}
+    options = {"tasks": tasks, "batch_size": 4, "collate": pad}
+    padded = {}
+    for group in (False, True):
+        steps = steps_of(make(**options, group_by_length=group), 10)
+        assert sorted(i for step in steps for i in step["a"]) == list(range(40))
+        padded[group] = sum(max(len(ids[i]) for i in step["a"]) for step in steps)
+    assert padded[True] < 0.8 * padded[False]
+    halves = [steps_of(make(**{**options, "batch_size": 2}, group_by_length=True), 10, world=2, rank=r) for r in (0, 1)]
+    assert [first["a"] + second["a"] for first, second in zip(*halves, strict=True)] == [step["a"] for step in steps]
+    with pytest.raises(InputError, match=r"group_by_length: data\.tasks\.a: expected texts, found Tensor"):
+        make(group_by_length=True)
 
 
 def test_ranks_of_a_short_stream_share_each_image_once():

@@ -8,8 +8,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from adamerge.backbones import Transformers
+from adamerge.backbones.model_inputs import ModelInputs
 from adamerge.commands.run.build import build
 from adamerge.data.batch import Inputs
+from adamerge.data.datasets import Unlabeled, split_item
+from adamerge.data.texts import Text
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.model.teachers import TeacherCache
 from adamerge.system.memory import free_memory
@@ -17,6 +20,7 @@ from adamerge.system.memory import free_memory
 log = logging.getLogger(__name__)
 
 _LOOKED_AT = 16  # texts of each task that are tokenized
+_COUNTED = 2000  # of which it is counted how many are cut
 _COPIES = 4  # of a batch's logits in a step: themselves, log-probabilities, and the gradients of both
 
 
@@ -83,8 +87,8 @@ def _answers(
 def _look(data: UnlabeledTasks, backbone: Transformers, task: str) -> _Sample | None:
     """Tokenize some texts of a task; None where inputs are no texts."""
     stream = data.streams[task]
-    step = max(1, len(stream) // _LOOKED_AT)
-    inputs = [stream[number].inputs for number in range(0, len(stream), step)[:_LOOKED_AT]]
+    _tell_cut(stream, backbone, task)
+    inputs = [stream[number].inputs for number in _spread(len(stream), _LOOKED_AT)]
     if any(not isinstance(sample, Mapping) or "input_ids" not in sample for sample in inputs):
         return None
     batch: Inputs = data.collate(inputs)
@@ -92,6 +96,24 @@ def _look(data: UnlabeledTasks, backbone: Transformers, task: str) -> _Sample | 
     tokens = sum(sample["input_ids"].numel() for sample in inputs if isinstance(sample, Mapping))
     rows = len(inputs) if valid is None else int(valid.sum())
     return _Sample(tokens / len(inputs), rows / len(inputs))
+
+
+def _tell_cut(stream: Unlabeled, backbone: Transformers, task: str) -> None:
+    """Log how many texts to adapt on are cut."""
+    items = [split_item(stream.source[number])[0] for number in _spread(len(stream), _COUNTED)]
+    inputs = backbone.preprocess()
+    if not isinstance(inputs, ModelInputs) or not all(isinstance(item, (str, Text)) for item in items):
+        return
+    if cut := inputs.count_cut(items):
+        side = inputs.tokenizer.truncation_side
+        log.warning(
+            "data.tasks.%s: %d of %d texts are cut to %d tokens, on the %s.", task, cut, len(items), inputs.limit, side
+        )
+
+
+def _spread(length: int, count: int) -> range:
+    """Return at most ``count`` numbers below a length, evenly apart."""
+    return range(0, length, max(1, -(-length // count)))
 
 
 def _size(count: float) -> str:
