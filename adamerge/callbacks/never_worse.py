@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamerge.callbacks.keep_best import check_held_out
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
-from adamerge.errors import InputError
+from adamerge.errors import InputError, shorten
 from adamerge.methods.method import MergingMethod
 from adamerge.model.task_step import TaskStep
 from adamerge.results.agreement import Agreement, Tally
@@ -21,10 +21,11 @@ log = logging.getLogger(__name__)
 class NeverWorse(Callback):
     """Measure start and result against the experts on held-out samples; end with the start unless the result is better.
 
-    Needs ``data.holdout``, and an expert for at least one task; no label is used. Better means: a lower divergence from
-    the experts, and no lower share of samples on which they are agreed with. What was measured is logged, and goes to
-    ``merge.json`` as ``evidence``. Samples that are held out do not adapt, so that with few of them the result is worth
-    less, too: ``method.anchor`` is the remedy, this the proof.
+    Needs ``data.holdout``; no label is used. Better means: a lower divergence from the experts, and agreement with them
+    on no fewer samples than chance explains (:meth:`~adamerge.results.agreement.Agreement.is_better_than`). What was
+    measured is logged, and goes to ``merge.json`` as ``evidence``. A task without an expert has no part in it: it is
+    named, and ``callbacks=collapse_guard`` is all that can watch it. Without any, the result is kept.
+    Few held-out samples prove little, and then the start is kept: ``method.anchor`` is the remedy, this the proof.
 
     Attributes:
         evidence: What was measured, and which of the two was kept; None before the end.
@@ -65,7 +66,9 @@ class NeverWorse(Callback):
             keeps_result = result is not None and start is not None and result.is_better_than(start)
             if result is None or keeps_result:
                 raw.copy_(learned)
-            self.evidence = _evidence(start, result)
+            streams = trainer.datamodule.streams  # type: ignore[attr-defined]
+            unproved = [task for task in streams if task not in pl_module.model.teachers]
+            self.evidence = _evidence(start, result) | ({"tasks_without_expert": unproved} if unproved else {})
         pl_module.evidence = self.evidence
         if trainer.is_global_zero:
             log.log(*_sentence(self.evidence))
@@ -90,14 +93,19 @@ def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
     """Say what was measured, with the level to log it at."""
     start, result = evidence["start"], evidence["result"]
     if start is None:
-        return logging.WARNING, "NeverWorse: no held-out task has an expert to agree with, so the result is not proved."
+        return logging.WARNING, (
+            "NeverWorse: no held-out task has an expert to agree with, so that the result is kept without proof; "
+            "callbacks=collapse_guard sees whether it collapses."
+        )
     figures = (
         f"On {result['rows']} held-out samples the result agrees with the experts on {100 * result['agreement']:.1f} % "
         f"(start: {100 * start['agreement']:.1f} %), at {result['kl']:.4f} nats from them (start: {start['kl']:.4f})"
     )
+    tasks = shorten(evidence.get("tasks_without_expert", ()))
+    unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
     if evidence["exported"] == "result":
-        return logging.INFO, f"{figures}: it is better, and kept."
-    return logging.WARNING, f"{figures}: it is not better, so the start is exported."
+        return logging.WARNING if tasks else logging.INFO, f"{figures}: it is better, and kept.{unproved}"
+    return logging.WARNING, f"{figures}: it is not better, so the start is exported.{unproved}"
 
 
 @torch.no_grad()

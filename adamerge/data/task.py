@@ -12,6 +12,8 @@ from adamerge.errors import InputError, check_number, did_you_mean
 
 Protocol = Literal["split", "transductive"]
 PROTOCOLS = ("split", "transductive")
+Holdout = float | Literal["auto"]
+_MOST_HELD_OUT = 64  # of a task by "auto": enough to prove a gain of a few points, and little time to measure
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,20 @@ def sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
     return Subset(dataset, sorted(permutation(length_of(dataset), key)[:limit].tolist()))
 
 
-def hold_out(dataset: Dataset[Any], share: float, key: str) -> tuple[Dataset[Any], Dataset[Any]]:
+def hold_out(dataset: Dataset[Any], share: Holdout, key: str) -> tuple[Dataset[Any], Dataset[Any]]:
     """Divide, drawn by ``key`` alone, into what adapts and what is held out, at least one input each.
+
+    Args:
+        dataset: A task's inputs to adapt on.
+        share: Held out of them, in (0, 1); ``"auto"`` for a fifth, but at most 64 inputs.
+        key: What is drawn.
 
     Raises:
         InputError: If the share leaves nothing to adapt on.
     """
     order = permutation(length_of(dataset), key).tolist()
-    count = max(1, round(share * len(order)))
+    count = max(1, min(_MOST_HELD_OUT, round(len(order) / 5)) if share == "auto" else round(share * len(order)))
     if count >= len(order):
-        raise InputError(
-            f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected a smaller share."
-        )
+        remedy = "more inputs, or 0 to hold out none" if len(order) == 1 else "a smaller share"
+        raise InputError(f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected {remedy}.")
     return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))

@@ -22,7 +22,7 @@ from adamerge.data.first_look import check_scored, check_task
 from adamerge.data.images import read_as_seen
 from adamerge.data.lengths import lengths_of
 from adamerge.data.streams import Steps, StreamLoader, collate_batch, collate_labelled
-from adamerge.data.task import PROTOCOLS, checked_unseen, divide, hold_out, sample, scored_only
+from adamerge.data.task import PROTOCOLS, Holdout, checked_unseen, divide, hold_out, sample, scored_only
 from adamerge.data.task import Protocol as Protocol
 from adamerge.data.task import Task as Task
 from adamerge.data.unreadable import Readable
@@ -49,7 +49,8 @@ class UnlabeledTasks(LightningDataModule):
         protocol: ``"split"``: inputs that adapt are never scored. ``"transductive"``: adapt on the very
             inputs that are scored, as the AdaMerging paper does.
         limit: Most adaptation inputs per task, a seeded sample; None for all.
-        holdout: Share of each task's adaptation inputs that is held out, in [0, 1): see ``KeepBest``.
+        holdout: Share of each task's adaptation inputs that is held out, in [0, 1), or ``"auto"``: a fifth, but at most
+            64 inputs; see ``NeverWorse`` and ``KeepBest``.
         views: Random views that replace the images to adapt on (not those held out or scored); None for
             the images themselves.
         group_by_length: Whether texts of similar length share a batch, so that less of it is padding.
@@ -85,7 +86,7 @@ class UnlabeledTasks(LightningDataModule):
         distribute: Literal["samples", "tasks"] = "samples",
         protocol: Protocol = "split",
         limit: int | None = None,
-        holdout: float = 0.0,
+        holdout: Holdout = 0.0,
         views: Views | None = None,
         group_by_length: bool = False,
         seed: int = 0,
@@ -109,7 +110,8 @@ class UnlabeledTasks(LightningDataModule):
         check_choice("data.protocol", protocol, PROTOCOLS)
         check_choice("data.cache", cache, CACHES)
         check_choice("data.distribute", distribute, DISTRIBUTIONS)
-        check_number("data.holdout", holdout, 0, 1, below=True)
+        if holdout != "auto":
+            check_number("data.holdout", holdout, 0, 1, below=True)
         check_number("data.max_unreadable", max_unreadable, 0, 1, below=True)
         check_number("data.batch_size", batch_size, 1, whole=True)
         check_number("data.batches_per_step", batches_per_step, 1, whole=True)
@@ -141,7 +143,7 @@ class UnlabeledTasks(LightningDataModule):
             self._open(name, task, limit, holdout, views)
         self._lengths = lengths_of(self.streams) if group_by_length else None
 
-    def _open(self, name: str, task: Task, limit: int | None, holdout: float, views: Views | None) -> None:
+    def _open(self, name: str, task: Task, limit: int | None, holdout: Holdout, views: Views | None) -> None:
         """Look at a task, and make its streams and scored inputs."""
         for dataset in (task.dataset, task.adapt, task.evaluate):
             read_as_seen(dataset)

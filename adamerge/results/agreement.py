@@ -28,8 +28,9 @@ class Agreement:
     rows: int
 
     def is_better_than(self, start: "Agreement") -> bool:
-        """Whether the divergence is lower, and the experts are agreed with no less."""
-        return self.kl < start.kl and self.agreement >= start.agreement
+        """Whether the divergence is lower, and the agreement is too, if at all, by no more than its standard error."""
+        error = (start.agreement * (1 - start.agreement) / start.rows) ** 0.5
+        return self.kl < start.kl and self.agreement >= start.agreement - error
 
 
 class Tally:

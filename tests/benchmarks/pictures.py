@@ -11,7 +11,13 @@ _MARKERS = "o^sDvP*X"
 
 
 def save_lines(
-    panels: Mapping[str, Mapping[str, Mapping[float, float]]], path: Path, *, x: str, y: str, low: float | None = None
+    panels: Mapping[str, Mapping[str, Mapping[float, float]]],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    low: float | None = None,
+    ticks: Mapping[float, str] | None = None,
 ) -> None:
     """Draw lines side by side, the same colour for the same name, with one legend and one vertical scale.
 
@@ -21,6 +27,7 @@ def save_lines(
         x: Name of the positions.
         y: Name of the values.
         low: Where the vertical scale begins; lines leave the picture below it. Default: at the lowest value.
+        ticks: Position to what is written there; the scale is logarithmic then. Default: the positions themselves.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,7 +46,12 @@ def save_lines(
             )
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)
-        axes.set_xticks(sorted({position for points in lines.values() for position in points}))
+        if ticks is not None:
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(list(ticks), list(ticks.values()))
+            axes.minorticks_off()
+        else:
+            axes.set_xticks(sorted({position for points in lines.values() for position in points}))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_axisbelow(True)

@@ -51,6 +51,13 @@ def test_holdout_share_is_checked(share):
         make_data(holdout=share)
     with pytest.raises(InputError, match=r"data\.holdout: 0\.9 of 2 inputs leaves none to adapt on"):
         make_data(count=4, holdout=0.9)
+    with pytest.raises(InputError, match=r"auto of 1 inputs leaves none to adapt on; expected more inputs, or 0"):
+        make_data(count=2, holdout="auto")
+
+
+@pytest.mark.parametrize(("count", "expected"), [(4, 1), (40, 4), (1000, 64)])
+def test_a_fifth_is_held_out_but_no_more_than_is_of_use(count, expected):
+    assert {len(stream) for stream in make_data(count=count, holdout="auto").holdout_streams.values()} == {expected}
 
 
 def brute_force(method, data):

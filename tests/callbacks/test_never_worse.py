@@ -90,12 +90,22 @@ def test_never_worse_after_a_resume_equals_uninterrupted(toy, tmp_path):
 def test_tasks_without_an_expert_are_not_proved(toy, tmp_path, caplog):
     method = make_method(toy, Entropy())
     method.model.teachers = {}
-    callback = NeverWorse()
-    trainer = fit(method, data(), tmp_path, steps=2, callbacks=[callback])
-    assert callback.evidence == {"exported": "result", "start": None, "result": None}
+    callback, stream_data = NeverWorse(), data()
+    trainer = fit(method, stream_data, tmp_path, steps=2, callbacks=[callback])
+    nothing = {"exported": "result", "start": None, "result": None}
+    assert callback.evidence == nothing | {"tasks_without_expert": list(stream_data.streams)}
     assert measure(trainer, method) is None
     assert not torch.equal(values(method), torch.full_like(values(method), 0.3))
     assert "no held-out task has an expert" in caplog.text
+    method.model.teachers = {"red": "red"}
+    assert measure(trainer, method).rows == len(stream_data.holdout_streams["red"])
+
+
+def test_agreement_may_fall_by_chance_only_and_divergence_not_at_all():
+    start = Agreement(agreement=0.9, kl=0.2, rows=100)  # the standard error is 0.03
+    assert Agreement(0.88, 0.1, 100).is_better_than(start)
+    assert not Agreement(0.86, 0.1, 100).is_better_than(start)
+    assert not Agreement(0.95, 0.2, 100).is_better_than(start)
 
 
 def test_never_worse_without_held_out_samples_is_refused(toy, tmp_path):

@@ -57,13 +57,13 @@ def check_start_rule(config: DictConfig) -> None:
     rules_of(start)
     if processes.wanted(config.trainer) > 1:
         raise InputError(
-            "start: a rule's merge is made in one process: set trainer.devices=1, or make it with adamerge merge "
-            "and give pool.base=FILE init=0."
+            "start: a rule's merge is made in one process: set trainer.devices=1 or start=null, or make it with "
+            "adamerge merge and give start=null pool.base=FILE init=0."
         )
     for name, path in (config.pool.get("experts") or {}).items():
         if (Path(str(path)) / "adapter_config.json").is_file():
             raise InputError(
-                f"start: expert {name!r} is a LoRA adapter, which goes with the base, not a merge; leave start out."
+                f"start: expert {name!r} is a LoRA adapter, which goes with the base, not a merge; set start=null."
             )
 
 

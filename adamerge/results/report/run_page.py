@@ -100,11 +100,12 @@ def evidence(run: Run) -> Note | None:
         f"{percent(result['agreement'])} % (the start on {percent(start['agreement'])} %), at a divergence of "
         f"{number(result['kl'])} nats (the start: {number(start['kl'])}). "
     )
+    tasks = ", ".join(facts.get("tasks_without_expert", ()))
+    unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
     if facts["exported"] == "result":
-        return Note(text + "It is better than the start.")
-    return Note(
-        text + "It is not better, so that the start was exported: the coefficients are those of the start.", True
-    )
+        return Note(f"{text}It is better than the start.{unproved}", bool(tasks))
+    kept = "It is not better, so that the start was exported: the coefficients are those of the start."
+    return Note(text + kept + unproved, True)
 
 
 def matrix(run: Run) -> HeatMap | None:
