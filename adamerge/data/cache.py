@@ -126,7 +126,7 @@ def _limit(mode: Cache, needed: int, workers: int) -> float:
         if needed > available:
             raise InputError(
                 f"data.cache: 'ram' needs {needed / 1e9:.1f} GB of {kind}, and {available / 1e9:.1f} GB are there. Set "
-                "data.cache=auto, which keeps what fits, data.limit for fewer images, or data.num_workers=0, which "
+                "data.cache=auto, which keeps what fits, data.limit for fewer inputs, or data.num_workers=0, which "
                 "shares nothing."
             )
     return float("inf")

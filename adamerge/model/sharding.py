@@ -308,7 +308,7 @@ def _agreed(inputs: Mapping[str, Inputs], width: int) -> dict[str, SharedBatch]:
             if not _alike(first, batch):
                 raise InputError(
                     f"Task {task!r}: a sharded model needs inputs of one shape and dtype on all devices, found "
-                    f"{first.facts.kind} and {batch.facts.kind}. Resize the images to one size."
+                    f"{first.facts.kind} and {batch.facts.kind}. Give inputs of one shape."
                 )
         kinds = tuple(batch.facts.kind for batch in batches)
         sizes, entries = zip(*((batch.facts.size, batch.facts.entries) for batch in batches), strict=True)

@@ -204,7 +204,7 @@ def protocol_of(plan: Plan, name: str) -> str:
         protocol = f"adapted on {config.data.adapt}, scored on all of test"
     if spec.adapts:
         batches = f"{config.data.get('batches_per_step') or 1} x {config.data.get('batch_size')}"
-        protocol += f", {config.steps} steps of {batches} images a task"
+        protocol += f", {config.steps} steps of {batches} inputs a task"
     return protocol
 
 

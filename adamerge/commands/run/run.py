@@ -346,5 +346,5 @@ def _feature_width(model: MergedModel, data: UnlabeledTasks) -> int:
     except RuntimeError as error:
         raise InputError(
             f"data.tasks.{name}: the encoder cannot take {described(inputs)} ({error}). Do the data set's transform "
-            "and the backbone's image size agree?"
+            "and what the backbone takes agree?"
         ) from error

@@ -29,8 +29,8 @@ _CRITERIA = {  # title, text and axis of what can be seen without labels
     ),
     "disagreement": (
         "Disagreement with the task's expert",
-        "Share of images on which merged model and expert name different classes.",
-        "share of images",
+        "Share of inputs on which merged model and expert name different classes.",
+        "share of inputs",
     ),
 }
 Points = tuple[list[float], list[float]]
@@ -47,7 +47,7 @@ def accuracies(run: Run) -> BarChart | None:
         name for name, row in rows.items() if name != own_row and not (row.get("uses_labels") or row.get("control"))
     ]
     few = [*references[:1], *references[1:][-3:]]  # the first is the pretrained model, the last the experts
-    text = "Bars: the merged checkpoint. Marks: what it is compared with, on the same images."
+    text = "Bars: the merged checkpoint. Marks: what it is compared with, on the same inputs."
     marks = {name: shares[name] for name in few}
     return BarChart("accuracies", "Accuracy by task", text, tasks, (own_row, shares[own_row]), marks)
 
@@ -156,7 +156,7 @@ def losses(run: Run) -> LineChart | None:
         series["held-out inputs"] = _line(run.metrics["holdout/loss"])
     if not series:
         return None
-    text = "What is minimized, on unlabeled images; a running mean over the nearest steps."
+    text = "What is minimized, on unlabeled inputs; a running mean over the nearest steps."
     return LineChart("losses", "Objective by task", text, series, y="objective", quiet=frozenset({"all"}))
 
 
