@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ class ModelInputs:
     max_length: int | None = None
     truncates: bool = True
     truncation_side: str | None = None
-    _cut: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
 
     def __call__(self, item: Any) -> Mapping[str, Tensor]:
         """Return an item's input.
@@ -122,6 +121,11 @@ class ModelInputs:
     def pad_token(self) -> int:
         """The token that fills up shorter texts."""
         return int(self.tokenizer.pad_token_id)
+
+    @cached_property
+    def _cut(self) -> list[int]:
+        """How often a text was cut."""
+        return [0]
 
     def count_cut(self, items: Iterable[Any]) -> int:
         """Return how many of the items are texts that are cut."""

@@ -100,7 +100,9 @@ def check_precision(name: str, task: Task) -> None:
                 )
 
 
-def check_scored(name: str, task: Task, preprocess: Callable[[Any], Inputs] | None = None) -> None:
+def check_scored(
+    name: str, task: Task, preprocess: Callable[[Any], Inputs] | None = None, collate: Collate = stack
+) -> None:
     """Check inputs and labels that a task is scored by, before the work that scoring comes after.
 
     All labels are looked at where the data set has them beside its images, else those of a few items.
@@ -109,6 +111,7 @@ def check_scored(name: str, task: Task, preprocess: Callable[[Any], Inputs] | No
         name: Name of the task.
         task: Its data.
         preprocess: Applied to inputs that are not tensors yet.
+        collate: Makes inputs a batch.
 
     Raises:
         InputError: If something is wrong; the message names the task, the split, the item and the remedy.
@@ -118,7 +121,7 @@ def check_scored(name: str, task: Task, preprocess: Callable[[Any], Inputs] | No
     if dataset is None or _is_unmade(dataset):
         return
     where, classes = f"data.tasks.{name}.{key}", len(names) if names else None
-    _check_inputs(where, dataset, preprocess)
+    _check_inputs(where, dataset, preprocess, collate)
     list(_looks(where, dataset, lambda item: _check_label(item, classes)))
     if classes is not None:
         check_labels(name, task, classes)

@@ -189,7 +189,7 @@ class UnlabeledTasks(LightningDataModule):
         Raises:
             InputError: If an item is no input, or a label no class number.
         """
-        check_scored(task, self.tasks[task], self._preprocess)
+        check_scored(task, self.tasks[task], self._preprocess, self.collate)
 
     def with_corrupted_evaluation(self, corruption: Corruption) -> "UnlabeledTasks":
         """Return the same data with corrupted images to score; streams are shared."""
