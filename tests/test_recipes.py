@@ -68,7 +68,7 @@ def test_figures_that_only_summaries_give_say_so(name):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] if path.stem == "demo" else [])  # of more than 50 rows
+        pytest.param(path, marks=[] if path.stem in ("zoo", "text_zoo") else pytest.mark.slow)
         for path in sorted((FOLDER / "compare").glob("*.yaml"))
     ],
     ids=lambda path: path.stem,

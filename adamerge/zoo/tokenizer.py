@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,24 +32,10 @@ class Tokenizer:
 
     context_length = CONTEXT_LENGTH
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from open_clip.tokenizer import SimpleTokenizer  # imports slowly, and a check of a run needs no token
-
-        return SimpleTokenizer(context_length=CONTEXT_LENGTH)
-
-    @cached_property
-    def _ids(self) -> Tensor:
-        names = sorted({name for classes in CLASSES.values() for name in classes})
-        prompts = [template.format(name) for name in names for template in TEMPLATES]
-        special = {0, *self._tokenizer.all_special_ids}
-        words = {token for prompt in prompts for token in self._tokenizer.encode(prompt)}
-        return torch.tensor(sorted(special | words))
-
     @property
     def vocab_size(self) -> int:
         """Number of ids."""
-        return len(self._ids)
+        return len(_vocabulary()[1])
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Tokenize one text or several.
@@ -66,12 +52,13 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in texts:
             self._check(text)
-        return torch.searchsorted(self._ids, self._tokenizer(texts, context_length=CONTEXT_LENGTH))
+        tokenizer, ids = _vocabulary()
+        return torch.searchsorted(torch.tensor(ids), tokenizer(texts, context_length=CONTEXT_LENGTH))
 
     def _check(self, text: str) -> None:
-        tokens = self._tokenizer.encode(text)
-        ids = set(self._ids.tolist())
-        unknown = [self._tokenizer.decode([token]).strip() for token in tokens if token not in ids]
+        tokenizer, ids = _vocabulary()
+        tokens = tokenizer.encode(text)
+        unknown = [tokenizer.decode([token]).strip() for token in tokens if token not in ids]
         if unknown:
             raise InputError(
                 f"Text {text!r} does not fit the demo zoo's vocabulary: unknown {', '.join(map(repr, unknown))}. "
@@ -82,3 +69,15 @@ class Tokenizer:
                 f"Text {text!r} is too long for the demo zoo's text tower: expected at most {CONTEXT_LENGTH - 2} "
                 f"tokens, got {len(tokens)}. Shorten the template."
             )
+
+
+@cache  # a process builds many backbones, and the words take half a second to read
+def _vocabulary() -> tuple[Any, tuple[int, ...]]:
+    """Return open_clip's tokenizer and the ids of the zoo's words in order."""
+    from open_clip.tokenizer import SimpleTokenizer  # imports slowly, and a check of a run needs no token
+
+    tokenizer = SimpleTokenizer(context_length=CONTEXT_LENGTH)
+    names = sorted({name for classes in CLASSES.values() for name in classes})
+    prompts = [template.format(name) for name in names for template in TEMPLATES]
+    words = {token for prompt in prompts for token in tokenizer.encode(prompt)}
+    return tokenizer, tuple(sorted({0, *tokenizer.all_special_ids} | words))

@@ -251,7 +251,7 @@ def run(*arguments):
 @pytest.mark.slow
 def test_run_with_an_unseen_task_on_a_corrupted_stream_and_its_scores(tmp_path, capsys):
     configs, folder = write_configs(tmp_path / "configs"), tmp_path / "run"
-    own = ["--config-dir", str(configs), "pool=small", "data=small", "trainer=cpu", f"run_dir={folder}"]
+    own = ["--config-dir", str(configs), "pool=small", "data=small", "trainer=cpu", "report=false", f"run_dir={folder}"]
     assert run("adapt", *own, "steps=2", "+data.unseen=[digits]", "+data.corruption=contrast", "+data.severity=2") == 0
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["tasks"], summary["unseen"]) == (["mnist"], ["digits"])

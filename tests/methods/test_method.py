@@ -188,7 +188,7 @@ def test_objective_of_a_separate_package_runs_and_its_mistakes_are_one_line(conf
     yaml.write_text("_target_: my_package.objectives.Confidence\npower: 3.0\n")
     arguments = [
         "--config-dir", str(configs), "pool=two", "data=tiny", "objective=confidence", "trainer=cpu", "steps=1",
-        "evaluate=false",
+        "evaluate=false", "report=false",
     ]  # fmt: skip
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     monkeypatch.chdir(tmp_path)

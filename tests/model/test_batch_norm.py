@@ -208,7 +208,15 @@ def statistics_of(path):
 @pytest.mark.parametrize("policy", ["base", "average", "recalibrate"])
 def test_adapt_exports_scores_and_replays_the_policys_statistics(setup, models, tmp_path, policy):
     run = tmp_path / "run"
-    options = ["steps=3", "granularity=task", "init=0.5", "trainer=cpu", "logger=none", f"batch_norm.policy={policy}"]
+    options = [
+        "steps=3",
+        "granularity=task",
+        "init=0.5",
+        "trainer=cpu",
+        "logger=none",
+        "report=false",
+        f"batch_norm.policy={policy}",
+    ]
     ends(0, "adapt", *setup, *options, f"run_dir={run}")
     written = statistics_of(run / "merged.safetensors")
     rows = json.loads((run / "summary.json").read_text())["rows"]

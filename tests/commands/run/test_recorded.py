@@ -124,7 +124,7 @@ def test_device_of_is_the_trainers_first(monkeypatch, trainer, has_gpu, device):
     assert str(device_of(OmegaConf.create({"trainer": trainer}))) == device
 
 
-def test_evaluate_and_rows_of_compare_run_on_the_trainers_device(run, monkeypatch, tmp_path):
+def test_evaluate_and_rows_of_compare_run_on_the_trainers_device(run, arguments, monkeypatch, tmp_path):
     from adamerge.commands.compare import row
     from adamerge.commands.run import processes
     from adamerge.model.merged_model import MergedModel
@@ -138,6 +138,6 @@ def test_evaluate_and_rows_of_compare_run_on_the_trainers_device(run, monkeypatc
     assert call("evaluate", tmp_path / "run") == 0
     assert moved == [torch.device("cuda", 1)]
     row.shared_assembly.cache_clear()
-    row.shared_assembly(("trainer=cpu",), 0)
+    row.shared_assembly(tuple(arguments), 0)
     assert moved == [torch.device("cuda", 1)] * 2
     row.shared_assembly.cache_clear()

@@ -333,14 +333,14 @@ def test_own_objective_goes_on_is_scored_and_exported_with_the_key_and_without_i
     assert call("adapt", *own) == 0
     merged = (tmp_path / "run" / "merged.safetensors").read_bytes()
     again = (("adapt", "resume=run"), ("evaluate", "run"), ("export", "run", "--out", "again"))
-    for command in again:
+    for command in (again[0], again[2]):
         assert call(*command) == 0
     assert (tmp_path / "run" / "merged.safetensors").read_bytes() == merged
     shutil.rmtree(home)
-    for command in again[:2]:
+    for command in again:
         assert "there is no key of yours in" in refusal(capsys, *command)
+    shutil.rmtree(tmp_path / "again")
     for command in again[1:]:
-        shutil.rmtree(tmp_path / "again", ignore_errors=True)
         assert call(*command, "--trust-code") == 0
     assert not home.exists()  # commands that write no configuration need no key
     assert call("adapt", "resume=run", "--trust-code") == 0
