@@ -32,6 +32,7 @@ from adamerge.system import ranks
 def adapt(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     """Learn coefficients on unlabeled data and export the merged checkpoint."""
     from adamerge.commands.run.compose import compose, hand_over, read_line
+    from adamerge.commands.run.imports import announce
     from adamerge.commands.run.named_pools import quoted
 
     line = read_line([word for word in overrides if not word.startswith("resume=")])
@@ -39,23 +40,26 @@ def adapt(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     if {"--help", "-h"} & set(line.flags):
         hand_over(line, lambda _: None)
         return
+    if resume == "auto" and not any(word.startswith("run_dir=") for word in line.overrides):
+        raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
+    is_resumed = resume not in ("", "null", "auto")
+    # A mistyped option is refused before Lightning is imported, which takes seconds.
+    config = None if is_resumed or line.flags else compose(overrides, announced=False)
     from adamerge.commands.run import processes, start
 
     processes.join()
-    if resume not in ("", "null", "auto"):
+    if is_resumed:
         others = [word for word in overrides if not word.startswith("resume=")]
         start.resume(Path(resume), others, as_json=as_json, trust_code=trust_code)
         return
-    if resume == "auto" and not any(word.startswith("run_dir=") for word in line.overrides):
-        raise InputError("resume=auto needs a folder that stays the same from start to start: add run_dir=FOLDER.")
-    if line.flags:
+    if config is None:
         _check_flags(line.flags, resume, as_json)
         hand_over(line, start.sweep_job)
         return
     from adamerge.commands.run.check import check as problems_of
 
     # All that can be wrong is found before a folder is made or a weight read.
-    config = compose(overrides)
+    announce(config)
     start.refuse(next(filter(None, ranks.everyones(problems_of(config))), []))
     config.run_dir = ranks.of_first(config.run_dir)  # it may be named by the clock: all take the first process's
     if not start.start_ranks(config, [*overrides, f"run_dir={quoted(config.run_dir)}"], as_json=as_json):
@@ -91,11 +95,12 @@ def check(overrides: tuple[str, ...], as_json: bool, trust_code: bool) -> None:
     It takes the options of one run of `adamerge adapt`, see `adamerge adapt --help`; jobs of a sweep are checked one by
     one.
     """  # noqa: D301
-    from adamerge.commands.run.check import check as problems_of
     from adamerge.commands.run.compose import compose
     from adamerge.commands.run.imports import check_builds_no_library, targets_beyond
 
     config = compose(overrides, announced=False)
+    from adamerge.commands.run.check import check as problems_of  # imports Lightning
+
     imports = [str(target) for target in targets_beyond(config) if target.is_found]
     if not as_json:  # before any of it is built
         for target in imports:
