@@ -35,6 +35,9 @@ class EncoderOptions:
             ResNet).
         channels_last: Whether images enter with their channels innermost, as convolutions on GPUs like them.
         compile: Whether ``torch.compile`` compiles the forward pass; or the name of one of its backends.
+        engine: ``merged``: a step runs on merged weights. ``beside``: on the base's, and adapters (LoRA experts) are
+            added beside them, without a gradient of a weight's size (:mod:`adamerge.model.beside`). ``auto``: beside
+            where experts, granularity and options allow it.
 
     Raises:
         InputError: If an option has another value, or there is no compiler for ``compile``.
@@ -43,11 +46,17 @@ class EncoderOptions:
     checkpoint: bool | Sequence[str] = False
     channels_last: bool = False
     compile: bool | str = False
+    engine: Literal["merged", "beside", "auto"] = "merged"
 
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, bool):
             check_globs("encoder.checkpoint", self.checkpoint)
         check_choice("encoder.channels_last", self.channels_last, (True, False))
+        check_choice("encoder.engine", self.engine, ("merged", "beside", "auto"))
+        if self.engine == "beside" and self.backend is not None:
+            raise InputError(
+                "encoder.engine: compiled code does not follow beside. Set encoder.compile=false, or merged."
+            )
         if self.backend is not None:
             _check_backend(self.backend)
 

@@ -15,7 +15,7 @@ from adamerge.pool.low_rank import Factors, exact_products
 
 def fits(segment: Segment, width: int) -> bool:
     """Whether a segment's groups are runs of whole rows, or of whole columns, of a matrix with rows of ``width``."""
-    return segment.start % width == 0 and (_is_by_rows(segment, width) or segment.groups * segment.inner == width)
+    return segment.start % width == 0 and (is_by_rows(segment, width) or segment.groups * segment.inner == width)
 
 
 def merge_segment(target: Tensor, base: Tensor, factors: Factors, segment: Segment, weights: Tensor) -> None:
@@ -29,29 +29,39 @@ def merge_segment(target: Tensor, base: Tensor, factors: Factors, segment: Segme
         weights: Coefficients (G, E).
     """
     width = factors.down.shape[1]
-    rows, groups = slice(segment.start // width, segment.stop // width), segment.groups
-    scales = weights[segment.first : segment.first + groups][:, factors.owner]  # (groups, R)
-    up, down = factors.up[rows], factors.down
-    if _is_by_rows(segment, width):
-        up = (up.unflatten(0, (groups, -1)) * scales.unsqueeze(1)).flatten(0, 1)
-    else:
-        down = (down.unflatten(1, (groups, -1)) * scales.t().unsqueeze(2)).flatten(1)
+    rows = _rows(segment, width)
+    scales = weights[segment.first : segment.first + segment.groups][:, factors.owner]
+    up, down = scaled(factors, segment, scales)
     with exact_products():
         torch.addmm(base.view(-1, width)[rows], up, down, out=target.view(-1, width)[rows])
+
+
+def scaled(factors: Factors, segment: Segment, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors, ``up`` of the segment's rows only, with its coefficients (groups, R) in one of them."""
+    width, groups = factors.down.shape[1], segment.groups
+    up, down = factors.up[_rows(segment, width)], factors.down
+    if is_by_rows(segment, width):
+        return (up.unflatten(0, (groups, -1)) * scales.unsqueeze(1)).flatten(0, 1), down
+    return up, (down.unflatten(1, (groups, -1)) * scales.t().unsqueeze(2)).flatten(1)
 
 
 def pull_back_segment(result: Tensor, gradient: Tensor, factors: Factors, segment: Segment) -> None:
     """Add one segment's inner products to ``result`` (G, E); ``gradient`` is the parameter's, (n,)."""
     width = factors.down.shape[1]
-    rows, groups = slice(segment.start // width, segment.stop // width), segment.groups
+    rows, groups = _rows(segment, width), segment.groups
     piece, up = gradient.view(-1, width)[rows], factors.up[rows]
     with exact_products():
-        if _is_by_rows(segment, width):
+        if is_by_rows(segment, width):
             by_rank = ((piece @ factors.down.t()) * up).unflatten(0, (groups, -1)).sum(1)
         else:
             by_rank = ((up.t() @ piece) * factors.down).unflatten(1, (groups, -1)).sum(2).t()
         result[segment.first : segment.first + groups] += by_rank @ factors.members
 
 
-def _is_by_rows(segment: Segment, width: int) -> bool:
+def _rows(segment: Segment, width: int) -> slice:
+    return slice(segment.start // width, segment.stop // width)
+
+
+def is_by_rows(segment: Segment, width: int) -> bool:
+    """Whether a segment's groups are runs of whole rows of ``width``."""
     return segment.outer == 1 and segment.inner % width == 0

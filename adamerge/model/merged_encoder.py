@@ -29,13 +29,13 @@ class MergedEncoder:
         run: Runs the encoder on the leaves.
         weights: The model's.
         leaves: The merged parameters (*S), autograd leaves.
-        values: The coefficients (E, G) that they were merged with.
+        coefficients: Those that they were merged with, (E, G), a leaf.
         micro_batch: See :func:`~adamerge.model.encoder.fused`.
         scale: Factor on the losses in the backward pass, which the gradient is divided by (fp16).
         on_gradient: Sees each merged parameter's name and gradient (*S), times ``scale``, before it is dropped.
 
     Attributes:
-        coefficients: (E, G), a leaf: what a loss takes from it directly counts in the gradient, too.
+        coefficients: As given: what a loss takes from it directly counts in the gradient, too.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class MergedEncoder:
         run: Run,
         weights: WholeWeights,
         leaves: Mapping[str, Tensor],
-        values: Tensor,
+        coefficients: Tensor,
         micro_batch: MicroBatch,
         scale: float | Tensor,
         on_gradient: Callable[[str, Tensor], None] | None,
     ) -> None:
         self._run, self._weights, self._leaves = run, weights, leaves
         self._micro_batch, self._scale, self._on_gradient = micro_batch, scale, on_gradient
-        self.coefficients = values.detach().clone().requires_grad_()
+        self.coefficients = coefficients
         self._pull_back = weights.pull_back()
 
     def groups(self, inputs: Mapping[str, Inputs]) -> Iterator[Mapping[str, Inputs]]:

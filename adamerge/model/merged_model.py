@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from adamerge.data.batch import PADDING, Inputs, Outputs, Read, Valid, join, read_output, size
 from adamerge.errors import InputError, did_you_mean, shorten
+from adamerge.model.beside import weights_of
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import EncoderOptions, MicroBatch, Runner, check_names
 from adamerge.model.merged_encoder import MergedEncoder
 from adamerge.model.teachers import TeacherCache, outputs_of
-from adamerge.model.weights import WholeWeights
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.pool import ExpertPool
 
@@ -83,12 +83,13 @@ class MergedModel(nn.Module):
         # In a tuple and a dict, so that nn.Module does not register them: they must not enter
         # checkpoints, optimizers or the broadcasts of distributed training.
         self._unregistered = (encoder.eval(),)
-        self._runner = Runner(encoder, options or EncoderOptions())
+        options = options or EncoderOptions()
+        self._runner = Runner(encoder, options)
         self.heads = {task: copy.deepcopy(head).eval().requires_grad_(False) for task, head in heads.items()}
         self.read, self.valid = read, valid
         self.pool = pool
         self.encoder_buffers = pool.buffers({name: b.detach().clone() for name, b in encoder.named_buffers()})
-        self.weights = WholeWeights(encoder, pool, coefficients.index)
+        self.weights = weights_of(options, encoder, pool, coefficients.index)
         of_own_name = {task: task for task in heads or pool.expert_names if task in pool.expert_names}
         self.teachers = of_own_name | dict(teachers or {})
         for task, expert in self.teachers.items():
@@ -208,9 +209,10 @@ class MergedModel(nn.Module):
             >>> merged.gradient  # of 1 + coefficient
             tensor([[1.]])
         """
-        leaves = self.weights.merged_leaves(values.detach())
+        coefficients = values.detach().clone().requires_grad_()
+        leaves = self.weights.merged_leaves(coefficients)
         run = partial(self._outputs, hidden_layers=hidden_layers)
-        merged = MergedEncoder(run, self.weights, leaves, values, micro_batch, scale, on_gradient)
+        merged = MergedEncoder(run, self.weights, leaves, coefficients, micro_batch, scale, on_gradient)
         with torch.set_grad_enabled(needs_gradient), self._swapped(leaves):
             yield merged
 

@@ -1,6 +1,6 @@
 """The parameters that an encoder runs on, where this process holds all of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -25,9 +25,11 @@ class WholeWeights:
 
     Attributes:
         leaves: The merged parameters by name, which every merge overwrites.
+        gives_gradients: Whether a step's backward pass gives the gradient of every merged parameter.
     """
 
     is_sharded = False
+    gives_gradients = True
 
     def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
         self._encoder, self._pool, self._index = encoder, pool, index
@@ -42,12 +44,18 @@ class WholeWeights:
     def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge with coefficients (E, G) into the tensors of the merge before, and return them as autograd leaves."""
         if not self.leaves:
-            self.leaves = {name: torch.empty_like(t).requires_grad_() for name, t in self._pool.base.items()}
+            self.leaves = {
+                name: torch.empty_like(self._pool.base[name]).requires_grad_() for name in self._names_of_leaves()
+            }
         for leaf in self.leaves.values():
             leaf.grad = None  # left over where a loss raised
         torch.clear_autocast_cache()  # it may hold the leaves' last values in half precision
         merge_into({name: leaf.detach() for name, leaf in self.leaves.items()}, self._pool, self._index, values)
         return self.leaves
+
+    def _names_of_leaves(self) -> Sequence[str]:
+        """Return the parameters that are merged."""
+        return self._pool.names
 
     def forget(self) -> None:
         """Drop the merged parameters, as after a move to another device."""

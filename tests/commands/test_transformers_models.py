@@ -1,10 +1,12 @@
 """Models of transformers from the command line: adapted, merged, packed and exported as folders that load there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.command_line import QUIET, call
 from tests.support.model_folders import (
@@ -91,6 +93,27 @@ def test_adapted_and_exported(name: str, kind: str, tmp_path: Path) -> None:
     assert any(not torch.equal(tensor, base[key]) for key, tensor in loaded.state_dict().items())
     card = (tmp_path / "hf" / "README.md").read_text()
     assert f'{name}.from_pretrained("FOLDER")' in card
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of transformers
+def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = new_model.__wrapped__("LlamaForCausalLM", 0)
+    save_model(model, tmp_path / "base")
+    for seed, expert in enumerate(("one", "two"), 1):
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=seed, target_modules="all-linear", init_lora_weights=False)
+        peft.get_peft_model(new_model.__wrapped__("LlamaForCausalLM", 0), config).save_pretrained(tmp_path / expert)
+    learned = []
+    for engine in ("merged", "beside"):
+        options = ("granularity=row", "optimizer=sgd", f"encoder.engine={engine}", "encoder.checkpoint=true")
+        run = adapt(tmp_path, "text", *options)
+        learned.append(load_file(run / "merged.safetensors"))
+        shutil.rmtree(tmp_path / "configs")
+        shutil.rmtree(run)
+    assert all(torch.allclose(learned[0][key], learned[1][key], rtol=0, atol=1e-5) for key in learned[0])
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert any((learned[0][key] - tensor).abs().max() > 0.01 for key, tensor in base.items())
 
 
 @pytest.mark.slow

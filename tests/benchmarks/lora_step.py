@@ -1,0 +1,128 @@
+"""A step of LoRA experts beside the base, against the merged step, LoRA fine-tuning by peft, and fine-tuning.
+
+python tests/benchmarks/lora_step.py --threads 1 --clock cpu
+
+A Llama of 110 M random parameters (12 layers of 768, vocabulary 16,000), E adapters of rank 8 on all linear layers,
+8 x 64 tokens, one task an adapter: forward and backward passes of one batch, and Adam on what learns. Ours are the
+coefficients; peft's one adapter; fine-tuning's all weights. The loss is the entropy of all positions.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+from workload import alternate, machine, median
+
+from adamerge import Coefficients, ExpertPool, MergedModel
+from adamerge.data.batch import read_output
+from adamerge.model.encoder import EncoderOptions
+from adamerge.objectives.entropy import softmax_entropy
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+VOCABULARY = 16000
+
+
+def network() -> nn.Module:
+    """A Llama of 110 M parameters."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=VOCABULARY,
+        use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def adapted(rank: int, seed: int) -> nn.Module:
+    """The same with a random adapter on all linear layers, by peft."""
+    import peft
+
+    model = network()
+    torch.manual_seed(seed)
+    options = peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, options)
+
+
+def pool_of(experts: int, rank: int, folder: Path) -> ExpertPool:
+    network().save_pretrained(folder / "base")
+    names = [f"task{number}" for number in range(experts)]
+    for number, name in enumerate(names):
+        adapted(rank, number).save_pretrained(folder / name)
+    return ExpertPool.from_files(folder / "base", {name: folder / name for name in names})
+
+
+def steps(pool: ExpertPool, texts: int, tokens: int, granularity: str, rank: int) -> dict[str, object]:
+    """Return the steps by name."""
+    names = pool.expert_names
+    ids = torch.randint(0, VOCABULARY, (texts, tokens))
+    data = {name: {"input_ids": part} for name, part in zip(names, ids.chunk(len(names)), strict=True)}
+
+    def ours(engine: str):
+        coefficients = Coefficients(pool, granularity)
+        model = MergedModel(
+            network(), pool, coefficients, {}, options=EncoderOptions(engine=engine),
+            read=lambda output, inputs: read_output(output, inputs, ("logits",)),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam([coefficients.raw], 1e-3)
+
+        def step() -> None:
+            values = coefficients()
+            with model.merged(values, micro_batch=None) as merged:
+                for group in merged.groups(data):
+                    parts = merged(group).values()
+                    merged.backward(torch.cat([softmax_entropy(part.rows()) for part in parts]).mean())
+            values.backward(merged.gradient)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def tuned(model: nn.Module):
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-6)
+
+        def step() -> None:
+            softmax_entropy(model(input_ids=ids).logits.flatten(0, 1)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return {
+        "beside": ours("beside"),
+        "merged": ours("merged"),
+        "LoRA fine-tuning": tuned(adapted(rank, 0)),
+        "fine-tuning": tuned(network()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=8, help="of all tasks together")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--granularity", default="layer")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu with --threads 1 where others compete")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with TemporaryDirectory() as folder:
+        pool = pool_of(options.experts, options.rank, Path(folder))
+        every = steps(pool, options.texts, options.tokens, options.granularity, options.rank)
+        seconds = {name: median(s) for name, s in alternate(every, options.repeats, CLOCKS[options.clock]).items()}
+    print(machine())
+    print(
+        f"E={options.experts}, rank {options.rank}, {options.texts} x {options.tokens} tokens, {options.granularity}:"
+    )
+    for name, value in seconds.items():
+        print(f"{name:18} {value:.3f} s, beside / it {seconds['beside'] / value:.3f} (medians of {options.repeats})")
+
+
+if __name__ == "__main__":
+    main()
