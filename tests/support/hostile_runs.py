@@ -125,7 +125,7 @@ SHAPES = {"c_fc": (384, 96), "c_proj": (96, 384)}
 
 
 def cases(seed: int, count: int, world: Path) -> Iterator[Case]:
-    """Yield cases, and an eighth as many of language models; the same ones for the same seed."""
+    """Yield cases, and a twentieth as many of language models; the same ones for the same seed."""
     makers = (
         _config,
         _json,
@@ -142,7 +142,7 @@ def cases(seed: int, count: int, world: Path) -> Iterator[Case]:
     )
     for number in range(count):
         yield makers[number % len(makers)](random.Random(f"{seed} {number}"), number, world)
-    for number in range(count // 8):
+    for number in range(count // 20):
         yield _language(random.Random(f"{seed} language {number}"), number, world)
 
 

@@ -307,7 +307,7 @@ def _explained(error: Exception, config_dir: Path | None) -> InputError:
         return InputError('hydra/launcher: the package submitit is not installed: pip install "adamerge[cluster]".')
     match = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if match is None:
-        return InputError(text)
+        return InputError("A defaults list leads to itself." if isinstance(error, RecursionError) else text)
     option, options = match.group(1), _option_names()
     if option in options:
         return InputError(
