@@ -25,6 +25,7 @@ MAX_TEXT = 4 << 20  # bytes of other texts
 MAX_LINES = 128 << 20  # bytes of a text that is read line by line
 MAX_YAML = 1 << 20  # bytes; yaml's reader takes seconds for as many
 _TEXTS = frozenset({".json", ".jinja", ".model", ".tiktoken", ".txt", ".vocab"})
+_TAGS = frozenset({"bool", "float", "int", "map", "null", "seq", "str"})
 _MAX_NODES = 20_000  # of yaml, aliases counted as often as they stand for what they name
 _MAX_DEPTH = 50
 _MAX_LINE = 1 << 20  # bytes
@@ -210,7 +211,7 @@ def _check_events(text: str) -> None:
     """Count the nodes of a text as yaml's parser meets them; nothing is built.
 
     Raises:
-        ValueError: If there are too many, too deep, or one that holds itself.
+        ValueError: If there are too many, too deep, one that holds itself, or one of Python's or another kind.
         yaml.YAMLError: If the text is not yaml.
     """
     sizes: dict[str, int] = {}
@@ -227,9 +228,20 @@ def _check_events(text: str) -> None:
                 sizes[name] = count - before
         elif isinstance(event, NodeEvent):
             count += 1
+            _check_tag(getattr(event, "tag", None))
             if isinstance(event, CollectionStartEvent):
                 pending.append((event.anchor, count - 1))
             elif event.anchor is not None:
                 sizes[event.anchor] = 1
         if count > _MAX_NODES or len(pending) > _MAX_DEPTH:
             raise ValueError(f"more than {_MAX_NODES} values, or nested deeper than {_MAX_DEPTH}")
+
+
+def _check_tag(tag: str | None) -> None:
+    """Refuse a tag of values that JSON has not, such as bytes and sets.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if tag not in (None, "!") and tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+        raise ValueError(f"the tag {tag[:100]!r}")

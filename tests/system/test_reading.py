@@ -61,7 +61,9 @@ def test_what_is_no_json_is_named(tmp_path, content):
         read_json(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "[" * 60, "a: *b", "a: b: c", "a: \x1b", "- x\n" * 20_001])
+@pytest.mark.parametrize(
+    "text", [BOMB, "a: &a [*a]", "[" * 60, "a: *b", "a: b: c", "a: \x1b", "- x\n" * 20_001, "a: !!binary eA=="]
+)
 def test_yaml_that_is_deep_or_doubles_is_refused_in_no_time(tmp_path, text):
     path = tmp_path / "x.yaml"
     path.write_text(text)

@@ -109,27 +109,30 @@ def load_config(folder: Path, *, trust_code: bool = False) -> DictConfig:
     config, doubt = _read(folder)
     if doubt is not None and not trust_code:
         imports.check_listed(config, str(path), doubt)
-        _check_loggers(config, path, doubt)
+        _check_places(config, path, doubt)
     imports.announce(config)
     return _moved(config, folder)
 
 
-def _check_loggers(config: DictConfig, path: Path, why: str) -> None:
-    """Refuse loggers that may log elsewhere than in the run's folder, which they get as ``save_dir``.
+def _check_places(config: DictConfig, path: Path, why: str) -> None:
+    """Refuse options that let a run write elsewhere than into its folder, which loggers get as ``save_dir``.
 
     Raises:
-        InputError: If one is of a service, or names a path.
+        InputError: If a logger is a service's, or one or a cache names a path.
     """
-    for option, value in flat({"logger": config.get("logger")}).items():
+    for option, value in flat(config).items():
+        head, _, last = option.rpartition(".")
         is_place = isinstance(value, str) and ("/" in value or value == "..")
-        if option.endswith("._target_"):
-            is_place = value not in _LOGGERS_OF_FILES
-        elif option.endswith(".save_dir"):
-            is_place = False
-        if is_place or option.endswith("._args_"):
+        if last in ("head_cache", "teacher_cache"):
+            is_wrong = value not in (None, False, "off", "auto")
+        elif not head.startswith("logger.") or last == "save_dir":
+            is_wrong = False
+        else:
+            is_wrong = value not in _LOGGERS_OF_FILES if last == "_target_" else is_place or last == "_args_"
+        if is_wrong:
             raise InputError(
-                f"{path}: {option}: {str(value)[:100]!r} may log elsewhere than in the run's folder, and {why}. Read "
-                f"the file; if you trust it, say {imports.TRUST}."
+                f"{path}: {option}: {str(value)[:100]!r} may write elsewhere than into the run's folder, and {why}. "
+                f"Read the file; if you trust it, say {imports.TRUST}."
             )
 
 
