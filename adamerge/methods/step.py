@@ -62,12 +62,15 @@ class StepResult:
 
 
 def report(method: Any, loss: Tensor, losses: Mapping[str, Tensor], values: Tensor, batch_size: int) -> None:
-    """Log a step: the losses, and where the coefficients (E, G) stand."""
+    """Log a step: the losses and, if they are learned, where the coefficients (E, G) stand."""
+    method.log("adapt/loss", loss, prog_bar=True, batch_size=batch_size)
+    by_task = {f"adapt/loss/{task}": value for task, value in losses.items()}
+    if not method.learns_coefficients:
+        method.log_dict(by_task, batch_size=batch_size)
+        return
     coefficients, names = method.model.coefficients, method.model.pool.expert_names
     travel = (values - coefficients.initial).abs().mean()
-    method.log("adapt/loss", loss, prog_bar=True, batch_size=batch_size)
     method.log("adapt/coefficient", values.mean(), prog_bar=True, batch_size=batch_size)
-    scalars = {f"adapt/loss/{task}": value for task, value in losses.items()}
-    scalars |= {"adapt/coefficient/min": values.min(), "adapt/coefficient/max": values.max()}
+    scalars = {**by_task, "adapt/coefficient/min": values.min(), "adapt/coefficient/max": values.max()}
     scalars |= {f"coefficient/{name}": mean for name, mean in zip(names, values.mean(1), strict=True)}
     method.log_dict({**scalars, "adapt/travel": travel}, batch_size=batch_size)

@@ -117,6 +117,27 @@ def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
+def test_merged_by_rules_and_with_transforms(name: str, tmp_path: Path) -> None:
+    folders = save_family(name, tmp_path)
+    files = ["--base", str(folders["base"]), *(f"--expert={expert}={folders[expert]}" for expert in ("one", "two"))]
+    merges = [adapt(tmp_path, "text", "transform=ties")]
+    for rule in ("ties", "iso_c", "tsvm"):
+        merges.append(tmp_path / rule)
+        ok("merge", "--rule", rule, *files, "--out", str(merges[-1]))
+    for transform in ("breadcrumbs", "lines"):
+        merges.append(tmp_path / transform)
+        ok("transform", "--rule", transform, *files, "--out", str(tmp_path / f"{transform}_packed"))
+        pool = str(tmp_path / f"{transform}_packed" / "pool.yaml")
+        ok("merge", "--rule", "task_arithmetic", "--pool", pool, "--out", str(merges[-1]))
+    weights = set()
+    for merge in merges:  # each is loaded back, compared and, where it can, lets say something
+        ok("export", str(merge), "--to", "hf", "--out", str(tmp_path / "hf" / merge.name))
+        weights.add((tmp_path / "hf" / merge.name / "model.safetensors").read_bytes())
+    assert len(weights) == len(merges)
+
+
+@pytest.mark.slow
 def test_export_with_the_head_of_a_task(tmp_path: Path) -> None:
     bert = new_model("BertModel")
     save_model(bert, tmp_path / "base")
