@@ -225,8 +225,8 @@ class Transformers:
         head = self.head_module
         if head is not None:
             tell_once(
-                f"backbone.head: {head.path}: each expert's own, as {head.reason}; the head of its task, and no part of "
-                "the merge."
+                f"backbone.head: {head.path}: each expert's own, as {head.reason}; the head of its task, no part of the "
+                "merge."
             )
         return problems + self._untied(checkpoints)
 
