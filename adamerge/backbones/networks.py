@@ -11,13 +11,17 @@ from torch import nn
 
 from adamerge.backbones.forecast import bounded, forecast
 from adamerge.checkpoints.model_folder import HF_CONFIG
-from adamerge.errors import InputError, check_number, did_you_mean, shorten
+from adamerge.errors import InputError, check_number, did_you_mean
 from adamerge.system.reading import read_json_mapping
 
 _MAX_PARTS = 100_000  # parameters, buffers and modules: the largest mixtures of experts have 50,000
 _MAX_COUNT = 1_000_000  # of layers, labels and the like: the library lists them before it builds any
 _MAX_SIZE = 1 << 27  # of widths, vocabularies and positions
 _SIZES = re.compile("vocab|size|dim|position|length|theta|window|token|max|seed|_id$")  # keys of the latter
+_SHAPING = (  # options that change the shapes of what is merged, by the library's usual names
+    *("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    *("intermediate_size", "d_ff", "hidden_dim", "num_attention_heads", "num_key_value_heads", "patch_size"),
+)
 _PLAIN = (
     "The code that a folder brings is never run. If a class of transformers computes the same, remove auto_map from "
     "config.json and name that class's model_type; else register the class in a package of your own, and give a "
@@ -252,16 +256,20 @@ def takes(network: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(network.forward).parameters
 
 
-def check_same_model(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """List experts whose configurations are of another model than the base's.
+def check_same_model(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse experts whose configurations are of another model than the base's, or of another size.
 
     Args:
         configs: The content of ``config.json`` by name, ``base`` among them.
+
+    Raises:
+        InputError: If one is.
     """
-    expected = configs.get("base", {}).get("model_type")
-    return [
-        f"Expert {name!r}: model_type {config['model_type']!r}, but the base is {expected!r}. Only experts that were "
-        f"fine-tuned from the base can be merged; leave it out, of {shorten(configs)}."
-        for name, config in configs.items()
-        if expected and config.get("model_type", expected) != expected
-    ]
+    base = configs.get("base", {})
+    for name, config in configs.items():
+        for key in ("model_type", *_SHAPING):
+            if key in base and key in config and base[key] != config[key]:
+                raise InputError(
+                    f"Expert {name!r}: {key} {config[key]!r}, but the base has {base[key]!r}. Only experts that were "
+                    "fine-tuned from the base can be merged; leave it out, or name its own base."
+                )

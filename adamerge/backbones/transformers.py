@@ -148,6 +148,7 @@ class Transformers:
     @cached_property
     def head_module(self) -> HeadModule | None:
         """The module that is each expert's own; None where there is none."""
+        self._check_same_model()
         if self.head is None:
             return None
         grown, tied = set(self.extended), networks.tied_names(self._plain)
@@ -158,6 +159,13 @@ class Transformers:
         of_file = self._base.shapes
         base = {alias: of_file[name] for alias, name in tied.items() if name in of_file} | dict(of_file)
         return find_head(self._plain, path, base, experts, grown)
+
+    def _check_same_model(self) -> None:
+        """Refuse experts of another model than the base's, by the configurations beside them."""
+        places = {"base": (self.pool or {}).get("base"), **((self.pool or {}).get("experts") or {})}
+        paths = {name: path_of(place) for name, place in places.items() if place}
+        files = {name: (path.parent if path.is_file() else path) / HF_CONFIG for name, path in paths.items()}
+        networks.check_same_model({name: read_json_mapping(f) for name, f in files.items() if f.is_file()})
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -219,16 +227,14 @@ class Transformers:
         ]
 
     def problems(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-        """List experts of another model than the base's, by the configurations beside them."""
-        files = {name: Path(checkpoint.name).parent / HF_CONFIG for name, checkpoint in checkpoints.items()}
-        problems = networks.check_same_model({name: read_json_mapping(f) for name, f in files.items() if f.is_file()})
+        """List files that do not fit together, and say which module is each expert's own."""
         head = self.head_module
         if head is not None:
             tell_once(
-                f"backbone.head: {head.path}: each expert's own, as {head.reason}; the head of its task, no part of the "
-                "merge."
+                f"backbone.head: {head.path}: each expert's own, as {head.reason}; it is the head of its task, and no "
+                "part of the merge."
             )
-        return problems + self._untied(checkpoints)
+        return self._untied(checkpoints)
 
     def _untied(self, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
         """List files that hold two values of weights that the network ties."""

@@ -290,9 +290,12 @@ def test_tokenizers_without_a_pad_token_or_templates(tmp_path: Path, caplog: pyt
 def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     folders = save_family("LlamaForCausalLM", tmp_path, ["one"])
     folders["two"] = save_model(new_model("GPT2LMHeadModel"), tmp_path / "two")
-    backbone = backbone_of(folders)
-    checkpoints = {name: find_model(path, lambda _: True).checkpoint for name, path in folders.items()}
-    assert "model_type 'gpt2', but the base is 'llama'" in backbone.problems(checkpoints)[0]
+    with pytest.raises(InputError, match="'two': model_type 'gpt2', but the base has 'llama'"):
+        pool_for(backbone_of(folders))
+    config = json.loads((folders["one"] / "config.json").read_text())
+    (folders["one"] / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    with pytest.raises(InputError, match="'one': hidden_size 32, but the base has 16"):
+        pool_for(backbone_of(folders))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of transformers
