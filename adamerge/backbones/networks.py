@@ -249,6 +249,28 @@ def vocabulary_names(network: Any) -> list[str]:
     return list(dict.fromkeys(names[id(parameter)] for parameter in parameters))
 
 
+def most_tokens(network: nn.Module, config: Any, wanted: int | None) -> int | None:
+    """Return how many tokens a text may have; None for any number.
+
+    Args:
+        network: Whose tables of positions say what it can take.
+        config: Its configuration.
+        wanted: As the user has it; None for what the configuration says.
+
+    Raises:
+        InputError: If the network has learned fewer positions.
+    """
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    tables = (name for name, module in network.named_modules() if isinstance(module, nn.Embedding))
+    is_learned = any(re.search(r"(^|\.)(wpe|\w*position\w*)$", name) for name in tables)
+    if wanted is not None and positions is not None and wanted > positions and is_learned:
+        raise InputError(
+            f"backbone.max_length: {wanted}, but {type(network).__name__} has learned {positions} positions. Set at "
+            f"most {positions}."
+        )
+    return positions if wanted is None else wanted
+
+
 def takes(network: nn.Module, argument: str) -> bool:
     """Return whether a network's forward pass has an argument."""
     import inspect

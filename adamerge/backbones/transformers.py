@@ -301,7 +301,7 @@ class Transformers:
             is_encoder_decoder=self._rows == "decoder",
             decoder_start=getattr(self.config, "decoder_start_token_id", None),
             argument=str(self.network_class.main_input_name),
-            max_length=self.max_length or getattr(self.config.get_text_config(), "max_position_embeddings", None),
+            max_length=networks.most_tokens(self._plain, self.config, self.max_length),
             truncates=self.long_texts == "truncate",
             truncation_side=self.truncation_side,
         )

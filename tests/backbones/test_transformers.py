@@ -227,6 +227,9 @@ def test_texts_become_ids_with_the_positions_of_the_answer(tmp_path: Path) -> No
     assert preprocess.count_cut([long, "a film", long]) == 2  # type: ignore[attr-defined]
     left = backbone_of(folders, max_length=6, truncation_side="left").preprocess()(long)["input_ids"].tolist()
     assert left == preprocess("good film was 2 plus 3")["input_ids"].tolist()
+    learned = Transformers(model=save_model(new_model("GPT2LMHeadModel"), tmp_path / "gpt2"), max_length=41)
+    with pytest.raises(InputError, match="max_length: 41, but GPT2LMHeadModel has learned 40 positions"):
+        learned.preprocess()
     batch = backbone.collate([sample, preprocess("good film")])
     assert batch["input_ids"].tolist() == [[16, 18, 17, 19, 20], [6, 9, 0, 0, 0]]
     valid = backbone.valid(batch)
