@@ -1,6 +1,7 @@
 """What `adamerge check` finds from configurations and file headers, without a run."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from adamerge import ExpertPool, zoo
 from adamerge.backbones import OpenClip
-from adamerge.commands.run.build import build, check_options, pool_of
+from adamerge.commands.run.build import build, build_tasks, check_options, pool_of
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose
+from adamerge.data.batch import pad
 from adamerge.errors import InputError
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool.pack import write_packed
@@ -356,3 +358,14 @@ def test_build_unexpected_error_names_the_node():
     config = compose(["objective._target_=builtins.int", "+objective.x=y"])
     with pytest.raises(InputError, match=r"^objective"):
         build(config, "objective")
+
+
+def test_data_of_ones_own_need_no_collate_unless_the_backbone_pads(tmp_path, monkeypatch):
+    (tmp_path / "own_data.py").write_text(
+        "class Own:\n    def __init__(self, tasks, preprocess=None):\n        self.preprocess = preprocess\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = OmegaConf.create({"data": {"_target_": "own_data.Own", "tasks": {}}})
+    assert build_tasks(config, SimpleNamespace(), len).preprocess is len
+    with pytest.raises(InputError, match=r"own_data\.Own takes no argument 'collate'"):
+        build_tasks(config, SimpleNamespace(collate=pad), None)
