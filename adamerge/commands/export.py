@@ -1,5 +1,6 @@
 """``export``: a run's last checkpoint, a coefficients file, or a merge in another library's format."""
 
+import logging
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -30,9 +31,16 @@ from adamerge.pool.pool_file import PoolFiles, pool_files
 from adamerge.results.export import HEADS, RECIPE, digest
 from adamerge.results.export import export as write_export
 from adamerge.results.formats import export_as
+from adamerge.results.formats.export import check_new
 from adamerge.results.formats.merged import BackboneOf
+from adamerge.results.formats.peft import write_adapter
 from adamerge.results.model_writer import FOLDER
-from adamerge.system.files import atomic_path
+from adamerge.system.files import atomic_folder, atomic_path
+
+log = logging.getLogger(__name__)
+
+COEFFICIENTS = "coefficients.json"
+TARGETS = ("open_clip", "hf", "torchvision", "onnx", "peft")
 
 
 @click.command()
@@ -40,9 +48,12 @@ from adamerge.system.files import atomic_path
 @click.option("--coefficients", type=click.Path(path_type=Path), help="Replay this coefficients.json.")
 @pool_options()
 @click.option("--out", "--output", "output", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
-@click.option("--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx"]), help="Another format.")
+@click.option(
+    "--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx", "peft"]), help="Another format."
+)
 @click.option("--task", help="With --to torchvision or hf: the task whose classifier to write; default the base's.")
 @click.option("--model", help="With --to: what RUN_DIR merges, where it does not say; of torchvision NAME[:HEAD].")
+@click.option("--rank", type=click.IntRange(1), help="With --to peft: most ranks of a module; default all, exact.")
 @click.option("--upload", metavar="ORG/NAME", help="With --to: upload to the Hub, into a private repository.")
 @click.option("--public", is_flag=True, help="With --upload: let it be public.")
 @trust_option
@@ -55,6 +66,7 @@ def export(
     target: str | None,
     task: str | None,
     model: str | None,
+    rank: int | None,
     upload: str | None,
     public: bool,
     trust_code: bool,
@@ -68,32 +80,21 @@ def export(
     adamerge export --pool NAME --coefficients FILE --out DIR
     adamerge export --base FILE --expert NAME=FILE ... --coefficients FILE --out DIR
     adamerge export RUN_DIR --to hf --out DIR                what transformers loads; or open_clip, torchvision, onnx
+    adamerge export RUN_DIR --to peft --out DIR              of LoRA experts: one adapter
     adamerge export RUN_DIR --to open_clip --out DIR --upload ORG/NAME
 
     With --to, RUN_DIR is a run or a merge that is complete. The new folder holds model, heads, coefficients and a
     model card, and is loaded back by the other library and compared before the command ends (docs/models.md).
     """  # noqa: D301
     given = {"--task": task, "--model": model, "--upload": upload, "--public": public or None}
-    of_format = [option for option, value in given.items() if value is not None]
-    if target is None and of_format:
-        raise InputError(f"{of_format[0]}: goes with --to FORMAT; see adamerge export --help.")
-    if public and upload is None:
-        raise InputError("--public: goes with --upload ORG/NAME.")
+    of_format = {"--task": task, "--model": model, "--rank": rank, "--upload": upload, "--public": public or None}
     if target is not None:
         if run_dir is None or coefficients or any(pool.values()):
             raise InputError(f"--to {target}: give RUN_DIR and --out FOLDER; first export what is to be converted.")
-        if output is None:
-            raise InputError(f"--to {target}: give --out FOLDER, a new one.")
-        output = output.absolute()  # a run's configuration may move this process
-        find: BackboneOf = partial(backbone_of, trust_code=trust_code)
-        if model is not None:
-            find = lambda *_: _named(model, target)  # noqa: E731
-        paths, address = export_as(run_dir, target, output, find, task=task, repository=upload, public=public)
-        if as_json:
-            print_json({"files": [str(path) for path in paths], "address": address})
-        else:
-            echo("\n".join([*map(str, paths), address or str(output)]))
+        _export_to(target, run_dir, output, of_format, as_json=as_json, trust_code=trust_code)
         return
+    if given := [option for option, value in of_format.items() if value is not None]:
+        raise InputError(f"{given[0]}: goes with --to FORMAT; see adamerge export --help.")
     if run_dir is not None:
         files = export_run(run_dir, coefficients, output or run_dir, trust_code=trust_code)
     elif coefficients is None or output is None or not any(pool.values()):
@@ -101,6 +102,36 @@ def export(
     else:
         files = export_files(chosen_pool("export", **pool), coefficients, output)
     print_files(files, as_json)
+
+
+def _export_to(
+    target: str, run_dir: Path, output: Path | None, options: Mapping[str, Any], *, as_json: bool, trust_code: bool
+) -> None:
+    """Write a merge in another format, and print what was written; ``options`` are the command's, by name."""
+    if output is None:
+        raise InputError(f"--to {target}: give --out FOLDER, a new one.")
+    taken = ("--rank",) if target == "peft" else ("--task", "--model", "--upload", "--public")
+    for option, value in options.items():
+        if value is not None and option not in taken:
+            raise InputError(f"{option}: not with --to {target}.")
+    if options["--public"] and options["--upload"] is None:
+        raise InputError("--public: goes with --upload ORG/NAME.")
+    output = output.absolute()  # a run's configuration may move this process
+    if target == "peft":
+        files = export_adapter(run_dir, output, rank=options["--rank"], trust_code=trust_code)
+        address = None
+    else:
+        find: BackboneOf = partial(backbone_of, trust_code=trust_code)
+        if options["--model"] is not None:
+            find = lambda *_: _named(options["--model"], target)  # noqa: E731
+        files, address = export_as(
+            run_dir, target, output, find, task=options["--task"], repository=options["--upload"],
+            public=bool(options["--public"]),
+        )  # fmt: skip
+    if as_json:
+        print_json({"files": [str(path) for path in files], "address": address})
+    else:
+        echo("\n".join([*map(str, files), address or str(output)]))
 
 
 def export_run(run_dir: Path, coefficients: Path | None, output: Path, *, trust_code: bool = False) -> dict[str, Path]:
@@ -153,6 +184,38 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path, *, trust_
             shutil.copyfile(run_dir / HEADS, temporary)
     files = write_export(pool, values, output, statistics=statistics, sidecar=backbone.sidecar(), recipe=recipe)
     return {**files, **heads}
+
+
+def export_adapter(run_dir: Path, output: Path, *, rank: int | None = None, trust_code: bool = False) -> list[Path]:
+    """Write the merge of a complete run of LoRA experts as one adapter; return the files.
+
+    Args:
+        run_dir: The folder of the run.
+        output: A new folder.
+        rank: Most ranks of a module.
+        trust_code: See :func:`~adamerge.commands.run.folder.load_config`.
+
+    Raises:
+        InputError: If the folder is no complete run's, the merge is no adapter, or ``output`` has files.
+    """
+    run_dir = run_dir.absolute()
+    check_new(output)
+    coefficients = run_dir / COEFFICIENTS
+    if not coefficients.is_file():
+        raise InputError(f"{coefficients}: no such file. --to peft takes the folder of a complete run of LoRA experts.")
+    config = load_config(run_dir, trust_code=trust_code)
+    check_config(config, run_dir)
+    backbone = build(config, "backbone")
+    pool = build_pool(config, backbone)
+    check_pool(pool.hashes(), run_dir)
+    values = load_coefficients(coefficients, pool, build(config, "granularity"))
+    with atomic_folder(output) as temporary:
+        adapter = write_adapter(pool, values, backbone.encoder(), temporary, rank=rank)
+        shutil.copyfile(coefficients, temporary / coefficients.name)
+    largest = max(adapter.ranks.values())
+    of_cut = f", without {100 * adapter.error:.2g} % of the update's norm" if rank else ", exact"
+    log.info("An adapter of %d modules, rank %d at most%s", len(adapter.ranks), largest, of_cut)
+    return sorted(output.iterdir())
 
 
 def pool_of(run_dir: Path) -> ExpertPool:

@@ -19,6 +19,14 @@ from tests.support.model_folders import (
 
 pytestmark = QUIET
 
+
+def quiet_peft(test):
+    """Let peft warn of itself and of what it uses in transformers."""
+    for message in ("`is_gradient_checkpointing` is deprecated", "Setting `save_embedding_layers`"):
+        test = pytest.mark.filterwarnings(f"ignore:{message}")(test)
+    return test
+
+
 DATA = """
 defaults: [folders]
 batch_size: 4
@@ -95,15 +103,64 @@ def test_adapted_and_exported(name: str, kind: str, tmp_path: Path) -> None:
     assert f'{name}.from_pretrained("FOLDER")' in card
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's use of transformers
-def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) -> None:
+def _adapters(folder: Path, name: str, targets: object, **options: object) -> None:
+    """Write a base and two experts of it that peft made, of ranks 1 and 2."""
     peft = pytest.importorskip("peft")
-    model = new_model.__wrapped__("LlamaForCausalLM", 0)
-    save_model(model, tmp_path / "base")
+    save_model(new_model.__wrapped__(name, 0), folder / "base")
     for seed, expert in enumerate(("one", "two"), 1):
         torch.manual_seed(seed)
-        config = peft.LoraConfig(r=seed, target_modules="all-linear", init_lora_weights=False)
-        peft.get_peft_model(new_model.__wrapped__("LlamaForCausalLM", 0), config).save_pretrained(tmp_path / expert)
+        config = peft.LoraConfig(r=seed, target_modules=targets, init_lora_weights=False, **options)
+        adapted = peft.get_peft_model(new_model.__wrapped__(name, 0), config)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                parameter += 0.1 * parameter.requires_grad
+        adapted.save_pretrained(folder / expert, save_embedding_layers=False)
+
+
+@quiet_peft
+@pytest.mark.parametrize(
+    "granularity", ["row", *(pytest.param(name, marks=pytest.mark.slow) for name in ("task", "layer", "column"))]
+)
+@pytest.mark.parametrize(
+    ("name", "targets", "options"),
+    [
+        ("LlamaForCausalLM", ["q_proj", "down_proj", "embed_tokens"], {}),
+        pytest.param("GPT2LMHeadModel", ["c_attn", "c_fc"], {"fan_in_fan_out": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_adapter_of_the_merge_loads_in_peft(tmp_path: Path, name, targets, options, granularity) -> None:
+    import transformers
+
+    _adapters(tmp_path, name, targets, **options)
+    peft = pytest.importorskip("peft")
+    run = adapt(tmp_path, "text", f"granularity={granularity}", "optimizer.lr=0.1")
+    ok("export", str(run), "--to", "peft", "--out", str(tmp_path / "adapter"))
+    kind = getattr(transformers, name)
+    base = kind.from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    merged = kind.from_pretrained(run / "model").state_dict()
+    for key, tensor in adapted.state_dict().items():
+        torch.testing.assert_close(tensor, merged[key], rtol=0, atol=2e-5)
+    assert call("export", str(run), "--to", "peft", "--out", str(tmp_path / "adapter")) == 2
+    ok("export", str(run), "--to", "peft", "--rank", "1", "--out", str(tmp_path / "short"))
+    assert json.loads((tmp_path / "short" / "adapter_config.json").read_text())["r"] == 1
+
+
+@quiet_peft
+def test_what_no_adapter_holds_is_refused_by_name(tmp_path: Path, capsys) -> None:
+    _adapters(tmp_path, "LlamaForCausalLM", ["q_proj"], modules_to_save=["norm"])
+    run = adapt(tmp_path, "text")
+    capsys.readouterr()
+    assert call("export", str(run), "--to", "peft", "--out", str(tmp_path / "adapter")) == 2
+    said = capsys.readouterr().err
+    assert "found others in " in said
+    assert "'model.norm.weight'" in said
+    assert not (tmp_path / "adapter").exists()
+
+
+@quiet_peft
+def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) -> None:
+    _adapters(tmp_path, "LlamaForCausalLM", "all-linear")
     learned = []
     for engine in ("merged", "beside"):
         options = ("granularity=row", "optimizer=sgd", f"encoder.engine={engine}", "encoder.checkpoint=true")

@@ -58,14 +58,23 @@ def export_as(
     if repository is not None:
         upload.check_name(repository)
     folder, out = folder.absolute(), out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out}: expected a new folder, found one with files. Choose another, or remove it.")
+    check_new(out)
     merged = open_merged(folder, backbone_of)
     name = out.name if repository is None else repository.split("/")[1]
     with atomic_folder(out) as temporary:
         _write(merged, target, temporary, name, {} if task is None else {"task": task})
     files = sorted(path for path in out.rglob("*") if path.is_file())
     return files, None if repository is None else upload.upload(out, repository, public=public)
+
+
+def check_new(out: Path) -> None:
+    """Refuse a folder that has files.
+
+    Raises:
+        InputError: If it has, or is none.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out}: expected a new folder, found one with files. Choose another, or remove it.")
 
 
 def _write(merged: MergedFolder, target: str, folder: Path, name: str, options: dict[str, Any]) -> None:

@@ -1,0 +1,182 @@
+"""A merge of LoRA experts as one LoRA adapter, which peft loads on the base that the experts have.
+
+    sum_e lambda_e up_e down_e  =  [lambda_1 up_1, lambda_2 up_2, ...] [down_1; down_2; ...]
+
+Factors side by side, with the coefficients folded into the one that holds their axis: exact, and of a rank that is the
+sum of the ranks; or cut to fewer ranks by a singular value decomposition, whose error is told.
+
+Legend: R ranks of all experts; a weight is a matrix (d, w) as it is stored.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.errors import GuardError, InputError, shorten
+from adamerge.model.coefficients import Coefficients
+from adamerge.model.merge import merge
+from adamerge.model.merge_low_rank import fits, is_by_rows, scaled
+from adamerge.pool.lora import CONFIG, AdapterCheckpoint
+from adamerge.pool.pool import ExpertPool
+from adamerge.system.files import save_json
+from adamerge.system.reading import read_json_mapping
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TOLERANCE = 1e-5  # of what is read back, relative to a weight's largest change
+
+
+class Adapter(NamedTuple):
+    """What was written.
+
+    Attributes:
+        ranks: Module to the rank of its update.
+        error: Norm of what was cut off, relative to that of the whole update; 0 where nothing was.
+    """
+
+    ranks: Mapping[str, int]
+    error: float
+
+
+def write_adapter(
+    pool: ExpertPool, coefficients: Coefficients, network: nn.Module, folder: Path, *, rank: int | None = None
+) -> Adapter:
+    """Write a merge as an adapter, read it back, and compare.
+
+    Args:
+        pool: Base and experts, of which all that is merged is low-rank.
+        coefficients: Made for the pool.
+        network: The one that has the pool's parameters, for the kinds of its modules.
+        folder: Made if needed.
+        rank: Most ranks of a module; None for all.
+
+    Raises:
+        InputError: If the merge is no low-rank update of modules that adapters have.
+        GuardError: If what was read back is another update.
+    """
+    tensors, ranks, turned = dict[str, Tensor](), dict[str, int](), list[bool]()
+    cut = whole = 0.0
+    for name, (module, up, down) in _updates(pool, coefficients, network).items():
+        short_up, short_down = (up, down) if rank is None or up.shape[1] <= rank else _truncated(up, down, rank)
+        cut += _squared_norm(torch.cat([up, -short_up], 1), torch.cat([down, short_down]))
+        whole += _squared_norm(up, down)
+        path = name.removesuffix(".weight")
+        ranks[path] = short_up.shape[1]
+        tensors |= _tensors(path, module, short_up, short_down, pool.shapes[name])
+        if not isinstance(module, nn.Embedding):
+            turned.append(_is_turned(module))
+    if len(set(turned)) > 1:
+        raise InputError("--to peft: expected weights stored one way, found Linear and Conv1D modules. Use --to hf.")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_state_dict(tensors, folder / WEIGHTS)
+    save_json(_config(pool, ranks, fan_in_fan_out=any(turned)), folder / CONFIG)
+    error = (max(0.0, cut) / whole) ** 0.5 if rank is not None and whole else 0.0
+    if rank is None:
+        _prove(pool, coefficients, folder)
+    return Adapter(ranks, error)
+
+
+def _updates(
+    pool: ExpertPool, coefficients: Coefficients, network: nn.Module
+) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+    """Return, by parameter, its module and the factors (d, R) and (R, w) of its update, in float64."""
+    values = coefficients().detach().cpu().double()
+    updates, others = {}, list[str]()
+    for name in pool.names:
+        factors, (path, _, at) = pool.factors(name), name.rpartition(".")
+        if factors is not None and not len(factors.owner):
+            continue
+        module, width = network.get_submodule(path), 0 if factors is None else factors.down.shape[1]
+        segments = coefficients.index.segments[name]
+        by_rows = all(fits(segment, width) and is_by_rows(segment, width) for segment in segments) if width else False
+        by_columns = width > 0 and len(segments) == 1 and fits(segments[0], width)
+        if factors is None or at != "weight" or not _is_taken(module) or not (by_rows or by_columns):
+            others.append(name)
+            continue
+        owner, exact = factors.owner.cpu(), factors.to(torch.device("cpu"))
+        exact.up, exact.down = exact.up.double(), exact.down.double()
+        terms = [
+            scaled(exact, segment, values[:, segment.first : segment.first + segment.groups].t()[:, owner])
+            for segment in segments
+        ]
+        updates[name] = (module, torch.cat([up for up, _ in terms]), terms[0][1])
+    if others or not updates:
+        raise InputError(
+            "--to peft: expected low-rank changes of Linear, Conv or Embedding weights, and coefficients of whole rows "
+            f"or columns; found others in {shorten(others or pool.names)}, which LoRA cannot hold. Export the whole "
+            "model: --to hf."
+        )
+    return updates
+
+
+def _is_taken(module: nn.Module) -> bool:
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, kinds) or _is_turned(module)
+
+
+def _is_turned(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, which stores its weight as (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _tensors(path: str, module: nn.Module, up: Tensor, down: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+    """Return a module's update under peft's names, in float32."""
+    up, down = up.float(), down.float()
+    if isinstance(module, nn.Embedding):
+        factors = {"lora_embedding_A": up.t(), "lora_embedding_B": down.t()}
+    elif _is_turned(module):
+        factors = {"lora_A.weight": up.t(), "lora_B.weight": down.t()}
+    else:
+        ones = (1,) * (len(shape) - 2)
+        factors = {"lora_A.weight": down.view(-1, *shape[1:]), "lora_B.weight": up.view(*up.shape, *ones)}
+    return {f"{_PREFIX}{path}.{key}": tensor.contiguous() for key, tensor in factors.items()}
+
+
+def _truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best product of fewer ranks, with the singular values shared between the factors."""
+    left, small = torch.linalg.qr(up)
+    right, other = torch.linalg.qr(down.t())
+    u, sizes, v = torch.linalg.svd(small @ other.t())
+    root = sizes[:rank].sqrt()
+    return left @ (u[:, :rank] * root), (root.unsqueeze(1) * v[:rank]) @ right.t()
+
+
+def _squared_norm(up: Tensor, down: Tensor) -> float:
+    """Return the squared Frobenius norm of a product, by the Gram matrices of its factors."""
+    return float(((up.t() @ up) * (down @ down.t())).sum())
+
+
+def _config(pool: ExpertPool, ranks: Mapping[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    """Return ``adapter_config.json``: its scale is 1 everywhere; base and kind of task are those of the experts."""
+    own = [read_json_mapping(Path(pool.checkpoint(name).name) / CONFIG) for name in pool.expert_names]
+    common = {key: own[0].get(key) for key in ("base_model_name_or_path", "task_type", "auto_mapping")}
+    common = {key: value for key, value in common.items() if all(config.get(key) == value for config in own)}
+    largest = max(ranks.values())
+    patterns = {path: rank for path, rank in ranks.items() if rank != largest}
+    return {
+        **{"peft_type": "LORA", "bias": "none", "inference_mode": True, "lora_dropout": 0.0, "use_rslora": False},
+        **{"base_model_name_or_path": pool.source.name, "task_type": None, **common},
+        **{"r": largest, "lora_alpha": largest, "rank_pattern": patterns, "alpha_pattern": patterns},
+        **{"target_modules": sorted(ranks), "fan_in_fan_out": fan_in_fan_out},
+    }
+
+
+def _prove(pool: ExpertPool, coefficients: Coefficients, folder: Path) -> None:
+    """Read the adapter back as an expert of the base, and compare it with the merge."""
+    expected = merge(pool, coefficients, detach=True)
+    prefix = next(iter(pool.names))
+    prefix = pool.keys.file_key(prefix).removesuffix(prefix)
+    adapter = AdapterCheckpoint(folder, pool.source, prefix)
+    for key in adapter.changed:
+        base, found = pool.source.get(key).double(), adapter.get(key).double()
+        change = (expected[key].double() - base).abs().max()
+        rounding = base.abs().max() * torch.finfo(expected[key].dtype).eps
+        if (found - expected[key].double()).abs().max() > _TOLERANCE * change + 2 * rounding:
+            raise GuardError(f"{folder}: the adapter that was read back gives another {key!r} than the merge.")
+    whole = {key for key in expected if not torch.equal(expected[key], pool.source.get(key))}
+    if missing := whole - set(adapter.changed):
+        raise GuardError(f"{folder}: the adapter that was read back does not change {shorten(sorted(missing))}.")
