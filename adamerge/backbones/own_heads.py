@@ -59,7 +59,7 @@ class Body(nn.Module):
         self._path = path
         body = network.get_submodule(path)
         if hasattr(body, "pooler"):
-            body.pooler = None
+            body.pooler = None  # type: ignore[assignment]
         self.add_module(path, body)
 
     def forward(self, **inputs: Tensor) -> Any:
@@ -91,7 +91,7 @@ class Tail(nn.Module):
     def of_positions(self, hidden: Tensor) -> Tensor:
         """Return logits (B, C) of what the body gives, (B, S, F)."""
         given = self.network.get_submodule(self._path)
-        given.hidden = hidden  # type: ignore[assignment]  # no parameter of the module
+        given.hidden = hidden  # no parameter of the module
         try:
             logits: Tensor = self.network(torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)).logits
         finally:

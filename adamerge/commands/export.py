@@ -93,8 +93,9 @@ def export(
             raise InputError(f"--to {target}: give RUN_DIR and --out FOLDER; first export what is to be converted.")
         _export_to(target, run_dir, output, of_format, as_json=as_json, trust_code=trust_code)
         return
-    if given := [option for option, value in of_format.items() if value is not None]:
-        raise InputError(f"{given[0]}: goes with --to FORMAT; see adamerge export --help.")
+    for option, value in of_format.items():
+        if value is not None:
+            raise InputError(f"{option}: goes with --to FORMAT; see adamerge export --help.")
     if run_dir is not None:
         files = export_run(run_dir, coefficients, output or run_dir, trust_code=trust_code)
     elif coefficients is None or output is None or not any(pool.values()):

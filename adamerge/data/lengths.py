@@ -1,6 +1,6 @@
 """Batches of texts of similar length."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def grouped(order: Tensor, lengths: Tensor, batch_size: int) -> Tensor:
 
 def _length(item: Any, task: str) -> int:
     if isinstance(item, Text):
-        prompt: str | Sequence[Any] = item.prompt
+        prompt: Any = item.prompt
         said = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         return sum(map(len, said)) + len(item.answer or "")
     if isinstance(item, str):

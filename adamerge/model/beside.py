@@ -268,7 +268,7 @@ class _Watch(TorchFunctionMode):
         ]
 
     def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 
