@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamerge.data.datasets import Unlabeled, split_item
+from adamerge.data.datasets import Unlabeled, length_of, split_item
 from adamerge.data.texts import Text
 from adamerge.errors import InputError
 
@@ -20,7 +20,7 @@ def lengths_of(streams: Mapping[str, Unlabeled]) -> dict[str, Tensor]:
         InputError: If items are no texts.
     """
     return {
-        task: torch.tensor([_length(split_item(stream.source[i])[0], task) for i in range(len(stream))])
+        task: torch.tensor([_length(split_item(stream.source[i])[0], task) for i in range(length_of(stream.source))])
         for task, stream in streams.items()
     }
 

@@ -11,7 +11,7 @@ from adamerge.backbones import Transformers
 from adamerge.backbones.model_inputs import ModelInputs
 from adamerge.commands.run.build import build
 from adamerge.data.batch import Inputs
-from adamerge.data.datasets import Unlabeled, split_item
+from adamerge.data.datasets import Unlabeled, length_of, split_item
 from adamerge.data.texts import Text
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.model.teachers import TeacherCache
@@ -100,7 +100,7 @@ def _look(data: UnlabeledTasks, backbone: Transformers, task: str) -> _Sample | 
 
 def _tell_cut(stream: Unlabeled, backbone: Transformers, task: str) -> None:
     """Log how many texts to adapt on are cut."""
-    items = [split_item(stream.source[number])[0] for number in _spread(len(stream), _COUNTED)]
+    items = [split_item(stream.source[number])[0] for number in _spread(length_of(stream.source), _COUNTED)]
     inputs = backbone.preprocess()
     if not isinstance(inputs, ModelInputs) or not all(isinstance(item, (str, Text)) for item in items):
         return
