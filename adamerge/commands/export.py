@@ -86,7 +86,6 @@ def export(
     With --to, RUN_DIR is a run or a merge that is complete. The new folder holds model, heads, coefficients and a
     model card, and is loaded back by the other library and compared before the command ends (docs/models.md).
     """  # noqa: D301
-    given = {"--task": task, "--model": model, "--upload": upload, "--public": public or None}
     of_format = {"--task": task, "--model": model, "--rank": rank, "--upload": upload, "--public": public or None}
     if target is not None:
         if run_dir is None or coefficients or any(pool.values()):
