@@ -16,7 +16,14 @@ from adamerge.data.texts import Text
 from adamerge.errors import InputError
 from adamerge.pool.pool import ExpertPool
 from adamerge.results.text_scores import next_tokens
-from tests.support.model_folders import moved, new_model, save_family, save_file_of, save_model, save_tokenizer
+from tests.support.model_folders import (
+    new_model,
+    save_family,
+    save_family_with_heads,
+    save_file_of,
+    save_model,
+    save_tokenizer,
+)
 
 CLASSES = (
     "LlamaForCausalLM",
@@ -87,21 +94,10 @@ OWN_HEADS = {
 }
 
 
-def family_with_heads(base: str, expert: str, folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Write a base without the experts' heads, and two experts of 2 and 3 classes; return folders and experts."""
-    bare = new_model(base)
-    folders, tuned = {"base": save_model(bare, folder / "base")}, {}
-    for name, classes in (("one", 2), ("two", 3)):
-        tuned[name] = new_model(expert, classes, num_labels=classes)
-        tuned[name].base_model.load_state_dict(moved(bare.base_model.state_dict(), classes), strict=False)
-        folders[name] = save_model(tuned[name], folder / name)
-    return folders, tuned
-
-
 @pytest.mark.parametrize("base", OWN_HEADS)
 def test_experts_with_heads_of_their_own_over_a_bare_base(base: str, tmp_path: Path) -> None:
     expert, path = OWN_HEADS[base]
-    folders, tuned = family_with_heads(base, expert, tmp_path)
+    folders, tuned = save_family_with_heads(base, expert, tmp_path)
     backbone = backbone_of(folders, auto="AutoModelForSequenceClassification")
     pool = pool_for(backbone)
     head = backbone.head_module
@@ -121,7 +117,7 @@ def test_experts_with_heads_of_their_own_over_a_bare_base(base: str, tmp_path: P
 
 
 def test_modules_after_the_body_that_read_all_positions_are_refused(tmp_path: Path) -> None:
-    folders, _ = family_with_heads("ModernBertModel", "ModernBertForSequenceClassification", tmp_path)
+    folders, _ = save_family_with_heads("ModernBertModel", "ModernBertForSequenceClassification", tmp_path)
     backbone = backbone_of(folders, auto="AutoModelForSequenceClassification")
     pool = pool_for(backbone)
     with pytest.raises(InputError, match="other positions than the first"):

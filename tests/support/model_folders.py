@@ -163,6 +163,19 @@ def save_family(name: str, folder: Path, experts: Sequence[str] = ("one", "two")
     return folders
 
 
+def save_family_with_heads(
+    base: str, expert: str, folder: Path, classes: tuple[int, int] = (2, 3)
+) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Write a base without the experts' heads, and two experts; return folders and experts."""
+    bare = new_model(base)
+    folders, tuned = {"base": save_model(bare, folder / "base")}, {}
+    for seed, (name, count) in enumerate(zip(("one", "two"), classes, strict=True), 1):
+        tuned[name] = new_model(expert, seed, num_labels=count)
+        tuned[name].base_model.load_state_dict(moved(bare.base_model.state_dict(), seed), strict=False)
+        folders[name] = save_model(tuned[name], folder / name)
+    return folders, tuned
+
+
 def save_file_of(module: nn.Module, path: Path) -> Path:
     """Write a module's tensors into one file, tied ones each."""
     save_file({name: tensor.clone() for name, tensor in module.state_dict().items()}, path, {"format": "pt"})
