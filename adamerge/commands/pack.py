@@ -8,7 +8,7 @@ from typing import Any
 
 from adamerge.checkpoints.hub import located
 from adamerge.errors import InputError
-from adamerge.pool.lora import CONFIG as ADAPTER
+from adamerge.pool.adapter_config import CONFIG as ADAPTER
 from adamerge.pool.pool_file import PoolFile, PoolFiles
 from adamerge.pool.save import save_pool_file
 from adamerge.system import progress

@@ -12,7 +12,8 @@ from torch import Size, Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.pool.lora import REMEDY, changed_by
+from adamerge.pool.adapter_config import REMEDY
+from adamerge.pool.lora import changed_by
 from adamerge.pool.opening import ModelPlace, open_files
 from adamerge.pool.options import PoolOptions
 from adamerge.pool.task_vectors import compute_dtype_of

@@ -19,33 +19,24 @@ from adamerge.checkpoints.composed import ComposedCheckpoint, aligned
 from adamerge.checkpoints.hub import located
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, check_pattern, did_you_mean, shorten
+from adamerge.pool.adapter_config import CONFIG, PATTERNS, REMEDY, read_config
 from adamerge.pool.low_rank import LowRank, matrix_shape
 from adamerge.pool.places import BIAS, WEIGHT, Place, places_of
 from adamerge.pool.tied_outputs import leave_out_tied
 from adamerge.system.files import combined_hash, sha256
 from adamerge.system.patterns import search_all
-from adamerge.system.reading import read_json
 
-CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PATTERNS = ("rank_pattern", "alpha_pattern")  # options from a regular expression of modules to a number
 _PREFIX = "base_model.model."
 _PAIR = re.compile(
-    r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(?:\.default)?(?:\.(?P<kind>weight|bias))?$"
+    r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
+    r"(?:\.default)?(?:\.(?P<kind>weight|bias))?$"
 )
 # What a base has before the names of a model that an adapter was trained on, by the model's class.
 _STARTS = {
     **dict.fromkeys(("CLIP", "CustomTextCLIP", "CLIPModel"), ""),
     **{"VisionTransformer": "visual.", "TextTransformer": "text.", "CLIPTextModel": "text_model."},
 }
-# Initialisations that leave the base as it is; the others move part of it into the adapter.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Variants of LoRA that change more than the product of two matrices says, where set.
-_VARIANTS = (
-    *("use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "trainable_token_indices"),
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "megatron_config", "monteclora_config"),
-    "velora_config",
-)
 
 
 @dataclass
@@ -55,6 +46,7 @@ class _Pair:
     module: str  # as the adapter calls it
     down: str = ""  # key of lora_A
     up: str = ""  # key of lora_B
+    magnitude: str = ""  # key of DoRA's norms of the rows, or columns where the product is turned
     is_embedding: bool = False
     is_transposed: bool = False
     scale: float = 1.0
@@ -64,7 +56,7 @@ class AdapterCheckpoint:
     """A LoRA adapter on its base, seen as the checkpoint it would merge into.
 
     Tensors that the adapter does not touch are the base's; those of ``modules_to_save`` and trained biases are its
-    own; adapted weights are the base's plus ``scale * B @ A``.
+    own; adapted weights are the base's plus ``scale * B @ A``, of DoRA (arXiv:2402.09353) with its norms.
 
     Args:
         folder: The adapter's.
@@ -83,7 +75,7 @@ class AdapterCheckpoint:
         self.name = str(folder)
         self._base, self._base_keys = base, frozenset(base.keys)
         self._config_file = folder / CONFIG
-        self._config = _read_config(self._config_file)
+        self._config = read_config(self._config_file)
         self._file = open_checkpoint(_weights_file(folder))
         pairs: dict[str, _Pair] = {}  # by the adapter's own names, as the next two
         biases: dict[str, str] = {}
@@ -120,11 +112,19 @@ class AdapterCheckpoint:
             return tensor
         product = self._product(key)
         value = tensor.to(product.up.dtype).reshape(matrix_shape(tensor.shape))
-        return torch.addmm(value, product.up, product.down).view(tensor.shape)
+        value = torch.addmm(value, product.up, product.down)
+        pair = self._pairs.get(key)
+        if pair is not None and pair.magnitude:
+            axis = 0 if pair.is_transposed else 1
+            norms = self._file.get(pair.magnitude).to(value.dtype).flatten().unsqueeze(axis)
+            value = value * (norms / value.norm(dim=axis, keepdim=True))
+        return value.view(tensor.shape)
 
     def change(self, key: str) -> Tensor | LowRank:
-        """Return the task vector of a tensor as a product, or the tensor itself where the adapter replaces it."""
-        return self.get(key) if key in self._whole else self._product(key)
+        """Return the task vector of a tensor as a product, or the tensor itself where its change is none."""
+        pair = self._pairs.get(key)
+        is_dense = key in self._whole or (pair is not None and bool(pair.magnitude))
+        return self.get(key) if is_dense else self._product(key)
 
     def sha256(self) -> str:
         """Hash both files' bytes into one."""
@@ -160,8 +160,9 @@ class AdapterCheckpoint:
         elif is_bias:
             biases[match["module"]] = key
         else:
-            pair = pairs.setdefault(match["module"], _Pair(match["module"], is_embedding="embedding" in match["part"]))
-            setattr(pair, "down" if match["part"].endswith("A") else "up", key)
+            pair = pairs.setdefault(match["module"], _Pair(match["module"]))
+            pair.is_embedding |= "embedding" in match["part"]
+            setattr(pair, {"A": "down", "B": "up"}.get(match["part"][-1], "magnitude"), key)
 
     def _place(self, pairs: Mapping[str, _Pair], biases: Mapping[str, str], prefix: str) -> Place:
         """Find where the base has all names; of several places that of the class trained on, then the encoder's."""
@@ -216,6 +217,17 @@ class AdapterCheckpoint:
             )
         pair.is_transposed = turned and (not straight or pair.is_embedding or bool(self._config.get("fan_in_fan_out")))
         pair.scale = self._scale(pair.module, pair.down, rank)
+        if bool(pair.magnitude) != bool(self._config.get("use_dora")):
+            raise InputError(
+                f"{where}: its module has {'' if pair.magnitude else 'no '}lora_magnitude_vector, but "
+                f"{self._config_file} says use_dora = {bool(self._config.get('use_dora'))}. Do both belong together?"
+            )
+        outputs = expected[1 if pair.is_transposed else 0]
+        if pair.magnitude and math.prod(self._file.spec(pair.magnitude)[0]) != outputs:
+            raise InputError(
+                f"{self._file.name}: tensor {pair.magnitude!r}: expected {outputs} numbers, one per output, found "
+                f"shape {self._file.spec(pair.magnitude)[0]}."
+            )
 
     def _scale(self, module: str, key: str, stored_rank: int | None = None) -> float:
         """Return alpha / r, or alpha / sqrt(r), of a module, by the patterns of the configuration."""
@@ -238,7 +250,7 @@ class AdapterCheckpoint:
     def _match_patterns(self, names: Iterable[str]) -> dict[tuple[str, str], Collection[str]]:
         """Return the modules that each pattern of the configuration matches, as peft matches them."""
         modules = sorted({name.partition(".base_layer")[0] for name in names})
-        keys = [(option, str(key)) for option in _PATTERNS for key in self._config.get(option) or {}]
+        keys = [(option, str(key)) for option in PATTERNS for key in self._config.get(option) or {}]
         where = {(option, key): f"{self._config_file}: {option}[{key!r:.60}]" for option, key in keys}
         for key, option in where.items():
             check_pattern(option, key[1])
@@ -300,37 +312,6 @@ def changed_by(expert: Checkpoint) -> tuple[str, ...] | None:
     return (
         tuple(key for key, p in pieces.items() if {*p.keys} & {*(changed_by(p.checkpoint) or ())}) if pieces else None
     )
-
-
-REMEDY = "Merge it into a full checkpoint with peft's merge_and_unload, and use that as the expert."
-
-
-def _read_config(path: Path) -> Mapping[str, Any]:
-    """Read and check ``adapter_config.json``."""
-    try:
-        config = read_json(path)
-    except OSError as error:
-        raise InputError(f"{path}: not readable as JSON ({error}). Save the adapter again.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise InputError(f"{path}: peft_type: expected 'LORA', found {kind!r}. {REMEDY}")
-    for option in _VARIANTS:
-        if config.get(option):
-            raise InputError(
-                f"{path}: {option}: this variant of LoRA is not supported, found {config[option]!r}. {REMEDY}"
-            )
-    init = config.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
-        raise InputError(
-            f"{path}: init_lora_weights: {init!r} moved part of the base into the adapter, expected one of "
-            f"{shorten([str(kind) for kind in _PLAIN_INITS])}. {REMEDY}"
-        )
-    for option in _PATTERNS:
-        if not isinstance(config.get(option) or {}, dict):
-            raise InputError(
-                f"{path}: {option}: expected a mapping from patterns to numbers, found {config[option]!r:.80}."
-            )
-    return config  # type: ignore[no-any-return]
 
 
 def _clean(key: str) -> str | None:

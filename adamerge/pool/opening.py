@@ -10,7 +10,7 @@ from adamerge.checkpoints.hub import HubReference, located_all
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError
 from adamerge.pool import vocabulary
-from adamerge.pool.lora import CONFIG as ADAPTER
+from adamerge.pool.adapter_config import CONFIG as ADAPTER
 from adamerge.pool.lora import AdapterCheckpoint, open_expert
 from adamerge.pool.options import PoolOptions
 

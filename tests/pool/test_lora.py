@@ -149,14 +149,59 @@ def test_hash_follows_both_files(tmp_path, base):
     assert adapter(tmp_path, base).sha256() in hashes
 
 
+class Modules(torch.nn.Module):
+    """A module of each kind whose weights adapters change."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.linear = torch.nn.Embedding(7, 5), torch.nn.Linear(5, 5)
+        self.turned, self.images = (
+            pytest.importorskip("transformers").pytorch_utils.Conv1D(6, 5),
+            torch.nn.Conv2d(3, 4, 2),
+        )
+
+    def forward(self, ids, images):
+        return self.turned(self.linear(self.words(ids))), self.images(images)
+
+
+@pytest.mark.parametrize("kind", ["words", "linear", "turned", "images"])
+def test_dora_is_what_peft_merges(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    network = Modules()
+    save_file(network.state_dict(), tmp_path / "base.safetensors")
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=[kind],
+        use_dora=True,
+        init_lora_weights=False,
+        fan_in_fan_out=kind == "turned",
+    )
+    adapted = peft.get_peft_model(network, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "magnitude" in name:
+                parameter *= torch.rand_like(parameter) + 0.5
+    adapted.save_pretrained(tmp_path / "dora", save_embedding_layers=False)
+    base = open_checkpoint(tmp_path / "base.safetensors")
+    expert = AdapterCheckpoint(tmp_path / "dora", base)
+    expected = adapted.merge_and_unload().state_dict()
+    for key in base.keys:
+        torch.testing.assert_close(expert.get(key), expected[key], rtol=1e-6, atol=1e-6)
+    assert isinstance(change_of(expert, f"{kind}.weight"), torch.Tensor)  # no product says it
+    assert not torch.equal(expected[f"{kind}.weight"], base.get(f"{kind}.weight"))
+
+
 # What is refused
 
 BAD = {
-    "dora": ({}, {"use_dora": True}, r"adapter_config\.json: use_dora: .*merge_and_unload"),
+    "dora": ({}, {"use_dora": True}, r"w\.lora_A\.weight'.*has no lora_magnitude_vector, but .*use_dora = True"),
+    "norms": ({"w.lora_magnitude_vector": B[:2, 0]}, {"use_dora": True}, r"expected 4 numbers, one per output"),
     "kind": ({}, {"peft_type": "IA3"}, r"adapter_config\.json: peft_type: expected 'LORA', found 'IA3'"),
     "pissa": ({}, {"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights: 'pissa_niter_4' moved part of the base"),
     "tokens": ({"w.token_adapter.trainable_tokens_delta": B}, {}, r"trainable_tokens_delta' belongs to a variant"),
-    "magnitude": ({"w.lora_magnitude_vector": B[:, 0]}, {}, r"lora_magnitude_vector' belongs to a variant"),
+    "magnitude": ({"w.lora_magnitude_vector": B[:, 0]}, {}, r"has lora_magnitude_vector, but .*use_dora = False"),
     "rank": ({}, {"r": 4}, r"w\.lora_A\.weight' has rank 2, but .*adapter_config\.json says r = 4.*rank_pattern"),
     "alpha": ({}, {"lora_alpha": None}, r"lora_alpha: expected a number above 0, found None"),
     "pattern": ({}, {"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\]: '\(' is not a regular expression"),

@@ -20,7 +20,8 @@ from adamerge.errors import GuardError, InputError, shorten
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merge import merge
 from adamerge.model.merge_low_rank import fits, is_by_rows, scaled
-from adamerge.pool.lora import CONFIG, AdapterCheckpoint
+from adamerge.pool.adapter_config import CONFIG
+from adamerge.pool.lora import AdapterCheckpoint
 from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import save_json
 from adamerge.system.reading import read_json_mapping
