@@ -92,9 +92,17 @@ class AdapterCheckpoint:
         self._pairs = {str(place.key(name, WEIGHT)): pair for name, pair in pairs.items()}
         self._biases = {str(place.key(name, BIAS)): (key, self._scale(name, key)) for name, key in biases.items()}
         self._whole = {place.name(name): key for name, key in whole.items()}
+        self._whole = {key: name for key, name in self._whole.items() if not self._is_copy(key, name)}
         self.changed = tuple(dict.fromkeys((*self._pairs, *self._biases, *self._whole)))
         for key, pair in self._pairs.items():
             self._complete(key, pair)
+
+    def _is_copy(self, key: str, name: str) -> bool:
+        """Whether a whole tensor is the base's: peft writes the embeddings beside an adapter of them."""
+        if key not in self._pairs or self._file.spec(name)[0] != self._base.spec(key)[0]:
+            return False
+        tensor = self._file.get(name)
+        return torch.equal(tensor, self._base.get(key).to(tensor.dtype))
 
     @property
     def keys(self) -> tuple[str, ...]:

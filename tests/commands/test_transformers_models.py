@@ -114,7 +114,7 @@ def _adapters(folder: Path, name: str, targets: object, **options: object) -> No
         with torch.no_grad():
             for parameter in adapted.parameters():
                 parameter += 0.1 * parameter.requires_grad
-        adapted.save_pretrained(folder / expert, save_embedding_layers=False)
+        adapted.save_pretrained(folder / expert)
 
 
 @quiet_peft

@@ -149,6 +149,14 @@ def test_hash_follows_both_files(tmp_path, base):
     assert adapter(tmp_path, base).sha256() in hashes
 
 
+def test_copy_of_an_adapted_tensor_of_the_base_leaves_its_change_a_product(tmp_path, base):
+    copied = adapter(tmp_path, base, PLAIN | {"w.weight": BASE["w.weight"]})
+    assert torch.equal(copied.get("w.weight"), adapter(tmp_path, base).get("w.weight"))
+    assert isinstance(copied.change("w.weight"), LowRank)
+    trained = adapter(tmp_path, base, PLAIN | {"w.weight": BASE["w.weight"] + 1})
+    assert torch.equal(trained.get("w.weight"), copied.get("w.weight") + 1)
+
+
 class Modules(torch.nn.Module):
     """A module of each kind whose weights adapters change."""
 
