@@ -31,7 +31,7 @@ def learned(model: MergedModel, data: UnlabeledTasks, objective: object, folder)
     """The losses before and after some steps."""
     losses: list[float] = []
     method = GradientMerging(model, objective, lambda parameters: torch.optim.Adam(parameters, lr=0.05))
-    method.observers.append(lambda step: losses.append(float(objective(step))))
+    method.observers.append(lambda step: losses.append(objective(step).item()))
     fit(method, data, folder, 8)
     return sum(losses[:2]), sum(losses[-2:])
 
