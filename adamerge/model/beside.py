@@ -145,6 +145,15 @@ class BesideWeights(WholeWeights):
         """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
         return BesideLeaves(super().merged_leaves(values), values)
 
+    def expert(self, expert: str, buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return an expert's parameters: its adapter alone beside the base, whose weights are not copied."""
+        if self._pool.transform is not None or self._pool.packed is not None:  # the pool's factors are not the expert's
+            return super().expert(expert, buffers)
+        values = torch.zeros(len(self._pool.expert_names), self._index.size, dtype=self._pool.compute_dtype)
+        values[self._pool.expert_names.index(expert)] = 1
+        own = self._pool.tensors_of(expert, (*self._dense, *self._fixed))
+        return BesideLeaves({**own, **buffers}, values.to(self._pool.device))
+
     def _names_of_leaves(self) -> Sequence[str]:
         return self._dense
 

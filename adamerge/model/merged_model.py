@@ -224,7 +224,7 @@ class MergedModel(nn.Module):
 
         All processes of a sharded model must call, each for its own batches.
         """
-        params = self.expert_parameters(expert)
+        params = self.weights.expert(expert, self.pool.buffers(self.encoder_buffers, expert))
         for task, inputs, is_own in self.weights.padded(batches):
             with self._swapped(params):
                 outputs = self._outputs({task: inputs}, hidden_layers, plain=True)[task]

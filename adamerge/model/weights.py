@@ -72,6 +72,10 @@ class WholeWeights:
         names = (*self._pool.names, *(self._fixed if with_fixed else ()))
         return {name: read(name) for name in names} | dict(buffers)
 
+    def expert(self, expert: str, buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what the encoder runs on as the raw expert, with buffers; one model's memory."""
+        return self.read(self._pool.expert_parameters(expert).__getitem__, buffers, with_fixed=True)
+
     def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Let the encoder run on parameters, and on buffers where ``params`` has none, while a block lasts."""
         fixed = {name: self._pool.fixed[name] for name in self._fixed}

@@ -222,6 +222,11 @@ class ExpertPool:
         Excluded parameters are its own too; the base's stand in for those that it lacks.
         Memory: one model, for as long as the caller keeps it; of a mapped pool one parameter.
         """
+        parameters = self.tensors_of(expert, (*self.base, *self.fixed))
+        return parameters if self.mapped else dict(parameters)
+
+    def tensors_of(self, expert: str, names: Sequence[str]) -> LazyTensors:
+        """Return some of an expert's own parameters as :meth:`expert_parameters` does, each read when asked for."""
         checkpoint = self._experts[expert]
         present = set(checkpoint.keys)
 
@@ -231,8 +236,7 @@ class ExpertPool:
                 return self._read(checkpoint, name)
             return self.base[name] if name in self.base else self.fixed[name]
 
-        parameters = LazyTensors(read, (*self.base, *self.fixed))
-        return parameters if self.mapped else dict(parameters)
+        return LazyTensors(read, tuple(names))
 
     def buffers(self, like: Mapping[str, Tensor], expert: str | None = None) -> dict[str, Tensor]:
         """Return the base's, or an expert's, values of an encoder's buffers, such as BatchNorm statistics.

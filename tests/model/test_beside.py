@@ -141,6 +141,22 @@ def test_groups_of_rows_may_be_uneven(tmp_path, ids):
     )
 
 
+def test_experts_answer_with_their_adapter_alone(tmp_path, ids):
+    network = Small()
+    pool = pool_of(network, tmp_path, TARGETS, dense=["norm"])
+    heads = {task: nn.Identity() for task in ids}
+    merged, beside = (
+        MergedModel(network.double(), pool, Coefficients(pool), heads, options=EncoderOptions(engine=engine))
+        for engine in ("merged", "beside")
+    )
+    for expert in ids:
+        (expected,), (found,) = (
+            list(model.expert_outputs(expert, list(ids.items())[:1])) for model in (merged, beside)
+        )
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-10, atol=1e-10)
+    assert not torch.equal(expected.logits, next(iter(beside.expert_outputs("task0", ids.items()))).logits)
+
+
 def test_step_makes_nothing_of_a_weights_shape(tmp_path):
     class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
