@@ -107,7 +107,7 @@ def _evaluate_by_harness(
     import tempfile
     from functools import partial
 
-    from adamerge.commands.export import backbone_of
+    from adamerge.commands.run.backbone_of import backbone_of
     from adamerge.results.formats import export_as
     from adamerge.results.harness import harness_table, score_by_harness
     from adamerge.system.files import save_json

@@ -9,16 +9,15 @@ from typing import Any
 
 import click
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
-from adamerge.backbones import Backbone, OpenClip, Torchvision, Transformers
+from adamerge.backbones import Backbone
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
-from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG
+from adamerge.commands.run.backbone_of import backbone_of, named_backbone
 from adamerge.commands.run.build import build
-from adamerge.commands.run.compose import compose
-from adamerge.commands.run.folder import CONFIG_FILE, LAST, go_to, load_config, look_at_config, plain
-from adamerge.commands.run.imports import announce, check_listed, check_own
+from adamerge.commands.run.folder import LAST, load_config, look_at_config, plain
+from adamerge.commands.run.imports import check_own
 from adamerge.commands.run.named_pools import chosen_pool
 from adamerge.commands.run.recorded import check_config, check_pool, check_start
 from adamerge.commands.run.run import Assembly, assemble, build_pool, head_info
@@ -27,14 +26,13 @@ from adamerge.errors import InputError
 from adamerge.model.batch_norm import FILE, average, average_for, load_statistics
 from adamerge.model.coefficients import Coefficients, load_coefficients
 from adamerge.pool.pool import ExpertPool
-from adamerge.pool.pool_file import PoolFiles, pool_files
+from adamerge.pool.pool_file import PoolFiles
 from adamerge.results.export import HEADS, RECIPE, digest
 from adamerge.results.export import export as write_export
 from adamerge.results.formats import export_as
 from adamerge.results.formats.export import check_new
 from adamerge.results.formats.merged import BackboneOf
 from adamerge.results.formats.peft import write_adapter
-from adamerge.results.model_writer import FOLDER
 from adamerge.system.files import atomic_folder, atomic_path
 
 log = logging.getLogger(__name__)
@@ -123,7 +121,7 @@ def _export_to(
     else:
         find: BackboneOf = partial(backbone_of, trust_code=trust_code)
         if options["--model"] is not None:
-            find = lambda *_: _named(options["--model"], target)  # noqa: E731
+            find = lambda *_: named_backbone(options["--model"], target)  # noqa: E731
         files, address = export_as(
             run_dir, target, output, find, task=options["--task"], repository=options["--upload"],
             public=bool(options["--public"]),
@@ -303,62 +301,3 @@ def _restore(coefficients: Coefficients, checkpoint: Path) -> None:
         )
     with torch.no_grad():
         coefficients.raw.copy_(raw)
-
-
-def backbone_of(folder: Path, recipe: Mapping[str, Any], *, trust_code: bool = False) -> Backbone:
-    """Return the backbone that a merge's own files name: configuration, recipe, or open_clip's sidecar.
-
-    Relative paths of a run's configuration start from the folder that it was launched in; this process moves there.
-
-    Args:
-        folder: The merge's.
-        recipe: The content of its ``merge.json``.
-        trust_code: Whether these files may import names beyond the list though nothing shows that this user wrote them.
-
-    Raises:
-        InputError: If the folder does not say what model it is.
-    """
-    stored, source = recipe.get("config"), None if trust_code else str(folder / RECIPE)
-    if (folder / CONFIG_FILE).is_file():
-        config = load_config(folder, trust_code=trust_code)
-        check_config(config, folder)
-    elif isinstance(stored, Mapping):  # of an export on request
-        go_to(stored.get("cwd"))
-        config = OmegaConf.create({"backbone": stored.get("backbone")})
-        if source is not None:
-            check_listed(config, source, "nothing shows that you wrote it")
-    elif recipe.get("overrides"):  # of a merge that read data
-        go_to(recipe.get("cwd"))
-        config = compose([str(override) for override in recipe["overrides"]], stored_in=source)
-        if recipe.get("files"):
-            config.pool = pool_files(recipe["files"], f"{folder / 'merge.json'}: ", folder).node()
-    elif (folder / "open_clip" / OPEN_CLIP_CONFIG).is_file():
-        return OpenClip(str(folder / "open_clip"))
-    elif (folder / FOLDER / HF_CONFIG).is_file():  # of a merge without data
-        return _model_of_transformers(recipe)
-    else:
-        config = OmegaConf.create({})
-    if config.get("backbone") is None:
-        raise InputError(
-            f"{folder}: does not say which model it is a merge of. Name it: --model NAME, or a folder with an "
-            f"{OPEN_CLIP_CONFIG}."
-        )
-    announce({"backbone": config.backbone})
-    backbone: Backbone = build(config, "backbone")
-    return backbone
-
-
-def _model_of_transformers(recipe: Mapping[str, Any]) -> Transformers:
-    """Return the backbone of a merge whose base is a folder of transformers."""
-    files = recipe.get("files") or {}
-    base = files.get("base") or {}
-    place = base.get("file") if isinstance(base, Mapping) else base
-    return Transformers(model=place, pool={"base": place, "experts": files.get("experts") or {}})
-
-
-def _named(model: str, target: str) -> Backbone:
-    """Return the backbone that ``--model`` names: open_clip's, but for torchvision's format."""
-    if target != "torchvision":
-        return OpenClip(model)
-    name, _, head = model.partition(":")
-    return Torchvision(name, **({"head": head} if head else {}))

@@ -22,7 +22,7 @@ from adamerge import GuardError, InputError
 from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import load_state_dict
 from adamerge.commands.cli import main
-from adamerge.commands.export import _named, backbone_of
+from adamerge.commands.run.backbone_of import backbone_of, named_backbone
 from adamerge.data import Task, UnlabeledTasks
 from adamerge.results import formats
 from adamerge.results.export import load_heads
@@ -63,7 +63,7 @@ def open_merged(folder):
 
 
 def export_as(folder, target, out, model=None, **options):
-    known = backbone_of if model is None else lambda *_: _named(model, target)
+    known = backbone_of if model is None else lambda *_: named_backbone(model, target)
     return formats.export_as(folder, target, out, known, **options)
 
 
