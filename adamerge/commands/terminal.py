@@ -59,7 +59,7 @@ class JobFailed(SystemExit):
 def report(problems: Sequence[str], explain: Callable[[], None] | None = None) -> None:
     """Print all problems, one a line, then call ``explain``, and exit; do nothing without problems."""
     for problem in problems:
-        err.print(Text.assemble(("error:", "red"), f" {problem}"))
+        err.print(Text.assemble(("error:", "red"), f" {' '.join(problem.split())}"))
     if problems:
         if explain is not None:
             explain()
