@@ -85,4 +85,5 @@ def wait() -> None:
 def _group() -> Any:
     """Return ``torch.distributed`` if this process has joined a group, else None."""
     distributed = sys.modules.get("torch.distributed")
-    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
+    is_joined = getattr(distributed, "is_initialized", None)  # absent while a signal interrupts torch's import
+    return distributed if is_joined is not None and is_joined() else None
