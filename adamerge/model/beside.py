@@ -9,6 +9,7 @@ dense (norms, biases, whole modules of an adapter), or whose modules no hook can
 Legend: E experts, R ranks of all experts, G groups, *S the shape of a parameter, a matrix (d, w) with d = S[0].
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -26,6 +27,8 @@ from adamerge.model.merge_low_rank import fits, is_by_rows, scaled
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.low_rank import Factors, matrix_shape
 from adamerge.pool.pool import ExpertPool
+
+log = logging.getLogger(__name__)
 
 
 class Term(NamedTuple):
@@ -140,6 +143,10 @@ class BesideWeights(WholeWeights):
             )
         self._dense = [name for name in pool.names if name not in self._hooked and name not in self._unchanged]
         self._is_watched = False
+        log.info(
+            "encoder.engine: %d weights keep their adapters beside them, %d tensors are merged",
+            len(self._hooked), len(self._dense),
+        )  # fmt: skip
 
     def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
