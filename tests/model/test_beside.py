@@ -197,3 +197,16 @@ def test_what_beside_cannot_do_is_refused_by_name(tmp_path, ids):
         EncoderOptions(engine="beside", compile=True)
     with pytest.raises(InputError, match=r"encoder\.engine"):
         EncoderOptions(engine="besides")
+
+
+def test_half_precision_runs_beside_as_on_merged_weights(tmp_path, ids):
+    network, folder = Small(), tmp_path
+    pool_of(network, folder, TARGETS)
+    base = {name: tensor.float() for name, tensor in network.state_dict().items()}
+    save_file(base, folder / "base.safetensors")
+    pool = ExpertPool.from_files(folder / "base.safetensors", {task: folder / task for task in ids})
+    exact = step(network.float(), pool, "row", ids, "merged")[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        merged, beside = (step(network, pool, "row", ids, engine)[1] for engine in ("merged", "beside"))
+    errors = [float((gradient - exact).norm() / exact.norm()) for gradient in (merged, beside)]
+    assert errors[1] < 2 * errors[0] < 0.2
