@@ -69,6 +69,7 @@ def next_tokens(outputs: Outputs, inputs: Inputs) -> tuple[Tensor, Tensor, Tenso
 class TextTotals:
     """Sums over the texts of a task, on the CPU."""
 
+    predicts: bool = False  # whether the network says tokens at all, if not of these texts
     nats: float = 0.0
     tokens: int = 0
     right: Tensor = field(
@@ -83,6 +84,7 @@ class TextTotals:
         said = next_tokens(outputs, inputs)
         if said is None:
             return
+        self.predicts = True
         logits, targets, lengths = said
         self.nats -= float(logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).double().sum())
         self.tokens += len(targets)
@@ -200,8 +202,8 @@ def _score(
     device: torch.device,
 ) -> TaskScore:
     measures, is_generative = totals.measures(), totals.tokens > 0
-    if is_generative and all(text.choices and text.label is not None for text in texts):
-        measures.pop("perplexity")  # of questions
+    if totals.predicts and all(text.choices and text.label is not None for text in texts):
+        measures.pop("perplexity", None)  # of questions
         chosen, labels = choose(outputs, data, task, texts, device), torch.tensor([text.label for text in texts])
         more, kinds = of_metrics(data, task, chosen, labels)
         right = chosen == labels

@@ -11,11 +11,13 @@ import torch
 
 from adamerge.backbones import Transformers
 from adamerge.checkpoints.model_folder import find_model
+from adamerge.data.batch import Outputs
 from adamerge.data.task import Task
-from adamerge.data.texts import Text
+from adamerge.data.texts import Text, Texts
+from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
 from adamerge.pool.pool import ExpertPool
-from adamerge.results.text_scores import next_tokens
+from adamerge.results.text_scores import next_tokens, score_texts
 from tests.support.model_folders import (
     new_model,
     save_family,
@@ -251,6 +253,17 @@ def test_a_decoder_is_scored_by_what_it_is_to_say(tmp_path: Path) -> None:
     ids = torch.tensor([[15, 6, 9]])
     alone = model(input_ids=torch.tensor([[8, 9]]), labels=ids)
     torch.testing.assert_close(torch.nn.functional.cross_entropy(logits[1:], targets[1:]), alone.loss)
+    questions = Texts([{"prompt": "a film", "choices": ["good", "bad"], "label": n} for n in (0, 1)])
+    task = Task(adapt=questions, evaluate=questions)
+    data = UnlabeledTasks({"one": task}, preprocess=backbone.preprocess(), collate=backbone.collate)
+
+    def outputs(inputs: Any, _: str) -> Outputs:
+        given = {key: value for key, value in inputs.items() if not key.startswith("_")}
+        return backbone.read(model(**given), inputs)
+
+    score = score_texts(outputs, data, "one", torch.device("cpu"))
+    assert score is not None
+    assert (score.metric, score.accuracy) == ("choice accuracy", 0.5)
 
 
 def test_padding_on_either_side_gives_the_same_logits(tmp_path: Path) -> None:
