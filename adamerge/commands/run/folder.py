@@ -108,18 +108,20 @@ def load_config(folder: Path, *, trust_code: bool = False) -> DictConfig:
     path = folder / CONFIG_FILE
     config, doubt = _read(folder)
     if doubt is not None and not trust_code:
-        imports.check_listed(config, str(path), doubt)
-        _check_places(config, path, doubt)
+        _check_strangers(config, path, doubt)
     imports.announce(config)
     return _moved(config, folder)
 
 
-def _check_places(config: DictConfig, path: Path, why: str) -> None:
-    """Refuse options that let a run write elsewhere than into its folder, which loggers get as ``save_dir``.
+def _check_strangers(config: DictConfig, path: Path, why: str) -> None:
+    """Refuse names beyond the list, and options that let a run write elsewhere than into its folder.
+
+    Loggers get that folder as ``save_dir``.
 
     Raises:
-        InputError: If a logger is a service's, or one or a cache names a path.
+        InputError: If there are such names, or a logger is a service's, or one or a cache names a path.
     """
+    imports.check_listed(config, str(path), why)
     for option, value in flat(config).items():
         head, _, last = option.rpartition(".")
         is_place = isinstance(value, str) and ("/" in value or value == "..")
@@ -143,12 +145,15 @@ def look_at_config(folder: Path) -> DictConfig:
 
 def resume_command(folder: Path) -> str:
     """Return the command that goes on with a run, with what it needs on this machine."""
-    path = folder / CONFIG_FILE
-    needs_trust = False
+    path, flag = folder / CONFIG_FILE, ""
     if path.is_file():
         config, doubt = _read(folder)
-        needs_trust = doubt is not None and bool(imports.targets_beyond(config, literal=True))
-    return f"adamerge adapt resume={folder}{f' {imports.TRUST}' if needs_trust else ''}"
+        try:
+            if doubt is not None:
+                _check_strangers(config, path, doubt)
+        except InputError:
+            flag = f" {imports.TRUST}"
+    return f"adamerge adapt resume={folder}{flag}"
 
 
 def _read(folder: Path) -> tuple[DictConfig, str | None]:

@@ -219,6 +219,7 @@ def test_what_a_stranger_configures_writes_into_the_runs_folder_only(tmp_path, t
     (tmp_path / "config.yaml").write_text(f"{text}\n")
     with pytest.raises(InputError, match=r"config\.yaml: [\w.]+: .* elsewhere than into the run's folder"):
         load_config(tmp_path)
+    assert resume_command(tmp_path).endswith(" --trust-code")
     load_config(tmp_path, trust_code=True)
 
 
