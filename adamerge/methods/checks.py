@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from adamerge.data.batch import Outputs, TaskBatch
@@ -33,18 +34,20 @@ def check_same_pool(saved: Mapping[str, str], here: Mapping[str, str]) -> None:
         )
 
 
-def check_rows(outputs: Outputs, model: MergedModel, parts: int) -> None:
+def check_rows(outputs: Outputs, model: MergedModel, trainer: Trainer) -> None:
     """Refuse a batch in several parts, whose rows that count are known only once the network has run.
 
     Args:
         outputs: Of one part.
         model: Whose ``valid`` would have told it before.
-        parts: Devices, times batches whose gradients are accumulated.
+        trainer: Says how many batches' gradients are accumulated.
 
     Raises:
         InputError: If so: the parts would be weighed by their samples.
     """
-    if outputs.valid is not None and model.valid is None and parts > 1:
+    if outputs.valid is None or model.valid is not None:
+        return
+    if ranks.count() * trainer.accumulate_grad_batches > 1:
         raise InputError(
             "backbone: read() says which rows count (Outputs.valid), but a step in several parts, on devices or with "
             "accumulate_grad_batches, has to know it before. Give the backbone a method valid(inputs) that returns it "

@@ -287,7 +287,7 @@ class MergingMethod(LightningModule):
         count = module.batches_per_step if module else 1
         size = -(-len(data.indices) // count)
         losses = []
-        checks.check_rows(outputs, self.model, ranks.count() * self.trainer.accumulate_grad_batches)
+        checks.check_rows(outputs, self.model, self.trainer)
         if not has_rows(outputs):
             zero: Tensor = outputs.logits.sum() * 0
             return zero
