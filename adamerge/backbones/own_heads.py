@@ -73,9 +73,6 @@ class Tail(nn.Module):
     Args:
         network: The whole network, whose body is taken out.
         path: Of the body in it.
-
-    Raises:
-        InputError: If the result depends on more than the first position.
     """
 
     def __init__(self, network: nn.Module, path: str) -> None:
@@ -234,7 +231,8 @@ def head_of(
         config: The base's, of which the number of classes is replaced by the expert's.
 
     Raises:
-        InputError: If tensors are missing, or no number of classes gives their shapes.
+        InputError: If tensors are missing, no number of classes gives their shapes, or modules after the network's body
+            read more than the first position.
     """
     missing = [name for name in head.names if name not in tensors]
     if missing:
