@@ -61,8 +61,8 @@ _OF_ALL = ("summary.json", "comparison.png")
 @json_option
 def demo(output: Path, zoo: str, seed: int, fast: bool, transductive: bool, root: Path, as_json: bool) -> None:
     """Run the whole job on the embedded offline zoo, or on the text zoo: adapt, export, score, compare."""
-    ensure_writable(output)
     plan = plan_of(output, seed, zoo=zoo, fast=fast, transductive=transductive, root=root)
+    ensure_writable(output)
     failed = comparison.run(plan, Console(quiet=True))
     report([f"{row}: {message}" for row, message in failed.items()])
     content = gather(plan, output)
