@@ -168,7 +168,7 @@ def new_network(kind: type[Any], config: Any) -> nn.Module:
         raise InputError(f"backbone.model: {kind.__name__}: {' '.join(str(error).split())}") from error
     except InputError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"backbone.model: {kind.__name__} cannot be built from its configuration: {reason}") from error
     return network.eval().requires_grad_(True)
