@@ -192,7 +192,7 @@ def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 100_000}, "more than 100000 parts"),
+        pytest.param({"num_hidden_layers": 100_000}, "more than 100000 parts", marks=pytest.mark.slow),
         ({"num_labels": 10**9}, "num_labels: expected"),
         ({"pad_token_id": 10**5}, "cannot be built from its configuration"),
         ({"configuration_files": ["config.9.json"]}, "configuration_files"),
