@@ -46,9 +46,7 @@ TARGETS = ("open_clip", "hf", "torchvision", "onnx", "peft")
 @click.option("--coefficients", type=click.Path(path_type=Path), help="Replay this coefficients.json.")
 @pool_options()
 @click.option("--out", "--output", "output", type=click.Path(path_type=Path), help="Folder; default RUN_DIR.")
-@click.option(
-    "--to", "target", type=click.Choice(["open_clip", "hf", "torchvision", "onnx", "peft"]), help="Another format."
-)
+@click.option("--to", "target", type=click.Choice(TARGETS), help="Another format.")
 @click.option("--task", help="With --to torchvision or hf: the task whose classifier to write; default the base's.")
 @click.option("--model", help="With --to: what RUN_DIR merges, where it does not say; of torchvision NAME[:HEAD].")
 @click.option("--rank", type=click.IntRange(1), help="With --to peft: most ranks of a module; default all, exact.")
@@ -82,7 +80,8 @@ def export(
     adamerge export RUN_DIR --to open_clip --out DIR --upload ORG/NAME
 
     With --to, RUN_DIR is a run or a merge that is complete. The new folder holds model, heads, coefficients and a
-    model card, and is loaded back by the other library and compared before the command ends (docs/models.md).
+    model card, and is loaded back by the other library and compared before the command ends (docs/models.md); of
+    peft it holds the adapter, heads and coefficients.
     """  # noqa: D301
     of_format = {"--task": task, "--model": model, "--rank": rank, "--upload": upload, "--public": public or None}
     if target is not None:
@@ -92,7 +91,7 @@ def export(
         return
     for option, value in of_format.items():
         if value is not None:
-            raise InputError(f"{option}: goes with --to FORMAT; see adamerge export --help.")
+            raise InputError(f"{option}: goes with --to {'peft' if option == '--rank' else 'FORMAT'}; see --help.")
     if run_dir is not None:
         files = export_run(run_dir, coefficients, output or run_dir, trust_code=trust_code)
     elif coefficients is None or output is None or not any(pool.values()):
@@ -207,11 +206,15 @@ def export_adapter(run_dir: Path, output: Path, *, rank: int | None = None, trus
     pool = build_pool(config, backbone)
     check_pool(pool.hashes(), run_dir)
     values = load_coefficients(coefficients, pool, build(config, "granularity"))
+    if _statistics_beside(coefficients, values):
+        raise InputError("--to peft: an adapter holds no BatchNorm statistics, as this run does. Use another format.")
     with atomic_folder(output) as temporary:
         adapter = write_adapter(pool, values, backbone.encoder(), temporary, rank=rank)
-        shutil.copyfile(coefficients, temporary / coefficients.name)
+        for kept in (coefficients, run_dir / HEADS):
+            if kept.is_file():
+                shutil.copyfile(kept, temporary / kept.name)
     largest = max(adapter.ranks.values())
-    of_cut = f", without {100 * adapter.error:.2g} % of the update's norm" if rank else ", exact"
+    of_cut = f", without {100 * adapter.error:.2g} % of the update's norm" if adapter.error else ", exact"
     log.info("An adapter of %d modules, rank %d at most%s", len(adapter.ranks), largest, of_cut)
     return sorted(output.iterdir())
 

@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from adamerge.errors import InputError, shorten
 from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import GroupIndex, Segment
-from adamerge.model.merge_low_rank import fits, is_by_rows, scaled
+from adamerge.model.merge_low_rank import is_expressible, scaled
 from adamerge.model.weights import WholeWeights
-from adamerge.pool.low_rank import Factors, matrix_shape
+from adamerge.pool.low_rank import Factors
 from adamerge.pool.pool import ExpertPool
 
 log = logging.getLogger(__name__)
@@ -80,15 +80,22 @@ def _convolution(module: Any, x: Tensor, y: Tensor, term: Term) -> Tensor:
 
 def _form_of(module: nn.Module, parent: nn.Module) -> Form | None:
     """Return how an update of a module's weight acts on its output; None where that is not known."""
-    if type(module) is nn.Linear and not isinstance(parent, nn.MultiheadAttention):  # which takes the weight by itself
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):  # which take the weights by themselves
+        return None
+    if type(module) is nn.Linear:
         return _linear
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers': the weight is (inputs, outputs)
+    if is_transposed(module):
         return _transposed_linear
     if type(module) is nn.Embedding and module.max_norm is None:
         return _embedding
     if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.groups == 1:
         return _convolution
     return None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight is (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 class BesideLeaves(dict[str, Tensor]):
@@ -120,14 +127,13 @@ class BesideWeights(WholeWeights):
     def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
         super().__init__(encoder, pool, index)
         factors = {name: pool.factors(name) for name in pool.names}
-        self._unchanged = [name for name, f in factors.items() if f is not None and not len(f.owner)]
         self._hooked = dict[str, list[tuple[nn.Module, Form]]]()
         places, reasons = _places(encoder), list[str]()
-        for name in [name for name, f in factors.items() if f is not None and len(f.owner)]:
+        for name in [name for name, f in factors.items() if f is not None]:
             forms = [(module, _form_of(module, parent)) for module, parent, at in places[name] if at == "weight"]
             if len(forms) < len(places[name]) or any(form is None for _, form in forms):
                 continue
-            if not _is_expressible(index.segments[name], pool.shapes[name]):
+            if not is_expressible(index.segments[name], pool.shapes[name]):
                 reasons.append(name)
                 continue
             self._hooked[name] = [(module, form) for module, form in forms if form is not None]
@@ -138,11 +144,11 @@ class BesideWeights(WholeWeights):
             )
         if not self._hooked:
             raise InputError(
-                "encoder.engine: beside needs experts that are adapters (LoRA) of Linear, Conv or Embedding modules; "
-                "this pool has none that all experts share. Set encoder.engine=merged."
+                "encoder.engine: beside needs weights of Linear, Conv or Embedding modules that all experts change by "
+                "LoRA (DoRA is none), and this pool has none. Set encoder.engine=merged."
             )
-        self._dense = [name for name in pool.names if name not in self._hooked and name not in self._unchanged]
-        self._is_watched = False
+        self._dense = [name for name in pool.names if name not in self._hooked]
+        self._block: object = None  # the innermost that runs now: its hooks act, and no others
         log.info(
             "encoder.engine: %d weights keep their adapters beside them, %d tensors are merged",
             len(self._hooked), len(self._dense),
@@ -166,25 +172,52 @@ class BesideWeights(WholeWeights):
 
     def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
-        return self._beside(params, buffers) if isinstance(params, BesideLeaves) else super().swapped(params, buffers)
+        return self._beside(params, buffers) if isinstance(params, BesideLeaves) else self._plain(params, buffers)
+
+    @contextmanager
+    def _plain(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Run on whole parameters: as a teacher does in the midst of a step, whose hooks then do nothing."""
+        with super().swapped(params, buffers), self._innermost():
+            yield
+
+    @contextmanager
+    def _innermost(self) -> Iterator[object]:
+        before, self._block = self._block, object()
+        try:
+            yield self._block
+        finally:
+            self._block = before
 
     @contextmanager
     def _beside(self, leaves: BesideLeaves, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-        base = {name: self._pool.base[name] for name in (*self._unchanged, *self._hooked)}
+        base = {name: self._pool.base[name] for name in self._hooked}
         pieces = _pieces(leaves.coefficients, [s for name in self._hooked for s in self._index.segments[name]])
-        with super().swapped({**base, **leaves}, buffers), ExitStack() as stack:
-            if not self._is_watched:  # the first pass shows whether the modules are what uses their weights
-                weights = {name: (base[name], [module for module, _ in self._hooked[name]]) for name in self._hooked}
-                stack.enter_context(_Watch(weights))
+        with super().swapped({**base, **leaves}, buffers), self._innermost() as block, ExitStack() as stack:
+            weights = {name: (base[name], [module for module, _ in self._hooked[name]]) for name in self._hooked}
+            watch = _Watch(weights)
+            stack.callback(watch.close)
+            stack.enter_context(watch)
             for name, forms in self._hooked.items():
                 factors = self._pool.factors(name)
                 assert factors is not None
                 term = partial(_term, factors, self._index.segments[name], pieces)
                 for module, form in forms:
-                    hook = partial(_add, form, term)
+                    hook = partial(self._add, block, form, term)
                     stack.enter_context(module.register_forward_hook(hook, with_kwargs=True))
             yield
-            self._is_watched = True
+
+    def _add(
+        self,
+        block: object,
+        form: Form,
+        term: Callable[[], Term],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Tensor,
+    ) -> Tensor:
+        """Add an update's part to a module's output."""
+        return form(module, args[0] if args else next(iter(kwargs.values())), y, term()) if self._block is block else y
 
 
 def weights_of(options: EncoderOptions, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> WholeWeights:
@@ -197,17 +230,11 @@ def weights_of(options: EncoderOptions, encoder: nn.Module, pool: ExpertPool, in
         return WholeWeights(encoder, pool, index)
     try:
         return BesideWeights(encoder, pool, index)
-    except InputError:
+    except InputError as error:
         if options.engine == "beside":
             raise
+        log.info("encoder.engine: auto is merged here. %s", str(error).partition(" Set encoder.engine")[0])
         return WholeWeights(encoder, pool, index)
-
-
-def _add(
-    form: Form, term: Callable[[], Term], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-) -> Tensor:
-    """Add an update's part to a module's output."""
-    return form(module, args[0] if args else next(iter(kwargs.values())), y, term())
 
 
 def _places(encoder: nn.Module) -> dict[str, list[tuple[nn.Module, nn.Module, str]]]:
@@ -219,14 +246,6 @@ def _places(encoder: nn.Module) -> dict[str, list[tuple[nn.Module, nn.Module, st
         for at, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             places[first[id(parameter)]].append((module, parent, at))
     return places
-
-
-def _is_expressible(segments: Sequence[Segment], shape: Sequence[int]) -> bool:
-    """Whether groups are runs of whole rows, or one set of columns of all rows."""
-    rows, width = matrix_shape(shape)
-    if all(fits(segment, width) and is_by_rows(segment, width) for segment in segments):
-        return True
-    return len(segments) == 1 and fits(segments[0], width) and segments[0].outer == rows
 
 
 Pieces = Callable[[Segment], Tensor]  # a segment's coefficients (E, groups)
@@ -283,8 +302,8 @@ class _Watch(TorchFunctionMode):
             )
         ]
 
-    def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)  # type: ignore[no-untyped-call]
+    def close(self) -> None:
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
 
@@ -296,9 +315,10 @@ class _Watch(TorchFunctionMode):
         results = result if isinstance(result, (tuple, list)) else [result]
         if any(isinstance(value, Tensor) for value in results):  # not where a network asks for a dtype or a shape
             for value in (*args, *(kwargs or {}).values()):
-                if self._inside.get(id(value)) == 0:
-                    raise InputError(
-                        f"encoder.engine: beside cannot follow {self._names[id(value)]!r}: the network uses it without "
-                        "a call of its module. Set encoder.engine=merged."
-                    )
+                for tensor in value if isinstance(value, (tuple, list)) else (value,):  # cat and einsum take lists
+                    if self._inside.get(id(tensor)) == 0:
+                        raise InputError(
+                            f"encoder.engine: beside cannot follow {self._names[id(tensor)]!r}: the network uses it "
+                            "without a call of its module. Set encoder.engine=merged."
+                        )
         return result

@@ -6,11 +6,13 @@ Coefficients per row scale the rows of ``up``, those per column the columns of `
 single run of rows. Legend: R ranks of all experts, E experts, G groups; a parameter is a matrix (d, w).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from adamerge.model.granularity import Segment
-from adamerge.pool.low_rank import Factors, exact_products
+from adamerge.pool.low_rank import Factors, exact_products, matrix_shape
 
 
 def fits(segment: Segment, width: int) -> bool:
@@ -56,6 +58,14 @@ def pull_back_segment(result: Tensor, gradient: Tensor, factors: Factors, segmen
         else:
             by_rank = ((up.t() @ piece) * factors.down).unflatten(1, (groups, -1)).sum(2).t()
         result[segment.first : segment.first + groups] += by_rank @ factors.members
+
+
+def is_expressible(segments: Sequence[Segment], shape: Sequence[int]) -> bool:
+    """Whether a parameter's groups are runs of whole rows, or one set of columns of all rows: those of its factors."""
+    rows, width = matrix_shape(shape)
+    if all(fits(segment, width) and is_by_rows(segment, width) for segment in segments):
+        return True
+    return len(segments) == 1 and fits(segments[0], width) and segments[0].outer == rows
 
 
 def _rows(segment: Segment, width: int) -> slice:

@@ -26,7 +26,7 @@ def leave_out_tied(file: Checkpoint, base: Checkpoint, pairs: dict[str, Any], wh
     """
     absent = [name for name in _OUTPUTS if not any(f".{key}".endswith(f".{name}.weight") for key in base.keys)]
     for name, pair in list(pairs.items()):
-        if _layer(name) in absent:
+        if _layer(name) in absent and pair.down and pair.up:
             others = [_product(file, p).t() for p in pairs.values() if p.is_embedding and p.down and p.up]
             _check(_product(file, pair), others, name, file, base)
             del pairs[name]

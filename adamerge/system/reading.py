@@ -137,6 +137,10 @@ def read_lines(path: Path, limit: int = MAX_LINES, longest: int = _MAX_LINE) -> 
                 raise InputError(
                     f"{path}: expected lines of up to {longest} bytes, found line {number} longer. Is it a text?"
                 )
+            if b"\r" in line.rstrip(b"\r\n"):
+                raise InputError(
+                    f"{path}, line {number}: expected lines that end as in Unix or Windows, found a bare CR."
+                )
             yield _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, f"{path}, line {number}")
 
 

@@ -157,6 +157,35 @@ def test_experts_answer_with_their_adapter_alone(tmp_path, ids):
     assert not torch.equal(expected.logits, next(iter(beside.expert_outputs("task0", ids.items()))).logits)
 
 
+def test_teacher_in_the_midst_of_a_step_is_the_raw_expert(tmp_path, ids):
+    network = Small()
+    pool = pool_of(network, tmp_path, TARGETS, dense=["norm"])
+    answers = {}
+    for engine in ("merged", "beside"):
+        model = MergedModel(
+            network.double(), pool, Coefficients(pool), dict.fromkeys(ids, nn.Identity()),
+            options=EncoderOptions(engine=engine),
+        )  # fmt: skip
+        with model.merged(model.coefficients().detach()) as merged:
+            first = merged.forward(ids["task0"], "task0").logits
+            asked = model.teacher("task0", ids["task0"], torch.arange(2)).logits
+            base = model.outputs(ids["task0"], "task0", model.base_parameters()).logits
+            again = merged.forward(ids["task0"], "task0").logits
+            answers[engine] = torch.stack([first, asked, base, again])
+    torch.testing.assert_close(answers["beside"], answers["merged"], rtol=1e-10, atol=1e-10)
+    assert torch.equal(answers["beside"][0], answers["beside"][3])
+
+
+def test_layer_that_takes_its_members_weights_by_itself_merges_densely(tmp_path):
+    layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0, batch_first=True)
+    network = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=True), nn.Flatten())
+    pool = pool_of(network, tmp_path, ["0.layers.0.linear1"])
+    inputs = {"task0": torch.randn(2, 3, 6, dtype=torch.float64)}
+    with pytest.raises(InputError, match=r"beside needs weights of Linear"):
+        step(network.double(), pool, "row", inputs, "beside")
+    assert torch.equal(step(network, pool, "row", inputs, "auto")[1], step(network, pool, "row", inputs, "merged")[1])
+
+
 def test_step_makes_nothing_of_a_weights_shape(tmp_path):
     class Shapes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -189,10 +218,17 @@ def test_what_beside_cannot_do_is_refused_by_name(tmp_path, ids):
     whole = ExpertPool.from_state_dicts(state, {"task0": {name: tensor + 1 for name, tensor in state.items()}})
     expected = step(network, whole, "task", ids, "merged")[1]
     assert torch.equal(step(network, whole, "task", ids, "auto")[1], expected)
-    with pytest.raises(InputError, match=r"beside needs experts that are adapters"):
+    with pytest.raises(InputError, match=r"beside needs weights of Linear"):
         step(network, whole, "task", ids, "beside")
     with pytest.raises(InputError, match=r"cannot follow 'out\.weight'"):
         step(Bypass().double(), pool, "task", ids, "beside")
+
+    class Joined(Small):
+        def forward(self, ids):
+            return functional.linear(self.words(ids).mean(1), torch.cat([self.out.weight, self.blocks[0].weight]))
+
+    with pytest.raises(InputError, match=r"cannot follow 'out\.weight'"):
+        step(Joined().double(), pool, "task", ids, "beside")
     with pytest.raises(InputError, match=r"compiled code does not follow beside"):
         EncoderOptions(engine="beside", compile=True)
     with pytest.raises(InputError, match=r"encoder\.engine"):

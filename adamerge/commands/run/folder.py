@@ -125,7 +125,9 @@ def _check_strangers(config: DictConfig, path: Path, why: str) -> None:
     for option, value in flat(config).items():
         head, _, last = option.rpartition(".")
         is_place = isinstance(value, str) and ("/" in value or value == "..")
-        if last in ("head_cache", "teacher_cache"):
+        if head == "backbone" and last == "_args_":  # among which a cache may be
+            is_wrong = True
+        elif last in ("head_cache", "teacher_cache"):
             is_wrong = value not in (None, False, "off", "auto")
         elif not head.startswith("logger.") or last == "save_dir":
             is_wrong = False

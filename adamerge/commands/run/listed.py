@@ -17,8 +17,10 @@ from typing import Any
 # modules inside it. Whatever else the module has at hand, such as adamerge.system.files.os, is not among them.
 LISTED: dict[str, tuple[str, ...]] = {
     "adamerge's parts of a run": (
-        *("adamerge.backbones.**", "adamerge.model.**", "adamerge.objectives.**", "adamerge.transforms.**"),
-        *("adamerge.merges.**", "adamerge.methods.**", "adamerge.zoo.Tokenizer"),
+        *("adamerge.backbones.**", "adamerge.objectives.**", "adamerge.transforms.**", "adamerge.merges.**"),
+        *("adamerge.methods.**", "adamerge.zoo.Tokenizer", "adamerge.model.granularity.*"),
+        *("adamerge.model.constraints.*", "adamerge.model.refinement.*", "adamerge.model.starts.*"),
+        *("adamerge.model.encoder.EncoderOptions", "adamerge.model.teachers.*", "adamerge.model.batch_norm.*"),
     ),
     "adamerge's callbacks": tuple(
         f"adamerge.callbacks.{name}"  # those that write no files: the others every run has

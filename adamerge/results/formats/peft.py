@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.errors import GuardError, InputError, shorten
+from adamerge.model.beside import is_transposed
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merge import merge
-from adamerge.model.merge_low_rank import fits, is_by_rows, scaled
+from adamerge.model.merge_low_rank import is_expressible, scaled
 from adamerge.pool.adapter_config import CONFIG
 from adamerge.pool.lora import AdapterCheckpoint
 from adamerge.pool.pool import ExpertPool
@@ -46,7 +47,7 @@ class Adapter(NamedTuple):
 def write_adapter(
     pool: ExpertPool, coefficients: Coefficients, network: nn.Module, folder: Path, *, rank: int | None = None
 ) -> Adapter:
-    """Write a merge as an adapter, read it back, and compare.
+    """Write a merge as an adapter; read it back and compare, unless ranks are cut off.
 
     Args:
         pool: Base and experts, of which all that is merged is low-rank.
@@ -61,22 +62,25 @@ def write_adapter(
     """
     tensors, ranks, turned = dict[str, Tensor](), dict[str, int](), list[bool]()
     cut = whole = 0.0
+    is_cut = False
     for name, (module, up, down) in _updates(pool, coefficients, network).items():
-        short_up, short_down = (up, down) if rank is None or up.shape[1] <= rank else _truncated(up, down, rank)
+        is_long = rank is not None and up.shape[1] > rank
+        short_up, short_down = _truncated(up, down, rank) if rank is not None and is_long else (up, down)
+        is_cut |= is_long
         cut += _squared_norm(torch.cat([up, -short_up], 1), torch.cat([down, short_down]))
         whole += _squared_norm(up, down)
         path = name.removesuffix(".weight")
         ranks[path] = short_up.shape[1]
         tensors |= _tensors(path, module, short_up, short_down, pool.shapes[name])
         if not isinstance(module, nn.Embedding):
-            turned.append(_is_turned(module))
+            turned.append(is_transposed(module))
     if len(set(turned)) > 1:
         raise InputError("--to peft: expected weights stored one way, found Linear and Conv1D modules. Use --to hf.")
     folder.mkdir(parents=True, exist_ok=True)
     save_state_dict(tensors, folder / WEIGHTS)
     save_json(_config(pool, ranks, fan_in_fan_out=any(turned)), folder / CONFIG)
-    error = (max(0.0, cut) / whole) ** 0.5 if rank is not None and whole else 0.0
-    if rank is None:
+    error = (max(0.0, cut) / whole) ** 0.5 if is_cut and whole else 0.0
+    if not is_cut:
         _prove(pool, coefficients, folder)
     return Adapter(ranks, error)
 
@@ -91,11 +95,9 @@ def _updates(
         factors, (path, _, at) = pool.factors(name), name.rpartition(".")
         if factors is not None and not len(factors.owner):
             continue
-        module, width = network.get_submodule(path), 0 if factors is None else factors.down.shape[1]
-        segments = coefficients.index.segments[name]
-        by_rows = all(fits(segment, width) and is_by_rows(segment, width) for segment in segments) if width else False
-        by_columns = width > 0 and len(segments) == 1 and fits(segments[0], width)
-        if factors is None or at != "weight" or not _is_taken(module) or not (by_rows or by_columns):
+        module, segments = network.get_submodule(path), coefficients.index.segments[name]
+        is_taken = at == "weight" and _is_taken(module) and name not in pool.tied.values()
+        if factors is None or not is_taken or not is_expressible(segments, pool.shapes[name]):
             others.append(name)
             continue
         owner, exact = factors.owner.cpu(), factors.to(torch.device("cpu"))
@@ -107,21 +109,16 @@ def _updates(
         updates[name] = (module, torch.cat([up for up, _ in terms]), terms[0][1])
     if others or not updates:
         raise InputError(
-            "--to peft: expected low-rank changes of Linear, Conv or Embedding weights, and coefficients of whole rows "
-            f"or columns; found others in {shorten(others or pool.names)}, which LoRA cannot hold. Export the whole "
-            "model: --to hf."
+            "--to peft: expected low-rank changes of Linear, Conv or Embedding weights that are tied to no other, and "
+            f"coefficients of whole rows or columns; found others in {shorten(others or pool.names)} (whole tensors, "
+            "DoRA and modules_to_save are none). Export the whole model: --to hf."
         )
     return updates
 
 
 def _is_taken(module: nn.Module) -> bool:
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, kinds) or _is_turned(module)
-
-
-def _is_turned(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, which stores its weight as (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, kinds) or is_transposed(module)
 
 
 def _tensors(path: str, module: nn.Module, up: Tensor, down: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
@@ -129,7 +126,7 @@ def _tensors(path: str, module: nn.Module, up: Tensor, down: Tensor, shape: Sequ
     up, down = up.float(), down.float()
     if isinstance(module, nn.Embedding):
         factors = {"lora_embedding_A": up.t(), "lora_embedding_B": down.t()}
-    elif _is_turned(module):
+    elif is_transposed(module):
         factors = {"lora_A.weight": up.t(), "lora_B.weight": down.t()}
     else:
         ones = (1,) * (len(shape) - 2)
@@ -154,7 +151,11 @@ def _squared_norm(up: Tensor, down: Tensor) -> float:
 def _config(pool: ExpertPool, ranks: Mapping[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
     """Return ``adapter_config.json``: its scale is 1 everywhere; base and kind of task are those of the experts."""
     own = [read_json_mapping(Path(pool.checkpoint(name).name) / CONFIG) for name in pool.expert_names]
-    common = {key: own[0].get(key) for key in ("base_model_name_or_path", "task_type", "auto_mapping")}
+    first = next(iter(pool.names))
+    is_whole = pool.keys.file_key(first) == first  # else the names are the encoder's, not the whole model's
+    common = {key: own[0].get(key) for key in ("base_model_name_or_path", "task_type", "auto_mapping") if is_whole}
+    if common.get("task_type") not in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):  # peft adds a new head
+        common.pop("task_type", None)
     common = {key: value for key, value in common.items() if all(config.get(key) == value for config in own)}
     largest = max(ranks.values())
     patterns = {path: rank for path, rank in ranks.items() if rank != largest}
