@@ -114,9 +114,10 @@ def _header(name: str, recipe: Mapping[str, Any], usage: Usage) -> str:
         options["license_name"] = "licences-of-the-ingredients"
     if bases:
         options |= {"base_model": bases, "base_model_relation": "merge"}
+    kind = usage.pipeline if "class" in usage.options else "image-classification"
     results = [
         EvalResult(
-            task_type="image-classification", dataset_type=task, dataset_name=task, metric_type="accuracy",
+            task_type=kind, dataset_type=task, dataset_name=task, metric_type="accuracy",
             metric_name="accuracy", metric_value=round(value, 4),
         )
         for task, value in (_own_row(recipe) or {"per_task": {}})["per_task"].items()
@@ -144,8 +145,8 @@ def _method(recipe: Mapping[str, Any]) -> str:
         steps = config.get("steps", "?")
         return f"It is no merge: all {count:,} weights were trained, in {steps} steps from a merge, on unlabeled data."
     parts = {part: _short(config[part]) for part in ("objective", "granularity", "constraint") if config.get(part)}
-    protocol = {"split": "unlabeled images, none of which was scored", "transductive": "the scored images, unlabeled"}
-    data = protocol.get(str(recipe.get("protocol")), "unlabeled images")
+    protocol = {"split": "unlabeled inputs, none of which was scored", "transductive": "the scored inputs, unlabeled"}
+    data = protocol.get(str(recipe.get("protocol")), "unlabeled inputs")
     text = ", ".join(f"{part} `{name}`" for part, name in parts.items())
     return f"Its coefficients were learned in {config.get('steps', '?')} steps on {data}: {text}."
 

@@ -315,7 +315,7 @@ def test_card_tells_ingredients_licences_method_metrics_and_shows_the_coefficien
     hashes = json.loads((clip_run / "merge.json").read_text())["hashes"]
     for name, licence in (("base", "MIT"), ("cars", "Apache-2.0"), ("dtd", "not stated")):
         assert f"{name}.safetensors | {licence} | `{hashes[name]}` |" in card
-    assert "learned in 2 steps on unlabeled images, none of which was scored: objective `Imitation(" in card
+    assert "learned in 2 steps on unlabeled inputs, none of which was scored: objective `Imitation(" in card
     for name in ("open_clip_model", "heads", "coefficients"):
         assert f"| `{name}.{'json' if name == 'coefficients' else 'safetensors'}` | " in card
     assert "| `adamerge.json` | " in card
@@ -385,7 +385,7 @@ def test_card_names_no_folder_of_this_machine():
 def test_card_tells_how_the_coefficients_were_learned():
     recipe = {"config": {"objective": "Imitation", "granularity": "row", "steps": 30}, "protocol": "transductive"}
     assert card._method(recipe) == (
-        "Its coefficients were learned in 30 steps on the scored images, unlabeled: objective `Imitation`, granularity "
+        "Its coefficients were learned in 30 steps on the scored inputs, unlabeled: objective `Imitation`, granularity "
         "`row`."
     )
 
