@@ -169,9 +169,7 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path, *, trust_
             sidecar=assembly.backbone.sidecar(),
             recipe=recipe,
         )
-    backbone = build(config, "backbone")
-    pool = build_pool(config, backbone)
-    values = load_coefficients(coefficients, pool, build(config, "granularity"))
+    backbone, pool, values = _replayed(config, coefficients)
     statistics = _statistics_beside(coefficients, values)
     if statistics is None:
         statistics = _statistics_anew(config, backbone, pool, values)
@@ -181,6 +179,17 @@ def export_run(run_dir: Path, coefficients: Path | None, output: Path, *, trust_
             shutil.copyfile(run_dir / HEADS, temporary)
     files = write_export(pool, values, output, statistics=statistics, sidecar=backbone.sidecar(), recipe=recipe)
     return {**files, **heads}
+
+
+def _replayed(
+    config: DictConfig, coefficients: Path, run_dir: Path | None = None
+) -> tuple[Backbone, ExpertPool, Coefficients]:
+    """Return a run's backbone and pool, held against ``run_dir``, and coefficients from a file; no data is built."""
+    backbone = build(config, "backbone")
+    pool = build_pool(config, backbone)
+    if run_dir is not None:
+        check_pool(pool.hashes(), run_dir)
+    return backbone, pool, load_coefficients(coefficients, pool, build(config, "granularity"))
 
 
 def export_adapter(run_dir: Path, output: Path, *, rank: int | None = None, trust_code: bool = False) -> list[Path]:
@@ -202,10 +211,7 @@ def export_adapter(run_dir: Path, output: Path, *, rank: int | None = None, trus
         raise InputError(f"{coefficients}: no such file. --to peft takes the folder of a complete run of LoRA experts.")
     config = load_config(run_dir, trust_code=trust_code)
     check_config(config, run_dir)
-    backbone = build(config, "backbone")
-    pool = build_pool(config, backbone)
-    check_pool(pool.hashes(), run_dir)
-    values = load_coefficients(coefficients, pool, build(config, "granularity"))
+    backbone, pool, values = _replayed(config, coefficients, run_dir)
     if _statistics_beside(coefficients, values):
         raise InputError("--to peft: an adapter holds no BatchNorm statistics, as this run does. Use another format.")
     with atomic_folder(output) as temporary:

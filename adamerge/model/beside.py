@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from adamerge.errors import InputError, shorten
 from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import GroupIndex, Segment
-from adamerge.model.merge_low_rank import is_expressible, scaled
+from adamerge.model.merge_low_rank import is_expressible, scaled_whole
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.low_rank import Factors
 from adamerge.pool.pool import ExpertPool
@@ -277,8 +277,7 @@ def _term(factors: Factors, segments: Sequence[Segment], pieces: Pieces) -> Term
     scales = [(factors.members @ pieces(segment)).t() for segment in segments]  # (groups, R) each
     if len(segments) == 1 and segments[0].groups == 1:
         return Term(factors.up, factors.down, scales[0][0])
-    terms = [scaled(factors, segment, scale) for segment, scale in zip(segments, scales, strict=True)]
-    return Term(torch.cat([up for up, _ in terms]) if len(terms) > 1 else terms[0][0], terms[0][1], None)
+    return Term(*scaled_whole(factors, segments, scales), None)
 
 
 class _Watch(TorchFunctionMode):

@@ -47,6 +47,12 @@ def scaled(factors: Factors, segment: Segment, scales: Tensor) -> tuple[Tensor, 
     return up, (down.unflatten(1, (groups, -1)) * scales.t().unsqueeze(2)).flatten(1)
 
 
+def scaled_whole(factors: Factors, segments: Sequence[Segment], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the factors of a parameter whose groups are :func:`is_expressible`, scaled segment by segment."""
+    terms = [scaled(factors, segment, scale) for segment, scale in zip(segments, scales, strict=True)]
+    return (torch.cat([up for up, _ in terms]) if len(terms) > 1 else terms[0][0]), terms[0][1]
+
+
 def pull_back_segment(result: Tensor, gradient: Tensor, factors: Factors, segment: Segment) -> None:
     """Add one segment's inner products to ``result`` (G, E); ``gradient`` is the parameter's, (n,)."""
     width = factors.down.shape[1]

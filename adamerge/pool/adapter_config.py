@@ -7,7 +7,8 @@ from typing import Any
 from adamerge.errors import InputError, shorten
 from adamerge.system.reading import read_json
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NAMES_BEGIN = "base_model.model."  # of every name in the file of weights
 PATTERNS = ("rank_pattern", "alpha_pattern")  # options from a regular expression of modules to a number
 REMEDY = "Merge it into a full checkpoint with peft's merge_and_unload, and use that as the expert."
 # Initialisations that leave the base as it is; the others move part of it into the adapter.

@@ -19,15 +19,14 @@ from adamerge.checkpoints.composed import ComposedCheckpoint, aligned
 from adamerge.checkpoints.hub import located
 from adamerge.checkpoints.model_folder import open_model
 from adamerge.errors import InputError, check_pattern, did_you_mean, shorten
-from adamerge.pool.adapter_config import CONFIG, PATTERNS, REMEDY, read_config
+from adamerge.pool.adapter_config import CONFIG, NAMES_BEGIN, PATTERNS, REMEDY, WEIGHTS, read_config
 from adamerge.pool.low_rank import LowRank, matrix_shape
 from adamerge.pool.places import BIAS, WEIGHT, Place, places_of
 from adamerge.pool.tied_outputs import leave_out_tied
 from adamerge.system.files import combined_hash, sha256
 from adamerge.system.patterns import search_all
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
+_WEIGHTS = (WEIGHTS, "adapter_model.bin")
 _PAIR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(?:\.default)?(?:\.(?P<kind>weight|bias))?$"
@@ -85,7 +84,7 @@ class AdapterCheckpoint:
         leave_out_tied(self._file, base, pairs, whole)
         if not pairs:
             raise InputError(
-                f"{self._file.name}: no LoRA weights: expected keys such as '{_PREFIX}NAME.lora_A.weight'."
+                f"{self._file.name}: no LoRA weights: expected keys such as '{NAMES_BEGIN}NAME.lora_A.weight'."
             )
         self._matching = self._match_patterns({*pairs, *biases})
         place = self._place(pairs, biases, prefix)
@@ -156,7 +155,7 @@ class AdapterCheckpoint:
         """Sort one tensor of the file: a factor, the bias of one, or a tensor that replaces the base's."""
         name = _clean(key)
         if name is None:
-            raise InputError(f"{self._file.name}: tensor {key!r}: expected a key that begins with {_PREFIX!r}.")
+            raise InputError(f"{self._file.name}: tensor {key!r}: expected a key that begins with {NAMES_BEGIN!r}.")
         match = _PAIR.match(name)
         is_bias = match is not None and match["kind"] == "bias"
         if match is None and "lora_" not in name and "trainable_tokens" not in name:
@@ -190,7 +189,7 @@ class AdapterCheckpoint:
             name, endings = (nowhere or wanted)[0]
             parameter = Place(()).name(name) + endings[0]
             raise InputError(
-                f"{self._file.name}: tensor {_PREFIX + name!r} adapts {parameter!r}, which {self._base.name} lacks."
+                f"{self._file.name}: tensor {NAMES_BEGIN + name!r} adapts {parameter!r}, which {self._base.name} lacks."
                 f"{did_you_mean(prefix + parameter, self._base.keys)} Was the adapter trained on this base?"
             )
         if len(places) > 1:
@@ -324,7 +323,7 @@ def changed_by(expert: Checkpoint) -> tuple[str, ...] | None:
 
 def _clean(key: str) -> str | None:
     """Return a tensor's name in the adapted model; None where the key is not from peft."""
-    if not key.startswith(_PREFIX):
+    if not key.startswith(NAMES_BEGIN):
         return None
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(NAMES_BEGIN)
     return name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")

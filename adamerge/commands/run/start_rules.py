@@ -10,6 +10,7 @@ from adamerge.commands.run import processes
 from adamerge.commands.run.build import build
 from adamerge.commands.run.shipped import rule_node
 from adamerge.errors import InputError
+from adamerge.pool.adapter_config import CONFIG as ADAPTER
 
 AUTO = (  # what start=auto chooses among
     *(f"task_arithmetic coefficient={coefficient}" for coefficient in (0.1, 0.2, 0.3, 0.4)),
@@ -61,7 +62,7 @@ def check_start_rule(config: DictConfig) -> None:
             "adamerge merge and give start=null pool.base=FILE init=0."
         )
     for name, path in (config.pool.get("experts") or {}).items():
-        if (Path(str(path)) / "adapter_config.json").is_file():
+        if (Path(str(path)) / ADAPTER).is_file():
             raise InputError(
                 f"start: expert {name!r} is a LoRA adapter, which goes with the base, not a merge; set start=null."
             )

@@ -20,15 +20,13 @@ from adamerge.errors import GuardError, InputError, shorten
 from adamerge.model.beside import is_transposed
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merge import merge
-from adamerge.model.merge_low_rank import is_expressible, scaled
-from adamerge.pool.adapter_config import CONFIG
+from adamerge.model.merge_low_rank import is_expressible, scaled_whole
+from adamerge.pool.adapter_config import CONFIG, NAMES_BEGIN, WEIGHTS
 from adamerge.pool.lora import AdapterCheckpoint
 from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import save_json
 from adamerge.system.reading import read_json_mapping
 
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _TOLERANCE = 1e-5  # of what is read back, relative to a weight's largest change
 
 
@@ -61,17 +59,17 @@ def write_adapter(
         GuardError: If what was read back is another update.
     """
     tensors, ranks, turned = dict[str, Tensor](), dict[str, int](), list[bool]()
+    updates = _updates(pool, coefficients, network)
+    is_cut = rank is not None and any(up.shape[1] > rank for _, up, _ in updates.values())
     cut = whole = 0.0
-    is_cut = False
-    for name, (module, up, down) in _updates(pool, coefficients, network).items():
-        is_long = rank is not None and up.shape[1] > rank
-        short_up, short_down = _truncated(up, down, rank) if rank is not None and is_long else (up, down)
-        is_cut |= is_long
-        cut += _squared_norm(torch.cat([up, -short_up], 1), torch.cat([down, short_down]))
-        whole += _squared_norm(up, down)
+    for name, (module, up, down) in updates.items():
+        kept_up, kept_down = (up, down) if rank is None or up.shape[1] <= rank else _truncated(up, down, rank)
+        if is_cut:
+            cut += _squared_norm(torch.cat([up, -kept_up], 1), torch.cat([down, kept_down]))
+            whole += _squared_norm(up, down)
         path = name.removesuffix(".weight")
-        ranks[path] = short_up.shape[1]
-        tensors |= _tensors(path, module, short_up, short_down, pool.shapes[name])
+        ranks[path] = kept_up.shape[1]
+        tensors |= _tensors(path, module, kept_up, kept_down, pool.shapes[name])
         if not isinstance(module, nn.Embedding):
             turned.append(is_transposed(module))
     if len(set(turned)) > 1:
@@ -79,22 +77,19 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_state_dict(tensors, folder / WEIGHTS)
     save_json(_config(pool, ranks, fan_in_fan_out=any(turned)), folder / CONFIG)
-    error = (max(0.0, cut) / whole) ** 0.5 if is_cut and whole else 0.0
     if not is_cut:
         _prove(pool, coefficients, folder)
-    return Adapter(ranks, error)
+    return Adapter(ranks, (max(0.0, cut) / whole) ** 0.5 if whole else 0.0)
 
 
 def _updates(
     pool: ExpertPool, coefficients: Coefficients, network: nn.Module
 ) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
     """Return, by parameter, its module and the factors (d, R) and (R, w) of its update, in float64."""
-    values = coefficients().detach().cpu().double()
+    weights = coefficients().detach().cpu().double().t()  # (G, E)
     updates, others = {}, list[str]()
     for name in pool.names:
         factors, (path, _, at) = pool.factors(name), name.rpartition(".")
-        if factors is not None and not len(factors.owner):
-            continue
         module, segments = network.get_submodule(path), coefficients.index.segments[name]
         is_taken = at == "weight" and _is_taken(module) and name not in pool.tied.values()
         if factors is None or not is_taken or not is_expressible(segments, pool.shapes[name]):
@@ -102,11 +97,8 @@ def _updates(
             continue
         owner, exact = factors.owner.cpu(), factors.to(torch.device("cpu"))
         exact.up, exact.down = exact.up.double(), exact.down.double()
-        terms = [
-            scaled(exact, segment, values[:, segment.first : segment.first + segment.groups].t()[:, owner])
-            for segment in segments
-        ]
-        updates[name] = (module, torch.cat([up for up, _ in terms]), terms[0][1])
+        scales = [weights[segment.first : segment.first + segment.groups][:, owner] for segment in segments]
+        updates[name] = (module, *scaled_whole(exact, segments, scales))
     if others or not updates:
         raise InputError(
             "--to peft: expected low-rank changes of Linear, Conv or Embedding weights that are tied to no other, and "
@@ -131,7 +123,7 @@ def _tensors(path: str, module: nn.Module, up: Tensor, down: Tensor, shape: Sequ
     else:
         ones = (1,) * (len(shape) - 2)
         factors = {"lora_A.weight": down.view(-1, *shape[1:]), "lora_B.weight": up.view(*up.shape, *ones)}
-    return {f"{_PREFIX}{path}.{key}": tensor.contiguous() for key, tensor in factors.items()}
+    return {f"{NAMES_BEGIN}{path}.{key}": tensor.contiguous() for key, tensor in factors.items()}
 
 
 def _truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
