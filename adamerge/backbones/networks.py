@@ -44,7 +44,14 @@ def read_config(folder: Path) -> Any:
             "found none. Name it: backbone.model=FOLDER."
         )
     content = read_json_mapping(file)
-    _check_numbers(content, file)
+    check_numbers(content, file)
+    if quantization := content.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise InputError(
+            f"{file}: quantization_config: the weights are quantised ({method}); a base needs plain ones. Name the "
+            "model that was quantised, or write dequantised weights: model.dequantize() of transformers, then "
+            "save_pretrained(); of GGUF: adamerge convert FILE.gguf --out FOLDER."
+        )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the library makes of a file that is not its own
@@ -56,7 +63,7 @@ def read_config(folder: Path) -> Any:
         raise InputError(f"{file}: transformers cannot read it: {' '.join(str(error).split())}") from error
 
 
-def _check_numbers(content: Mapping[str, Any], file: Path) -> None:
+def check_numbers(content: Mapping[str, Any], file: Path) -> None:
     """Refuse numbers that the library would make lists or tables of, and a name of another configuration.
 
     Raises:

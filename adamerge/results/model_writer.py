@@ -17,7 +17,8 @@ from adamerge.system.reading import read_json_mapping
 
 FOLDER = "model"  # beside a merged checkpoint
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+DEQUANTIZED = "dequantized_from"  # of a configuration: the GGUF file whose weights the folder has
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SHARD_BYTES = 5_000_000_000
 _COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _TOKENIZER = ("token", "vocab", "merges", "spiece", "sentencepiece", "special_", "chat_template", ".tiktoken")
@@ -67,15 +68,15 @@ def write_model(
     checkpoint = open_checkpoint(merged)
     files = {HF_CONFIG: "the architecture", **_write_weights(checkpoint, merged, folder, shard_bytes)}
     for source in _beside(base, tokenizer):
-        _copy(source, folder)
+        copy_portable(source, folder)
         files[source.name] = "the base's" if source.parent == base else f"the expert's in {source.parent.name}"
     save_json(_config(read_json_mapping(base / HF_CONFIG), checkpoint, changes or {}), folder / HF_CONFIG)
     return files
 
 
-def _copy(source: Path, folder: Path) -> None:
+def copy_portable(source: Path, folder: Path) -> None:
     """Copy a file; a tokenizer's settings so that transformers 4 reads them, which lacks the class that 5 names."""
-    if source.name == _TOKENIZER_CONFIG:
+    if source.name == TOKENIZER_CONFIG:
         settings = read_json_mapping(source)
         if settings.get("tokenizer_class") == "TokenizersBackend":
             extra = settings.pop("extra_special_tokens", None)
@@ -89,7 +90,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 def _config(content: Mapping[str, Any], checkpoint: Checkpoint, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the base's configuration with the dtype of the merged weights, and without code or paths."""
-    left_out = ("_name_or_path", "auto_map")
+    left_out = ("_name_or_path", "auto_map", DEQUANTIZED)
     config = {key: value for key, value in content.items() if key not in left_out}
     of_texts = isinstance(config.get("text_config"), dict) and "vocab_size" not in config
     for key, value in changes.items():

@@ -157,6 +157,25 @@ def ensure_writable(folder: Path) -> None:
         ) from error
 
 
+def check_space(path: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no place for.
+
+    Args:
+        path: The file or folder to be written; it need not exist.
+        needed: Bytes that it will take.
+
+    Raises:
+        InputError: If fewer are free.
+    """
+    place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"{path}: takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Choose another disk, or "
+            "make room."
+        )
+
+
 def combined_hash(hashes: Mapping[str, str]) -> str:
     """Hash named hashes into one, independent of their order."""
     return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()

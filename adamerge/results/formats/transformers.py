@@ -17,7 +17,7 @@ from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.checkpoints.model_folder import HF_CONFIG, find_model
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.results.formats.merged import MergedFolder, Usage, check_equal
-from adamerge.results.model_writer import FOLDER, write_model
+from adamerge.results.model_writer import DEQUANTIZED, FOLDER, write_model
 from adamerge.system.reading import read_json_mapping
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ def write(merged: MergedFolder, folder: Path, task: str | None = None) -> Usage:
         notes = (
             f"Each task's own {backbone.head_module.path} is in heads.safetensors; --task TASK writes one with it.",
         )
+    if source := getattr(backbone.config, DEQUANTIZED, None):
+        notes += (f"The base's weights are those of `{source['file']}` dequantised: task vectors are ways from these.",)
     return Usage("transformers", pipeline, files, {}, notes, options)
 
 
