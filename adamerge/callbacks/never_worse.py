@@ -119,7 +119,7 @@ def measure(trainer: Trainer, method: MergingMethod) -> Agreement | None:
 
     def observe(step: TaskStep) -> None:
         if step.task in tally:
-            tally.add(step.task, step.outputs.rows(), step.teacher().rows())
+            tally.add(step.task, step.outputs.rows(), step.teacher())
 
     values = method.model.coefficients()
     with trainer.precision_plugin.forward_context():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adamerge.model.answers import Outputs, best_classes, coarsen
 from adamerge.system import ranks
 
 
@@ -46,11 +47,12 @@ class Tally:
     def __contains__(self, task: str) -> bool:
         return task in self._sums
 
-    def add(self, task: str, merged: Tensor, expert: Tensor) -> None:
-        """Count rows of logits of merge and expert, (N, C) both."""
-        student, teacher = merged.float().log_softmax(-1), expert.float().log_softmax(-1)
+    def add(self, task: str, merged: Tensor, expert: Outputs) -> None:
+        """Count rows of logits of a merge (N, C) and of its expert, which may be of the likeliest classes alone."""
+        answers = expert.rows()
+        student, teacher = coarsen(merged, expert.classes), answers.float().log_softmax(-1)
         kl = functional.kl_div(student, teacher, log_target=True, reduction="sum")
-        hits = (merged.argmax(-1) == expert.argmax(-1)).sum()
+        hits = (merged.argmax(-1) == best_classes(expert)).sum()
         self._sums[task] += torch.stack([torch.tensor(float(len(merged))), hits.cpu(), kl.cpu()]).double()
 
     def result(self, device: torch.device | str = "cpu") -> Agreement | None:

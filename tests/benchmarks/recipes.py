@@ -1,4 +1,4 @@
-"""Variations of the recommended recipe on the demo zoo, each an override of `adamerge adapt experiment=recommended`.
+"""Variations of the recommended recipe on the demo zoo, from task arithmetic and without an anchor, where parts show.
 
 python tests/benchmarks/recipes.py --output runs/recipes
 python tests/benchmarks/recipes.py --output runs/recipes --variations recommended images row_pieces --seeds 0 1 2 --full
@@ -26,6 +26,7 @@ from adamerge.system.reading import read_json
 
 _COMBINED = "objective=combine +objective.terms.hidden._target_=adamerge.objectives.alignment.Alignment"
 _HIDDEN = f"{_COMBINED} ~objective.terms.infomax ~objective.weights.infomax +objective.terms.hidden.logit_weight=0"
+_BASE = "experiment=recommended start=null method.anchor=0 data.views.count=16 data.views.mix=0"
 _RATES = (0.0003, 0.001, 0.003)  # of all weights, for experiment=distillation
 VARIATIONS: dict[str, str] = {
     "recommended": "",
@@ -66,9 +67,9 @@ def arguments() -> argparse.Namespace:
 
 def run(name: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Adapt in a folder of its own, and return the row: accuracies, and the lowest loss on held-out images."""
-    overrides = ["experiment=recommended", *VARIATIONS[name].split(), f"seed={seed}", f"steps={options.steps}"]
+    overrides = [*_BASE.split(), *VARIATIONS[name].split(), f"seed={seed}", f"steps={options.steps}"]
     overrides += [f"run_dir={folder}", "trainer=cpu", f"teacher_cache={folder.parent / 'teachers'}"]
-    overrides += [] if options.full else ["callbacks=keep_best", "data.holdout=0.2"]
+    overrides += ["callbacks=none", "data.holdout=0"] if options.full else ["callbacks=keep_best", "data.holdout=0.2"]
     overrides += ["data.protocol=transductive"] if options.transductive else []
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     adapt(compose(overrides), folder)

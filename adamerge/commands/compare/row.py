@@ -44,7 +44,7 @@ SEARCHED = "task_arithmetic_best"
 REFERENCES = ("pretrained", "experts", SEARCHED)
 CONTROLS = {  # what of a recipe's result owes nothing to merging; options of the row replace these
     "random_experts": (
-        "experiment=recommended", "start=task_arithmetic", "transform=random", "transform.seed=${seed}",
+        "experiment=recommended", "transform=random", "transform.seed=${seed}",
     ),
     "distillation": ("experiment=distillation",),
 }  # fmt: skip
@@ -271,11 +271,12 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
             _check_same(spec, config, folder)
         else:
             save_json({"options": _options(spec, config)}, folder / _STARTED)
-        config.start = spec.rule
+        if spec.rule is not None:
+            config.start = spec.rule
         problems = check(config)
         if problems:
             raise InputError(problems[0])
-        begun = begin(load_config(run_dir) if resumed and spec.rule else config, run_dir)
+        begun = begin(load_config(run_dir) if resumed and config.start else config, run_dir)
         if any(word.startswith("init=") for word in spec.overrides):
             begun.init = config.init
         content = run.adapt(begun, run_dir, resume=resumed)
@@ -286,7 +287,7 @@ def _adapted(spec: Spec, config: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _options(spec: Spec, config: DictConfig) -> dict[str, Any]:
-    return {**plain(config), "start": spec.rule}
+    return {**plain(config), **({} if spec.rule is None else {"start": spec.rule})}
 
 
 def _check_same(spec: Spec, config: DictConfig, folder: Path) -> None:

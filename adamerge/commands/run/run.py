@@ -32,6 +32,7 @@ from adamerge.commands.run.folder import (
 from adamerge.commands.run.processes import is_sharded, trainer_options
 from adamerge.commands.run.recorded import check_start
 from adamerge.commands.run.stages import STAGE, START, first_stage, start_file
+from adamerge.commands.run.start_rules import is_merged
 from adamerge.data.batch import described
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
@@ -225,7 +226,7 @@ def _score(
     if not assembly.data.evaluation:
         log.warning("Nothing is scored: no task has evaluation inputs (data.tasks.<name>.evaluate).")
         return None
-    start = config.get("start") or {}
+    start = config.start if is_merged(config) else {}
     seconds += start.get("seconds", 0.0)
     uses_labels = getattr(trainer.lightning_module.objective, "uses_labels", False) or start.get("uses_labels", False)
     merged = MergeResult(str(config.name), export.dirpath / export.filename, seconds, int(config.seed), uses_labels)

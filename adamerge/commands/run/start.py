@@ -20,7 +20,7 @@ from adamerge.commands.run.imports import TRUST, announce, targets_beyond
 from adamerge.commands.run.named_pools import register_resolvers
 from adamerge.commands.run.recorded import check_config
 from adamerge.commands.run.stages import STAGE, running_stage
-from adamerge.commands.run.starting import begin
+from adamerge.commands.run.starting import as_begun, as_given, begin
 from adamerge.commands.terminal import (
     PIPED_WIDTH,
     Agreed,
@@ -74,12 +74,13 @@ def start(config: DictConfig, command: Sequence[str], *, as_json: bool) -> None:
         return
     stored = run_folder.look_at_config(folder)  # which must say what the command says, and is not built
     stored.job = config.job
-    changed = run_folder.differing(run_folder.plain(config), run_folder.plain(stored))
+    changed = run_folder.differing(run_folder.plain(config), run_folder.plain(as_given(stored)))
     if changed:
         raise InputError(
             f"{folder} holds a run with other options: {', '.join(changed)}. Choose another run_dir."
             f"{_further(folder) if 'steps' in changed else ''}"
         )
+    config = as_begun(config, stored)
     _on_first(partial(check_config, config), folder)
     config.cwd, config.command = stored.cwd, stored.command
     _run(config, folder, resume=True, as_json=as_json)

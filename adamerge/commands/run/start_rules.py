@@ -46,26 +46,37 @@ def rules_of(start: Any) -> dict[str, dict[str, Any]]:
     return nodes
 
 
+def is_merged(config: DictConfig) -> bool:
+    """Whether a run has begun from a rule's merge, which is its base then."""
+    start = config.get("start")
+    return isinstance(start, DictConfig) and bool(start.get("merged"))
+
+
 def check_start_rule(config: DictConfig) -> None:
     """Refuse a start that cannot be merged; nothing is read.
 
     Raises:
-        InputError: If the rule is wrong, or the run has several processes or LoRA experts.
+        InputError: If the rule is wrong, or another than ``auto`` and no merge can be this run's start.
     """
     start = config.get("start")
-    if start is None or (isinstance(start, DictConfig) and start.get("merged")):
+    if start is None or is_merged(config):
         return
     rules_of(start)
+    if start != "auto" and (reason := why_unmerged(config)):
+        raise InputError(f"start: {reason}; set start=null, or start=auto, which then starts from init.")
+
+
+def why_unmerged(config: DictConfig) -> str:
+    """Return why a run cannot start from a rule's merge; nothing if it can."""
     if processes.wanted(config.trainer) > 1:
-        raise InputError(
-            "start: a rule's merge is made in one process: set trainer.devices=1 or start=null, or make it with "
-            "adamerge merge and give start=null pool.base=FILE init=0."
+        return (
+            "a rule's merge is made in one process (trainer.devices=1; or make it with adamerge merge, and give "
+            "start=null pool.base=FILE init=0)"
         )
     for name, path in (config.pool.get("experts") or {}).items():
         if (Path(str(path)) / ADAPTER).is_file():
-            raise InputError(
-                f"start: expert {name!r} is a LoRA adapter, which goes with the base, not a merge; set start=null."
-            )
+            return f"expert {name!r} is a LoRA adapter, which goes with the base, not with a merge"
+    return ""
 
 
 def _checked(node: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Start a run from a rule's merge: it becomes the base, and coefficients of the experts' way from it begin at 0.
 
 start=wudi | start={rule: wudi, steps: 100} | start=auto: the rule whose merge is nearest to the experts on unlabeled
-samples. What was chosen is recorded in the run's configuration, where a resume, a replay and a score find it.
+samples; where no merge can be a run's start, ``init``. What was chosen is recorded in the run's configuration, where a
+resume, a replay and a score find it.
 """
 
 import logging
@@ -18,13 +19,14 @@ from torch import Tensor
 from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.commands.run import processes
 from adamerge.commands.run.build import build
-from adamerge.commands.run.folder import START_MERGE
+from adamerge.commands.run.folder import START_MERGE, is_started
 from adamerge.commands.run.run import Assembly, assemble
-from adamerge.commands.run.start_rules import check_start_rule, rules_of
+from adamerge.commands.run.start_rules import check_start_rule, is_merged, rules_of, why_unmerged
 from adamerge.data.batch import to
 from adamerge.errors import InputError
 from adamerge.merges import merged_state_dict
 from adamerge.merges.calibration import batches
+from adamerge.model.answers import Outputs
 from adamerge.results.agreement import Agreement, Tally
 from adamerge.system.progress import Stopwatch
 
@@ -41,9 +43,12 @@ def begin(config: DictConfig, folder: Path) -> DictConfig:
         folder: The run's.
     """
     start = config.get("start")
-    if start is None or (isinstance(start, DictConfig) and start.get("merged")):
+    if start is None or is_merged(config) or is_started(folder):
         return config
     check_start_rule(config)
+    if reason := why_unmerged(config):
+        log.warning("start=auto: %s: this run starts from init=%s.", reason, config.init)
+        return config
     assembly = assembled(config)
     path = folder.absolute() / START_MERGE
     rules = rules_of(start)
@@ -57,10 +62,34 @@ def begin(config: DictConfig, folder: Path) -> DictConfig:
         state_dict = merge_of(rule, assembly)
     seconds = watch.seconds()
     save_state_dict(state_dict, path)
+    given = {option: OmegaConf.select(config, option) for option in ("start", "init", "pool.base", "pool.sha256")}
+    facts = {"rule": chosen, "node": rules[chosen], "merged": str(START_MERGE), "given": given, "seconds": seconds}
+    facts |= {"uses_labels": bool(getattr(rule, "uses_labels", False)), "candidates": candidates}
+    return _from_merge(config, facts, path)
+
+
+def as_given(config: DictConfig) -> DictConfig:
+    """Return a run's configuration as it was before :func:`begin`, to compare: it is not to be built."""
+    given = OmegaConf.select(config, "start.given")
+    if given is None:
+        return config
     config = config.copy()
     OmegaConf.set_struct(config, False)
-    facts = {"rule": chosen, "node": rules[chosen], "base": config.pool.get("base"), "merged": str(START_MERGE)}
-    facts |= {"seconds": seconds, "uses_labels": bool(getattr(rule, "uses_labels", False)), "candidates": candidates}
+    for option, value in given.items():
+        OmegaConf.update(config, option, value, merge=False)
+    return config
+
+
+def as_begun(config: DictConfig, stored: DictConfig) -> DictConfig:
+    """Return a composed configuration with the start that the run which is stored of it has begun with."""
+    if not is_merged(stored):
+        return config
+    return _from_merge(config, stored.start, Path(stored.run_dir) / START_MERGE)
+
+
+def _from_merge(config: DictConfig, facts: Any, path: Path) -> DictConfig:
+    config = config.copy()
+    OmegaConf.set_struct(config, False)
     config.init = 0.0
     config.start = facts
     config.pool.base = str(path)
@@ -114,19 +143,19 @@ def _chosen(
     return best[1], best[2], facts
 
 
-Answers = Mapping[str, list[tuple[Any, Tensor]]]  # task to inputs (B, ...) and the expert's logits of their rows (N, C)
+Answers = Mapping[str, list[tuple[Any, Outputs]]]  # task to inputs (B, ...) and what the expert says of them
 
 
 @torch.no_grad()
 def _answers(assembly: Assembly) -> Answers:
     """Ask the experts about a random sample of each task's unlabeled samples."""
-    model, data, answers = assembly.model, assembly.data, dict[str, list[tuple[Any, Tensor]]]()
+    model, data, answers = assembly.model, assembly.data, dict[str, list[tuple[Any, Outputs]]]()
     for task in data.streams:
         if task not in model.teachers:
             continue
         inputs = [to(part, model.pool.device) for part in batches(data, task, EXAMPLES)]
         outputs = model.expert_outputs(model.teachers[task], [(task, part) for part in inputs])
-        answers[task] = [(part, output.rows()) for part, output in zip(inputs, outputs, strict=True)]
+        answers[task] = list(zip(inputs, outputs, strict=True))
     if not answers:
         raise InputError("start=auto: no task has an expert to agree with; name a rule, such as start=tsvm.")
     return answers

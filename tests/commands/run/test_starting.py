@@ -9,7 +9,10 @@ from omegaconf import OmegaConf
 
 from adamerge import InputError, load_state_dict
 from adamerge.commands.run import start_rules
+from adamerge.commands.run.compose import compose
 from adamerge.commands.run.start_rules import AUTO, rules_of
+from adamerge.commands.run.starting import begin
+from adamerge.model.answers import Outputs
 from adamerge.results.agreement import Tally
 from tests.support.command_line import QUIET, call, refusal
 
@@ -38,13 +41,18 @@ def test_wrong_start_is_refused(start, message):
         rules_of(start)
 
 
-def test_start_of_several_processes_or_of_adapters_is_refused(arguments, capsys, tmp_path):
+def test_start_of_several_processes_or_of_adapters_is_refused_and_auto_leaves_it_out(arguments, capsys, tmp_path):
     text = refusal(capsys, "check", *arguments, "start=tsvm", "trainer.devices=2")
     assert "start: a rule's merge is made in one process" in text
+    assert call("check", *arguments, "start=auto", "trainer.devices=2") == 0
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    call("check", *arguments, "start=tsvm", f"pool.experts.mnist={tmp_path / 'lora'}")
+    adapter = f"pool.experts.mnist={tmp_path / 'lora'}"
+    call("check", *arguments, "start=tsvm", adapter)
     assert "start: expert 'mnist' is a LoRA adapter" in capsys.readouterr().err
+    config = compose([*arguments, "start=auto", adapter])
+    assert begin(config, tmp_path / "run") is config
+    assert "start=auto: expert 'mnist' is a LoRA adapter" in capsys.readouterr().err
 
 
 def test_run_starts_from_the_merge_and_is_found_again(arguments, capsys, tmp_path):
@@ -60,6 +68,10 @@ def test_run_starts_from_the_merge_and_is_found_again(arguments, capsys, tmp_pat
     start = OmegaConf.load(run / "config.yaml").start
     assert (start.rule, start.node.coefficient) == ("task_arithmetic coefficient=0.2", 0.2)
     assert json.loads((run / "merge.json").read_text())["config"]["start"]["rule"] == start.rule
+    given = [*arguments, "start={rule: task_arithmetic, coefficient: 0.2}", "optimizer.lr=0"]
+    assert call("adapt", *given, "resume=auto") == 0
+    text = refusal(capsys, "adapt", *given[:-2], "start=tsvm", given[-1], "resume=auto")
+    assert "a run with other options: start, start.coefficient, start.rule. Choose" in text
     shutil.move(run, tmp_path / "moved")
     moved = tmp_path / "moved"
     assert call("evaluate", moved) == 0
@@ -84,8 +96,8 @@ def test_start_auto_takes_the_rule_that_is_nearest_to_the_experts(arguments, cap
 def test_tally_is_the_mean_over_tasks_of_means_over_rows():
     tally = Tally(("a", "b", "empty"))
     expert = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
-    tally.add("a", expert, expert)
-    tally.add("b", torch.tensor([[0.0, 2.0]]), expert[:1])
+    tally.add("a", expert, Outputs(expert))
+    tally.add("b", torch.tensor([[0.0, 2.0]]), Outputs(expert[:1]))
     p = torch.tensor([2.0, 0.0]).softmax(0)
     measured = tally.result()
     assert (measured.agreement, measured.rows) == (0.5, 3)
