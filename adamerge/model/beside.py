@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from adamerge.errors import InputError, shorten
 from adamerge.model.encoder import EncoderOptions
-from adamerge.model.granularity import GroupIndex, Segment
-from adamerge.model.merge_low_rank import is_expressible, scaled_whole
+from adamerge.model.groups import GroupIndex, Segment
+from adamerge.model.merge_low_rank import factors_of, is_expressible, scaled_whole, scales_of
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.low_rank import Factors
 from adamerge.pool.pool import ExpertPool
@@ -126,7 +126,7 @@ class BesideWeights(WholeWeights):
 
     def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
         super().__init__(encoder, pool, index)
-        factors = {name: pool.factors(name) for name in pool.names}
+        factors = {name: factors_of(pool, name, index.segments[name]) for name in pool.names}
         self._hooked = dict[str, list[tuple[nn.Module, Form]]]()
         places, reasons = _places(encoder), list[str]()
         for name in [name for name, f in factors.items() if f is not None]:
@@ -145,9 +145,10 @@ class BesideWeights(WholeWeights):
         if not self._hooked:
             raise InputError(
                 "encoder.engine: beside needs weights of Linear, Conv or Embedding modules that all experts change by "
-                "LoRA (DoRA is none), and this pool has none. Set encoder.engine=merged."
+                "LoRA (DoRA is none) or granularity=rank, and this pool has none. Set encoder.engine=merged."
             )
         self._dense = [name for name in pool.names if name not in self._hooked]
+        self._has_whole_adapters = all(_is_whole(pool.factors(name), index.segments[name]) for name in self._hooked)
         self._block: object = None  # the innermost that runs now: its hooks act, and no others
         log.info(
             "encoder.engine: %d weights keep their adapters beside them, %d tensors are merged",
@@ -160,7 +161,7 @@ class BesideWeights(WholeWeights):
 
     def expert(self, expert: str, buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return an expert's parameters: its adapter alone beside the base, whose weights are not copied."""
-        if self._pool.transform is not None or self._pool.packed is not None:  # the pool's factors are not the expert's
+        if not self._has_whole_adapters:
             return super().expert(expert, buffers)
         values = torch.zeros(len(self._pool.expert_names), self._index.size, dtype=self._pool.compute_dtype)
         values[self._pool.expert_names.index(expert)] = 1
@@ -198,7 +199,7 @@ class BesideWeights(WholeWeights):
             stack.callback(watch.close)
             stack.enter_context(watch)
             for name, forms in self._hooked.items():
-                factors = self._pool.factors(name)
+                factors = factors_of(self._pool, name, self._index.segments[name])
                 assert factors is not None
                 term = partial(_term, factors, self._index.segments[name], pieces)
                 for module, form in forms:
@@ -226,7 +227,8 @@ def weights_of(options: EncoderOptions, encoder: nn.Module, pool: ExpertPool, in
     Raises:
         InputError: If it is to be beside the base, and cannot.
     """
-    if options.engine == "merged" or (options.engine == "auto" and options.backend is not None):
+    is_low_rank = any(pool.factors(name) is not None for name in pool.names)
+    if options.engine == "merged" or (options.engine == "auto" and (options.backend is not None or not is_low_rank)):
         return WholeWeights(encoder, pool, index)
     try:
         return BesideWeights(encoder, pool, index)
@@ -248,6 +250,11 @@ def _places(encoder: nn.Module) -> dict[str, list[tuple[nn.Module, nn.Module, st
     return places
 
 
+def _is_whole(factors: Factors | None, segments: Sequence[Segment]) -> bool:
+    """Whether what is beside the base is all that the experts changed."""
+    return factors is not None and (segments[0].directions or max(factors.ranks)) >= max(factors.ranks)
+
+
 Pieces = Callable[[Segment], Tensor]  # a segment's coefficients (E, groups)
 
 
@@ -256,11 +263,11 @@ def _pieces(coefficients: Tensor, segments: Sequence[Segment]) -> Pieces:
 
     To slice them segment by segment would cost a gradient (E, G) each.
     """
-    runs = sorted({(segment.first, segment.groups) for segment in segments})
+    runs = sorted({(segment.first, segment.count) for segment in segments})
     sizes, keys, at = list[int](), list[tuple[int, int] | None](), 0
     for first, count in runs:
         if first < at:
-            return lambda segment: coefficients[:, segment.first : segment.first + segment.groups]
+            return lambda segment: coefficients[:, segment.first : segment.first + segment.count]
         if first > at:
             sizes.append(first - at)
             keys.append(None)
@@ -269,12 +276,12 @@ def _pieces(coefficients: Tensor, segments: Sequence[Segment]) -> Pieces:
         at = first + count
     parts = coefficients.split([*sizes, coefficients.shape[1] - at], dim=1)
     found = {key: part for key, part in zip(keys, parts, strict=False) if key is not None}
-    return lambda segment: found[segment.first, segment.groups]
+    return lambda segment: found[segment.first, segment.count]
 
 
 def _term(factors: Factors, segments: Sequence[Segment], pieces: Pieces) -> Term:
     """Return a parameter's factors under the coefficients; formed in each pass, so that each has a graph of its own."""
-    scales = [(factors.members @ pieces(segment)).t() for segment in segments]  # (groups, R) each
+    scales = [scales_of(factors, segment, pieces(segment)) for segment in segments]
     if len(segments) == 1 and segments[0].groups == 1:
         return Term(factors.up, factors.down, scales[0][0])
     return Term(*scaled_whole(factors, segments, scales), None)

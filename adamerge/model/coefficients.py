@@ -19,7 +19,7 @@ from adamerge.model import constraints, starts
 from adamerge.model import granularity as granularities
 from adamerge.model.coefficients_file import FORMAT, check_content, granularity_of
 from adamerge.model.constraints import Constraint
-from adamerge.model.granularity import Granularity
+from adamerge.model.groups import Granularity, names_of
 from adamerge.pool.describe import describe, describe_task_vectors
 from adamerge.pool.headers import Headers
 from adamerge.pool.pool import ExpertPool
@@ -36,8 +36,8 @@ class Coefficients(nn.Module):
 
     Args:
         pool: The experts and the parameters they share; headers serve too, if ``init`` asks for no weight.
-        granularity: ``"task"``, ``"block"``, ``"layer"``, ``"chunk"``, ``"row"``, ``"column"``, or any
-            :class:`~adamerge.model.granularity.Granularity`.
+        granularity: ``"task"``, ``"block"``, ``"layer"``, ``"chunk"``, ``"row"``, ``"column"``, ``"rank"``, or
+            any :class:`~adamerge.model.groups.Granularity`.
         init: Initial coefficient: a number, one number per expert (a sequence, or a mapping by expert
             name), ``"mean"`` (1 / E: weight averaging), a rule of :mod:`adamerge.model.starts` or its name
             (``"lines"``, ``"model_stock"``), or a tensor (E, G). 0.3 suits up to 8 experts.
@@ -72,7 +72,7 @@ class Coefficients(nn.Module):
         self.constraint = constraints.by_name(constraint) if isinstance(constraint, str) else constraint
         self.expert_names = pool.expert_names
         self._shapes = dict(pool.shapes)
-        self.index = self.granularity(self._shapes)
+        self.index = granularities.index_of(self.granularity, pool)
         start = starts.start_of(init)
         given: Any = init if start is None else starts.by_group(start(pool), self.index, len(pool.expert_names))
         values = _initial_values(given, pool, self.index.size)
@@ -127,6 +127,8 @@ class Coefficients(nn.Module):
             differing = set(self._shapes.items()) ^ set(pool.shapes.items())
             name = min(name for name, _ in differing)
             problem = f"{name!r}: expected the shape {pool.shapes.get(name)}, found {self._shapes.get(name)}"
+        elif self.index.directions and granularities.index_of(self.granularity, pool) != self.index:
+            problem = "its experts have other ranks"
         if problem:
             raise InputError(f"The coefficients were made for another pool: {problem}. Make them anew for this pool.")
 
@@ -138,7 +140,7 @@ class Coefficients(nn.Module):
     @property
     def group_names(self) -> list[str]:
         """One readable name per group, length G."""
-        return list(granularities.names_of(self.index))
+        return list(names_of(self.index))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the coefficients by expert and by group or parameter name, ready for JSON.

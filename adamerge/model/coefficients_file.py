@@ -5,7 +5,7 @@ from typing import Any
 
 from adamerge.errors import InputError, shorten
 from adamerge.model import granularity as granularities
-from adamerge.model.granularity import Granularity
+from adamerge.model.groups import Granularity
 from adamerge.pool.describe import describe_task_vectors
 from adamerge.pool.pool import ExpertPool
 

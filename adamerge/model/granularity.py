@@ -1,83 +1,20 @@
-"""Which entries of which parameter share one merging coefficient.
+"""The built-in granularities: from names and shapes to groups, see :mod:`adamerge.model.groups`."""
 
-Legend: n entries in a parameter, G groups in all. Every granularity is written as segments: a
-contiguous run of ``outer * groups * inner`` entries, read as a 3-D block of that shape, whose
-entries ``[:, k, :]`` share group ``first + k``. One group is (1, 1, n); rows are (1, rows, n / rows);
-columns are (rows, columns, n / (rows * columns)). The engine knows nothing else.
-"""
-
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
 
 from adamerge.errors import InputError, check_choice, check_number, did_you_mean
+from adamerge.model.groups import Granularity, GroupIndex, Segment, Shapes
+from adamerge.pool.headers import Headers
+from adamerge.pool.low_rank import Factors, matrix_shape
+from adamerge.pool.pool import ExpertPool
 from adamerge.system.patterns import search_all
 from adamerge.transforms.depth import BLOCK_PATTERN, blocks_of
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Segment(NamedTuple):
-    """Entries ``start : start + outer * groups * inner`` of a flattened parameter."""
-
-    start: int
-    outer: int
-    groups: int
-    inner: int
-    first: int
-
-    @property
-    def stop(self) -> int:
-        """End of the segment, exclusive."""
-        return self.start + self.outer * self.groups * self.inner
-
-
-@dataclass(frozen=True)
-class GroupIndex:
-    """The groups of a set of parameters.
-
-    Args:
-        segments: Parameter name to its segments, which cover it without overlap.
-        labels: Name of a run of groups in files (a parameter's name, or a shared group's) to
-            ``(first group, number of groups)``.
-        size: G, the number of groups.
-        frozen: Groups that keep their initial value.
-    """
-
-    segments: Mapping[str, tuple[Segment, ...]]
-    labels: Mapping[str, tuple[int, int]]
-    size: int
-    frozen: tuple[int, ...] = ()
-
-    @property
-    def groups(self) -> dict[str, list[int]]:
-        """Parameter name to the groups it uses, ascending."""
-        return {
-            name: [segment.first + at for segment in segments for at in range(segment.groups)]
-            for name, segments in self.segments.items()
-        }
-
-    def part(self, ranges: Mapping[str, range]) -> "GroupIndex":
-        """Return the same groups for a part of every parameter.
-
-        Args:
-            ranges: Parameter name to the entries of the flattened parameter that the part has, which are its entries
-                0, 1, ... there.
-        """
-        segments = {
-            name: tuple(piece for segment in self.segments[name] for piece in _within(segment, entries))
-            for name, entries in ranges.items()
-        }
-        return GroupIndex(segments, self.labels, self.size, self.frozen)
-
-
-class Granularity(Protocol):
-    """Anything that turns names and shapes into groups: see "How to add a granularity"."""
-
-    def __call__(self, shapes: Shapes) -> GroupIndex:
-        """Return the groups of the parameters with these names and shapes."""
-        ...
+log = logging.getLogger(__name__)
+_ROUNDING = 1e-4  # of a squared norm
 
 
 @dataclass(frozen=True)
@@ -228,6 +165,66 @@ class Chunk:
             raise InputError(f"granularity.pieces names no parameter {unknown[0]!r}.{did_you_mean(unknown[0], shapes)}")
 
 
+@dataclass(frozen=True)
+class Rank:
+    r"""One coefficient per expert and singular direction of its change of every tensor.
+
+    :math:`\tau_e = \sum_r u_{e,r} v_{e,r}^T`, the strongest first, of a tensor seen as a matrix of ``shape[0]`` rows; a
+    vector or a scalar gets one coefficient, as in :class:`Layer`. LoRA experts have as many directions as their ranks,
+    whatever the product was factored into; others have min(rows, columns), and take time and memory to decompose. An
+    expert that has fewer directions than another has coefficients without effect: they keep their initial value.
+
+    Args:
+        ranks: Most directions of a tensor; None for all, which is exact. What is left out is not merged, and warned of.
+
+    Reference:
+        AdaRank (arXiv:2503.22178), which learns which directions to keep; here their coefficients are continuous.
+    """
+
+    ranks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None:
+            check_number("granularity.ranks", self.ranks, 1, whole=True)
+
+    def __call__(self, shapes: Shapes) -> GroupIndex:
+        """Return the groups of experts that are no products, as whole checkpoints are."""
+        return self._index(shapes, {})
+
+    def of(self, pool: ExpertPool) -> GroupIndex:
+        """Return the groups of a pool's experts; their directions are found here, and kept in the pool."""
+        factors = {name: pool.factors(name) for name in pool.names}
+        index = self._index(pool.shapes, {name: max(f.ranks) for name, f in factors.items() if f is not None})
+        kept = {name: pool.factors(name, count) for name, count in index.directions.items()}
+        if self.ranks is not None:
+            _tell_kept({name: f for name, f in kept.items() if f is not None}, pool)
+        return index
+
+    def _index(self, shapes: Shapes, ranks: Mapping[str, int]) -> GroupIndex:
+        segments, labels, first = {}, {}, 0
+        for name, shape in shapes.items():
+            most = min(matrix_shape(shape))
+            count = max(1, min(most, ranks.get(name, most), self.ranks or most))
+            segments[name] = (Segment(0, 1, 1, math.prod(shape), first, count if most > 1 else 0),)
+            labels[name] = (first, count)
+            first += count
+        return GroupIndex(segments, labels, first)
+
+
+def _tell_kept(kept: Mapping[str, Factors], pool: ExpertPool) -> None:
+    """Warn of what leading directions leave out of task vectors."""
+    squares = {name: sum(expert.squared_norm for expert in factors.experts) for name, factors in kept.items()}
+    whole = {name: float(pool.norms[name].double().square().sum()) for name in kept}
+    if kept and sum(squares.values()) < (1 - _ROUNDING) * sum(whole.values()):
+        least = min(kept, key=lambda name: squares[name] / whole[name])
+        shares = (sum(squares.values()) / sum(whole.values()), squares[least] / whole[least])
+        log.warning(
+            "granularity.ranks: the directions keep %.1f %% of the norm of the task vectors, and of %r, the least, "
+            "%.1f %%; what they leave out is not merged. Raise granularity.ranks, or leave it out for all of them.",
+            100 * shares[0] ** 0.5, least, 100 * shares[1] ** 0.5,
+        )  # fmt: skip
+
+
 BY_NAME: dict[str, Callable[[], Granularity]] = {
     "task": TaskWise,
     "block": Block,
@@ -235,7 +232,15 @@ BY_NAME: dict[str, Callable[[], Granularity]] = {
     "chunk": Chunk,
     "row": Row,
     "column": Column,
+    "rank": Rank,
 }
+
+
+def index_of(granularity: Granularity, pool: ExpertPool | Headers) -> GroupIndex:
+    """Return the groups of a pool, or as much of them as its headers tell."""
+    if isinstance(granularity, Rank) and isinstance(pool, ExpertPool):
+        return granularity.of(pool)
+    return granularity(pool.shapes)
 
 
 def by_name(name: str) -> Granularity:
@@ -246,24 +251,6 @@ def by_name(name: str) -> Granularity:
     """
     check_choice("granularity", name, list(BY_NAME))
     return BY_NAME[name]()
-
-
-def _within(segment: Segment, entries: range) -> Iterator[Segment]:
-    """Yield the parts of a segment within a range of entries, at most five, counted from the range's start."""
-    at, end = max(segment.start, entries.start), min(segment.stop, entries.stop)
-    row = segment.groups * segment.inner
-    while at < end:
-        inside = (at - segment.start) % row
-        group, offset = divmod(inside, segment.inner)
-        left = end - at
-        if inside == 0 and left >= row:  # whole rows
-            count, groups, inner = left // row, segment.groups, segment.inner
-        elif offset == 0 and left >= segment.inner:  # whole groups of one row
-            count, groups, inner = 1, min(left // segment.inner, segment.groups - group), segment.inner
-        else:
-            count, groups, inner = 1, 1, min(left, segment.inner - offset)
-        yield Segment(at - entries.start, count, groups, inner, segment.first + group)
-        at += count * groups * inner
 
 
 def _shared(shapes: Shapes, group_of: Callable[[str], str]) -> GroupIndex:
@@ -285,9 +272,3 @@ def _per_parameter(shapes: Shapes, block: Callable[[tuple[int, ...]], tuple[int,
         labels[name] = (first, groups)
         first += groups
     return GroupIndex(segments, labels, first)
-
-
-def names_of(index: GroupIndex) -> Iterable[str]:
-    """Yield one name per group: the label, or ``label[i]`` where a label has several groups."""
-    for label, (_, count) in index.labels.items():
-        yield from ([label] if count == 1 else (f"{label}[{i}]" for i in range(count)))

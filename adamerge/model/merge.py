@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from adamerge.model import merge_low_rank
 from adamerge.model.coefficients import Coefficients
-from adamerge.model.granularity import GroupIndex, Segment
-from adamerge.pool.low_rank import Factors, exact_products
+from adamerge.model.groups import GroupIndex, Segment
+from adamerge.pool.low_rank import Factors, exact_products, use_threads
 from adamerge.pool.part import PoolPart
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.tiles import CACHED
@@ -75,10 +75,10 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool | PoolPart, index: Gr
         weights = values.t().contiguous()  # (G, E)
         for name, tensor in out.items():
             base, target, segments = pool.base[name].view(-1), tensor.view(-1), index.segments[name]
-            factors = pool.factors(name)
+            factors = merge_low_rank.factors_of(pool, name, segments)
             if factors is not None:
                 whole, segments = _divided(factors, segments)
-                with _use_threads(threads):
+                with use_threads(threads):  # products compute more than they read
                     for segment in whole:
                         merge_low_rank.merge_segment(target, base, factors, segment, weights)
             for tile in _tiles(segments, pool.device):
@@ -123,10 +123,10 @@ class PullBack:
         """Contract the gradient (*S) of one parameter, or a part of it, with its task vectors."""
         flat, pool, segments = gradient.reshape(-1), self._pool, self._index.segments[name]
         with _engine(pool.device) as threads:
-            factors = pool.factors(name)
+            factors = merge_low_rank.factors_of(pool, name, segments)
             if factors is not None:
                 whole, segments = _divided(factors, segments)
-                with _use_threads(threads):
+                with use_threads(threads):
                     for segment in whole:
                         merge_low_rank.pull_back_segment(self._sums, flat, factors, segment)
             for tile in _tiles(segments, pool.device):
@@ -171,19 +171,8 @@ def _engine(device: torch.device) -> Iterator[int]:
     every tile costs more than they help, most of all where other processes compete for them.
     """
     threads = torch.get_num_threads()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products(), _use_threads(1):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products(), use_threads(1):
         yield threads
-
-
-@contextmanager
-def _use_threads(count: int) -> Iterator[None]:
-    """Use so many threads: products of factors compute more than they read."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _divided(factors: Factors, segments: tuple[Segment, ...]) -> tuple[list[Segment], tuple[Segment, ...]]:
@@ -197,7 +186,7 @@ def _tiles(segments: tuple[Segment, ...], device: torch.device) -> Iterator[Segm
     """Cut segments into pieces of at most about ``CACHED`` entries, along their outermost axis."""
     limit = CACHED if device.type == "cpu" else _TILE_OF_ACCELERATORS
     for segment in segments:
-        start, outer, groups, inner, first = segment
+        start, outer, groups, inner, first, _ = segment
         if outer * groups * inner <= limit:
             yield segment
         elif outer > 1:
@@ -299,7 +288,11 @@ def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str,
             state_dict[key] = pool.source.get(key).clone()
             continue
         merged = pool.base[name].cpu().to(torch.float64, copy=True).view(-1)
-        for tile in _tiles(coefficients.index.segments[name], torch.device("cpu")):
+        segments = coefficients.index.segments[name]
+        if segments and segments[0].directions:
+            _merge_directions(merged, pool, name, segments[0], values)
+            segments = ()
+        for tile in _tiles(segments, torch.device("cpu")):
             block = (tile.outer, tile.groups, tile.inner)
             out = merged[tile.start : tile.stop].view(block)
             tau = pool.exact_tile(name, tile.start, tile.stop)
@@ -307,3 +300,12 @@ def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str,
                 out += task_vector.view(block) * weight[tile.first : tile.first + tile.groups, None]
         state_dict[key] = merged.view(pool.shapes[name]).to(pool.source.spec(key)[1])
     return state_dict
+
+
+def _merge_directions(merged: Tensor, pool: ExpertPool, name: str, segment: Segment, values: Tensor) -> None:
+    """Add a parameter's scaled directions to ``merged`` (n,), in one product on one thread."""
+    factors = pool.factors(name, segment.directions)
+    assert factors is not None
+    with use_threads(1):
+        exact = factors.to(merged.device, merged.dtype)
+        merge_low_rank.merge_segment(merged, merged.clone(), exact, segment, values.t())

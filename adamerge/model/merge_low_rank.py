@@ -2,8 +2,9 @@
 
     theta = theta0 + sum_e lambda_e up_e down_e,    dL/dlambda_e = <dL/dtheta, up_e down_e>
 
-Coefficients per row scale the rows of ``up``, those per column the columns of ``down``; one for the whole is a
-single run of rows. Legend: R ranks of all experts, E experts, G groups; a parameter is a matrix (d, w).
+Coefficients per row scale the rows of ``up``, those per column the columns of ``down``, those per singular direction
+what lies between the factors; one for the whole is a single run of rows. Legend: R ranks of all experts, E experts,
+G groups; a parameter is a matrix (d, w).
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adamerge.model.granularity import Segment
+from adamerge.model.groups import Segment
 from adamerge.pool.low_rank import Factors, exact_products, matrix_shape
+from adamerge.pool.part import PoolPart
+from adamerge.pool.pool import ExpertPool
 
 
 def fits(segment: Segment, width: int) -> bool:
@@ -32,10 +35,22 @@ def merge_segment(target: Tensor, base: Tensor, factors: Factors, segment: Segme
     """
     width = factors.down.shape[1]
     rows = _rows(segment, width)
-    scales = weights[segment.first : segment.first + segment.groups][:, factors.owner]
+    scales = scales_of(factors, segment, weights[segment.first : segment.first + segment.count].t())
     up, down = scaled(factors, segment, scales)
     with exact_products():
         torch.addmm(base.view(-1, width)[rows], up, down, out=target.view(-1, width)[rows])
+
+
+def factors_of(pool: ExpertPool | PoolPart, name: str, segments: Sequence[Segment]) -> Factors | None:
+    """Return a parameter's factors, its directions where these are the groups; None where it is merged densely."""
+    return pool.factors(name, segments[0].directions) if segments else None
+
+
+def scales_of(factors: Factors, segment: Segment, values: Tensor) -> Tensor:
+    """Return a segment's coefficients by rank, (groups, R), of those by expert, (E, groups or directions)."""
+    if segment.directions:
+        return values[factors.owner, factors.position].unsqueeze(0)
+    return values[factors.owner].t()
 
 
 def scaled(factors: Factors, segment: Segment, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +78,10 @@ def pull_back_segment(result: Tensor, gradient: Tensor, factors: Factors, segmen
             by_rank = ((piece @ factors.down.t()) * up).unflatten(0, (groups, -1)).sum(1)
         else:
             by_rank = ((up.t() @ piece) * factors.down).unflatten(1, (groups, -1)).sum(2).t()
-        result[segment.first : segment.first + groups] += by_rank @ factors.members
+        if segment.directions:
+            result[segment.first + factors.position, factors.owner] += by_rank[0]
+        else:
+            result[segment.first : segment.first + groups] += by_rank @ factors.members
 
 
 def is_expressible(segments: Sequence[Segment], shape: Sequence[int]) -> bool:

@@ -5,7 +5,7 @@ Legend: E experts, G groups, n entries of a flattened parameter, L merged parame
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from adamerge.errors import InputError, check_number
 from adamerge.model.coefficients import Coefficients
-from adamerge.model.granularity import Chunk, Granularity, GroupIndex, Segment, Shapes
+from adamerge.model.granularity import Chunk
+from adamerge.model.groups import Granularity, GroupIndex, Segment, Shapes
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.tiles import CACHED, tiles
 
@@ -97,6 +98,11 @@ def importance(pool: ExpertPool, coefficients: Coefficients) -> dict[str, float]
     That is ``sum_k |alpha_k| mean|tau_k| n`` where a parameter has one coefficient per expert, and its sum over the
     groups where it has several. One pass over the task vectors, a tile at a time; sums in float64.
     """
+    if coefficients.index.directions:
+        raise InputError(
+            "granularity: importance goes by entries of tensors, and the coefficients to start from by their singular "
+            "directions (granularity=rank). Start from those of another granularity, such as layer."
+        )
     values = coefficients().detach().abs().to(pool.device)  # (E, G)
     mass = dict.fromkeys(pool.names, 0.0)
     for name in pool.names:
@@ -131,18 +137,42 @@ def transfer(coefficients: Coefficients, index: GroupIndex) -> Tensor:
     """Return coefficients (E, G) of other groups: each the mean over its entries of the coefficients they have.
 
     Where a new group lies within one old group the value is the old one, exactly, so that the merge stays the same.
+    Directions of a tensor, to which all its entries belong, have its mean.
+
+    Raises:
+        InputError: If the old groups are directions, and the new ones are others.
     """
     old = coefficients().detach().cpu()
     sums = torch.zeros(len(old), index.size, dtype=torch.float64)
     counts = torch.zeros(index.size, dtype=torch.float64)
     for name, segments in index.segments.items():
+        own = coefficients.index.segments[name]
+        if own and own[0].directions:
+            after, before = _directions(name, segments, own[0])
+            sums[:, after], counts[after] = old[:, before].double(), 1
+            continue
         entries = max((segment.stop for segment in segments), default=0)
         for start, stop in tiles(range(entries), CACHED):
-            before = _group_ids(coefficients.index.segments[name], start, stop, old.device)
+            before = _group_ids(own, start, stop, old.device)
             after = _group_ids(segments, start, stop, old.device)
             sums.index_add_(1, after, old[:, before].double())
             counts += torch.bincount(after, minlength=index.size)
+        for segment in segments:
+            if segment.directions:
+                groups = slice(segment.first, segment.first + segment.count)
+                sums[:, groups], counts[groups] = sums[:, segment.first, None], counts[segment.first].clone()
     return (sums / counts.clamp(min=1)).to(old.dtype)
+
+
+def _directions(name: str, segments: Sequence[Segment], old: Segment) -> tuple[slice, slice]:
+    """Return the groups of a tensor's directions, the new and the old ones."""
+    if not segments or segments[0].directions != old.directions:
+        raise InputError(
+            f"init: the coefficients to start from are of {old.directions} singular directions of {name!r} "
+            "(granularity=rank), which the new groups are not. Take the granularity and the experts that they have."
+        )
+    new = segments[0]
+    return slice(new.first, new.first + new.count), slice(old.first, old.first + old.count)
 
 
 def _group_ids(segments: Iterable[Segment], start: int, stop: int, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from adamerge.model.encoder import (
     members,
     swapped,
 )
-from adamerge.model.granularity import GroupIndex
+from adamerge.model.groups import GroupIndex
 from adamerge.model.merge import PullBack, merge_into
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.weights import WholeWeights
@@ -71,7 +71,7 @@ class ShardedWeights(WholeWeights):
         self.ranges = {name: _entries(parameter) for name, parameter in self.parameters.items()}
         self.leaves = {name: self.parameters[name] for name in pool.names}
         ranges = {name: self.ranges[name] for name in pool.names}
-        self.part = PoolPart(pool, ranges).to(device)
+        self.part = PoolPart(pool, ranges, index.directions).to(device)
         self._part_index = index.part(ranges)
         self._fixed = [name for name in self.parameters if name not in self.leaves]
         self._fixed_are_base = False

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError
-from adamerge.model.granularity import Block, GroupIndex
+from adamerge.model.granularity import Block
+from adamerge.model.groups import GroupIndex
 from adamerge.transforms.depth import relative_depths
 from adamerge.transforms.protocol import Source
 
@@ -99,7 +100,7 @@ def by_group(values: Mapping[str, float | Tensor], index: GroupIndex, experts: i
     for name, segments in index.segments.items():
         value = torch.as_tensor(values[name], dtype=torch.float64).reshape(-1, 1)
         for segment in segments:
-            groups = slice(segment.first, segment.first + segment.groups)
+            groups = slice(segment.first, segment.first + segment.count)
             sums[:, groups] += value * segment.outer * segment.inner
             weights[groups] += segment.outer * segment.inner
     return sums / weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adamerge.data.batch import Inputs, Outputs
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import MicroBatch, embedding_width, fused, swapped
-from adamerge.model.granularity import GroupIndex
+from adamerge.model.groups import GroupIndex
 from adamerge.model.merge import PullBack, merge, merge_into
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.pool import ExpertPool

@@ -35,6 +35,11 @@ class LowRank:
         """Bytes held."""
         return self.up.nbytes + self.down.nbytes
 
+    @property
+    def squared_norm(self) -> float:
+        """Squared Frobenius norm of the product, by the Gram matrices of the factors."""
+        return float(((self.up.t() @ self.up) * (self.down @ self.down.t())).sum())
+
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "LowRank":
         """Return the same on a device, or in a dtype."""
         return LowRank(self.up.to(device=device, dtype=dtype), self.down.to(device=device, dtype=dtype))
@@ -64,6 +69,7 @@ class Factors:
         up: (d, R).
         down: (R, w).
         owner: The expert of each rank, (R,).
+        position: The place of each rank among its expert's, (R,).
         members: One-hot rows of ``owner``, (R, E).
     """
 
@@ -73,6 +79,7 @@ class Factors:
         self.down = torch.cat([expert.down for expert in experts])
         owners = [e for e, rank in enumerate(self.ranks) for _ in range(rank)]
         self.owner = torch.tensor(owners, dtype=torch.long, device=self.up.device)
+        self.position = torch.cat([torch.arange(rank) for rank in self.ranks]).to(self.up.device)
         self.members = torch.zeros(len(owners), len(experts), dtype=self.up.dtype, device=self.up.device)
         self.members[torch.arange(len(owners)), self.owner] = 1
 
@@ -85,11 +92,15 @@ class Factors:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in (self.up, self.down, self.owner, self.members))
+        return sum(tensor.nbytes for tensor in (self.up, self.down, self.owner, self.position, self.members))
 
-    def to(self, device: torch.device) -> "Factors":
-        """Return the same on a device."""
-        return Factors([expert.to(device) for expert in self.experts])
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Factors":
+        """Return the same on a device, or in a dtype."""
+        return Factors([expert.to(device, dtype) for expert in self.experts])
+
+    def rows(self, start: int, stop: int) -> "Factors":
+        """Return the same for some rows of the parameter."""
+        return Factors([LowRank(expert.up[start:stop], expert.down) for expert in self.experts])
 
     def fill(self, out: Tensor, start: int, stop: int) -> None:
         """Write entries ``start:stop`` of every task vector into ``out`` (E, stop - start), by matrix products."""
@@ -97,6 +108,30 @@ class Factors:
             for row, expert in zip(out, self.experts, strict=True):
                 for rows, columns, piece in rectangles(start, stop, self.down.shape[1], row):
                     torch.mm(expert.up[rows], expert.down[:, columns], out=piece)
+
+
+def directions(change: Tensor | LowRank, count: int) -> LowRank:
+    """Return the leading directions of a change's singular value decomposition, the strongest first, in float64.
+
+    A product is decomposed by QR of its factors, so that the result does not depend on how it was factored. A matrix
+    is projected onto the eigenvectors of its smaller Gram matrix, so that all directions together give it to rounding.
+    Both run on one thread: the number of threads would show in the last bits.
+
+    Args:
+        change: A matrix (d, w), or a product.
+        count: Most directions.
+    """
+    with use_threads(1), exact_products():
+        if isinstance(change, LowRank):
+            (left, small), (right, other) = (torch.linalg.qr(f.cpu().double()) for f in (change.up, change.down.t()))
+            u, sizes, v = torch.linalg.svd(small @ other.t(), full_matrices=False)
+            root = sizes[:count].sqrt()
+            return LowRank(left @ (u[:, :count] * root), (root.unsqueeze(1) * v[:count]) @ right.t())
+        matrix = change.cpu().double()
+        is_tall = matrix.shape[0] > matrix.shape[1]
+        gram = matrix.t() @ matrix if is_tall else matrix @ matrix.t()
+        vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]  # eigenvalues ascend
+        return LowRank(matrix @ vectors, vectors.t()) if is_tall else LowRank(vectors, vectors.t() @ matrix)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -147,3 +182,14 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

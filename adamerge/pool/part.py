@@ -11,18 +11,19 @@ from torch import Tensor
 
 from adamerge.pool.low_rank import Factors
 from adamerge.pool.pool import ExpertPool
-from adamerge.pool.stacks import Dense
+from adamerge.pool.stacks import Dense, Factored
 from adamerge.pool.task_vectors import TaskVectors
 
 
 class PoolPart:
     """Some entries of every merged parameter, in memory: what merge and adjoint read of a pool.
 
-    Task vectors are kept as the pool gives them; products (LoRA) and integers are expanded.
+    Task vectors are kept as the pool gives them; integers are expanded.
 
     Args:
         pool: On the CPU; a mapped one, so that the processes do not each hold all of it besides.
-        ranges: Parameter name to entries of the flattened parameter, for all of ``pool.names``.
+        ranges: Parameter name to entries of the flattened parameter, whole rows, for all of ``pool.names``.
+        directions: Number of leading singular directions by parameter, where these are kept.
 
     Attributes:
         names: The pool's parameters.
@@ -33,7 +34,9 @@ class PoolPart:
         device: Where tiles are wanted.
     """
 
-    def __init__(self, pool: ExpertPool, ranges: Mapping[str, range]) -> None:
+    def __init__(
+        self, pool: ExpertPool, ranges: Mapping[str, range], directions: Mapping[str, int] | None = None
+    ) -> None:
         self.names, self.expert_names, self.compute_dtype = pool.names, pool.expert_names, pool.compute_dtype
         self.ranges = dict(ranges)
         self.device = torch.device("cpu")
@@ -47,6 +50,11 @@ class PoolPart:
         for name in pool.names:
             entries = self.ranges[name]
             self.base[name] = pool.base[name].view(-1)[entries.start : entries.stop].clone()
+            if (factors := pool.factors(name, (directions or {}).get(name, 0))) is not None:
+                width = factors.down.shape[1]
+                rows = factors.rows(entries.start // width, entries.stop // width)
+                self._task_vectors.stacks[name] = Factored(rows)
+                continue
             stack = Dense.empty(experts, len(entries), dtype, self.device)
             for where, tile in pool.pieces(name, entries):
                 stack.data[:, where.start - entries.start : where.stop - entries.start].copy_(tile)
@@ -68,9 +76,9 @@ class PoolPart:
         """
         return self._task_vectors.tile(name, start, stop, self.base[name], reuse)
 
-    def factors(self, name: str) -> Factors | None:
-        """Return None: products are expanded."""
-        return None
+    def factors(self, name: str, directions: int = 0) -> Factors | None:
+        """Return the products that this process has some rows of: directions, where these are kept; else None."""
+        return self._task_vectors.factors(name)
 
     def to(self, device: torch.device) -> "PoolPart":
         """Move to a device, in place; with ``pool.storage=ram`` the task vectors stay in the host's memory."""

@@ -59,6 +59,7 @@ class ExpertPool:
         base: Name to tensor (*S) in ``compute_dtype``.
         fixed: Parameters of the encoder that are not merged (excluded, or no expert changed them).
         shapes: Name to shape, of the merged parameters.
+        norms: Name to the norms of the task vectors, (E,).
         compute_dtype: float32, or float64 where the base is float64.
         skipped: Base tensor name to why it is not merged.
         transform: Applied to the task vectors, or None.
@@ -94,13 +95,13 @@ class ExpertPool:
         self._prepared = None if options.transform is None else Prepared(options.transform, self._untransformed())
         size = sum(map(math.prod, shapes.values())) * len(experts) * self._dtype.itemsize
         self._task_vectors = self._empty_task_vectors(size if self.packed is None else self.packed.nbytes)
-        self._norms: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
         self._load(layout.merged)
         return_freed_memory()  # the more experts, the more of it
         self.names = tuple(self.base)
         self.shapes = {name: shapes[name] for name in self.names}
         check_differ(
-            self._norms, self._experts, base.name, options,
+            self.norms, self._experts, base.name, options,
             lambda one, two: all(torch.equal(tile[one], tile[two]) for _, tile in self.tiles()),
         )  # fmt: skip
         if options.storage == "auto" and not self.mapped:
@@ -196,9 +197,16 @@ class ExpertPool:
             expert.to(tile.device, tile.dtype).expand(start, stop, row)
         return tile
 
-    def factors(self, name: str) -> Factors | None:
-        """Return a parameter's task vectors as products of thin matrices, where all experts came so; else None."""
-        return self._task_vectors.factors(name)
+    def factors(self, name: str, directions: int = 0) -> Factors | None:
+        """Return a parameter's task vectors as products of thin matrices.
+
+        Args:
+            name: The parameter.
+            directions: 0 for the products that all experts came as, None where one did not; else so many leading
+                directions of each expert's singular value decomposition, the strongest first, which the pool keeps.
+        """
+        vectors = self._task_vectors
+        return vectors.directions(name, directions, self.base[name]) if directions else vectors.factors(name)
 
     def pieces(self, name: str, entries: range | None = None, multiple: int = 1024) -> Iterator[tuple[slice, Tensor]]:
         """Yield all or some entries of task vectors in small tiles (multiples), valid until the next: where, (E, k)."""
@@ -288,7 +296,7 @@ class ExpertPool:
         """Return sizes, hashes, norms, cosines and what is skipped; one pass over the task vectors."""
         return pool_report(
             self._experts, self.base, self.tiles(), self.hashes(),
-            skipped=self.skipped, norms=self._norms, storage=self.storage, bytes=self.nbytes, dtype=self.dtype_name,
+            skipped=self.skipped, norms=self.norms, storage=self.storage, bytes=self.nbytes, dtype=self.dtype_name,
             transform=self.transform if self.packed is None else self.packed.transform,
         )  # fmt: skip
 
@@ -316,7 +324,7 @@ class ExpertPool:
             if not norms.any():
                 self._set_aside(name)
                 continue
-            self._norms[name] = norms
+            self.norms[name] = norms
             if base.numel() > READ:
                 return_freed_memory()  # of the tiles: what is kept of each parameter lies between them
 

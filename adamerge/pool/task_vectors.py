@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError, did_you_mean
-from adamerge.pool.low_rank import Factors, LowRank
+from adamerge.pool.low_rank import Factors, LowRank, directions, matrix_shape
 from adamerge.pool.stacks import (
     ALIGN,
     Dense,
@@ -69,12 +69,13 @@ class TaskVectors:
         self._device = _CPU
         self.stacks: dict[str, Stack] = {}
         self._scratch: Tensor | None = None
+        self._directions: dict[tuple[str, int], Factors] = {}
         self.storage = start
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the task vectors hold; mapped files count as none."""
-        return sum(stack.nbytes for stack in self.stacks.values())
+        return sum(kept.nbytes for kept in (*self.stacks.values(), *self._directions.values()))
 
     def add(self, name: str, experts: Iterable[Source], base: Tensor, transform: Prepared | None = None) -> None:
         """Form, or map, one parameter's task vectors.
@@ -107,6 +108,19 @@ class TaskVectors:
         stack = self.stacks[name]
         return stack.factors if isinstance(stack, Factored) else None
 
+    def directions(self, name: str, count: int, base: Tensor) -> Factors:
+        """Return so many leading singular directions of each expert's, found once; ``base`` is the parameter (*S)."""
+        if (name, count) not in self._directions:
+            factors, matrix = self.factors(name), matrix_shape(base.shape)
+            changes: Iterable[Tensor | LowRank] = (
+                self.tile(name, 0, base.numel(), base.view(-1), True).view(-1, *matrix)
+                if factors is None
+                else factors.experts
+            )
+            products = [directions(change, count).to(base.device, base.dtype) for change in changes]
+            self._directions[name, count] = Factors(products)
+        return self._directions[name, count]
+
     def tile(self, name: str, start: int, stop: int, base: Tensor, reuse: bool) -> Tensor:
         """Return entries ``start:stop``, (E, stop - start) in ``compute_dtype`` on the device of ``base``.
 
@@ -135,6 +149,7 @@ class TaskVectors:
             base: The base's parameters (*S), there already.
         """
         self._device, self._scratch = device, None
+        self._directions = {key: factors.to(device) for key, factors in self._directions.items()}
         is_host = device.type == "cpu"
         along = not is_host and self._goes_along(device)
         for name in list(self.stacks):

@@ -119,7 +119,8 @@ def _adapters(folder: Path, name: str, targets: object, **options: object) -> No
 
 @quiet_peft
 @pytest.mark.parametrize(
-    "granularity", ["row", *(pytest.param(name, marks=pytest.mark.slow) for name in ("task", "layer", "column"))]
+    "granularity",
+    ["row", *(pytest.param(name, marks=pytest.mark.slow) for name in ("task", "layer", "column", "rank"))],
 )
 @pytest.mark.parametrize(
     ("name", "targets", "options"),
@@ -163,7 +164,7 @@ def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) ->
     _adapters(tmp_path, "LlamaForCausalLM", "all-linear")
     learned = []
     for engine in ("merged", "beside"):
-        options = ("granularity=row", "optimizer=sgd", f"encoder.engine={engine}", "encoder.checkpoint=true")
+        options = ("granularity=rank", "optimizer=sgd", f"encoder.engine={engine}", "encoder.checkpoint=true")
         run = adapt(tmp_path, "text", *options)
         learned.append(load_file(run / "merged.safetensors"))
         shutil.rmtree(tmp_path / "configs")

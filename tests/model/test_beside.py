@@ -12,7 +12,7 @@ from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import Chunk
 from tests.support.adapters import write_adapter
 
-GROUPS = ["task", "block", "layer", "row", "column"]
+GROUPS = ["task", "block", "layer", "row", "column", "rank"]
 
 
 class Small(nn.Module):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from adamerge import Coefficients, ExpertPool, InputError, merge
 from adamerge.model.coefficients import load_coefficients, save_coefficients
 from adamerge.model.constraints import Clamp, Sigmoid, Simplex
-from adamerge.model.granularity import Block, Chunk, GroupIndex, Layer, Pattern, Segment
+from adamerge.model.granularity import Block, Chunk, Layer, Pattern
+from adamerge.model.groups import GroupIndex, Segment
 from tests.support.pools import large_pool
 from tests.support.toy import EXPERTS, make_toy
 

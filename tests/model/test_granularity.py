@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamerge import InputError
-from adamerge.model.granularity import Block, Chunk, Column, Layer, Pattern, Row, Segment, TaskWise, by_name, names_of
+from adamerge.model.granularity import Block, Chunk, Column, Layer, Pattern, Row, TaskWise, by_name
+from adamerge.model.groups import Segment, names_of
 from tests.support.toy import group_ids
 
 SHAPES = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adamerge import Coefficients, ExpertPool, MergedModel, Outputs, TaskStep
 from adamerge.methods.step import StepResult
-from adamerge.model.granularity import GroupIndex
+from adamerge.model.groups import GroupIndex
 from adamerge.model.merged_encoder import MergedEncoder
 
 EXPERTS = ("red", "green", "blue")
@@ -100,7 +100,7 @@ def save_files(folder, base: Mapping[str, Tensor], experts: Mapping[str, Mapping
 def group_ids(index: GroupIndex, name: str, shape: tuple[int, ...]) -> Tensor:
     """Return the group of each entry of a parameter (*S), from the documented meaning of segments."""
     flat = torch.full((torch.Size(shape).numel(),), -1)
-    for start, outer, groups, inner, first in index.segments[name]:
+    for start, outer, groups, inner, first, _ in index.segments[name]:
         block = torch.arange(first, first + groups).view(1, groups, 1).expand(outer, groups, inner)
         assert (flat[start : start + block.numel()] == -1).all(), f"{name}: two segments overlap"
         flat[start : start + block.numel()] = block.flatten()

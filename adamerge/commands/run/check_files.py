@@ -25,7 +25,7 @@ from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.model import starts
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import EncoderOptions
-from adamerge.model.granularity import GroupIndex
+from adamerge.model.groups import GroupIndex
 from adamerge.model.hidden_layers import select
 from adamerge.model.refinement import Refinement
 from adamerge.pool.headers import Headers

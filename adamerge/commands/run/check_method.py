@@ -15,7 +15,7 @@ from adamerge.errors import InputError
 from adamerge.methods.checks import check_task_weights
 from adamerge.methods.method import MergingMethod
 from adamerge.model.constraints import Unconstrained
-from adamerge.model.granularity import GroupIndex
+from adamerge.model.groups import GroupIndex
 from adamerge.objectives.entropy import Entropy
 
 _OBJECTIVE = Entropy()  # stands in for one that is wrong, or checked as a part of its own

@@ -39,6 +39,7 @@ from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
 from adamerge.methods.method import MergingMethod
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import Coefficients, load_coefficients, save_coefficients
+from adamerge.model.granularity import index_of
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.refinement import Refinement, transfer
 from adamerge.model.sharding import ShardedModel
@@ -132,7 +133,7 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
     learned = load_coefficients(path, pool, learned_granularity)
     if isinstance(granularity, Refinement):
         granularity = granularity.refine(pool, learned)
-    index = granularity(pool.shapes)
+    index = index_of(granularity, pool)
     values = transfer(learned, index)
     if isinstance(init, str) and init.endswith(".json"):
         init = values if Path(init) == path else transfer(load_coefficients(Path(init), pool, granularity), index)

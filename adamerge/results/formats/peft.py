@@ -20,9 +20,10 @@ from adamerge.errors import GuardError, InputError, shorten
 from adamerge.model.beside import is_transposed
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merge import merge
-from adamerge.model.merge_low_rank import is_expressible, scaled_whole
+from adamerge.model.merge_low_rank import factors_of, is_expressible, scaled_whole, scales_of
 from adamerge.pool.adapter_config import CONFIG, NAMES_BEGIN, WEIGHTS
 from adamerge.pool.lora import AdapterCheckpoint
+from adamerge.pool.low_rank import LowRank, directions
 from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import save_json
 from adamerge.system.reading import read_json_mapping
@@ -60,16 +61,16 @@ def write_adapter(
     """
     tensors, ranks, turned = dict[str, Tensor](), dict[str, int](), list[bool]()
     updates = _updates(pool, coefficients, network)
-    is_cut = rank is not None and any(up.shape[1] > rank for _, up, _ in updates.values())
+    is_cut = rank is not None and any(update.up.shape[1] > rank for _, update in updates.values())
     cut = whole = 0.0
-    for name, (module, up, down) in updates.items():
-        kept_up, kept_down = (up, down) if rank is None or up.shape[1] <= rank else _truncated(up, down, rank)
+    for name, (module, update) in updates.items():
+        kept = update if rank is None or update.up.shape[1] <= rank else directions(update, rank)
         if is_cut:
-            cut += _squared_norm(torch.cat([up, -kept_up], 1), torch.cat([down, kept_down]))
-            whole += _squared_norm(up, down)
+            cut += LowRank(torch.cat([update.up, -kept.up], 1), torch.cat([update.down, kept.down])).squared_norm
+            whole += update.squared_norm
         path = name.removesuffix(".weight")
-        ranks[path] = kept_up.shape[1]
-        tensors |= _tensors(path, module, kept_up, kept_down, pool.shapes[name])
+        ranks[path] = kept.up.shape[1]
+        tensors |= _tensors(path, module, kept, pool.shapes[name])
         if not isinstance(module, nn.Embedding):
             turned.append(is_transposed(module))
     if len(set(turned)) > 1:
@@ -82,23 +83,20 @@ def write_adapter(
     return Adapter(ranks, (max(0.0, cut) / whole) ** 0.5 if whole else 0.0)
 
 
-def _updates(
-    pool: ExpertPool, coefficients: Coefficients, network: nn.Module
-) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
-    """Return, by parameter, its module and the factors (d, R) and (R, w) of its update, in float64."""
-    weights = coefficients().detach().cpu().double().t()  # (G, E)
+def _updates(pool: ExpertPool, coefficients: Coefficients, network: nn.Module) -> dict[str, tuple[nn.Module, LowRank]]:
+    """Return, by parameter, its module and its update, in float64."""
+    values = coefficients().detach().cpu().double()
     updates, others = {}, list[str]()
     for name in pool.names:
-        factors, (path, _, at) = pool.factors(name), name.rpartition(".")
-        module, segments = network.get_submodule(path), coefficients.index.segments[name]
+        segments, (path, _, at) = coefficients.index.segments[name], name.rpartition(".")
+        factors, module = factors_of(pool, name, segments), network.get_submodule(path)
         is_taken = at == "weight" and _is_taken(module) and name not in pool.tied.values()
         if factors is None or not is_taken or not is_expressible(segments, pool.shapes[name]):
             others.append(name)
             continue
-        owner, exact = factors.owner.cpu(), factors.to(torch.device("cpu"))
-        exact.up, exact.down = exact.up.double(), exact.down.double()
-        scales = [weights[segment.first : segment.first + segment.groups][:, owner] for segment in segments]
-        updates[name] = (module, *scaled_whole(exact, segments, scales))
+        exact = factors.to(torch.device("cpu"), torch.float64)
+        scales = [scales_of(exact, s, values[:, s.first : s.first + s.count]) for s in segments]
+        updates[name] = (module, LowRank(*scaled_whole(exact, segments, scales)))
     if others or not updates:
         raise InputError(
             "--to peft: expected low-rank changes of Linear, Conv or Embedding weights that are tied to no other, and "
@@ -113,9 +111,9 @@ def _is_taken(module: nn.Module) -> bool:
     return isinstance(module, kinds) or is_transposed(module)
 
 
-def _tensors(path: str, module: nn.Module, up: Tensor, down: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+def _tensors(path: str, module: nn.Module, update: LowRank, shape: Sequence[int]) -> dict[str, Tensor]:
     """Return a module's update under peft's names, in float32."""
-    up, down = up.float(), down.float()
+    up, down = update.up.float(), update.down.float()
     if isinstance(module, nn.Embedding):
         factors = {"lora_embedding_A": up.t(), "lora_embedding_B": down.t()}
     elif is_transposed(module):
@@ -124,20 +122,6 @@ def _tensors(path: str, module: nn.Module, up: Tensor, down: Tensor, shape: Sequ
         ones = (1,) * (len(shape) - 2)
         factors = {"lora_A.weight": down.view(-1, *shape[1:]), "lora_B.weight": up.view(*up.shape, *ones)}
     return {f"{NAMES_BEGIN}{path}.{key}": tensor.contiguous() for key, tensor in factors.items()}
-
-
-def _truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best product of fewer ranks, with the singular values shared between the factors."""
-    left, small = torch.linalg.qr(up)
-    right, other = torch.linalg.qr(down.t())
-    u, sizes, v = torch.linalg.svd(small @ other.t())
-    root = sizes[:rank].sqrt()
-    return left @ (u[:, :rank] * root), (root.unsqueeze(1) * v[:rank]) @ right.t()
-
-
-def _squared_norm(up: Tensor, down: Tensor) -> float:
-    """Return the squared Frobenius norm of a product, by the Gram matrices of its factors."""
-    return float(((up.t() @ up) * (down @ down.t())).sum())
 
 
 def _config(pool: ExpertPool, ranks: Mapping[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
