@@ -108,19 +108,21 @@ def _evaluate_by_harness(
     from functools import partial
 
     from adamerge.commands.run.backbone_of import backbone_of
-    from adamerge.results.formats import export_as
-    from adamerge.results.harness import harness_table, score_by_harness
+    from adamerge.results.formats import export_as, open_merged
+    from adamerge.results.harness import harness_table, load_harness_tasks, score_by_harness
     from adamerge.system.files import save_json
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    include_path = None if include_path is None else include_path.absolute()
-    if (folder / "config.json").is_file():
-        content = score_by_harness(folder, names, include_path)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            model = Path(temporary) / "model"
-            export_as(folder, "hf", model, partial(backbone_of, trust_code=trust_code))
-            content = score_by_harness(model, names, include_path)
+    backbone = partial(backbone_of, trust_code=trust_code)
+    is_exported = (folder / "config.json").is_file()
+    if not is_exported:
+        open_merged(folder, backbone)  # what is no merge is refused before lm-eval is loaded, tasks before an export
+    loaded = load_harness_tasks(names, None if include_path is None else include_path.absolute())
+    with tempfile.TemporaryDirectory() as temporary:
+        model = folder if is_exported else Path(temporary) / "model"
+        if not is_exported:
+            export_as(folder, "hf", model, backbone)
+        content = score_by_harness(model, loaded)
     save_json(content, folder / "harness.json")
     if as_json:
         print_json(content)

@@ -46,9 +46,9 @@ _HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class TeacherCache:
     """The experts' outputs by task and sample index.
 
-    Rows live in tensors that grow by doubling, on the device of the outputs. Memory: per sample that was put the
+    Rows live in a tensor for each batch that was put, on the device of the outputs. Memory: per sample that was put the
     logits of its rows that count, the features where a head makes the logits of them, and whatever hidden layers the
-    objective asks for; per position in the stream a number.
+    objective asks for, and nothing else but a few numbers; per position in the stream a number.
 
     Args:
         top_k: Likeliest classes whose log-probabilities are kept of each row, beside the mass of all others; None for
@@ -125,43 +125,37 @@ class TeacherCache:
         self._row_of[task], self._counts[task] = row_of, count + len(new)
         stored = self._rows.setdefault(task, {})
         for name, value in values.items():
-            rows = stored.setdefault(name, _RowStore(value))
-            rows.put(row_of[positions], self._counts[task], value.detach(), tensors.get(f"{_LENGTHS}{name}"))
+            store = stored.setdefault(name, _RowStore())
+            store.put(row_of[positions], self._counts[task], value.detach(), tensors.get(f"{_LENGTHS}{name}"))
 
 
 class _RowStore:
-    """One tensor's rows of many samples, each with one or with any number of them."""
+    """One tensor's rows of many samples, each with one or with any number of them, in a block for each batch put."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.rows = like.new_zeros(0, *like.shape[1:])
-        self._spans: Tensor | None = None  # first row and number of rows, (samples, 2); None: row i is sample i's
-        self._end = 0
+    def __init__(self) -> None:
+        self.blocks: list[Tensor] = []
+        self._spans = torch.zeros(0, 3, dtype=torch.long)  # block, first row and number of rows of each sample
 
     def get(self, samples: Tensor) -> Tensor:
         """Return the rows of samples (B,), one sample after the other."""
-        at = samples if self._spans is None else _ranges(*self._spans[samples].unbind(1))
-        return self.rows[at.to(self.rows.device)]
+        return torch.cat([self.blocks[block][first:end] for block, first, end in self._bounds(samples)])
 
     def put(self, samples: Tensor, count: int, value: Tensor, lengths: Tensor | None) -> None:
         """Write the rows of samples (B,), of which there are ``count`` now."""
-        if lengths is None:
-            self.rows = _grown(self.rows, count)
-            self.rows[samples.to(self.rows.device)] = value
-            return
-        spans = _grown(torch.zeros(0, 2, dtype=torch.long) if self._spans is None else self._spans, count)
-        lengths = lengths.cpu()
-        new = spans[samples, 1] != lengths  # a sample that is put again keeps its rows
-        spans[samples[new], 0] = self._end + lengths[new].cumsum(0) - lengths[new]
-        spans[samples[new], 1] = lengths[new]
-        self._spans, self._end = spans, self._end + int(lengths[new].sum())
-        self.rows = _grown(self.rows, self._end)
-        self.rows[_ranges(*spans[samples].unbind(1)).to(self.rows.device)] = value
+        lengths = torch.ones_like(samples) if lengths is None else lengths.cpu()
+        self._spans = _grown(self._spans, count, -1)
+        new = self._spans[samples, 2] != lengths  # a sample that is put again keeps its rows
+        if bool(new.any()):
+            sizes = lengths[new]
+            block = torch.full_like(sizes, len(self.blocks))
+            self._spans[samples[new]] = torch.stack([block, sizes.cumsum(0) - sizes, sizes], 1)
+            self.blocks.append(value.new_empty(int(sizes.sum()), *value.shape[1:]))
+        for (number, first, end), rows in zip(self._bounds(samples), value.split(lengths.tolist()), strict=True):
+            self.blocks[number][first:end] = rows
 
-
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Return the numbers from each start on, as many as each length says, one range after the other."""
-    firsts = starts - (lengths.cumsum(0) - lengths)
-    return firsts.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))
+    def _bounds(self, samples: Tensor) -> list[tuple[int, int, int]]:
+        """Return block, first row and end of the rows of samples (B,)."""
+        return [(block, first, first + size) for block, first, size in self._spans[samples].tolist()]
 
 
 def _grown(rows: Tensor, size: int, fill: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,24 +16,26 @@ FORMAT = 1
 _MISSING = "--harness needs the package lm_eval: pip install 'adamerge[harness]'."
 
 
-def score_by_harness(folder: Path, tasks: Sequence[str], include_path: Path | None = None) -> dict[str, Any]:
-    """Score a folder that transformers loads by lm-eval's tasks, on a GPU where there is one.
+class HarnessTasks(NamedTuple):
+    """Tasks of lm-eval, loaded: what its evaluation takes as tasks, and its manager of them."""
+
+    tasks: list[Any]
+    manager: Any
+
+
+def load_harness_tasks(names: Sequence[str], include_path: Path | None = None) -> HarnessTasks:
+    """Load lm-eval's tasks and their data.
 
     Task files are code: lm-eval calls the functions that they name, and may download their data.
 
     Args:
-        folder: Model and tokenizer.
-        tasks: Names of tasks, groups or tags, or task files.
+        names: Names of tasks, groups or tags, or task files.
         include_path: A folder of further task files.
-
-    Returns:
-        The content of ``harness.json``: task to metric to its value and standard error, in its unit, and direction.
 
     Raises:
         InputError: If lm-eval is not installed, a task is not known, or its data is not here.
     """
     try:
-        import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(_MISSING) from error
@@ -41,20 +43,35 @@ def score_by_harness(folder: Path, tasks: Sequence[str], include_path: Path | No
         raise InputError(f"--include-path {include_path}: expected a folder of task files, found none.")
     with _quiet():
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
-        _check_tasks(tasks, manager.all_tasks)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model_args = {"pretrained": str(folder), "trust_remote_code": False, "dtype": "auto"}
+        _check_tasks(names, manager.all_tasks)
         try:
-            loaded = manager.load(list(tasks))
+            loaded = manager.load(list(names))
         except Exception as error:  # of the libraries below: task files, data sets, downloads
             said = " ".join(str(error).split())
             raise InputError(
-                f"--harness {','.join(tasks)}: cannot be loaded ({type(error).__name__}: {said[:300]}). Is its data "
+                f"--harness {','.join(names)}: cannot be loaded ({type(error).__name__}: {said[:300]}). Is its data "
                 "here, or can it be downloaded?"
             ) from error
+    return HarnessTasks([*loaded["tasks"].values()] if not loaded["groups"] else list(names), manager)
+
+
+def score_by_harness(folder: Path, tasks: HarnessTasks) -> dict[str, Any]:
+    """Score a folder that transformers loads by lm-eval's tasks, on a GPU where there is one.
+
+    Args:
+        folder: Model and tokenizer.
+        tasks: As loaded.
+
+    Returns:
+        The content of ``harness.json``: task to metric to its value and standard error, in its unit, and direction.
+    """
+    import lm_eval
+
+    model_args = {"pretrained": str(folder), "trust_remote_code": False, "dtype": "auto"}
+    with _quiet():
         results = lm_eval.simple_evaluate(
-            "hf", model_args, tasks=[*loaded["tasks"].values()] if not loaded["groups"] else list(tasks),
-            batch_size=16, device=device, log_samples=False, task_manager=manager,
+            "hf", model_args, tasks=tasks.tasks, batch_size=16, device="cuda" if torch.cuda.is_available() else "cpu",
+            log_samples=False, task_manager=tasks.manager,
         )  # fmt: skip
     return {"format": FORMAT, "lm_eval": lm_eval.__version__, "tasks": _scores(results)}
 

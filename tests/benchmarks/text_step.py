@@ -101,10 +101,10 @@ def answers(texts: int, positions: int, vocabulary: int) -> None:
         logits = torch.zeros(len(some), int(some.max()), vocabulary)
         cache.put("task", torch.arange(start, start + len(some)), Outputs(logits, valid=valid))
     padded = 2 * texts * positions * vocabulary * 4  # as tensors of one length, features and logits alike
-    held = sum(store.rows.nbytes for store in cache._rows["task"].values())
+    held = sum(block.nbytes for store in cache._rows["task"].values() for block in store.blocks)
     rows = sum(max(0, int(length) - 1) for length in lengths) * vocabulary * 4
     print(f"{texts} texts of up to {positions} tokens, {vocabulary} classes: padded and twice {padded / 1e9:.2f} GB; ")
-    print(f"rows once {rows / 1e9:.2f} GB; held {held / 1e9:.2f} GB, with room to grow")
+    print(f"rows once {rows / 1e9:.2f} GB; held {held / 1e9:.2f} GB")
 
 
 def main() -> None:

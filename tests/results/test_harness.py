@@ -5,7 +5,7 @@ import json
 import pytest
 
 from adamerge import InputError
-from adamerge.results.harness import harness_table, score_by_harness
+from adamerge.results.harness import harness_table, load_harness_tasks
 from tests.support.command_line import call, refusal
 from tests.support.language import llama
 
@@ -44,16 +44,16 @@ def test_a_local_task_is_scored_and_unknown_ones_are_refused(tasks, tmp_path):
     assert scores["acc"]["higher_is_better"]
     assert ["my_sums", "acc"] in [row[:2] for row in harness_table(content).rows]
     with pytest.raises(InputError, match=r"no task 'my_sum'\. Did you mean 'my_sums'\?"):
-        score_by_harness(folder, ["my_sum"], tasks)
+        load_harness_tasks(["my_sum"], tasks)
     (tmp_path / "sums.jsonl").unlink()
     (tmp_path / "tasks" / "sums.yaml").write_text((tasks / "sums.yaml").read_text().replace("my_sums", "gone"))
     with pytest.raises(InputError, match="gone: cannot be loaded"):
-        score_by_harness(folder, ["gone"], tasks)
+        load_harness_tasks(["gone"], tasks)
 
 
 def test_a_folder_of_tasks_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="--include-path"):
-        score_by_harness(tmp_path, ["sums"], tmp_path / "nothing")
+        load_harness_tasks(["sums"], tmp_path / "nothing")
 
 
 def test_the_folder_of_tasks_goes_with_the_harness_alone(tmp_path, capsys):
