@@ -1,6 +1,7 @@
 """Time of one optimizer step: this package's engine against other formulations of the same step.
 
 python tests/benchmarks/step_time.py --experts 8 --images 1 4 16
+python tests/benchmarks/step_time.py --device cuda --autocast bfloat16 --storage device --experts 8 20 --images 16
 python tests/benchmarks/step_time.py --model demo --experts 6 --images 32 --repeats 15
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from workload import MODELS, Work, alternate, machine, median, temporary_folder, write_experts
+from workload import MODELS, Work, alternate, machine, median, temporary_folder, under_autocast, write_experts
 
 from adamerge import ExpertPool
 
@@ -25,7 +26,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, nargs="+", default=[8])
     parser.add_argument("--images", type=int, nargs="+", default=[1, 4, 16], help="per task")
     parser.add_argument("--granularity", nargs="+", default=["layer"], help="of ours; the others are layer-wise")
-    parser.add_argument("--storage", choices=["ram", "stream"], default="ram")
+    parser.add_argument("--storage", choices=["device", "ram", "stream"], default="ram")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision, of all formulations")
     parser.add_argument("--micro-batch", type=micro_batch, default="auto", help="auto, none, or a number of images")
     parser.add_argument("--rows", nargs="+", help="only these formulations")
     parser.add_argument("--repeats", type=int, default=5)
@@ -48,10 +51,11 @@ def measure(options: argparse.Namespace) -> list[dict]:
         base, paths = write_experts(encoder, Path(folder), max(options.experts))
         for experts in options.experts:
             chosen = dict(list(paths.items())[:experts])
-            pool = ExpertPool.from_files(base, chosen, storage=options.storage)
+            pool = ExpertPool.from_files(base, chosen, storage=options.storage).to(options.device)
             for images in options.images:
                 work = Work.make(encoder, size, pool, images)
                 steps = work.steps(options.granularity, options.micro_batch, options.rows)
+                steps = under_autocast(steps, pool.device.type, options.autocast)
                 for name, seconds in alternate(steps, options.repeats, CLOCKS[options.clock]).items():
                     results.append({"experts": experts, "images": images, "row": name, "seconds": seconds})
                 show([r for r in results if (r["experts"], r["images"]) == (experts, images)])

@@ -86,17 +86,20 @@ class Work:
 
     @classmethod
     def make(cls, encoder: nn.Module, size: int, pool: ExpertPool, images: int) -> "Work":
+        """Make it on the device of the pool."""
         torch.manual_seed(1)
-        inputs = {task: torch.randn(images, 3, size, size) for task in pool.expert_names}
+        encoder.to(pool.device)
+        inputs = {task: torch.randn(images, 3, size, size).to(pool.device) for task in pool.expert_names}
         with torch.no_grad():
             features = encoder(inputs[pool.expert_names[0]][:1]).shape[1]
-        heads = {task: nn.Linear(features, CLASSES).requires_grad_(False) for task in pool.expert_names}
+        heads = {task: nn.Linear(features, CLASSES).requires_grad_(False).to(pool.device) for task in pool.expert_names}
         return cls(encoder, pool, heads, inputs)
 
     def ours(self, granularity: str = "layer", encoder_options: EncoderOptions | None = None, **options) -> Step:
         """(a) This package's engine."""
         coefficients = Coefficients(self.pool, granularity, init=0.1)
         model = MergedModel(self.encoder, self.pool, coefficients, self.heads, options=encoder_options)
+        model.to_device(self.pool.device)
         optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
 
         def step() -> None:
@@ -209,7 +212,8 @@ class Work:
             entropy(self.heads[task](self.encoder(images))).backward()
 
     def _coefficients(self) -> Tensor:
-        return torch.full((len(self.pool.expert_names), len(self.pool.names)), 0.1, requires_grad=True)
+        shape = len(self.pool.expert_names), len(self.pool.names)
+        return torch.full(shape, 0.1, device=self.pool.device, requires_grad=True)
 
     def _merged(self, raw: Tensor) -> dict[str, Tensor]:
         merged = {}
@@ -225,14 +229,24 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Time functions in alternating order, after one warm-up each; seconds by name."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for function in functions.values():
         function()
     for repeat in range(repeats):
         for name in sorted(functions, reverse=bool(repeat % 2)):
+            wait()
             start = clock()
             functions[name]()
+            wait()
             seconds[name].append(clock() - start)
     return seconds
+
+
+def under_autocast(steps: Mapping[str, Step], device: str, dtype: str | None) -> dict[str, Step]:
+    """Run steps in mixed precision; as they are without a dtype."""
+    if dtype is None:
+        return dict(steps)
+    return {name: torch.autocast(device, getattr(torch, dtype))(step) for name, step in steps.items()}
 
 
 def median(values: list[float]) -> float:
@@ -256,6 +270,7 @@ def machine() -> dict[str, object]:
     """What the numbers were measured on."""
     return {
         "processor": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
