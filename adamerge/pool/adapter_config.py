@@ -1,7 +1,8 @@
 """``adapter_config.json``, as peft writes it: what is read of it, and which kinds are refused."""
 
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from adamerge.errors import InputError, shorten
@@ -13,6 +14,8 @@ PATTERNS = ("rank_pattern", "alpha_pattern")  # options from a regular expressio
 REMEDY = "Merge it into a full checkpoint with peft's merge_and_unload, and use that as the expert."
 # Initialisations that leave the base as it is; the others move part of it into the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_FILES = ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")  # of models' folders
+_NAMELESS = {"", "base", "model", "models", "pretrained", "weights", "checkpoint", "output", "out"}
 # Variants of LoRA that change more than the product of two matrices says, where set.
 _VARIANTS = (
     *("use_qalora", "use_bdlora", "layer_replication", "target_parameters", "trainable_token_indices"),
@@ -51,3 +54,29 @@ def read_config(path: Path) -> Mapping[str, Any]:
                 f"{path}: {option}: expected a mapping from patterns to numbers, found {config[option]!r:.80}."
             )
     return config  # type: ignore[no-any-return]
+
+
+def names_other_base(recorded: str, base: str) -> bool:
+    """Whether a configuration's name of the base is plainly another than that of the pool's base.
+
+    Paths move, so the last part of the name is looked for in the whole of the base's; a base whose file and folder are
+    called after nothing, such as ``base/model.safetensors``, is not held against it.
+
+    Args:
+        recorded: As ``base_model_name_or_path`` has it: a path, or a name on the Hub.
+        base: Path of the base's file or folder.
+
+    >>> names_other_base("org/Small-Chat", "/models/small-chat-bf16/model.safetensors")
+    False
+    >>> names_other_base("org/small-chat", "/models/small/model.safetensors")
+    True
+    """
+    path = Path(base)
+    own = path.stem if path.suffix else path.name
+    own = path.parent.name if own.partition(".")[0].partition("-")[0] in _FILES else own
+    expected, found = _letters(PurePath(recorded.replace("\\", "/")).name), _letters(base)
+    return bool(expected) and not {expected, _letters(own)} & _NAMELESS and expected not in found
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())

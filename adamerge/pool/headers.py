@@ -12,8 +12,8 @@ from torch import Size, Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.pool.adapter_config import REMEDY
-from adamerge.pool.lora import changed_by
+from adamerge.pool.adapter_config import REMEDY, names_other_base
+from adamerge.pool.lora import AdapterCheckpoint, changed_by, is_product
 from adamerge.pool.opening import ModelPlace, open_files
 from adamerge.pool.options import PoolOptions
 from adamerge.pool.task_vectors import compute_dtype_of
@@ -118,6 +118,10 @@ def check_layout(base: Checkpoint, experts: Mapping[str, Checkpoint], keys: KeyM
         changed = changed_by(checkpoint)
         is_adapter = changed is not None
         candidates = checkpoint.keys if changed is None else changed
+        if isinstance(checkpoint, AdapterCheckpoint) and names_other_base(checkpoint.base_name, base.name):
+            remarks.append(
+                f"{where}: was trained on {checkpoint.base_name!r}, and the base is {base.name}. Is it that?"
+            )
         extra, outside = _unplaced(base, keys, options, candidates, is_adapter=is_adapter)
         problems += _differences(base, where, checkpoint, [keys.file_key(name) for name in merged], extra)
         if outside:
@@ -267,6 +271,7 @@ class Headers:
     Attributes:
         experts: The experts whose files could be opened.
         shapes: Name to shape, of the parameters that merge; empty where the base could not be opened.
+        products: Those that all experts change by products of thin matrices (LoRA), which the pool keeps as such.
         problems: All that is wrong.
         remarks: What is left unmerged of the experts, and is no error.
         compute_dtype: The pool's dtype for computing.
@@ -279,6 +284,7 @@ class Headers:
     remarks: tuple[str, ...] = ()
     compute_dtype: torch.dtype = torch.float32
     source: Checkpoint | None = None
+    products: frozenset[str] = frozenset()
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -297,4 +303,14 @@ def read_headers(base: ModelPlace | None, experts: Mapping[str, ModelPlace], opt
     specs = {name: source.spec(keys.file_key(name)) for name in layout.merged}
     shapes = {name: tuple(shape) for name, (shape, _) in specs.items()}
     dtype = compute_dtype_of(dtype for _, dtype in specs.values())
-    return Headers(opened, shapes, (*problems, *layout.problems), layout.remarks, dtype, source)
+    is_kept = options.transform is None and options.task_vectors is None
+    products = _products(opened, keys, layout.merged) if is_kept else frozenset[str]()
+    return Headers(opened, shapes, (*problems, *layout.problems), layout.remarks, dtype, source, products)
+
+
+def _products(experts: Mapping[str, Checkpoint], keys: KeyMap, names: Sequence[str]) -> frozenset[str]:
+    """Return the parameters that all experts change by products, some of them by one that is not zero."""
+    changed = {key for expert in experts.values() for key in changed_by(expert) or ()}
+    by_key = {keys.file_key(name): name for name in names}
+    are_products = (key for key in changed & by_key.keys() if all(is_product(e, key) for e in experts.values()))
+    return frozenset(by_key[key] for key in are_products)

@@ -129,9 +129,17 @@ class AdapterCheckpoint:
 
     def change(self, key: str) -> Tensor | LowRank:
         """Return the task vector of a tensor as a product, or the tensor itself where its change is none."""
+        return self._product(key) if self.is_product(key) else self.get(key)
+
+    def is_product(self, key: str) -> bool:
+        """Whether the change of a tensor is one of low rank; that of DoRA and of whole tensors is none."""
         pair = self._pairs.get(key)
-        is_dense = key in self._whole or (pair is not None and bool(pair.magnitude))
-        return self.get(key) if is_dense else self._product(key)
+        return key not in self._whole and (pair is None or not pair.magnitude)
+
+    @property
+    def base_name(self) -> str:
+        """What the model was called that the adapter was trained on; empty where that is not known."""
+        return str(self._config.get("base_model_name_or_path") or "")
 
     def sha256(self) -> str:
         """Hash both files' bytes into one."""
@@ -307,6 +315,11 @@ def _weights_file(folder: Path) -> Path:
 def change_of(expert: Checkpoint, key: str) -> Tensor | LowRank:
     """Return what an expert says of a tensor: its own value, or its task vector as a product."""
     return expert.change(key) if isinstance(expert, AdapterCheckpoint) else expert.get(key)
+
+
+def is_product(expert: Checkpoint, key: str) -> bool:
+    """Return whether :func:`change_of` gives a product, from the headers."""
+    return isinstance(expert, AdapterCheckpoint) and expert.is_product(key)
 
 
 def changed_by(expert: Checkpoint) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from adamerge import Coefficients, ExpertPool, InputError, merge
 from adamerge.checkpoints.checkpoint import open_checkpoint
+from adamerge.pool.adapter_config import names_other_base
 from adamerge.pool.lora import AdapterCheckpoint, change_of, open_expert
 from adamerge.pool.low_rank import LowRank
 from tests.support.adapters import random_adapter, write_adapter
@@ -266,3 +267,16 @@ def test_golden_adapters_say_which_peft_wrote_them():
     for name in ADAPTERS:
         content = json.loads((GOLDEN / name / "adapter_config.json").read_text())
         assert content["peft_version"] in (GOLDEN.parent / "README.md").read_text()
+
+
+def test_adapter_of_another_base_of_the_same_shape_is_told(tmp_path, caplog):
+    folder = tmp_path / "llama-7b"
+    folder.mkdir()
+    save_file({"fc.weight": torch.randn(4, 3)}, folder / "model.safetensors")
+    for recorded, is_told in (("org/Llama-7B", False), ("org/llama-7b-chat", True), (None, False)):
+        random_adapter(tmp_path / "one", {"fc": (4, 3)}, base_model_name_or_path=recorded)
+        caplog.clear()
+        ExpertPool.from_files(folder / "model.safetensors", {"one": tmp_path / "one"})
+        assert (f"was trained on {recorded!r}, and the base is {folder}" in caplog.text) == is_told
+    assert not names_other_base("org/llama-7b-chat", str(tmp_path / "base" / "model-00001-of-2.safetensors"))
+    assert not names_other_base("/home/me/base", str(folder))

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.commands.run.build import build, build_optional, check_node
+from adamerge.commands.run.check_beside import check_beside
 from adamerge.commands.run.check_files import (
     Problems,
     build_data,
@@ -81,6 +82,8 @@ def check(config: DictConfig) -> list[str]:
         with problems.naming("data"):
             parts["data"] = build_data(config, parts["backbone"], problems)
     check_start(config, parts, problems)
+    with problems.naming("encoder.engine"):
+        check_beside(parts)
     check_method(config, parts, problems)
     check_callbacks(config, parts, problems)
     with problems.naming("first_stage"):

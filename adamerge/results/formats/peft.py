@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.errors import GuardError, InputError, shorten
-from adamerge.model.beside import is_transposed
+from adamerge.model.beside_modules import is_transposed
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.merge import merge
 from adamerge.model.merge_low_rank import factors_of, is_expressible, scaled_whole, scales_of

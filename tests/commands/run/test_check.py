@@ -8,15 +8,20 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import TensorDataset
 
 from adamerge import ExpertPool, zoo
 from adamerge.backbones import OpenClip
 from adamerge.commands.run.build import build, build_tasks, check_options, pool_of
 from adamerge.commands.run.check import check
+from adamerge.commands.run.check_beside import check_beside
 from adamerge.commands.run.compose import compose
+from adamerge.data import Task, UnlabeledTasks
 from adamerge.data.batch import pad
 from adamerge.errors import InputError
+from adamerge.model.encoder import EncoderOptions
 from adamerge.objectives.imitation import Imitation
+from adamerge.pool.headers import Headers
 from adamerge.pool.pack import write_packed
 from tests.support.adapters import random_adapter
 
@@ -285,6 +290,41 @@ def test_check_lora_expert_is_held_against_the_base(found, tmp_path):
     )
     problems = found(overrides[1], "pool.base=absent.safetensors")
     assert [re.match(r".*absent\.safetensors: no such file", problem) is not None for problem in problems] == [True]
+
+
+def test_check_engine_beside_is_refused_where_the_run_would_refuse_it(found, tmp_path):
+    (problem,) = found("encoder.engine=beside")
+    assert "beside needs weights of Linear" in problem
+    assert found("encoder.engine=beside", "granularity=rank") == []
+    lora = [f"pool.experts.{name}=lora/{name}" for name in ("digits", "mnist")]
+    for name in ("digits", "mnist"):
+        random_adapter(tmp_path / "lora" / name, {"visual.transformer.resblocks.0.mlp.c_fc": (384, 96)})
+    assert found("encoder.engine=beside", *lora) == []
+    (problem,) = found("encoder.engine=beside", *lora, "granularity=chunk", "granularity.pieces=5")
+    assert re.search(r"divides rows of .*c_fc.*Set encoder\.engine=merged", problem)
+    assert found("encoder.engine=auto", *lora, "granularity=chunk", "granularity.pieces=5") == []
+
+
+def test_check_network_that_uses_a_weight_without_its_module_is_refused_beside():
+    class Bypass(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(self.a(x), self.b.weight)
+
+    data = UnlabeledTasks({"one": Task(adapt=TensorDataset(torch.ones(2, 3)))})
+    shapes = {"a.weight": (3, 3), "b.weight": (3, 3)}
+    for products in (("a.weight",), ("a.weight", "b.weight")):
+        headers = Headers(shapes=shapes, products=frozenset(products))
+        parts = {"encoder": EncoderOptions(engine="beside"), "headers": headers, "data": data}
+        parts["backbone"] = SimpleNamespace(encoder=Bypass)
+        if "b.weight" not in products:
+            check_beside(parts)
+            continue
+        with pytest.raises(InputError, match=r"cannot follow 'b\.weight'.*Set encoder\.engine=merged"):
+            check_beside(parts)
 
 
 def test_check_tensors_of_an_expert_without_a_place_are_named(found, tmp_path, caplog):
