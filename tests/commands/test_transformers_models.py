@@ -219,13 +219,17 @@ def test_export_with_the_head_of_a_task(base: str, expert: str, tmp_path: Path) 
     assert json.loads((tmp_path / "shared" / "config.json").read_text())["architectures"] == [base]
 
 
-def test_pool_packed_through_the_library_merges_and_is_written_as_files_have_it(tmp_path: Path) -> None:
-    folders = save_family("MixtralForCausalLM", tmp_path)
+def packed_mixtral(folder: Path) -> str:
+    """Write a base and experts of Mixtral, which the library puts together at loading; return their packed pool."""
+    folders = save_family("MixtralForCausalLM", folder)
     lines = [f"base: {folders['base']}", "experts:", f"  one: {folders['one']}", f"  two: {folders['two']}"]
-    (tmp_path / "pool.yaml").write_text("\n".join(lines))
-    pool = str(tmp_path / "pool.yaml")
-    ok("pool", "pack", pool, "--through", "transformers", "--out", str(tmp_path / "packed"))
-    packed = str(tmp_path / "packed" / "pool.yaml")
+    (folder / "pool.yaml").write_text("\n".join(lines))
+    ok("pool", "pack", str(folder / "pool.yaml"), "--through", "transformers", "--out", str(folder / "packed"))
+    return str(folder / "packed" / "pool.yaml")
+
+
+def test_pool_packed_through_the_library_merges_and_is_written_as_files_have_it(tmp_path: Path) -> None:
+    packed = packed_mixtral(tmp_path)
     ok("merge", "--rule", "weight_average", "--pool", packed, "--out", str(tmp_path / "merged"))
     ok("export", str(tmp_path / "merged"), "--to", "hf", "--out", str(tmp_path / "hf"))
     from safetensors import safe_open
@@ -233,9 +237,25 @@ def test_pool_packed_through_the_library_merges_and_is_written_as_files_have_it(
 
     with (
         safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file,
-        safe_open(folders["base"] / "model.safetensors", "pt") as base,
+        safe_open(tmp_path / "base" / "model.safetensors", "pt") as base,
     ):
         assert set(file.keys()) == set(base.keys())
     models = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two", "hf")}
     for key, tensor in models["hf"].items():
         torch.testing.assert_close(tensor, (models["one"][key] + models["two"][key]) / 2)
+
+
+@pytest.mark.slow  # five commands and four loads by the library
+def test_packed_mixtral_is_adapted_and_its_layers_swapped(tmp_path: Path) -> None:
+    packed = packed_mixtral(tmp_path)
+    run = adapt(tmp_path, "text", "pool.base=null", "pool.experts=null", f"pool.file={packed}")
+    swapping = [f"--set={option}" for option in ("outer=one", "inner=two", "top=0")]
+    ok("merge", "--rule", "layer_swapping", *swapping, "--pool", packed, "--out", str(tmp_path / "swap"))
+    for source in (run, tmp_path / "swap"):
+        ok("export", str(source), "--to", "hf", "--out", str(source) + "_hf")
+    from transformers import AutoModelForCausalLM
+
+    models = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two")}
+    swapped = AutoModelForCausalLM.from_pretrained(tmp_path / "swap_hf").state_dict()
+    for key, tensor in swapped.items():
+        torch.testing.assert_close(tensor, models["two" if ".layers.1." in key else "one"][key])
