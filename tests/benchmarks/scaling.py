@@ -110,7 +110,7 @@ def child(options: argparse.Namespace) -> None:
     )  # fmt: skip
     data = UnlabeledTasks({name: Task(adapt=images) for name in names}, batch_size=options.images)
     trainer.fit(GradientMerging(model, Entropy()), datamodule=data)
-    held = model._part.nbytes + sum(map(len, model._encoder.ranges.values())) * 4 if sharded else 0
+    held = model.weights.part.nbytes + sum(map(len, model.weights.ranges.values())) * 4 if sharded else 0
     whole = pool.nbytes + 2 * sum(tensor.nbytes for tensor in pool.base.values())
     found = {
         "trainer": options.child,
