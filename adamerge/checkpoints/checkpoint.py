@@ -1,4 +1,4 @@
-"""Files to tensors and back: lazy and safe reading, atomic writing.
+"""Files to tensors: lazy and safe reading.
 
 Nothing here unpickles Python objects: files are safetensors, or torch files read by
 :mod:`adamerge.checkpoints.pickles`.
@@ -7,11 +7,12 @@ Nothing here unpickles Python objects: files are safetensors, or torch files rea
 import hashlib
 import json
 import logging
-import math
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,6 @@ from torch import Tensor
 from adamerge.checkpoints.hashes import file_hash
 from adamerge.checkpoints.pickles import HARMLESS, read_pickle
 from adamerge.errors import InputError, did_you_mean, shorten
-from adamerge.system.files import atomic_path
 from adamerge.system.reading import open_regular
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before the zip format
 _HEADER_LIMIT = 16_000_000  # bytes, over 100,000 tensors; reading a header as JSON takes many times its size
 # In the order of safetensors' own writer, which begins with the last; so every tensor lies where its size divides.
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -40,7 +40,7 @@ _DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAPPED: "WeakSet[SafetensorsCheckpoint]" = WeakSet()
 
 
 class Checkpoint(Protocol):
@@ -139,11 +139,14 @@ class SafetensorsCheckpoint:
         self.path = path
         self._header = _read_header(path)
         try:
-            self._file: Any = safe_open(path, framework="pt", device="cpu")  # maps the file, checks every entry
+            with safe_open(path, framework="pt", device="cpu"), path.open("rb") as file:  # which checks every entry
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except SafetensorError as error:
             raise InputError(
                 f"{path}: truncated or damaged safetensors file ({error}). Copy or export it again."
             ) from error
+        self._start = 8 + int.from_bytes(self._map[:8], "little")
+        _MAPPED.add(self)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -153,22 +156,37 @@ class SafetensorsCheckpoint:
     def spec(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return shape and dtype of a tensor from the header alone."""
         entry = self._header[key]
-        dtype = _DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise InputError(
-                f"{self.path}: tensor {key!r} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}. "
+                f"{self.path}: tensor {key!r} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}. "
                 "Convert it to float32, float16 or bfloat16."
             )
         return tuple(entry["shape"]), dtype
 
     def get(self, key: str) -> Tensor:
-        """Return a tensor backed by the memory map."""
-        tensor: Tensor = self._file.get_tensor(key)
-        return tensor
+        """Return a tensor backed by the memory map; nobody is to write to it."""
+        shape, dtype = self.spec(key)
+        begin, end = self._header[key]["data_offsets"]
+        if begin == end:
+            return torch.empty(shape, dtype=dtype)
+        count = (end - begin) // dtype.itemsize
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._start + begin).view(shape)
+
+    def drop_pages(self) -> None:
+        """Let go of the memory that the map takes; what is read again comes from the system's cache of the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def sha256(self) -> str:
         """Hash the file's bytes."""
         return file_hash(self.path)
+
+
+def drop_mapped_pages() -> None:
+    """Let go of the memory that open files take, as passes do that read each tensor once."""
+    for checkpoint in list(_MAPPED):
+        checkpoint.drop_pages()
 
 
 def open_checkpoint(path: Path | str) -> SafetensorsCheckpoint | FileCheckpoint:
@@ -242,51 +260,6 @@ def load_state_dict(path: Path | str, *, device: str | torch.device = "cpu") -> 
     checkpoint = open_checkpoint(path)
     # A copy, so that the result does not change when the mapped file is later replaced.
     return {key: checkpoint.get(key).to(device, copy=True) for key in checkpoint.keys}
-
-
-def save_state_dict(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically; the same tensors and metadata give the same bytes.
-
-    Args:
-        tensors: Name to tensor; those that share memory are written each.
-        path: The file; an existing one is replaced only once the new one is complete.
-        metadata: Strings for the file's header.
-
-    Raises:
-        InputError: If the format, as it is read here, has no place for a dtype.
-        OSError: If the file cannot be written; an earlier one is then still there.
-    """
-    order = list(_DTYPES.values())
-    if others := [name for name, tensor in tensors.items() if tensor.dtype not in order]:
-        raise InputError(f"{path}: {shorten(others)}: {tensors[others[0]].dtype} has no place in the file.")
-    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
-    header, _ = safetensors_header(
-        {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in names}, metadata
-    )
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        for name in names:
-            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def safetensors_header(
-    specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None = None, align: int = 8
-) -> tuple[bytes, dict[str, int]]:
-    """Return what a safetensors file begins with, and where each tensor begins in the file.
-
-    Args:
-        specs: Name to shape and dtype, in the order of the file.
-        metadata: Strings besides ``format``, without which transformers refuses a file.
-        align: Bytes of which the first tensor begins at a multiple.
-    """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    begins, end = {}, 0
-    for name, (shape, dtype) in specs.items():
-        begins[name], end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % align)
-    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
 
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:

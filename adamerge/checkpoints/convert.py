@@ -4,9 +4,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from adamerge.checkpoints.checkpoint import checkpoint_head, open_checkpoint, save_state_dict
+from adamerge.checkpoints.checkpoint import checkpoint_head, open_checkpoint
 from adamerge.checkpoints.composed import wrappers
 from adamerge.checkpoints.pickles import PickledTensors, read_pickle
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import InputError, shorten
 
 

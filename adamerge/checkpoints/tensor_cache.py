@@ -11,8 +11,9 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint, save_state_dict
+from adamerge.checkpoints.checkpoint import SafetensorsCheckpoint
 from adamerge.checkpoints.hashes import digest
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import InputError
 
 log = logging.getLogger(__name__)

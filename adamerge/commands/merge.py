@@ -4,7 +4,7 @@ What decides the result goes into ``merge.json``; running that recipe again give
 imported where it is used, so that options that are wrong do not wait for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from adamerge.errors import InputError
 from adamerge.system import progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from adamerge.commands.run.run import Assembly
     from adamerge.model.batch_norm import BatchNormPolicy
     from adamerge.pool.pool_file import PoolFiles
@@ -93,7 +95,7 @@ def run(
     from omegaconf import OmegaConf
 
     from adamerge.commands.run.build import build
-    from adamerge.merges import merged_state_dict
+    from adamerge.merges import merged_tensors
     from adamerge.model.batch_norm import BatchNormPolicy
     from adamerge.results import recipes
     from adamerge.results.export import export
@@ -114,20 +116,31 @@ def run(
         assembly, extras = _assemble(files, overrides, policy, stored_in)
         pool, model, data = assembly.pool, assembly.model, assembly.data
     else:
-        pool, model, data = files.open(), None, None
-    with progress.phase(f"Merging: {type(rule).__name__}", len(pool.names), "tensors") as advance:
-        state_dict = merged_state_dict(pool, rule, model=model, data=data, on_parameter=lambda _: advance(1))
-    state_dict = policy.complete(state_dict, model, pool, data)
+        streamed = {"storage": "auto", "mapped": True} if _one_pass(rule, files) else {}
+        pool, model, data = files.open(**streamed), None, None
     decided = {"rule": dict(rule_node), "overrides": list(overrides), "batch_norm": policy.policy}
     recipe = {
         **decided,
         "files": files.described(),
         "uses_data": needs_data,
         "uses_labels": bool(getattr(rule, "uses_labels", False)),
-        **recipes.command_facts(watch.seconds()),
     }
+
+    def timed(tensors: "Iterable[tuple[str, Tensor]]") -> "Iterator[tuple[str, Tensor]]":
+        yield from tensors
+        recipe.update(recipes.command_facts(watch.seconds()))
+
+    with progress.phase(f"Merging: {type(rule).__name__}", len(pool.names), "tensors") as advance:
+        tensors = merged_tensors(pool, rule, model=model, data=data, on_parameter=lambda _: advance(1))
+        tensors = policy.complete(tensors, model, pool, data)
+        written = export(pool, timed(tensors), folder, facts=decided, recipe=recipe, **extras)
     (folder / PAGE).unlink(missing_ok=True)  # of another merge, which this one replaces
-    return export(pool, state_dict, folder, facts=decided, recipe=recipe, **extras)
+    return written
+
+
+def _one_pass(rule: Any, files: "PoolFiles") -> bool:
+    """Return whether the pool may stay in its files: the bits are those of task vectors in memory, unless rounded."""
+    return bool(getattr(rule, "one_pass", False)) and (files.options["dtype"] is None or files.task_vectors is not None)
 
 
 def _assemble(

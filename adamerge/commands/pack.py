@@ -55,7 +55,7 @@ def write_through(files: PoolFiles, output: Path, auto: str | None) -> list[Path
 def _write(source: Path, folder: Path, auto: str | None) -> None:
     """Write one model as it is in memory, with the files beside its weights."""
     from adamerge.backbones.networks import check_size, class_of, read_config, tied_names
-    from adamerge.checkpoints.checkpoint import save_state_dict
+    from adamerge.checkpoints.writing import save_state_dict
     from adamerge.results.formats.transformers import quiet
 
     config = read_config(source)

@@ -24,7 +24,11 @@ Merged = Iterator[tuple[str, Tensor]]
 
 
 class Rule(Protocol):
-    """Merges a pool from its weights alone."""
+    """Merges a pool from its weights alone.
+
+    A class may set ``one_pass`` to true where each parameter is read once or twice, in the pool's order, and not held
+    after it was yielded: `adamerge merge` then keeps nothing of the pool in memory.
+    """
 
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield each of ``pool.names`` once with its merged value (*S) in ``pool.compute_dtype``."""
@@ -61,7 +65,7 @@ def merged_state_dict(
 
     Returns:
         Every key of the base checkpoint, in its order and dtypes, on the CPU. Memory: this state dict, and what
-        the rule holds.
+        the rule holds; :func:`merged_tensors` gives the same one by one.
 
     Raises:
         InputError: If the rule needs data and there is none, or does not yield what it must.
@@ -73,23 +77,39 @@ def merged_state_dict(
         >>> merged_state_dict(pool, WeightAverage())
         {'w': tensor([2.])}
     """
+    merged = dict(merged_tensors(pool, rule, model=model, data=data, on_parameter=on_parameter))
+    return {key: merged[key] for key in pool.source.keys}
+
+
+def merged_tensors(
+    pool: ExpertPool,
+    rule: Rule | DataRule,
+    *,
+    model: MergedModel | None = None,
+    data: UnlabeledTasks | None = None,
+    on_parameter: Callable[[str], None] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what :func:`merged_state_dict` returns, in the order in which the rule merges.
+
+    Of a pool that keeps nothing in memory this holds what the rule does: as a rule one parameter.
+    """
     inputs: tuple[Any, ...] = ()
     if getattr(rule, "needs_data", False):
         if model is None or data is None:
             raise InputError(f"{type(rule).__name__} needs unlabeled data: give merged_state_dict model= and data=.")
         inputs = model, data
-    merged: dict[str, Tensor] = {}
+    keys = merge.keys_by_name(pool)
     for name, tensor in rule(pool, *inputs):
-        if name not in pool.shapes or name in merged or tuple(tensor.shape) != pool.shapes[name]:
+        if name not in keys or tuple(tensor.shape) != pool.shapes[name]:
             raise InputError(
                 f"{type(rule).__name__} yields {name!r} with shape {tuple(tensor.shape)}, expected each of the pool's "
                 f"parameters once, in its own shape ({pool.shapes.get(name, 'no such name')})."
             )
-        dtype = pool.source.spec(pool.keys.file_key(name))[1]
-        merged[name] = tensor.detach().to("cpu", dtype)
+        for key in keys.pop(name):
+            tensor = tensor.detach().to("cpu", pool.source.spec(key)[1])
+            yield key, tensor
         if on_parameter is not None:
             on_parameter(name)
-    missing = [name for name in pool.names if name not in merged]
-    if missing:
-        raise InputError(f"{type(rule).__name__} leaves out {len(missing)} parameters: {shorten(missing)}.")
-    return merge.state_dict_of(pool, merged)
+    if keys:
+        raise InputError(f"{type(rule).__name__} leaves out {len(keys)} parameters: {shorten(keys)}.")
+    yield from merge.fixed_tensors(pool)

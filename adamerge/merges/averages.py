@@ -6,7 +6,7 @@ Legend: E experts; tau_e task vectors. All parameters that merge are treated ali
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class WeightAverage:
         Wortsman et al., Model soups, arXiv:2203.05482.
     """
 
+    one_pass: ClassVar[bool] = True
+
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and averages."""
         for name in pool.names:
@@ -48,6 +50,8 @@ class TaskArithmetic:
     Reference:
         Ilharco et al., Task arithmetic, arXiv:2212.04089.
     """
+
+    one_pass: ClassVar[bool] = True
 
     coefficient: float = 0.3
 
@@ -75,6 +79,8 @@ class MetricsWeighted:
         Metrics-weighted averaging, arXiv:2504.18580 weights checkpoints of one run by loss or step; the formula
         here is this package's own, as none is published.
     """
+
+    one_pass: ClassVar[bool] = True
 
     scores: Mapping[str, float] = field(default_factory=dict)
     power: float = 1.0
@@ -121,6 +127,8 @@ class LayerSwapping:
     Reference:
         Bandarkar et al., Layer swapping, arXiv:2410.01335.
     """
+
+    one_pass: ClassVar[bool] = True
 
     outer: str
     inner: str
@@ -173,6 +181,8 @@ class ModelStock:
     Reference:
         Jang et al., Model Stock, arXiv:2403.19522.
     """
+
+    one_pass: ClassVar[bool] = True
 
     agreement: Literal["cosine", "angle"] = "cosine"
     per_row: bool = False

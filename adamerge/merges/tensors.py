@@ -30,8 +30,9 @@ def weighted(pool: ExpertPool, name: str, weights: Sequence[float]) -> Tensor:
     flat, base = result.view(-1), pool.base[name].view(-1)
     for where, tile in pool.pieces(name):
         total = base[where].to(torch.float64, copy=True)
+        product = torch.empty(tile.shape[1], dtype=torch.float64, device=tile.device)
         for vector, weight in zip(tile, weights, strict=True):
-            total += vector.double() * weight
+            total += product.copy_(vector).mul_(weight)
         flat[where] = total
     return result
 

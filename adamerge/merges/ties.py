@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from adamerge.errors import check_choice, check_number
 from adamerge.merges import Merged
 from adamerge.pool.pool import ExpertPool
+from adamerge.pool.tiles import READ, tiles
 from adamerge.transforms.protocol import Prepared, total
 from adamerge.transforms.ties import Aggregate, Ties
 
@@ -47,14 +49,19 @@ class TiesMerge:
         check_choice("TiesMerge.aggregate", self.aggregate, ("mean", "sum", "max"))
         check_choice("TiesMerge.scope", self.scope, ("model", "tensor"))
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether no threshold is the model's."""
+        return self.scope == "tensor"
+
     def __call__(self, pool: ExpertPool) -> Merged:
         """Yield names and merged parameters."""
         elected = Prepared(Ties(self.density, self.scope, self.aggregate), pool)
         for name in pool.names:
-            merged = pool.base[name].clone()
-            flat = merged.view(-1)
+            base = pool.base[name]
+            merged = torch.empty_like(base)
             for where, tile in _pieces(pool, name, elected):
-                flat[where] += self.scale * total(tile)
+                merged.view(-1)[where] = base.view(-1)[where] + self.scale * total(tile)
             yield name, merged
 
 
@@ -64,5 +71,6 @@ def _pieces(pool: ExpertPool, name: str, elected: Prepared) -> Iterator[tuple[sl
         for where, tile in pool.pieces(name):
             yield where, elected(name, tile.clone())  # what is stored stays as it is
     else:
-        stack = elected(name, pool.task_vectors(name).clone())
-        yield slice(None), stack.reshape(len(stack), -1)
+        stack = elected(name, pool.own_task_vectors(name)).reshape(len(pool.expert_names), -1)
+        for start, stop in tiles(range(stack.shape[1]), READ // len(stack)):
+            yield slice(start, stop), stack[:, start:stop]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict, stored_facts
+from adamerge.checkpoints.checkpoint import load_state_dict, stored_facts
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.data.batch import Inputs, join, to
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.model.encoder import fused
@@ -87,15 +88,15 @@ class BatchNormPolicy:
 
     def complete(
         self,
-        state_dict: Mapping[str, Tensor],
+        tensors: Iterable[tuple[str, Tensor]],
         model: MergedModel | None,
         pool: ExpertPool,
         data: "UnlabeledTasks | None",
-    ) -> dict[str, Tensor]:
-        """Return a merge for export, under the base's keys and dtypes, with the statistics that belong to it.
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield a merge for export, under the base's keys and dtypes, with the statistics that belong to it.
 
         Args:
-            state_dict: The merge: every key of the base.
+            tensors: The merge: every key of the base, with its tensor. All are held where statistics need them.
             model: The pool's merged model, to recalibrate.
             pool: Base and experts.
             data: Unlabeled streams; to recalibrate.
@@ -104,12 +105,14 @@ class BatchNormPolicy:
             InputError: See :meth:`final`.
         """
         if not self.needs_data:
-            return with_statistics(state_dict, pool, average(pool) if self.policy == "average" else {})
+            yield from with_statistics(tensors, pool, average(pool) if self.policy == "average" else {})
+            return
         if model is None:
             raise InputError("batch_norm.policy=recalibrate: needs the model that is merged; choose average or base.")
+        state_dict = dict(tensors)
         names = {name: pool.keys.file_key(name) for name in pool.names}
         params = {name: state_dict[key].to(pool.device, pool.compute_dtype) for name, key in names.items()}
-        return with_statistics(state_dict, pool, self.final(model, params, data))
+        yield from with_statistics(state_dict.items(), pool, self.final(model, params, data))
 
 
 def average(pool: ExpertPool) -> dict[str, Tensor]:
@@ -134,11 +137,11 @@ def average_for(encoder: nn.Module, pool: ExpertPool) -> dict[str, Tensor]:
 
 
 def with_statistics(
-    state_dict: Mapping[str, Tensor], pool: ExpertPool, statistics: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return a state dict, under the base's keys, with other statistics; those the base has no key for are left out."""
+    tensors: Iterable[tuple[str, Tensor]], pool: ExpertPool, statistics: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors under the base's keys with other statistics; those the base has no key for are left out."""
     by_key = {pool.keys.file_key(name): tensor for name, tensor in statistics.items() if name in pool.keys}
-    return {key: by_key[key].to("cpu", tensor.dtype) if key in by_key else tensor for key, tensor in state_dict.items()}
+    return ((key, by_key[key].to("cpu", tensor.dtype) if key in by_key else tensor) for key, tensor in tensors)
 
 
 def save_statistics(statistics: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
+from adamerge.checkpoints.checkpoint import load_state_dict
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import InputError, check_choice, shorten
 from adamerge.model import constraints, starts
 from adamerge.model import granularity as granularities

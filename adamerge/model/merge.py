@@ -55,9 +55,10 @@ def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False)
     Reference:
         Ilharco et al., Task arithmetic, arXiv:2212.04089; Yang et al., AdaMerging, arXiv:2310.02575.
     """
-    coefficients.check(pool)
     if detach:
-        return _merge_for_export(pool, coefficients)
+        tensors = dict(merged_tensors(pool, coefficients))
+        return {key: tensors[key] for key in pool.source.keys}
+    coefficients.check(pool)
     merged = _Merge.apply(coefficients().to(pool.device), pool, coefficients.index)
     return dict(zip(pool.names, merged, strict=True))
 
@@ -278,15 +279,31 @@ def state_dict_of(pool: ExpertPool, parameters: Mapping[str, Tensor]) -> dict[st
     return state_dict
 
 
-def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str, Tensor]:
+def keys_by_name(pool: ExpertPool) -> dict[str, list[str]]:
+    """Return the keys in the base's file of each parameter that merges: its own, then those of what is tied to it."""
+    keys = {name: [pool.keys.file_key(name)] for name in pool.names}
+    for alias, name in pool.tied.items():
+        if name in keys and alias in pool.keys:
+            keys[name].append(pool.keys.file_key(alias))
+    return keys
+
+
+def fixed_tensors(pool: ExpertPool) -> Iterator[tuple[str, Tensor]]:
+    """Yield key and tensor, a copy, of what does not merge, as the base's file has it."""
+    merged = {key for keys in keys_by_name(pool).values() for key in keys}
+    yield from ((key, pool.source.get(key).clone()) for key in pool.source.keys if key not in merged)
+
+
+def merged_tensors(pool: ExpertPool, coefficients: Coefficients) -> Iterator[tuple[str, Tensor]]:
+    """Yield the merge for export one tensor after the other: key in the base's file and tensor, as :func:`merge` says.
+
+    Args:
+        pool: Base and task vectors; where it keeps nothing in memory, this holds one parameter.
+        coefficients: Made for this pool.
+    """
+    coefficients.check(pool)
     values = coefficients().detach().cpu().double()
-    state_dict = {}
-    for key in pool.source.keys:
-        name = pool.keys.name(key)
-        name = pool.tied.get(name, name) if name is not None else None
-        if name not in pool.shapes:
-            state_dict[key] = pool.source.get(key).clone()
-            continue
+    for name, keys in keys_by_name(pool).items():
         merged = pool.base[name].cpu().to(torch.float64, copy=True).view(-1)
         segments = coefficients.index.segments[name]
         if segments and segments[0].directions:
@@ -298,8 +315,9 @@ def _merge_for_export(pool: ExpertPool, coefficients: Coefficients) -> dict[str,
             tau = pool.exact_tile(name, tile.start, tile.stop)
             for task_vector, weight in zip(tau, values, strict=True):
                 out += task_vector.view(block) * weight[tile.first : tile.first + tile.groups, None]
-        state_dict[key] = merged.view(pool.shapes[name]).to(pool.source.spec(key)[1])
-    return state_dict
+        merged = merged.view(pool.shapes[name])
+        yield from ((key, merged.to(pool.source.spec(key)[1])) for key in keys)
+    yield from fixed_tensors(pool)
 
 
 def _merge_directions(merged: Tensor, pool: ExpertPool, name: str, segment: Segment, values: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints.checkpoint import safetensors_header
+from adamerge.checkpoints.writing import safetensors_header
 from adamerge.errors import InputError
 from adamerge.pool.describe import describe, describe_transform
 from adamerge.pool.low_rank import matrix_shape
@@ -92,7 +92,7 @@ def _dtype_of(pool: ExpertPool, name: str, dtype: torch.dtype) -> torch.dtype:
 def _tiles(pool: ExpertPool, name: str, prepared: Prepared | None) -> Iterator[tuple[int, Tensor]]:
     """Yield a parameter's task vectors on the CPU in tiles (E, entries) of whole rows, and the first row of each."""
     if prepared is not None and not prepared.elementwise:
-        yield 0, prepared(name, pool.task_vectors(name).clone()).reshape(len(pool.expert_names), -1).cpu()
+        yield 0, prepared(name, pool.own_task_vectors(name)).reshape(len(pool.expert_names), -1).cpu()
         return
     width = max(1, matrix_shape(pool.shapes[name])[1])
     for where, tile in pool.pieces(name, multiple=width):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint
+from adamerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, drop_mapped_pages
 from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.configurations import check_configurations
 from adamerge.checkpoints.hashes import check_hash
@@ -180,6 +180,11 @@ class ExpertPool:
         """Return the task vectors of one parameter, (E, *S) in ``compute_dtype``."""
         return self.tile(name, 0, self.base[name].numel()).view(-1, *self.shapes[name])
 
+    def own_task_vectors(self, name: str) -> Tensor:
+        """Return the same as :meth:`task_vectors`, in memory of its own that may be overwritten."""
+        task_vectors = self.task_vectors(name)
+        return task_vectors if self.storage == "stream" else task_vectors.clone()
+
     def tile(self, name: str, start: int, stop: int, *, reuse: bool = False) -> Tensor:
         """Return entries ``start:stop`` of a flattened parameter's task vectors, (E, stop - start).
 
@@ -326,7 +331,9 @@ class ExpertPool:
                 continue
             self.norms[name] = norms
             if base.numel() > READ:
-                return_freed_memory()  # of the tiles: what is kept of each parameter lies between them
+                drop_mapped_pages()
+                if not self.mapped:
+                    return_freed_memory()  # of the tiles: what is kept of each parameter lies between them
 
     def _add(self, name: str, base: Tensor) -> bool:
         """Form, or map, one parameter's task vectors; returns whether a packed file has any."""

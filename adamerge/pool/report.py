@@ -14,6 +14,7 @@ from torch import Tensor
 from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.errors import InputError
 from adamerge.pool.options import PoolOptions
+from adamerge.system.finite import is_finite
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def check_finite(tensor: Tensor, where: str, key: str) -> None:
     Raises:
         InputError: If it has any.
     """
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    if not is_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(
             f"{where}: tensor {key!r} holds {bad} NaN or infinite values of {tensor.numel()}. "
             "The checkpoint is damaged or diverged in training; use another one."

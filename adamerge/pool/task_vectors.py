@@ -23,6 +23,7 @@ from adamerge.pool.stacks import (
     takes_int8,
     write_task_vector,
 )
+from adamerge.system.finite import is_finite
 from adamerge.system.memory import free_memory
 from adamerge.transforms import Prepared
 
@@ -187,7 +188,7 @@ class TaskVectors:
         assert isinstance(whole, Dense)
         for row, source in zip(whole.data, sources, strict=True):
             write_task_vector(row, source, flat)
-        if transform is not None and whole.data.any() and torch.isfinite(whole.data).all():
+        if transform is not None and whole.data.any() and is_finite(whole.data):
             task_vectors = whole.data.view(self._experts, *shape)
             task_vectors.copy_(transform(name, task_vectors))
         if whole is not stack:

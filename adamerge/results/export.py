@@ -1,7 +1,7 @@
 """The result on disk: merged checkpoint, coefficients, heads and recipe, written so that it can be trusted.
 
-Every file is written to a temporary name, synced and renamed; the checkpoint is read back and compared
-before the export counts as done.
+Every file is written to a temporary name, synced and renamed; each tensor of the checkpoint is written as soon as it is
+merged, read back and compared.
 """
 
 import hashlib
@@ -9,24 +9,26 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adamerge import __version__
-from adamerge.checkpoints.checkpoint import MemoryCheckpoint, load_state_dict, save_state_dict, stored_facts
+from adamerge.checkpoints.checkpoint import MemoryCheckpoint, drop_mapped_pages, load_state_dict, stored_facts
+from adamerge.checkpoints.writing import save_state_dict, save_tensors
 from adamerge.errors import GuardError, InputError
 from adamerge.model.batch_norm import FILE, save_statistics, with_statistics
 from adamerge.model.coefficients import Coefficients, save_coefficients
-from adamerge.model.merge import merge
+from adamerge.model.merge import merged_tensors
 from adamerge.pool.pool import ExpertPool
+from adamerge.pool.tiles import READ
 from adamerge.pool.vocabulary import WithFurtherRows
 from adamerge.results.model_writer import FOLDER, folder_of, write_model
 from adamerge.system.files import atomic_path, combined_hash, ensure_writable, save_json
+from adamerge.system.finite import is_finite
 
 FORMAT = 1
 HEADS, RECIPE = "heads.safetensors", "merge.json"
@@ -34,7 +36,7 @@ HEADS, RECIPE = "heads.safetensors", "merge.json"
 
 def export(
     pool: ExpertPool,
-    merged: Coefficients | Mapping[str, Tensor],
+    merged: Coefficients | Iterable[tuple[str, Tensor]],
     folder: Path,
     *,
     filename: str = "merged.safetensors",
@@ -49,7 +51,8 @@ def export(
 
     Args:
         pool: Base and experts.
-        merged: Coefficients to merge with; or of a merge without any its state dict, every key of the base.
+        merged: Coefficients to merge with; or of a merge without any its tensors by key, every key of the base, in any
+            order. Each is written as it comes, so that an iterator never holds a model.
         folder: Made if needed; files of an earlier export are replaced one by one.
         filename: Name of the merged checkpoint: the base's keys and dtypes. Its bytes depend on pool, coefficients and
             statistics, or on pool and facts, only, so that a replay gives the same file.
@@ -68,8 +71,8 @@ def export(
         Short name to file, of what was written.
 
     Raises:
-        InputError: If the folder is not writable.
-        GuardError: If a merged tensor is not finite.
+        InputError: If the folder is not writable, or its disk too full.
+        GuardError: If a merged tensor is not finite; nothing of the merge is written then.
         OSError: If a file cannot be written; an earlier version of it is then still there.
         RuntimeError: If what was read back differs from what was merged.
     """
@@ -78,9 +81,9 @@ def export(
     if isinstance(merged, Coefficients):
         files |= _write_coefficients(pool, merged, files["merged"], statistics or {})
     else:
-        _check_finite(merged, "The rule does not suit these experts, or its scale is too large for this dtype.")
         decided = {**(facts or {}), "pool": combined_hash(pool.hashes())}
-        _write_checkpoint(files["merged"], merged, json.dumps(decided, sort_keys=True))
+        remedy = "The rule does not suit these experts, or its scale is too large for this dtype."
+        _write_checkpoint(files["merged"], pool, _finite(merged, remedy), json.dumps(decided, sort_keys=True))
     content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
     if heads:
         files["heads"] = folder / HEADS
@@ -122,8 +125,8 @@ def _write_coefficients(
     pool: ExpertPool, coefficients: Coefficients, path: Path, statistics: Mapping[str, Tensor]
 ) -> dict[str, Path]:
     """Write the checkpoint of coefficients, and beside it these and the statistics of BatchNorm layers."""
-    state_dict = with_statistics(merge(pool, coefficients, detach=True), pool, statistics)
-    _check_finite(state_dict, "The coefficients diverged: lower the learning rate, or set constraint=box.")
+    tensors = with_statistics(merged_tensors(pool, coefficients), pool, statistics)
+    finite = _finite(tensors, "The coefficients diverged: lower the learning rate, or set constraint=box.")
     files = {"coefficients": path.with_name("coefficients.json")}
     facts = {"coefficients": digest(coefficients), "pool": combined_hash(pool.hashes())}
     beside = path.with_name(FILE)
@@ -133,20 +136,22 @@ def _write_coefficients(
         save_statistics(statistics, beside, {"coefficients": facts["coefficients"]})
     else:
         beside.unlink(missing_ok=True)  # of an earlier export
-    _write_checkpoint(path, state_dict, json.dumps(facts))
+    _write_checkpoint(path, pool, finite, json.dumps(facts))
     save_coefficients(coefficients, files["coefficients"], pool)
     return files
 
 
-def _write_checkpoint(path: Path, state_dict: Mapping[str, Tensor], facts: str) -> None:
-    """Write a merge, and prove it by reading it back."""
-    save_state_dict(state_dict, path, {"adamerge_format": str(FORMAT), "adamerge": facts})
-    written = load_state_dict(path)
-    wrong = [key for key, tensor in state_dict.items() if key not in written or not _same(written[key], tensor)]
-    if wrong or len(written) != len(state_dict):
-        raise RuntimeError(
-            f"{path}: the tensor {(wrong or ['?'])[0]!r} read back differs from the merge. Is the disk sound?"
-        )
+def _write_checkpoint(path: Path, pool: ExpertPool, tensors: Iterable[tuple[str, Tensor]], facts: str) -> None:
+    """Write a merge as it comes; whatever is in memory of the files that it is made of is let go meanwhile."""
+    specs = {key: pool.source.spec(key) for key in pool.source.keys}
+    save_tensors(specs, _passing(tensors), path, {"adamerge_format": str(FORMAT), "adamerge": facts})
+
+
+def _passing(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in tensors:
+        yield key, tensor
+        if tensor.numel() > READ:
+            drop_mapped_pages()
 
 
 def save_heads(heads: Mapping[str, nn.Module], path: Path, info: Mapping[str, Any]) -> None:
@@ -192,18 +197,15 @@ def digest(coefficients: Coefficients) -> str:
     return digest.hexdigest()
 
 
-def _check_finite(state_dict: Mapping[str, Tensor], remedy: str) -> None:
-    """Refuse to write a merge that diverged, or overflows in the base's dtype."""
-    for key, tensor in state_dict.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+def _finite(tensors: Iterable[tuple[str, Tensor]], remedy: str) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on; refuse to write a merge that diverged, or overflows in the base's dtype."""
+    for key, tensor in tensors:
+        if not is_finite(tensor):
             raise GuardError(
                 f"The merged tensor {key!r} ({str(tensor.dtype).removeprefix('torch.')}) is not finite, so nothing was "
                 f"exported. {remedy}"
             )
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(first, second)
+        yield key, tensor
 
 
 def _write_open_clip(folder: Path, merged: Path, config: Mapping[str, Any]) -> None:

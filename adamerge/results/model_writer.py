@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint, save_state_dict
+from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.model_folder import HF_CONFIG
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.system.files import atomic_path, save_json
 from adamerge.system.reading import read_json_mapping
 

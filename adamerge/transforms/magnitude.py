@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adamerge.errors import InputError, check_choice, check_number
 from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert
-from adamerge.transforms.selection import kth_magnitude
+from adamerge.transforms.selection import keep_largest, kth_magnitude
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Trim:
     """Keep the largest entries of each expert's task vector, parameter by parameter, and zero the others.
 
     Exactly ``int(density * n)`` of n entries stay, at least one; of equal magnitudes the first ones stay. No tensor
-    is skipped; a tensor of one value keeps it. Cost: one sort per parameter.
+    is skipped; a tensor of one value keeps it. Cost: one selection per parameter.
 
     Args:
         density: Share of the entries that stays, in (0, 1].
@@ -34,10 +34,9 @@ class Trim:
     def __call__(self, name: str, task_vectors: Tensor) -> Tensor:
         """Return the trimmed task vectors."""
         flat = task_vectors.reshape(len(task_vectors), -1)
-        keep = max(1, int(self.density * flat.shape[1]))
-        order = flat.abs().argsort(dim=1, descending=True, stable=True)[:, :keep]
-        mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True)
-        return flat.masked_fill(~mask, 0).view_as(task_vectors)
+        for row in flat:
+            keep_largest(row, max(1, int(self.density * flat.shape[1])))
+        return flat.view_as(task_vectors)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adamerge.errors import InputError, check_call
+from adamerge.system.finite import is_finite
 
 TransformFunction = Callable[[str, Tensor], Tensor]
 _TILE = 1 << 16  # entries of a tile, of all experts together
@@ -83,7 +84,7 @@ class Prepared:
     def _checked(self, name: str, task_vectors: Tensor) -> Tensor:
         shape = tuple(task_vectors.shape)
         result = self._rule(name, task_vectors)
-        finite = bool(torch.isfinite(result).all())
+        finite = is_finite(result)
         if tuple(result.shape) != shape or not finite:
             raise InputError(
                 f"transform {self.name}: parameter {name!r}: expected finite task vectors of shape {shape}, "

@@ -15,6 +15,7 @@ from adamerge.transforms.magnitude import Trim
 from adamerge.transforms.protocol import Source, TransformFunction, entries, per_expert, total
 from adamerge.transforms.selection import kth_smallest
 
+_TILE = 1 << 15  # entries of each expert
 Aggregate = Literal["sum", "mean", "max"]
 
 
@@ -61,12 +62,18 @@ class Ties:
     def prepare(self, source: Source) -> TransformFunction:
         """Return the rule, after finding thresholds and majority sign where they are the model's."""
         if self.scope == "tensor":
-            trim = Trim(self.density)
-            return lambda name, task_vectors: self._elected(trim(name, task_vectors), 1)
+            return self._elected_per_tensor
         threshold = trim_threshold(lambda: (tile for _, tile in source.tiles()), self.density, entries(source))
         signs = sum(int(total(_trimmed(tile, threshold)).sign().sum(dtype=torch.int64)) for _, tile in source.tiles())
         majority = (signs > 0) - (signs < 0)
         return lambda name, task_vectors: self._elected(_trimmed(task_vectors, threshold), majority)
+
+    def _elected_per_tensor(self, name: str, task_vectors: Tensor) -> Tensor:
+        """Trim whole tensors, and elect in tiles."""
+        flat = Trim(self.density)(name, task_vectors).reshape(len(task_vectors), -1)
+        for tile in flat.split(_TILE, dim=1):
+            tile.copy_(self._elected(tile, 1))
+        return flat.view_as(task_vectors)
 
     def _elected(self, trimmed: Tensor, majority: int) -> Tensor:
         """Return what agrees with the elected signs, so that it adds up to the aggregate, (E, *S)."""

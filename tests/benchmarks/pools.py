@@ -31,7 +31,8 @@ from rich.table import Table
 
 from adamerge import Coefficients, ExpertPool, MergedModel, zoo
 from adamerge.backbones import OpenClip
-from adamerge.checkpoints.checkpoint import load_state_dict, save_state_dict
+from adamerge.checkpoints.checkpoint import load_state_dict
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.data import UnlabeledTasks
 from adamerge.methods import FrankWolfeMerging, GradientMerging
 from adamerge.methods.method import MergingMethod

@@ -13,13 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from adamerge import InputError, load_state_dict
-from adamerge.checkpoints.checkpoint import (
-    FileCheckpoint,
-    MemoryCheckpoint,
-    SafetensorsCheckpoint,
-    open_checkpoint,
-    save_state_dict,
-)
+from adamerge.checkpoints.checkpoint import FileCheckpoint, MemoryCheckpoint, SafetensorsCheckpoint, open_checkpoint
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.system.files import atomic_path, combined_hash, ensure_writable, save_json, sha256
 
 

@@ -10,10 +10,8 @@ from safetensors.torch import save_file
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, load_state_dict, merge
 from adamerge.callbacks import ExportMergedWeights
-from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import load_coefficients
-from adamerge.results import export as exports
 from adamerge.results.export import export, load_heads, save_heads, versions
 from adamerge.system import files
 from tests.support.toy import EXPERTS, ToyEncoder, save_files
@@ -222,13 +220,19 @@ def test_export_failing_at_first_leaves_no_half_file(toy, tmp_path, monkeypatch)
 
 
 def test_export_is_read_back_and_a_difference_is_an_error(toy, tmp_path, monkeypatch):
-    def damages(tensors, path, metadata):
-        save_state_dict({**tensors, "proj": tensors["proj"] + 1}, path, metadata)
-
     pool = file_pool(toy, tmp_path)
-    monkeypatch.setattr(exports, "save_state_dict", damages)
-    with pytest.raises(RuntimeError, match="the tensor 'proj' read back differs from the merge"):
+    monkeypatch.setattr("adamerge.checkpoints.writing._is_written", lambda file, begin, data: False)
+    with pytest.raises(RuntimeError, match="is read back differently"):
         export(pool, made(pool), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_export_begins_only_where_the_disk_has_room(toy, tmp_path, monkeypatch):
+    pool = file_pool(toy, tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: SimpleNamespace(free=100))
+    with pytest.raises(InputError, match=r"merged\.safetensors: takes .* GB, and .* free there"):
+        export(pool, made(pool), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_export_folder_below_a_file_is_refused(toy, tmp_path):

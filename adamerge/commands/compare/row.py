@@ -20,7 +20,7 @@ from typing import Any, Literal
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.commands.run import processes, run
 from adamerge.commands.run.build import build
 from adamerge.commands.run.check import check

@@ -16,7 +16,7 @@ from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.commands.run import processes
 from adamerge.commands.run.build import build
 from adamerge.commands.run.folder import START_MERGE, is_started
@@ -111,8 +111,8 @@ def assembled(config: DictConfig) -> Assembly:
 
 def merge_of(rule: Any, assembly: Assembly) -> dict[str, Tensor]:
     """Return the state dict of a rule's merge, with the statistics of BatchNorm layers that belong to it."""
-    state_dict = merged_state_dict(assembly.pool, rule, model=assembly.model, data=assembly.data)
-    return assembly.batch_norm.complete(state_dict, assembly.model, assembly.pool, assembly.data)
+    tensors = merged_state_dict(assembly.pool, rule, model=assembly.model, data=assembly.data).items()
+    return dict(assembly.batch_norm.complete(tensors, assembly.model, assembly.pool, assembly.data))
 
 
 def _chosen(

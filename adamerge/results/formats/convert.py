@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from adamerge.backbones import OpenClip
-from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
+from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.clip_configs import to_open_clip
 from adamerge.checkpoints.clip_names import as_own, as_theirs
 from adamerge.checkpoints.model_folder import HF_CONFIG, OPEN_CLIP_CONFIG, find_model
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import InputError
 from adamerge.results.formats import hugging_face, open_clip
 from adamerge.system.files import atomic_folder, save_json

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from adamerge.backbones import OpenClip
-from adamerge.checkpoints.checkpoint import Checkpoint, save_state_dict
+from adamerge.checkpoints.checkpoint import Checkpoint
 from adamerge.checkpoints.clip_configs import to_hugging_face
 from adamerge.checkpoints.clip_names import as_theirs
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import InputError
 from adamerge.results.formats.merged import MergedFolder, Usage, check_equal, describe, example
 from adamerge.results.formats.open_clip import sidecar_of, tokenizer_notes

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adamerge.checkpoints.checkpoint import save_state_dict
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import GuardError, InputError, shorten
 from adamerge.model.beside_modules import is_transposed
 from adamerge.model.coefficients import Coefficients

@@ -13,8 +13,8 @@ from torch import Tensor
 from adamerge.backbones import Transformers
 from adamerge.backbones.file_names import network_names
 from adamerge.backbones.networks import new_network
-from adamerge.checkpoints.checkpoint import save_state_dict
 from adamerge.checkpoints.model_folder import HF_CONFIG, find_model
+from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import InputError, did_you_mean, shorten
 from adamerge.results.formats.merged import MergedFolder, Usage, check_equal
 from adamerge.results.model_writer import DEQUANTIZED, FOLDER, write_model
