@@ -226,7 +226,7 @@ def check_trainer(config: DictConfig) -> None:
     check_number("trainer.num_nodes", num_nodes, 1, whole=True)
     if str(precision := options.get("precision") or "32-true") not in (*_PRECISIONS, *_SHORT):
         raise InputError(
-            f"trainer.precision: expected one of {', '.join(_PRECISIONS)}, found {precision}. In all of them "
+            f"trainer.precision: expected auto or one of {', '.join(_PRECISIONS)}, found {precision}. In all of them "
             "coefficients stay float32; the mixed ones compute the encoder in half precision."
         )
 

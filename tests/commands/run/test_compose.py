@@ -1,9 +1,11 @@
 """Overrides as people write them."""
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from adamerge.commands.run.compose import compose
+from adamerge.commands.run.precision import settled
 from adamerge.errors import InputError
 from tests.support.hostile import BOMB
 
@@ -75,3 +77,21 @@ def test_yaml_files_of_a_folder_are_read_within_bounds(tmp_path):
     (tmp_path / "objective" / "bomb.yaml").write_text(BOMB)
     with pytest.raises(InputError, match=r"bomb\.yaml: not readable as yaml"):
         compose(["--config-dir", str(tmp_path), "objective=bomb"])
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "has_gpu", "units", "precision"),
+    [
+        ("cpu", True, {}, "32-true"),
+        ("cpu", False, {"avx512_bf16": True}, "bf16-mixed"),
+        ("auto", False, {"amx_bf16": True}, "bf16-mixed"),
+        ("auto", True, {}, "bf16-mixed"),
+        ("mps", False, {"amx_bf16": True}, "32-true"),
+    ],
+)
+def test_precision_auto_is_mixed_where_the_machine_has_units(monkeypatch, accelerator, has_gpu, units, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    config = OmegaConf.create({"trainer": {"precision": "auto", "accelerator": accelerator}})
+    assert settled(config).trainer.precision == precision
