@@ -186,7 +186,7 @@ def _replayed(
 ) -> tuple[Backbone, ExpertPool, Coefficients]:
     """Return a run's backbone and pool, held against ``run_dir``, and coefficients from a file; no data is built."""
     backbone = build(config, "backbone")
-    pool = build_pool(config, backbone)
+    pool = build_pool(config, backbone, for_export=True)
     if run_dir is not None:
         check_pool(pool.hashes(), run_dir)
     return backbone, pool, load_coefficients(coefficients, pool, build(config, "granularity"))
@@ -250,7 +250,7 @@ def export_files(files: PoolFiles, coefficients: Path, output: Path) -> dict[str
         InputError: If anything does not fit.
     """
     files.verify()
-    pool = files.open(duplicates="allow")
+    pool = files.open_mapped(duplicates="allow")
     values = load_coefficients(coefficients, pool)
     statistics = _statistics_beside(coefficients, values)
     return write_export(pool, values, output, statistics=statistics, recipe={"replayed": str(coefficients)})

@@ -116,8 +116,8 @@ def run(
         assembly, extras = _assemble(files, overrides, policy, stored_in)
         pool, model, data = assembly.pool, assembly.model, assembly.data
     else:
-        streamed = {"storage": "auto", "mapped": True} if _one_pass(rule, files) else {}
-        pool, model, data = files.open(**streamed), None, None
+        pool = files.open_mapped() if getattr(rule, "one_pass", False) else files.open()
+        model, data = None, None
     decided = {"rule": dict(rule_node), "overrides": list(overrides), "batch_norm": policy.policy}
     recipe = {
         **decided,
@@ -136,11 +136,6 @@ def run(
         written = export(pool, timed(tensors), folder, facts=decided, recipe=recipe, **extras)
     (folder / PAGE).unlink(missing_ok=True)  # of another merge, which this one replaces
     return written
-
-
-def _one_pass(rule: Any, files: "PoolFiles") -> bool:
-    """Return whether the pool may stay in its files: the bits are those of task vectors in memory, unless rounded."""
-    return bool(getattr(rule, "one_pass", False)) and (files.options["dtype"] is None or files.task_vectors is not None)
 
 
 def _assemble(

@@ -76,7 +76,7 @@ def run(node: Mapping[str, Any], pool_files: "PoolFiles", folder: Path, dtype: s
     ensure_writable(folder)
     pool_files.verify()
     watch = progress.Stopwatch()
-    pool = pool_files.open(storage="stream", dtype=None)
+    pool = pool_files.open_mapped(dtype=None)
     files = {"task_vectors": folder / _PACKED, "pool": folder / _POOL, "recipe": folder / _RECIPE}
     name = type(transform).__name__ if transform is not None else "packing"
     with progress.phase(f"Writing task vectors: {name}", len(pool.names), "tensors") as advance:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from adamerge.checkpoints.checkpoint import drop_mapped_pages
 from adamerge.checkpoints.writing import safetensors_header
 from adamerge.errors import InputError
 from adamerge.pool.describe import describe, describe_transform
@@ -16,7 +17,8 @@ from adamerge.pool.low_rank import matrix_shape
 from adamerge.pool.packed import FORMAT, METADATA, SCALES
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.stacks import ALIGN, encode, takes_int8
-from adamerge.system.files import atomic_path
+from adamerge.system.files import atomic_path, check_space
+from adamerge.system.finite import is_finite
 from adamerge.transforms import Prepared
 
 _BYTES = ALIGN * 4  # where stacks begin, as far as their sizes allow
@@ -60,6 +62,9 @@ def write_packed(
     prepared = None if transform is None else Prepared(transform, pool)
     header, offsets = _header(pool, dtype, describe_transform(pool) if transform is None else describe(transform))
     changed = torch.zeros(len(pool.expert_names), dtype=torch.bool)
+    check_space(
+        path, sum(math.prod(pool.shapes[n]) * len(changed) * _dtype_of(pool, n, dtype).itemsize for n in pool.names)
+    )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         for name in pool.names:
@@ -73,9 +78,11 @@ def write_packed(
                     _write(file, scales, offsets[name + SCALES], row, rows)
                     continue
                 values = tile.to(kept)
-                if not torch.isfinite(values).all():
+                if not is_finite(values):
                     raise InputError(f"dtype: {kept} overflows in the task vectors of {name!r}; use bfloat16.")
                 _write(file, values, offsets[name], row * width, rows * width)
+            if pool.mapped:
+                drop_mapped_pages()
             if on_parameter is not None:
                 on_parameter(name)
         if not changed.all():

@@ -6,14 +6,16 @@ the base's, so that what loads the base loads the merge.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from torch import Tensor
+
+from adamerge.checkpoints.checkpoint import Checkpoint, drop_mapped_pages, open_checkpoint
 from adamerge.checkpoints.model_folder import HF_CONFIG
-from adamerge.checkpoints.writing import save_state_dict
-from adamerge.system.files import atomic_path, save_json
+from adamerge.checkpoints.writing import nbytes, save_tensors
+from adamerge.system.files import atomic_path, check_space, save_json
 from adamerge.system.reading import read_json_mapping
 
 FOLDER = "model"  # beside a merged checkpoint
@@ -119,14 +121,18 @@ def _is_of_tokenizer(path: Path) -> bool:
     return any(part in path.name for part in _TOKENIZER)
 
 
+def _read(checkpoint: Checkpoint, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of a file, of which no page stays in memory."""
+    for key in keys:
+        yield key, checkpoint.get(key)
+        drop_mapped_pages()
+
+
 def _write_weights(checkpoint: Checkpoint, merged: Path, folder: Path, shard_bytes: int) -> dict[str, str]:
     """Write the weights into one file, a hard link where possible, or into several with an index."""
     shards: list[dict[str, int]] = [{}]
     for key in checkpoint.keys:
-        shape, dtype = checkpoint.spec(key)
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
+        size = nbytes(checkpoint.spec(key))
         if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
             shards.append({})
         shards[-1][key] = size
@@ -138,8 +144,9 @@ def _write_weights(checkpoint: Checkpoint, merged: Path, folder: Path, shard_byt
                 shutil.copyfile(merged, temporary)
         return {WEIGHTS: "the merged weights"}
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    check_space(folder, sum(size for shard in shards for size in shard.values()))
     for name, shard in zip(names, shards, strict=True):
-        save_state_dict({key: checkpoint.get(key) for key in shard}, folder / name)
+        save_tensors({key: checkpoint.spec(key) for key in shard}, _read(checkpoint, shard), folder / name)
     places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
     total = sum(size for shard in shards for size in shard.values())
     save_json({"metadata": {"total_size": total}, "weight_map": places}, folder / INDEX)

@@ -144,17 +144,23 @@ def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, d
     return coefficients, {"start": {"file": name, "sha256": sha256(path), "granularity": describe(granularity)}}
 
 
-def build_pool(config: DictConfig, backbone: Backbone, *, download: bool = True) -> ExpertPool:
+def build_pool(
+    config: DictConfig, backbone: Backbone, *, download: bool = True, for_export: bool = False
+) -> ExpertPool:
     """Open the pool that the configuration names, for a backbone, whose own base stands in where the pool has none.
 
     Args:
         config: The whole configuration.
         backbone: As the configuration names it.
         download: Whether weights that only the backbone names may be downloaded.
+        for_export: Whether each parameter is read once, so that it need not be kept in memory.
     """
     base = None if config.pool.get("base") else own_base(backbone, download=download)
     transform = build_optional(config, "transform")
-    return pool_of(config, backbone, base).open(transform=transform, mapped=is_sharded(config))
+    files = pool_of(config, backbone, base)
+    if for_export and transform is None:
+        return files.open_mapped()
+    return files.open(transform=transform, mapped=is_sharded(config))
 
 
 def adapt(
