@@ -36,7 +36,7 @@ HEADS, RECIPE = "heads.safetensors", "merge.json"
 
 def export(
     pool: ExpertPool,
-    merged: Coefficients | Iterable[tuple[str, Tensor]],
+    merged: Coefficients | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     folder: Path,
     *,
     filename: str = "merged.safetensors",
@@ -51,8 +51,8 @@ def export(
 
     Args:
         pool: Base and experts.
-        merged: Coefficients to merge with; or of a merge without any its tensors by key, every key of the base, in any
-            order. Each is written as it comes, so that an iterator never holds a model.
+        merged: Coefficients to merge with; or of a merge without any its state dict, or pairs of key and tensor in any
+            order, each of which is written as it comes: every key of the base.
         folder: Made if needed; files of an earlier export are replaced one by one.
         filename: Name of the merged checkpoint: the base's keys and dtypes. Its bytes depend on pool, coefficients and
             statistics, or on pool and facts, only, so that a replay gives the same file.
@@ -82,8 +82,9 @@ def export(
         files |= _write_coefficients(pool, merged, files["merged"], statistics or {})
     else:
         decided = {**(facts or {}), "pool": combined_hash(pool.hashes())}
+        tensors = merged.items() if isinstance(merged, Mapping) else merged
         remedy = "The rule does not suit these experts, or its scale is too large for this dtype."
-        _write_checkpoint(files["merged"], pool, _finite(merged, remedy), json.dumps(decided, sort_keys=True))
+        _write_checkpoint(files["merged"], pool, _finite(tensors, remedy), json.dumps(decided, sort_keys=True))
     content = {"format": FORMAT, "versions": versions(), "hashes": pool.hashes(), "skipped": pool.skipped}
     if heads:
         files["heads"] = folder / HEADS

@@ -248,3 +248,10 @@ def test_export_coefficients_of_another_pool_are_refused_before_anything_is_writ
     with pytest.raises(InputError, match="The coefficients were made for another pool"):
         export(pool, Coefficients(other), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_export_takes_a_state_dict_or_pairs_in_any_order(toy, tmp_path):
+    pool = file_pool(toy, tmp_path)
+    merged = merge(pool, made(pool), detach=True)
+    written = export(pool, merged, tmp_path / "a")["merged"].read_bytes()
+    assert export(pool, iter(reversed(merged.items())), tmp_path / "b")["merged"].read_bytes() == written
