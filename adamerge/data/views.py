@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Views:
             ``torchvision.transforms.v2``; its randomness must be torch's. None with ``mix`` alone.
         count: Views per image.
         mix: Share of the views that are blended with a view of another image of the task, with a
-            uniform weight (mixup).
+            uniform weight (mixup). ``"auto"``: half of them up to 64 images, 32 by the number of images beyond.
 
     Reference:
         Beyer et al., Knowledge distillation: a good teacher is patient and consistent, CVPR 2022,
@@ -37,13 +38,14 @@ class Views:
 
     transform: Callable[[Tensor], Tensor] | None = None
     count: int = 16
-    mix: float = 0.0
+    mix: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         if self.transform is not None and not callable(self.transform):
             raise InputError(f"data.views.transform: expected a callable (with _target_), found {self.transform!r}.")
         check_number("data.views.count", self.count, 1, whole=True)
-        check_number("data.views.mix", self.mix, 0, 1)
+        if self.mix != "auto":
+            check_number("data.views.mix", self.mix, 0, 1)
         if self.transform is None and not self.mix:
             raise InputError(
                 "data.views: expected a transform or mix > 0, found neither. Set data.views=null for none."
@@ -61,10 +63,11 @@ class Views:
         Raises:
             InputError: If the transform changes the shape, or the inputs are no images.
         """
+        mix = min(0.5, 32 / length) if self.mix == "auto" else self.mix
         with _alone(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(f"{key}/{index}".encode()))
             view = self._transformed(image(index % length))
-            if self.mix and float(torch.rand(())) < self.mix:
+            if mix and float(torch.rand(())) < mix:
                 second = self._transformed(image(int(torch.randint(length, ()))))
                 view = torch.lerp(view, second, float(torch.rand(())))
         return view

@@ -45,7 +45,7 @@ def test_verdict_says_what_holds_and_what_does_not():
 def test_fast_demo_takes_a_tenth_of_the_steps(tmp_path):
     plan = demo.plan_of(tmp_path, 0, fast=True, transductive=False)
     assert list(plan.rows) == ROWS
-    assert plan.rows["recommended"].overrides == ("experiment=recommended", "steps=30")
+    assert plan.rows["recommended"].overrides == ("experiment=recommended", "steps=20")
     assert plan.rows["oracle_layer"].overrides[-1] == "steps=15"
     for name, spec in demo.plan_of(tmp_path, 0, fast=False, transductive=False).rows.items():
         if spec.adapts:

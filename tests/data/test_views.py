@@ -1,5 +1,7 @@
 """Augmented views: fixed by their position, asked and adapted on alike, never held out or scored."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
@@ -65,6 +67,14 @@ def test_views_mix_blends_with_another_image_of_the_task():
     assert 0.3 < means[means > 0].mean() < 0.7
     rare = numbered(count=2, views=Views(count=100, mix=0.1)).streams["a"]
     assert sum(float(rare[i].inputs.mean()) > 0 for i in range(0, 200, 2)) < 20
+
+
+def test_views_mix_less_by_themselves_where_there_are_more_images():
+    for length, share in ((2, 0.5), (64, 0.5), (320, 0.1)):
+        images = Mock(return_value=torch.zeros(1, 2, 2))
+        for index in range(0, 200 * length, length):
+            Views(mix="auto")(images, length, index, "a")
+        assert images.call_count / 200 - 1 == pytest.approx(share, abs=0.1)
 
 
 def test_views_leave_held_out_and_scored_images_alone():

@@ -103,6 +103,8 @@ def assembled(config: DictConfig) -> Assembly:
     OmegaConf.set_struct(config, False)
     config.granularity = {"_target_": "adamerge.model.granularity.TaskWise"}
     config.init, config.first_stage, config.start, config.transform = "mean", None, None, None
+    if "views" in config.data:
+        config.data.views = None  # rules are given the samples themselves
     seed_everything(config.seed, workers=True, verbose=False)
     assembly = assemble(config)
     assembly.model.to_device(processes.device_of(config))
