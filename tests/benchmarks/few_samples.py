@@ -14,14 +14,16 @@ import itertools
 import logging
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
+from adamerge.commands.run import starting
 from adamerge.commands.run.compose import compose
-from adamerge.commands.run.run import adapt
+from adamerge.commands.run.run import Assembly, adapt
 from adamerge.commands.run.starting import begin
 from adamerge.errors import InputError
 from adamerge.results.evaluation import bootstrap, scores_in
@@ -53,29 +55,46 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(samples: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Let the experts choose the merge that all rows of a number of samples start from; return where it is."""
+def start(samples: int, seed: int, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Let the experts choose the merge that all rows of a number of samples start from; return its record."""
     folder = options.output / f"start-{samples or 'all'}-{seed}"
     path = folder.with_suffix(".json")
     if not path.exists():
         overrides = [*_UNPROVED.split(), *options.common, *_limit(samples), f"seed={seed}", f"run_dir={folder}"]
         begun = begin(compose(overrides), folder)
         save_json({"rule": begun.start.rule, "seconds": begun.start.seconds, "base": begun.pool.base}, path)
-    return dict(read_json(path))
+    return path, dict(read_json(path))
 
 
 def cell(name: str, samples: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Adapt a row on some samples of each task; return its scores, its start's, and what was proved."""
-    merge = start(samples, seed, options)
+    path, merge = start(samples, seed, options)
     folder = options.output / "running"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     overrides = [*ROWS[name].split(), *options.common, *_limit(samples), f"seed={seed}", f"run_dir={folder}"]
     overrides += [f"teacher_cache={options.output / 'teachers'}", "report=false", "logger=none", "name=row"]
-    overrides += ["start=null", "init=0", f"pool.base={merge['base']}"]
+    overrides += ["start=null", "init=0", f"pool.base={merge['base']}", f"references={'start' not in merge}"]
     rows = (adapt(compose(overrides), folder) or {})["rows"]
+    if "start" not in merge:
+        merge |= {"start": rows["pretrained"], "experts": rows["experts"]}
+        save_json(merge, path)
     evidence = read_json(folder / "merge.json").get("evidence")
     shutil.rmtree(folder)
-    return {"row": rows["row"], "start": rows["pretrained"], "experts": rows["experts"], "evidence": evidence, **merge}
+    return {"row": rows["row"], "evidence": evidence, **merge}
+
+
+def once(merge_of: Callable[[Any, Assembly], dict[str, Tensor]]) -> Callable[[Any, Assembly], dict[str, Tensor]]:
+    """Make a merge that needs no data once for all seeds and numbers of samples."""
+    made: dict[str, dict[str, Tensor]] = {}
+
+    def merge(rule: Any, assembly: Assembly) -> dict[str, Tensor]:
+        if getattr(rule, "needs_data", False):
+            return merge_of(rule, assembly)
+        if repr(rule) not in made:
+            made[repr(rule)] = merge_of(rule, assembly)
+        return made[repr(rule)]
+
+    return merge
 
 
 def _limit(samples: int) -> list[str]:
@@ -134,6 +153,7 @@ def main() -> None:
     options.output = options.output.absolute()
     options.output.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True)
+    starting.merge_of = once(starting.merge_of)
     cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for seed, samples, name in itertools.product(options.seeds, options.samples, options.rows):
         path = options.output / f"{name.replace(' ', '_')}-{samples or 'all'}-{seed}.json"
