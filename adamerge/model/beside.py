@@ -11,12 +11,13 @@ Legend: E experts, R ranks of all experts, G groups, *S the shape of a parameter
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from adamerge.errors import InputError
 from adamerge.model.beside_modules import Form, Term, Watch, updated_modules
@@ -42,60 +43,37 @@ class BesideLeaves(dict[str, Tensor]):
         self.coefficients = coefficients
 
 
-class BesideWeights(WholeWeights):
-    """The base's own parameters, and hooks that add what the adapters change.
+class Updates:
+    """Hooks on the base's modules that add what the experts change.
 
     Args:
-        encoder: The network that lends its code.
+        encoder: The network that lends its code; as it is built, before it is cut into parts.
         pool: Base and experts.
         index: The groups of the coefficients.
+
+    Attributes:
+        names: The weights whose updates are added.
+        are_whole: Whether what is added is all that the experts changed.
 
     Raises:
         InputError: If no expert's change can be added beside the base.
     """
 
-    gives_gradients = False
-
     def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
-        super().__init__(encoder, pool, index)
+        self._encoder, self._pool, self._index = encoder, pool, index
         products = {name for name in pool.names if factors_of(pool, name, index.segments[name]) is not None}
-        self._hooked = updated_modules(encoder, pool.shapes, products, index)
-        self._dense = [name for name in pool.names if name not in self._hooked]
-        self._has_whole_adapters = all(_is_whole(pool.factors(name), index.segments[name]) for name in self._hooked)
+        self._modules = updated_modules(encoder, pool.shapes, products, index)
+        self.names = tuple(self._modules)
+        self.are_whole = all(_is_whole(pool.factors(name), index.segments[name]) for name in self.names)
         self._block: object = None  # the innermost that runs now: its hooks act, and no others
         log.info(
             "encoder.engine: %d weights keep their adapters beside them, %d tensors are merged",
-            len(self._hooked), len(self._dense),
+            len(self.names), len(pool.names) - len(self.names),
         )  # fmt: skip
 
-    def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
-        """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
-        return BesideLeaves(super().merged_leaves(values), values)
-
-    def expert(self, expert: str, buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return an expert's parameters: its adapter alone beside the base, whose weights are not copied."""
-        if not self._has_whole_adapters:
-            return super().expert(expert, buffers)
-        values = torch.zeros(len(self._pool.expert_names), self._index.size, dtype=self._pool.compute_dtype)
-        values[self._pool.expert_names.index(expert)] = 1
-        own = self._pool.tensors_of(expert, (*self._dense, *self._fixed))
-        return BesideLeaves({**own, **buffers}, values.to(self._pool.device))
-
-    def _names_of_leaves(self) -> Sequence[str]:
-        return self._dense
-
-    def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
-        return self._beside(params, buffers) if isinstance(params, BesideLeaves) else self._plain(params, buffers)
-
     @contextmanager
-    def _plain(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run on whole parameters: as a teacher does in the midst of a step, whose hooks then do nothing."""
-        with super().swapped(params, buffers), self._innermost():
-            yield
-
-    @contextmanager
-    def _innermost(self) -> Iterator[object]:
+    def silent(self) -> Iterator[object]:
+        """Let the hooks of blocks around this one do nothing: as while a teacher runs in the midst of a step."""
         before, self._block = self._block, object()
         try:
             yield self._block
@@ -103,15 +81,22 @@ class BesideWeights(WholeWeights):
             self._block = before
 
     @contextmanager
-    def _beside(self, leaves: BesideLeaves, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-        base = {name: self._pool.base[name] for name in self._hooked}
-        pieces = _pieces(leaves.coefficients, [s for name in self._hooked for s in self._index.segments[name]])
-        with super().swapped({**base, **leaves}, buffers), self._innermost() as block, ExitStack() as stack:
-            weights = {name: (base[name], [module for module, _ in self._hooked[name]]) for name in self._hooked}
-            watch = Watch(weights)
+    def added(self, coefficients: Tensor) -> Iterator[None]:
+        """Add the updates under coefficients (E, G) while a block lasts, in which the modules have the base's weights.
+
+        Raises:
+            InputError: In the block, where the network uses a weight without its module.
+        """
+        pieces = _pieces(coefficients, [s for name in self.names for s in self._index.segments[name]])
+        with self.silent() as block, ExitStack() as stack:
+            watch = Watch({name: [module for module, _ in forms] for name, forms in self._modules.items()})
             stack.callback(watch.close)
             stack.enter_context(watch)
-            for name, forms in self._hooked.items():
+            for module in self._encoder.modules():
+                if isinstance(module, FSDPModule):  # which has its weights whole from now on
+                    handle = module.register_forward_pre_hook(lambda *_: watch.look())
+                    stack.callback(handle.remove)
+            for name, forms in self._modules.items():
                 factors = factors_of(self._pool, name, self._index.segments[name])
                 assert factors is not None
                 term = partial(_term, factors, self._index.segments[name], pieces)
@@ -132,6 +117,56 @@ class BesideWeights(WholeWeights):
     ) -> Tensor:
         """Add an update's part to a module's output."""
         return form(module, args[0] if args else next(iter(kwargs.values())), y, term()) if self._block is block else y
+
+
+class BesideWeights(WholeWeights):
+    """The base's own parameters, and hooks that add what the adapters change.
+
+    Args:
+        encoder: The network that lends its code.
+        pool: Base and experts.
+        index: The groups of the coefficients.
+
+    Attributes:
+        updates: The hooks.
+
+    Raises:
+        InputError: If no expert's change can be added beside the base.
+    """
+
+    gives_gradients = False
+
+    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
+        super().__init__(encoder, pool, index)
+        self.updates = Updates(encoder, pool, index)
+        self._dense = [name for name in pool.names if name not in self.updates.names]
+
+    def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
+        """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
+        return BesideLeaves(super().merged_leaves(values), values)
+
+    def expert(self, expert: str, buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return an expert's parameters: its adapter alone beside the base, whose weights are not copied."""
+        if not self.updates.are_whole:
+            return super().expert(expert, buffers)
+        values = torch.zeros(len(self._pool.expert_names), self._index.size, dtype=self._pool.compute_dtype)
+        values[self._pool.expert_names.index(expert)] = 1
+        own = self._pool.tensors_of(expert, (*self._dense, *self._fixed))
+        return BesideLeaves({**own, **buffers}, values.to(self._pool.device))
+
+    def _names_of_leaves(self) -> Sequence[str]:
+        return self._dense
+
+    @contextmanager
+    def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
+        if isinstance(params, BesideLeaves):
+            base = {name: self._pool.base[name] for name in self.updates.names}
+            with super().swapped({**base, **params}, buffers), self.updates.added(params.coefficients):
+                yield
+        else:
+            with super().swapped(params, buffers), self.updates.silent():
+                yield
 
 
 def weights_of(options: EncoderOptions, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> WholeWeights:

@@ -134,30 +134,36 @@ class Watch(TorchFunctionMode):
     """Refuses to go on where a network uses a weight without calling its module, as the hook would not see that.
 
     Args:
-        weights: Name to weight and the modules that may use it.
+        modules: Name of a weight to the modules that may use it, which have it.
     """
 
-    def __init__(self, weights: Mapping[str, tuple[Tensor, Sequence[nn.Module]]]) -> None:
+    def __init__(self, modules: Mapping[str, Sequence[nn.Module]]) -> None:
         super().__init__()
-        self._names = {id(weight): name for name, (weight, _) in weights.items()}
-        self._inside = dict.fromkeys(self._names, 0)
+        self._modules = modules
+        self._inside = dict.fromkeys(modules, 0)
+        self._names: dict[int, str] = {}
+        self.look()
         self._handles = [
             handle
-            for weight, modules in weights.values()
-            for module in modules
+            for name, users in modules.items()
+            for module in users
             for handle in (
-                module.register_forward_pre_hook(partial(self._count, id(weight), 1)),
-                module.register_forward_hook(partial(self._count, id(weight), -1), always_call=True),
+                module.register_forward_pre_hook(partial(self._count, name, 1)),
+                module.register_forward_hook(partial(self._count, name, -1), always_call=True),
             )
         ]
+
+    def look(self) -> None:
+        """See which tensors the weights are now."""
+        self._names |= {id(users[0].weight): name for name, users in self._modules.items()}
 
     def close(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
 
-    def _count(self, weight: int, by: int, *_: Any) -> None:
-        self._inside[weight] += by
+    def _count(self, name: str, by: int, *_: Any) -> None:
+        self._inside[name] += by
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -165,9 +171,10 @@ class Watch(TorchFunctionMode):
         if any(isinstance(value, Tensor) for value in results):  # not where a network asks for a dtype or a shape
             for value in (*args, *(kwargs or {}).values()):
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):  # cat and einsum take lists
-                    if self._inside.get(id(tensor)) == 0:
+                    name = self._names.get(id(tensor))
+                    if name is not None and self._inside[name] == 0:
                         raise InputError(
-                            f"encoder.engine: beside cannot follow {self._names[id(tensor)]!r}: the network uses it "
-                            "without a call of its module. Set encoder.engine=merged."
+                            f"encoder.engine: beside cannot follow {name!r}: the network uses it without a call of its "
+                            "module. Set encoder.engine=merged."
                         )
         return result

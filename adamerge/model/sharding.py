@@ -7,7 +7,7 @@ and adds up and distributes their gradients. Parameters without dimensions canno
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from adamerge.data.batch import Inputs, Outputs
 from adamerge.errors import InputError
+from adamerge.model.beside import BesideLeaves, BesideWeights, Updates
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import (
     BatchFacts,
@@ -50,31 +51,41 @@ class ShardedWeights(WholeWeights):
         pool: Base and experts; a mapped one, or this process would hold all of it.
         index: The groups of the coefficients.
         device: Where the parts go.
+        updates: What is added beside the base's own weights; None where all of them are merged.
 
     Attributes:
         parameters: Name to parameter, of those that merge and those that do not.
         ranges: Name to the entries of the flattened parameter that are here.
-        leaves: The merged parameters by name, which every merge overwrites.
+        leaves: The merged parameters by name, which every merge overwrites; those with updates beside them are not.
         part: The pool's entries that belong to the leaves.
     """
 
     is_sharded = True
 
-    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex, device: torch.device) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        pool: ExpertPool,
+        index: GroupIndex,
+        device: torch.device,
+        updates: Updates | None = None,
+    ) -> None:
         if not isinstance(encoder, FSDPModule):
             _shard(encoder, pool.compute_dtype, device)
         self._encoder: nn.Module = encoder
         self._pool, self._index, self._width = pool, index, embedding_width(encoder)
         self.parameters = dict(encoder.named_parameters())
+        self._updates, self.gives_gradients = updates, updates is None
+        merged = [name for name in pool.names if updates is None or name not in updates.names]
+        self.leaves = {name: self.parameters[name] for name in merged}
         for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name in pool.shapes)
+            parameter.requires_grad_(name in self.leaves)
         self.ranges = {name: _entries(parameter) for name, parameter in self.parameters.items()}
-        self.leaves = {name: self.parameters[name] for name in pool.names}
-        ranges = {name: self.ranges[name] for name in pool.names}
+        ranges = {name: self.ranges[name] for name in merged}
         self.part = PoolPart(pool, ranges, index.directions).to(device)
         self._part_index = index.part(ranges)
-        self._fixed = [name for name in self.parameters if name not in self.leaves]
-        self._fixed_are_base = False
+        self._fixed = [name for name in self.parameters if name not in pool.shapes]
+        self._others_are_base = False  # the parameters that are no leaves
         self._loaded: Mapping[str, Tensor] | None = None  # what the encoder holds instead of a merge
 
     def merge(self, coefficients: Coefficients) -> LazyTensors:
@@ -95,13 +106,13 @@ class ShardedWeights(WholeWeights):
         torch.clear_autocast_cache()
         self._loaded = None
         self._drop_gathered()
-        if not self._fixed_are_base:
-            for name in self._fixed:
-                self._write(name, self._pool.fixed[name])
-            self._fixed_are_base = True
+        if not self._others_are_base:
+            for name in self.parameters.keys() - self.leaves.keys():
+                self._write(name, self._base(name))
+            self._others_are_base = True
         parts = {name: local(parameter).view(-1) for name, parameter in self.leaves.items()}
         merge_into(parts, self.part, self._part_index, values)
-        return self.leaves
+        return self.leaves if self._updates is None else BesideLeaves(self.leaves, values)
 
     def forget(self) -> None:
         """Drop nothing: the parts are where they belong."""
@@ -116,16 +127,24 @@ class ShardedWeights(WholeWeights):
         """Return a model's parameters by name, with buffers, each read when it is asked for."""
         return LazyTensors(read, (*self._pool.names, *(self._fixed if with_fixed else ()))) | buffers
 
-    def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    @contextmanager
+    def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the encoder run on the leaves, or on this process's parts of whole parameters, while a block lasts."""
-        if params is not self.leaves and params is not self._loaded:
+        is_step = params is self.leaves or isinstance(params, BesideLeaves)
+        if not is_step and params is not self._loaded:
             torch.clear_autocast_cache()
             self._drop_gathered()
-            self._fixed_are_base = False
+            self._others_are_base = False
             for name in self.parameters:
                 self._write(name, params[name] if name in params else self._base(name))
             self._loaded = params if isinstance(params, LazyTensors) else None  # others may change
-        return swapped(self._encoder, {name: params.get(name, b) for name, b in buffers.items()}, strict=False)
+        with ExitStack() as stack:
+            own = {name: params.get(name, buffer) for name, buffer in buffers.items()}
+            stack.enter_context(swapped(self._encoder, own, strict=False))
+            if self._updates is not None:
+                is_beside = isinstance(params, BesideLeaves)
+                stack.enter_context(self._updates.added(params.coefficients) if is_beside else self._updates.silent())
+            yield
 
     def passes(
         self, inputs: Mapping[str, Inputs], micro_batch: MicroBatch
@@ -179,7 +198,9 @@ class ShardedModel(MergedModel):
         """Cut the encoder, read this process's part of the pool, and move all to the device."""
         if ranks.count() > 1 and not self.is_sharded:
             self.pool.to("cpu")
-            self.weights = ShardedWeights(self.encoder, self.pool, self.coefficients.index, torch.device(device))
+            updates = self.weights.updates if isinstance(self.weights, BesideWeights) else None
+            index = self.coefficients.index
+            self.weights = ShardedWeights(self.encoder, self.pool, index, torch.device(device), updates)
         super().to_device(device)
         return self
 

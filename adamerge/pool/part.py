@@ -22,11 +22,11 @@ class PoolPart:
 
     Args:
         pool: On the CPU; a mapped one, so that the processes do not each hold all of it besides.
-        ranges: Parameter name to entries of the flattened parameter, whole rows, for all of ``pool.names``.
+        ranges: Parameter name to entries of the flattened parameter, whole rows, for those that the part has.
         directions: Number of leading singular directions by parameter, where these are kept.
 
     Attributes:
-        names: The pool's parameters.
+        names: Those parameters.
         expert_names: The pool's experts.
         compute_dtype: The pool's dtype for computing.
         base: Name to tensor (n,) in ``compute_dtype``.
@@ -37,7 +37,7 @@ class PoolPart:
     def __init__(
         self, pool: ExpertPool, ranges: Mapping[str, range], directions: Mapping[str, int] | None = None
     ) -> None:
-        self.names, self.expert_names, self.compute_dtype = pool.names, pool.expert_names, pool.compute_dtype
+        self.names, self.expert_names, self.compute_dtype = tuple(ranges), pool.expert_names, pool.compute_dtype
         self.ranges = dict(ranges)
         self.device = torch.device("cpu")
         self.base: dict[str, Tensor] = {}
@@ -47,8 +47,7 @@ class PoolPart:
         experts = len(pool.expert_names)
         size = sum(map(len, self.ranges.values())) * experts * dtype.itemsize
         self._task_vectors = TaskVectors(experts, pool.options.storage, "ram", size, dtype, pool.compute_dtype)
-        for name in pool.names:
-            entries = self.ranges[name]
+        for name, entries in self.ranges.items():
             self.base[name] = pool.base[name].view(-1)[entries.start : entries.stop].clone()
             if (factors := pool.factors(name, (directions or {}).get(name, 0))) is not None:
                 width = factors.down.shape[1]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import LambdaCallback
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
 
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel, merge
 from adamerge.callbacks import CollapseGuard, ExportMergedWeights, KeepBest
@@ -25,11 +26,12 @@ from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
 from adamerge.pool.part import PoolPart
 from adamerge.system import ranks
+from tests.support.adapters import random_adapter
 from tests.support.command_line import as_rank, call, refusal
 from tests.support.fits import QUIET, every_step, fit, values
 from tests.support.processes import run_ranks as run_processes
 from tests.support.rank_data import BadOnSecond, make_data
-from tests.support.toy import EXPERTS, group_ids, make_toy, perturbed, save_files
+from tests.support.toy import EXPERTS, ToyBlock, group_ids, make_toy, perturbed, save_files
 from tests.support.traffic import Traffic
 
 pytestmark = [
@@ -127,33 +129,44 @@ def test_mapped_pool_refuses_what_needs_memory(tmp_path, toy64):
 # Two processes
 
 
-def make_model(folder, dtype, granularity="layer", constraint="box", options=None, tie=False, exclude=None):
-    """The toy's model; in parts where there are several processes. Rank 0's files serve all."""
+def make_model(
+    folder, dtype, granularity="layer", constraint="box", options=None, exclude=None, adapters=False, replicated=False
+):
+    """The toy's model; of several processes in parts, unless it is replicated. Rank 0's files serve all."""
     toy = make_toy(dtype)
     if ranks.is_first():
         base, experts = files(folder, toy)
+        for seed, name in enumerate(EXPERTS if adapters else ()):
+            random_adapter(folder / "pool" / name, ADAPTED, rank=seed + 1, seed=seed, lora_alpha=0.1)
     ranks.wait()
-    base, experts = folder / "pool" / "base.safetensors", {n: folder / "pool" / f"{n}.safetensors" for n in EXPERTS}
-    pool = ExpertPool.from_files(base, experts, mapped=ranks.count() > 1, exclude=exclude)
-    kind = ShardedModel if ranks.count() > 1 else MergedModel
+    base, experts = (
+        folder / "pool" / "base.safetensors",
+        {n: folder / "pool" / (n if adapters else f"{n}.safetensors") for n in EXPERTS},
+    )
+    pool = ExpertPool.from_files(base, experts, mapped=ranks.count() > 1 and not replicated, exclude=exclude)
+    kind = ShardedModel if ranks.count() > 1 and not replicated else MergedModel
     init = 0.3 if constraint == "box" else "mean"
-    coefficients = Coefficients(pool, GRANULARITIES[granularity], init, constraint)
+    coefficients = Coefficients(pool, GRANULARITIES.get(granularity, granularity), init, constraint)
     return kind(toy.encoder, pool, coefficients, toy.heads, options=options)
 
 
 def trained(folder, batch_size, objective=Entropy, dtype=torch.float64, steps=4, method=None, trainer=None, **others):
     """Fit, and return what was learned, what all processes report, and what was exported."""
     model_options = {
-        key: others.pop(key) for key in ("granularity", "constraint", "options", "exclude") if key in others
+        key: others.pop(key)
+        for key in ("granularity", "constraint", "options", "exclude", "adapters", "replicated")
+        if key in others
     }
     model = make_model(folder, dtype, **model_options)
     merging = (method or partial(GradientMerging, optimizer=ADAM))(model, objective())
-    settings = {"strategy": ShardedStrategy(), "devices": ranks.count()} if ranks.count() > 1 else {}
+    strategy = ShardedStrategy() if isinstance(model, ShardedModel) else "ddp"
+    settings = {"strategy": strategy, "devices": ranks.count()} if ranks.count() > 1 else {}
     settings |= trainer() if trainer else {}
     export = ExportMergedWeights(folder / f"export{ranks.count()}")
     settings["callbacks"] = [*settings.get("callbacks", []), export]
     done = fit(merging, make_data(batch_size, dtype=dtype, **others), folder, steps, **settings)
     ranks.wait()
+    assert model.weights.gives_gradients == (getattr(model_options.get("options"), "engine", "merged") == "merged")
     return values(merging), float(done.callback_metrics["adapt/loss"]), load_file(export.dirpath / "merged.safetensors")
 
 
@@ -161,6 +174,8 @@ def guards():
     return {"callbacks": [CollapseGuard(window=2, disagreement=0.1), KeepBest(every=2)]}
 
 
+ADAPTED = {"stem": (4, 1, 2, 2), "blocks.0.up": (7, 16), "blocks.0.down": (16, 7), "blocks.1.up": (6, 16)}
+BESIDE = {"objective": Imitation, "options": EncoderOptions(engine="beside", checkpoint=True), "distribute": "tasks"}
 FRANK_WOLFE = {"constraint": "simplex"}
 CASES = {
     **{name: {"granularity": name} for name in GRANULARITIES},
@@ -172,6 +187,11 @@ CASES = {
     "accumulated": {"trainer": partial(dict, accumulate_grad_batches=2)},
     "two batches per step": {"objective": Imitation, "batches_per_step": 2, "counts": dict.fromkeys(EXPERTS, 17)},
     "excluded": {"objective": Imitation, "exclude": ["blocks.1.*", "scale"]},
+    "directions": {"granularity": "rank"},
+    "directions beside": {"granularity": "rank", **BESIDE},
+    "adapters": {"adapters": True, "granularity": "row"},
+    "adapters beside": {"adapters": True, "granularity": "row", **BESIDE},
+    "adapters beside, replicated": {"adapters": True, "granularity": "rank", "replicated": True, **BESIDE},
     "guards": {"objective": Imitation, "trainer": guards, "holdout": 0.4, "counts": {"red": 20, "green": 9, "blue": 5}},
 }
 FAST = ("chunk", "imitation, tasks")
@@ -207,9 +227,9 @@ def test_under_autocast_parts_agree_to_its_rounding(tmp_path):
         torch.testing.assert_close(part, whole, rtol=0, atol=5e-3)
 
 
-def exchanged(folder):
+def exchanged(folder, **options):
     """Count what the third step of a fit exchanges; also the sizes of coefficients and weights."""
-    model = make_model(folder, torch.float32, "row")
+    model = make_model(folder, torch.float32, "row", **options)
     traffic = Traffic()
     count = LambdaCallback(
         on_train_batch_start=lambda trainer, *_: traffic.__enter__() if trainer.global_step == 2 else None,
@@ -234,6 +254,32 @@ def test_weights_are_gathered_twice_gradients_reduced_once_and_of_coefficients_o
         assert found["allreduce_"] == coefficients + 4 * (len(EXPERTS) + 1)  # and a loss per task, and whether finite
         assert weights <= found["_reduce_scatter_base_"] <= 1.1 * weights  # rows are padded
         assert weights <= found["_allgather_base_"] <= 2.2 * weights  # the root's are kept from forward to backward
+
+
+@pytest.mark.slow
+def test_weights_beside_which_adapters_are_have_no_gradient_to_exchange(tmp_path):
+    options = {"options": EncoderOptions(engine="beside"), "adapters": True}
+    for found, coefficients, weights in run_ranks(partial(exchanged, tmp_path, **options), 2):
+        assert found["allreduce_"] == coefficients + 4 * (len(EXPERTS) + 1)
+        assert not found["_reduce_scatter_base_"]
+        assert found["_allgather_base_"] <= 2.2 * weights
+
+
+def bypassed(folder):
+    """Run blocks that use a weight without its module."""
+
+    def forward(block, x):
+        return x + block.down(functional.linear(block.norm(x), block.up.weight).tanh())
+
+    ToyBlock.forward = forward
+    with pytest.raises(InputError) as caught:
+        trained(folder, 4, adapters=True, options=EncoderOptions(engine="beside"))
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_weight_used_without_its_module_is_refused_beside(tmp_path):
+    assert all("cannot follow 'blocks.0.up.weight'" in said for said in run_ranks(partial(bypassed, tmp_path), 2))
 
 
 @pytest.mark.slow

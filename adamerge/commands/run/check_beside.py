@@ -52,9 +52,8 @@ def _run(encoder: nn.Module, modules: Mapping[str, Sequence[nn.Module]], data: U
     try:
         with torch.no_grad(), FakeTensorMode() as mode:
             fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors}
-            weights = {name: (fake[name], users) for name, users in modules.items()}
             inputs = tree_map(mode.from_tensor, inputs)
-            with swapped(encoder, fake), closing(Watch(weights)) as watch, watch:
+            with swapped(encoder, fake), closing(Watch(modules)) as watch, watch:
                 encoder(inputs) if isinstance(inputs, Tensor) else encoder(**of_network(inputs))
     except InputError:
         raise
