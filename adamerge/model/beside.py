@@ -200,11 +200,11 @@ def _pieces(coefficients: Tensor, segments: Sequence[Segment]) -> Pieces:
 
     To slice them segment by segment would cost a gradient (E, G) each.
     """
-    runs = sorted({(segment.first, segment.count) for segment in segments})
+    runs = sorted({(segment.first, segment.span) for segment in segments})
     sizes, keys, at = list[int](), list[tuple[int, int] | None](), 0
     for first, count in runs:
         if first < at:
-            return lambda segment: coefficients[:, segment.first : segment.first + segment.count]
+            return lambda segment: coefficients[:, segment.first : segment.first + segment.span]
         if first > at:
             sizes.append(first - at)
             keys.append(None)
@@ -213,7 +213,7 @@ def _pieces(coefficients: Tensor, segments: Sequence[Segment]) -> Pieces:
         at = first + count
     parts = coefficients.split([*sizes, coefficients.shape[1] - at], dim=1)
     found = {key: part for key, part in zip(keys, parts, strict=False) if key is not None}
-    return lambda segment: found[segment.first, segment.count]
+    return lambda segment: found[segment.first, segment.span]
 
 
 def _term(factors: Factors, segments: Sequence[Segment], pieces: Pieces) -> Term:

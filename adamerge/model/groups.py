@@ -29,7 +29,7 @@ class Segment(NamedTuple):
     directions: int = 0
 
     @property
-    def count(self) -> int:
+    def span(self) -> int:
         """Number of groups, of entries or of directions."""
         return self.directions or self.groups
 
@@ -60,7 +60,7 @@ class GroupIndex:
     def groups(self) -> dict[str, list[int]]:
         """Parameter name to the groups it uses, ascending."""
         return {
-            name: [segment.first + at for segment in segments for at in range(segment.count)]
+            name: [segment.first + at for segment in segments for at in range(segment.span)]
             for name, segments in self.segments.items()
         }
 

@@ -35,7 +35,7 @@ def merge_segment(target: Tensor, base: Tensor, factors: Factors, segment: Segme
     """
     width = factors.down.shape[1]
     rows = _rows(segment, width)
-    scales = scales_of(factors, segment, weights[segment.first : segment.first + segment.count].t())
+    scales = scales_of(factors, segment, weights[segment.first : segment.first + segment.span].t())
     up, down = scaled(factors, segment, scales)
     with exact_products():
         torch.addmm(base.view(-1, width)[rows], up, down, out=target.view(-1, width)[rows])

@@ -148,8 +148,8 @@ def transfer(coefficients: Coefficients, index: GroupIndex) -> Tensor:
     for name, segments in index.segments.items():
         own = coefficients.index.segments[name]
         if own and own[0].directions:
-            after, before = _directions(name, segments, own[0])
-            sums[:, after], counts[after] = old[:, before].double(), 1
+            new, former = _directions(name, segments, own[0])
+            sums[:, new], counts[new] = old[:, former].double(), 1
             continue
         entries = max((segment.stop for segment in segments), default=0)
         for start, stop in tiles(range(entries), CACHED):
@@ -159,7 +159,7 @@ def transfer(coefficients: Coefficients, index: GroupIndex) -> Tensor:
             counts += torch.bincount(after, minlength=index.size)
         for segment in segments:
             if segment.directions:
-                groups = slice(segment.first, segment.first + segment.count)
+                groups = slice(segment.first, segment.first + segment.span)
                 sums[:, groups], counts[groups] = sums[:, segment.first, None], counts[segment.first].clone()
     return (sums / counts.clamp(min=1)).to(old.dtype)
 
@@ -172,7 +172,7 @@ def _directions(name: str, segments: Sequence[Segment], old: Segment) -> tuple[s
             "(granularity=rank), which the new groups are not. Take the granularity and the experts that they have."
         )
     new = segments[0]
-    return slice(new.first, new.first + new.count), slice(old.first, old.first + old.count)
+    return slice(new.first, new.first + new.span), slice(old.first, old.first + old.span)
 
 
 def _group_ids(segments: Iterable[Segment], start: int, stop: int, device: torch.device) -> Tensor:

@@ -141,9 +141,10 @@ class ShardedWeights(WholeWeights):
         with ExitStack() as stack:
             own = {name: params.get(name, buffer) for name, buffer in buffers.items()}
             stack.enter_context(swapped(self._encoder, own, strict=False))
-            if self._updates is not None:
-                is_beside = isinstance(params, BesideLeaves)
-                stack.enter_context(self._updates.added(params.coefficients) if is_beside else self._updates.silent())
+            if self._updates is not None and isinstance(params, BesideLeaves):
+                stack.enter_context(self._updates.added(params.coefficients))
+            elif self._updates is not None:
+                stack.enter_context(self._updates.silent())
             yield
 
     def passes(

@@ -100,7 +100,7 @@ def by_group(values: Mapping[str, float | Tensor], index: GroupIndex, experts: i
     for name, segments in index.segments.items():
         value = torch.as_tensor(values[name], dtype=torch.float64).reshape(-1, 1)
         for segment in segments:
-            groups = slice(segment.first, segment.first + segment.count)
+            groups = slice(segment.first, segment.first + segment.span)
             sums[:, groups] += value * segment.outer * segment.inner
             weights[groups] += segment.outer * segment.inner
     return sums / weights

@@ -76,7 +76,8 @@ class TaskVectors:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the task vectors hold; mapped files count as none."""
-        return sum(kept.nbytes for kept in (*self.stacks.values(), *self._directions.values()))
+        stacks, directions = self.stacks.values(), self._directions.values()
+        return sum(stack.nbytes for stack in stacks) + sum(factors.nbytes for factors in directions)
 
     def add(self, name: str, experts: Iterable[Source], base: Tensor, transform: Prepared | None = None) -> None:
         """Form, or map, one parameter's task vectors.

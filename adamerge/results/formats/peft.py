@@ -95,7 +95,7 @@ def _updates(pool: ExpertPool, coefficients: Coefficients, network: nn.Module) -
             others.append(name)
             continue
         exact = factors.to(torch.device("cpu"), torch.float64)
-        scales = [scales_of(exact, s, values[:, s.first : s.first + s.count]) for s in segments]
+        scales = [scales_of(exact, s, values[:, s.first : s.first + s.span]) for s in segments]
         updates[name] = (module, LowRank(*scaled_whole(exact, segments, scales)))
     if others or not updates:
         raise InputError(
