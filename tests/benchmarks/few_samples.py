@@ -6,7 +6,7 @@ python tests/benchmarks/few_samples.py --output runs/few_texts --common backbone
 
 Prints accuracy by number of samples, means over the seeds, with the 95 % interval of the gain on the start (paired
 bootstrap over the scored samples), and draws few_samples.png. Cells that are done stay in the folder, where a run that
-was stopped goes on, seed by seed; a table of fewer seeds, rows or samples is made with their options.
+was stopped goes on, seed by seed.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 4, 16, 64, 256, _ALL], help="per task; 0: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
+    parser.add_argument("--show", action="store_true", help="make the table of what is done alone")
     parser.add_argument("--common", nargs="+", default=["trainer=cpu"], help="overrides of all rows")
     return parser.parse_args()
 
@@ -157,6 +158,8 @@ def main() -> None:
     cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for seed, samples, name in itertools.product(options.seeds, options.samples, options.rows):
         path = options.output / f"{name.replace(' ', '_')}-{samples or 'all'}-{seed}.json"
+        if options.show and not path.exists():
+            continue
         if not path.exists():
             try:
                 save_json(cell(name, samples, seed, options), path)
