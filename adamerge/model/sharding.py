@@ -8,8 +8,6 @@ and adds up and distributes their gradients. Parameters without dimensions canno
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
-from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +16,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from adamerge.data.batch import Inputs, Outputs
-from adamerge.errors import InputError
 from adamerge.model.beside import BesideLeaves, BesideWeights, Updates
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import (
-    BatchFacts,
     MicroBatch,
     embedding_width,
-    facts_of,
     grouped,
     members,
     swapped,
@@ -33,6 +28,7 @@ from adamerge.model.encoder import (
 from adamerge.model.groups import GroupIndex
 from adamerge.model.merge import PullBack, merge_into
 from adamerge.model.merged_model import MergedModel
+from adamerge.model.shared_batch import agreed
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.lazy import LazyTensors
 from adamerge.pool.part import PoolPart
@@ -151,7 +147,7 @@ class ShardedWeights(WholeWeights):
         self, inputs: Mapping[str, Inputs], micro_batch: MicroBatch
     ) -> tuple[Mapping[str, Inputs], list[list[str]]]:
         """Agree on the tasks of a step and the passes they share, by the largest batches of any process."""
-        shared, device = _agreed(inputs, self._width), self._pool.device
+        shared, device = agreed(inputs, self._width), self._pool.device
         passes = {task: inputs[task] if task in inputs else batch.stand_in(device) for task, batch in shared.items()}
         facts = {task: batch.facts for task, batch in shared.items()}
         return passes, grouped(facts, micro_batch, device.type == "cpu")
@@ -161,7 +157,7 @@ class ShardedWeights(WholeWeights):
         iterator = iter(batches)
         while True:
             batch = next(iterator, None)
-            shared = _agreed({} if batch is None else {batch[0]: batch[1]}, self._width)
+            shared = agreed({} if batch is None else {batch[0]: batch[1]}, self._width)
             if not shared:
                 return
             task, another = next(iter(shared.items()))
@@ -243,6 +239,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def _shard(encoder: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Cut an encoder's parameters, block by block, so that only one block is whole at a time."""
+    _materialize(encoder)
     for parameter in encoder.parameters():
         parameter.data = parameter.data.to(dtype).contiguous()
     whole = [
@@ -259,6 +256,17 @@ def _shard(encoder: nn.Module, dtype: torch.dtype, device: torch.device) -> None
     for module, name, parameter in whole:
         parameter.data = parameter.data.to(device)
         setattr(module, name, parameter)
+
+
+def _materialize(encoder: nn.Module) -> None:
+    """Give parameters without memory some, in which nothing is written; tied ones stay tied."""
+    empty: dict[nn.Parameter, nn.Parameter] = {}
+    for module in encoder.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.is_meta:
+                setattr(
+                    module, name, empty.setdefault(parameter, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+                )
 
 
 def _blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -280,66 +288,3 @@ def _entries(parameter: Tensor) -> range:
     rows, width = parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
     first = min(rows, ranks.rank() * -(-rows // ranks.count()))  # as torch.chunk cuts
     return range(first * width, first * width + parameter.to_local().numel())
-
-
-class SharedBatch(NamedTuple):
-    """What processes tell one another of a batch: its facts, and one sample of it.
-
-    Of the sample, whole numbers (token ids and masks, which must go together) have their values; other tensors are told
-    of as shape and dtype.
-    """
-
-    facts: BatchFacts
-    sample: Mapping[str, Tensor | tuple[tuple[int, ...], torch.dtype]]
-    is_mapping: bool
-
-    def stand_in(self, device: torch.device) -> Inputs:
-        """Return one sample that stands in for a batch: zeros, but for the whole numbers of a mapping."""
-        tensors = {
-            key: value.to(device)
-            if isinstance(value, Tensor)
-            else torch.zeros(1, *value[0], dtype=value[1], device=device)
-            for key, value in self.sample.items()
-        }
-        return tensors if self.is_mapping else tensors[""]
-
-
-def _shared(inputs: Inputs, width: int) -> SharedBatch:
-    is_mapping = not isinstance(inputs, Tensor)
-    tensors = {"": inputs} if isinstance(inputs, Tensor) else inputs
-    sample = {
-        key: tensor[:1].cpu()
-        if is_mapping and not tensor.is_floating_point()
-        else (tuple(tensor.shape[1:]), tensor.dtype)
-        for key, tensor in tensors.items()
-    }
-    return SharedBatch(facts_of(inputs, width), sample, is_mapping)
-
-
-def _agreed(inputs: Mapping[str, Inputs], width: int) -> dict[str, SharedBatch]:
-    """Return every process's tasks, in the same order on each, with the facts of their batches on all processes.
-
-    Tasks are of one kind where they are on every process; a process that lacks a task has another's sample of it.
-    """
-    by_rank = ranks.everyones({task: _shared(batch, width) for task, batch in inputs.items()})
-    shared: dict[str, SharedBatch] = {}
-    for task in dict.fromkeys(chain.from_iterable(by_rank)):
-        first = next(part[task] for part in by_rank if task in part)
-        batches = [part.get(task, first) for part in by_rank]
-        for batch in batches:
-            if not _alike(first, batch):
-                raise InputError(
-                    f"Task {task!r}: a sharded model needs inputs of one shape and dtype on all devices, found "
-                    f"{first.facts.kind} and {batch.facts.kind}. Give inputs of one shape."
-                )
-        kinds = tuple(batch.facts.kind for batch in batches)
-        sizes, entries = zip(*((batch.facts.size, batch.facts.entries) for batch in batches), strict=True)
-        shared[task] = first._replace(facts=BatchFacts(kinds, max(sizes), max(entries)))
-    return shared
-
-
-def _alike(one: SharedBatch, two: SharedBatch) -> bool:
-    """Whether two processes' batches are of one shape; those of mappings may differ in length, as texts do."""
-    if one.is_mapping and two.is_mapping:
-        return one.sample.keys() == two.sample.keys()
-    return one.facts.kind == two.facts.kind

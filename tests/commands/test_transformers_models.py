@@ -174,6 +174,21 @@ def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) ->
     assert any((learned[0][key] - tensor).abs().max() > 0.01 for key, tensor in base.items())
 
 
+@quiet_peft
+@pytest.mark.slow
+def test_two_processes_with_parts_of_the_base_learn_what_one_does(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    _adapters(tmp_path, "LlamaForCausalLM", "all-linear")
+    learned = []
+    parts = ("trainer=fsdp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2")
+    for options in ((), parts):
+        run = adapt(tmp_path, "text", "granularity=rank", "optimizer=sgd", "encoder.engine=beside", *options)
+        learned.append(load_file(run / "merged.safetensors"))
+        shutil.rmtree(tmp_path / "configs")
+        shutil.rmtree(run)
+    assert all(torch.allclose(learned[0][key], learned[1][key], rtol=0, atol=1e-6) for key in learned[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
 def test_merged_by_rules_and_with_transforms(name: str, tmp_path: Path) -> None:
