@@ -4,7 +4,7 @@ Legend: B samples, S positions, C classes, F features, N rows that count.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,6 +58,12 @@ class Outputs:
         tensor([[1., 0.]])
         """
         return self.logits.flatten(0, -2) if self.valid is None else select_valid(self.logits, self.valid)
+
+    def single(self) -> "Outputs":
+        """Return the same in single precision."""
+        logits, hidden = self.logits.float(), {name: value.float() for name, value in self.hidden.items()}
+        features = logits if self.features is self.logits else self.features
+        return replace(self, logits=logits, features=None if features is None else features.float(), hidden=hidden)
 
     def compact(self) -> "Outputs":
         """Return what counts alone: logits (N, C), and features and hidden states without padding.

@@ -176,8 +176,9 @@ def weights_of(options: EncoderOptions, encoder: nn.Module, pool: ExpertPool, in
         InputError: If it is to be beside the base, and cannot.
     """
     is_low_rank = any(pool.factors(name) is not None for name in pool.names)
-    if options.engine == "merged" or (options.engine == "auto" and (options.backend is not None or not is_low_rank)):
-        return WholeWeights(encoder, pool, index)
+    is_refused = options.backend is not None or options.dtype is not None or not is_low_rank
+    if options.engine == "merged" or (options.engine == "auto" and is_refused):
+        return WholeWeights(encoder, pool, index, options.dtype)
     try:
         return BesideWeights(encoder, pool, index)
     except InputError as error:

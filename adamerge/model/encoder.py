@@ -6,7 +6,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +38,9 @@ class EncoderOptions:
         engine: ``merged``: a step runs on merged weights. ``beside``: on the base's, and adapters (LoRA experts) are
             added beside them, without a gradient of a weight's size (:mod:`adamerge.model.beside`). ``auto``: beside
             where experts, granularity and options allow it.
+        compute_dtype: ``bfloat16``: merged weights with two or more dimensions are rounded to that after the merge has
+            summed in float32, and passes run under autocast, which then casts no weight. Gradients of the weights come
+            in it; what is summed over them, and coefficients, stay in float32.
 
     Raises:
         InputError: If an option has another value, or there is no compiler for ``compile``.
@@ -47,18 +50,30 @@ class EncoderOptions:
     channels_last: bool = False
     compile: bool | str = False
     engine: Literal["merged", "beside", "auto"] = "merged"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, bool):
             check_globs("encoder.checkpoint", self.checkpoint)
         check_choice("encoder.channels_last", self.channels_last, (True, False))
         check_choice("encoder.engine", self.engine, ("merged", "beside", "auto"))
+        check_choice("encoder.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        if self.engine == "beside" and self.dtype is not None:
+            raise InputError(
+                "encoder.compute_dtype: bfloat16 is of merged weights, and encoder.engine=beside merges none. Leave "
+                "one of the two out."
+            )
         if self.engine == "beside" and self.backend is not None:
             raise InputError(
                 "encoder.engine: compiled code does not follow beside. Set encoder.compile=false, or merged."
             )
         if self.backend is not None:
             _check_backend(self.backend)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype that merged weights are rounded to; None where they stay as they are computed."""
+        return torch.bfloat16 if self.compute_dtype == "bfloat16" else None
 
     @property
     def backend(self) -> str | None:
@@ -82,7 +97,7 @@ class Runner:
     """
 
     def __init__(self, encoder: nn.Module, options: EncoderOptions) -> None:
-        self._options = options
+        self._options, self.dtype = options, options.dtype
         self._names = [name for name, _ in encoder.named_modules() if name]
         self._recomputed = {
             name: functools.partial(checkpoint, encoder.get_submodule(name).forward, use_reentrant=False)
@@ -116,9 +131,16 @@ class Runner:
             inputs = _channels_last(inputs)
         hooks = self._hooks_of(tuple(hidden_layers))
         run, recomputed = (_run, {}) if plain else (self._run, self._recomputed)
-        with hooks.attached(encoder), _replaced(encoder, recomputed):
+        with hooks.attached(encoder), _replaced(encoder, recomputed), self._autocast(inputs):
             output, hidden = run(encoder, inputs, hooks.names, hooks.outputs)
         return output, hooks.chosen(hidden, size(inputs))
+
+    def _autocast(self, inputs: Inputs) -> AbstractContextManager[Any]:
+        """Return what passes run under: autocast to the dtype of the weights, or what the caller has set."""
+        if self.dtype is None:
+            return nullcontext()
+        tensor = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+        return torch.autocast(tensor.device.type, self.dtype)
 
     def _hooks_of(self, patterns: tuple[str, ...]) -> "Hooks":
         if patterns not in self._hooks:

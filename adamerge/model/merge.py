@@ -67,7 +67,8 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool | PoolPart, index: Gr
     """Write the merged parameters into existing tensors; allocates nothing of a model's size.
 
     Args:
-        out: Parameter name to contiguous tensor (*S) of ``pool.compute_dtype``, overwritten; only these are merged.
+        out: Parameter name to contiguous tensor (*S), overwritten; only these are merged. Sums are taken in
+            ``pool.compute_dtype``; a tensor of another dtype gets them rounded, by way of one parameter's worth.
         pool: Base and task vectors.
         index: The groups.
         values: Coefficients (E, G) on the pool's device.
@@ -75,7 +76,8 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool | PoolPart, index: Gr
     with _engine(pool.device) as threads:
         weights = values.t().contiguous()  # (G, E)
         for name, tensor in out.items():
-            base, target, segments = pool.base[name].view(-1), tensor.view(-1), index.segments[name]
+            base, segments = pool.base[name].view(-1), index.segments[name]
+            target = tensor.view(-1) if tensor.dtype == base.dtype else torch.empty_like(base)
             factors = merge_low_rank.factors_of(pool, name, segments)
             if factors is not None:
                 whole, segments = _divided(factors, segments)
@@ -84,6 +86,8 @@ def merge_into(out: Mapping[str, Tensor], pool: ExpertPool | PoolPart, index: Gr
                         merge_low_rank.merge_segment(target, base, factors, segment, weights)
             for tile in _tiles(segments, pool.device):
                 _merge_tile(target, base, pool.tile(name, tile.start, tile.stop, reuse=True), tile, weights)
+            if target.dtype != tensor.dtype:
+                tensor.view(-1).copy_(target)
 
 
 def pull_back(pool: ExpertPool, index: GroupIndex, gradients: Mapping[str, Tensor | None]) -> Tensor:
@@ -129,7 +133,7 @@ class PullBack:
                 whole, segments = _divided(factors, segments)
                 with use_threads(threads):
                     for segment in whole:
-                        merge_low_rank.pull_back_segment(self._sums, flat, factors, segment)
+                        merge_low_rank.pull_back_segment(self._sums, flat.to(self._sums), factors, segment)
             for tile in _tiles(segments, pool.device):
                 _pull_back_tile(self._sums, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
 
@@ -225,7 +229,7 @@ def _merge_tile(target: Tensor, base: Tensor, tau: Tensor, tile: Segment, weight
 
 def _pull_back_tile(result: Tensor, gradient: Tensor, tau: Tensor, tile: Segment) -> None:
     """Add one tile's inner products to ``result`` (G, E); ``tau`` is (E, entries of the tile)."""
-    piece = gradient[tile.start : tile.stop]
+    piece = gradient[tile.start : tile.stop].to(tau.dtype)
     result = result[tile.first : tile.first + tile.groups]
     if tile.groups == 1:
         torch.addmv(result[0], tau, piece, out=result[0])

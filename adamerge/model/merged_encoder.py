@@ -88,7 +88,8 @@ class MergedEncoder:
         if not torch.is_grad_enabled():
             return
         total = self._zero + loss
-        leaves = self._leaves if self._is_last else {}  # before the last, the gradients of the groups add up
+        # Before the last, the gradients of the groups add up; in bfloat16 they would lose what the first ones hold.
+        leaves = self._leaves if self._is_last or self._weights.dtype is not None else {}
         with self._pull_back.collect(leaves, self._on_gradient), torch.autocast(total.device.type, enabled=False):
             (total * self._scale).backward()
 

@@ -284,6 +284,8 @@ class MergedModel(nn.Module):
         output, hidden = self._runner(self.encoder, joined, hidden_layers, plain=plain)
         whole = self._read(output, joined)
         whole.hidden = {**whole.hidden, **hidden}
+        if self._runner.dtype is not None:
+            whole = whole.single()
         is_ambiguous = self.read is read_output and isinstance(output, Tensor)
         sizes = [size(batch) for batch in inputs.values()]
         return {

@@ -22,16 +22,22 @@ class WholeWeights:
         encoder: The network that lends its code.
         pool: Base and experts.
         index: The groups of the coefficients.
+        dtype: Of parameters with two or more dimensions; None: all are as the pool computes.
 
     Attributes:
+        dtype: As given.
         leaves: The merged parameters by name, which every merge overwrites.
         gives_gradients: Whether a step's backward pass gives the gradient of every merged parameter.
     """
 
     is_sharded = False
+    dtype: torch.dtype | None = None
     gives_gradients = True
 
-    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
+    def __init__(
+        self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex, dtype: torch.dtype | None = None
+    ) -> None:
+        self.dtype = dtype
         self._encoder, self._pool, self._index = encoder, pool, index
         self._fixed = [name for name, _ in encoder.named_parameters() if name in pool.fixed]
         self._width = embedding_width(encoder)
@@ -44,14 +50,17 @@ class WholeWeights:
     def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge with coefficients (E, G) into the tensors of the merge before, and return them as autograd leaves."""
         if not self.leaves:
-            self.leaves = {
-                name: torch.empty_like(self._pool.base[name]).requires_grad_() for name in self._names_of_leaves()
-            }
+            self.leaves = {name: self._leaf(self._pool.shapes[name]) for name in self._names_of_leaves()}
         for leaf in self.leaves.values():
             leaf.grad = None  # left over where a loss raised
         torch.clear_autocast_cache()  # it may hold the leaves' last values in half precision
         merge_into({name: leaf.detach() for name, leaf in self.leaves.items()}, self._pool, self._index, values)
         return self.leaves
+
+    def _leaf(self, shape: tuple[int, ...]) -> Tensor:
+        """Return an unwritten leaf; vectors are never rounded, as norms compute with them in float32."""
+        dtype = self.dtype if self.dtype is not None and len(shape) > 1 else self._pool.compute_dtype
+        return torch.empty(shape, dtype=dtype, device=self._pool.device).requires_grad_()
 
     def _names_of_leaves(self) -> Sequence[str]:
         """Return the parameters that are merged."""
@@ -74,7 +83,7 @@ class WholeWeights:
 
     def expert(self, expert: str, buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what the encoder runs on as the raw expert, with buffers; one model's memory."""
-        return self.read(self._pool.expert_parameters(expert).__getitem__, buffers, with_fixed=True)
+        return self.read(self._pool.expert_parameters(expert, self.dtype).__getitem__, buffers, with_fixed=True)
 
     def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Let the encoder run on parameters, and on buffers where ``params`` has none, while a block lasts."""

@@ -229,16 +229,17 @@ class ExpertPool:
         """Return an expert's own file, for what is not merged, such as its classifier."""
         return self._experts[expert]
 
-    def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
+    def expert_parameters(self, expert: str, dtype: torch.dtype | None = None) -> MutableMapping[str, Tensor]:
         """Return an expert's own parameters (never transformed), name to (*S) in ``compute_dtype``.
 
         Excluded parameters are its own too; the base's stand in for those that it lacks.
+        With a ``dtype`` those of two or more dimensions are in that; where the file's is the same, they stay mapped.
         Memory: one model, for as long as the caller keeps it; of a mapped pool one parameter.
         """
-        parameters = self.tensors_of(expert, (*self.base, *self.fixed))
+        parameters = self.tensors_of(expert, (*self.base, *self.fixed), dtype)
         return parameters if self.mapped else dict(parameters)
 
-    def tensors_of(self, expert: str, names: Sequence[str]) -> LazyTensors:
+    def tensors_of(self, expert: str, names: Sequence[str], dtype: torch.dtype | None = None) -> LazyTensors:
         """Return some of an expert's own parameters as :meth:`expert_parameters` does, each read when asked for."""
         checkpoint = self._experts[expert]
         present = set(checkpoint.keys)
@@ -246,7 +247,7 @@ class ExpertPool:
         def read(name: str) -> Tensor:
             key = self.keys.file_key(name)
             if key in present and checkpoint.spec(key)[0] == self.source.spec(key)[0]:
-                return self._read(checkpoint, name)
+                return self._read(checkpoint, name, dtype)
             return self.base[name] if name in self.base else self.fixed[name]
 
         return LazyTensors(read, tuple(names))
@@ -305,9 +306,10 @@ class ExpertPool:
             transform=self.transform if self.packed is None else self.packed.transform,
         )  # fmt: skip
 
-    def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+    def _read(self, checkpoint: Checkpoint, name: str, of_matrices: torch.dtype | None = None) -> Tensor:
         tensor = checkpoint.get(self.keys.file_key(name)).to(self.device)
-        return tensor.to(self.compute_dtype).contiguous() if tensor.is_floating_point() else tensor
+        dtype = of_matrices if of_matrices is not None and tensor.ndim > 1 else self.compute_dtype
+        return tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor
 
     def _tensors(self) -> MutableMapping[str, Tensor]:
         """Return an empty mapping for tensors of the base: they stay in it, or are read again each time."""

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adamerge import Coefficients, ExpertPool, InputError, merge
+from adamerge import Coefficients, ExpertPool, InputError, MergedModel, merge
+from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import Block, Chunk, Pattern
 from adamerge.model.merge import merge_into, pull_back
 from tests.support.toy import EXPERTS, make_toy, merge_by_formula, perturbed
@@ -313,3 +314,38 @@ def test_merge_coefficients_of_another_pool_are_refused(detach):
     for made_for, used_with in ((pool, POOL), (two_of_three, POOL), (renamed, POOL), (wider, narrow), (narrow, wider)):
         with pytest.raises(InputError, match=r"The coefficients were made for another pool: .*expected .*, found"):
             merge(used_with, Coefficients(made_for, "row"), detach=detach)
+
+
+def test_leaves_in_bfloat16_are_the_merge_rounded_and_gradients_sum_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(300, 200, generator=generator), "b": torch.randn(300, generator=generator)}
+    experts = {e: {n: t + 0.01 * torch.randn(t.shape, generator=generator) for n, t in base.items()} for e in "abc"}
+    pool = ExpertPool.from_state_dicts(base, experts)
+    chosen = Coefficients(pool, "layer", init=0.3)
+    exact = merge(pool, chosen)
+    rounded = {name: torch.empty_like(tensor, dtype=torch.bfloat16) for name, tensor in base.items()}
+    merge_into(rounded, pool, chosen.index, chosen().detach())
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in base)
+
+    noise = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+    gradients = {name: noise[name] + 20 * pool.task_vectors(name).sum(0) for name in base}
+    halves = {name: gradient.bfloat16() for name, gradient in gradients.items()}
+    found = pull_back(pool, chosen.index, halves)
+    torch.testing.assert_close(found, pull_back(pool, chosen.index, {n: g.float() for n, g in halves.items()}))
+    expected = pull_back(pool, chosen.index, gradients)
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_groups_of_a_step_do_not_add_up_in_bfloat16():
+    encoder = torch.nn.Linear(2, 2, bias=False)
+    pool = ExpertPool.from_state_dicts({"weight": torch.eye(2)}, {"a": {"weight": 2 * torch.eye(2)}})
+    heads = {task: torch.nn.Identity() for task in ("large", "small")}
+    options = EncoderOptions(compute_dtype="bfloat16")
+    model = MergedModel(encoder, pool, Coefficients(pool, "task"), heads, options=options)
+    with model.merged(torch.tensor([[0.5]]), micro_batch=1) as merged:
+        assert merged._leaves["weight"].dtype == torch.bfloat16
+        for inputs in merged.groups(dict.fromkeys(heads, torch.ones(1, 2))):
+            for task, outputs in merged(inputs).items():
+                assert outputs.logits.dtype == torch.float32
+                merged.backward(outputs.logits.sum() / (1 if task == "large" else 1024))
+    torch.testing.assert_close(merged.gradient, torch.tensor([[2 + 2 / 1024]]))

@@ -44,6 +44,7 @@ _WHEN_SHARDED = {  # option: what it may be where each device holds a part of th
     "pool.dtype": ((None, "float32"), _PACK),
     "transform._target_": ((None,), _PACK),
     "encoder.compile": ((None, False), "set false"),
+    "encoder.compute_dtype": ((None, "float32"), "set float32"),
     "method.ranking": ((None, "inner_product"), "set inner_product"),
     "teacher_cache": ((None,), "leave it out"),
 }

@@ -158,7 +158,9 @@ def build_pool(
     base = None if config.pool.get("base") else own_base(backbone, download=download)
     transform = build_optional(config, "transform")
     files = pool_of(config, backbone, base)
-    if for_export and transform is None:
+    is_half = OmegaConf.select(config, "encoder.compute_dtype") == "bfloat16"
+    streams = is_half and config.pool.get("storage") == "stream"
+    if transform is None and (for_export or streams) and not is_sharded(config):
         return files.open_mapped()
     return files.open(transform=transform, mapped=is_sharded(config))
 
