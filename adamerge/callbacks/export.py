@@ -102,7 +102,7 @@ class ExportMergedWeights(Callback):
         merged = pl_module.exported() if isinstance(pl_module, MergingMethod) else model.coefficients
         facts = None
         if not isinstance(merged, Coefficients):
-            merged = with_statistics(merged.items(), model.pool, statistics)
+            merged = dict(with_statistics(merged.items(), model.pool, statistics))
             facts = {"method": type(pl_module).__name__, "steps": trainer.global_step, "seed": recipe.get("seed")}
         self.files = export(
             model.pool,

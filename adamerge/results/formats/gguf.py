@@ -70,7 +70,7 @@ def _plain_network(source: Path, folder: Path, dtype: torch.dtype, out: Path) ->
     options: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(folder, **options)
     check_numbers(config.to_dict(), source)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     kind = auto._model_mapping[type(config)]
     check_size(kind, config)
     plain: Any = new_network(kind, config)
