@@ -45,7 +45,8 @@ def save_tensors(
         metadata: Strings for the file's header.
 
     Raises:
-        InputError: If the format, as it is read here, has no place for a dtype, or the disk none for the file.
+        InputError: If the format, as it is read here, has no place for a dtype, or the disk none for the file; or if
+            the tensors are not those of ``specs``.
         OSError: If the file cannot be written; an earlier one is then still there.
         RuntimeError: If what is read back differs from what was written.
     """
@@ -58,8 +59,9 @@ def save_tensors(
     with atomic_path(path) as temporary, temporary.open("w+b") as file:
         file.write(header)
         for name, tensor in tensors:
-            if (tuple(tensor.shape), tensor.dtype) != specs[name]:
-                raise ValueError(f"{name!r}: expected {specs[name]}, found {tuple(tensor.shape)}, {tensor.dtype}")
+            if (tuple(tensor.shape), tensor.dtype) != specs.get(name):
+                expected = specs.get(name, "no such tensor")
+                raise InputError(f"{path}: {name!r}: expected {expected}, found {tuple(tensor.shape)}, {tensor.dtype}.")
             begin, flat = begins.pop(name), tensor.detach().cpu().contiguous().reshape(-1)
             for piece in flat.view(torch.uint8).split(_PIECE):
                 data = piece.numpy().data
@@ -69,7 +71,7 @@ def save_tensors(
                     raise RuntimeError(f"{path}: the tensor {name!r} is read back differently. Is the disk sound?")
                 begin += len(data)
         if begins:
-            raise ValueError(f"{path}: {shorten(begins)} never came")
+            raise InputError(f"{path}: expected a tensor {shorten(begins)} too, which did not come.")
 
 
 def nbytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:

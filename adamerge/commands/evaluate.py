@@ -68,6 +68,7 @@ def _evaluate_run(
     from adamerge.commands.run.processes import device_of
     from adamerge.commands.run.recorded import check_config, check_pool
     from adamerge.commands.run.run import assemble
+    from adamerge.commands.run.start_rules import is_merged
     from adamerge.data.corruptions import read_corruptions
     from adamerge.results.evaluation import summary
     from adamerge.results.scoring import MergeResult, score_run
@@ -89,7 +90,7 @@ def _evaluate_run(
     if chosen:
         _evaluate_corrupted(run_dir, assembly, result, chosen, as_json=as_json)
         return
-    options = {"references": True, "from_start": config.get("start") is not None}
+    options = {"references": True, "from_start": is_merged(config)}
     rows = score_run(assembly.model, assembly.data, result, assembly.batch_norm, **options)
     content = summary(rows, assembly.data.protocol, assembly.data.unreadable_evaluation())
     if not checkpoint:

@@ -4,7 +4,7 @@ What decides the result goes into ``merge.json``; running that recipe again give
 imported where it is used, so that options that are wrong do not wait for it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,6 @@ from adamerge.errors import InputError
 from adamerge.system import progress
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from adamerge.commands.run.run import Assembly
     from adamerge.model.batch_norm import BatchNormPolicy
     from adamerge.pool.pool_file import PoolFiles
@@ -125,15 +123,11 @@ def run(
         "uses_data": needs_data,
         "uses_labels": bool(getattr(rule, "uses_labels", False)),
     }
-
-    def timed(tensors: "Iterable[tuple[str, Tensor]]") -> "Iterator[tuple[str, Tensor]]":
-        yield from tensors
-        recipe.update(recipes.command_facts(watch.seconds()))
-
     with progress.phase(f"Merging: {type(rule).__name__}", len(pool.names), "tensors") as advance:
         tensors = merged_tensors(pool, rule, model=model, data=data, on_parameter=lambda _: advance(1))
         tensors = policy.complete(tensors, model, pool, data)
-        written = export(pool, timed(tensors), folder, facts=decided, recipe=recipe, **extras)
+        tensors = recipes.timed(tensors, recipe, watch)
+        written = export(pool, tensors, folder, facts=decided, recipe=recipe, **extras)
     (folder / PAGE).unlink(missing_ok=True)  # of another merge, which this one replaces
     return written
 

@@ -53,8 +53,7 @@ class UnlabeledTasks(LightningDataModule):
             64 inputs; see ``NeverWorse`` and ``KeepBest``.
         views: Random views that replace the images to adapt on (not those held out or scored); None for
             the images themselves.
-        group_by_length: Whether texts of similar length share a batch, so that less of it is padding; all are tokenized
-            once to know.
+        group_by_length: Whether texts with similarly many tokens, which are counted first, share a batch.
         seed: Seed of splits, samples and orders.
         num_workers: Processes that load data; 0 loads in the main one.
         prefetch: Steps whose inputs are loaded ahead, by each process or, without any, by a thread; 0 loads them when

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adamerge.errors import check_choice, check_number
 from adamerge.merges import Merged
+from adamerge.pool.pack import own_task_vectors
 from adamerge.pool.pool import ExpertPool
 from adamerge.pool.tiles import READ, tiles
 from adamerge.transforms.protocol import Prepared, total
@@ -71,6 +72,6 @@ def _pieces(pool: ExpertPool, name: str, elected: Prepared) -> Iterator[tuple[sl
         for where, tile in pool.pieces(name):
             yield where, elected(name, tile.clone())  # what is stored stays as it is
     else:
-        stack = elected(name, pool.own_task_vectors(name)).reshape(len(pool.expert_names), -1)
+        stack = elected(name, own_task_vectors(pool, name)).reshape(len(pool.expert_names), -1)
         for start, stop in tiles(range(stack.shape[1]), READ // len(stack)):
             yield slice(start, stop), stack[:, start:stop]

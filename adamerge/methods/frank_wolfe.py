@@ -259,6 +259,7 @@ class FrankWolfeMerging(MergingMethod):
             ("method.mode=soft", mode == "soft"),
             ("method.average_gradients=true", averages),
             (f"method.vertex_scale={scale}", scale != 1),
+            ("encoder.compute_dtype=bfloat16", self.model.weights.dtype is not None),
             ("encoder.engine=beside", not self.model.weights.gives_gradients),
             (f"several groups in {next(iter(several), None)!r}", bool(several)),
         ):

@@ -128,7 +128,7 @@ class Coefficients(nn.Module):
             differing = set(self._shapes.items()) ^ set(pool.shapes.items())
             name = min(name for name, _ in differing)
             problem = f"{name!r}: expected the shape {pool.shapes.get(name)}, found {self._shapes.get(name)}"
-        elif self.index.directions and granularities.index_of(self.granularity, pool) != self.index:
+        elif isinstance(self.granularity, granularities.Rank) and self.granularity.groups(pool) != self.index:
             problem = "its experts have other ranks"
         if problem:
             raise InputError(f"The coefficients were made for another pool: {problem}. Make them anew for this pool.")

@@ -193,12 +193,16 @@ class Rank:
 
     def of(self, pool: ExpertPool) -> GroupIndex:
         """Return the groups of a pool's experts; their directions are found here, and kept in the pool."""
-        factors = {name: pool.factors(name) for name in pool.names}
-        index = self._index(pool.shapes, {name: max(f.ranks) for name, f in factors.items() if f is not None})
+        index = self.groups(pool)
         kept = {name: pool.factors(name, count) for name, count in index.directions.items()}
         if self.ranks is not None:
             _tell_kept({name: f for name, f in kept.items() if f is not None}, pool)
         return index
+
+    def groups(self, pool: ExpertPool) -> GroupIndex:
+        """Return the groups alone; no direction is looked for."""
+        factors = {name: pool.factors(name) for name in pool.names}
+        return self._index(pool.shapes, {name: max(f.ranks) for name, f in factors.items() if f is not None})
 
     def _index(self, shapes: Shapes, ranks: Mapping[str, int]) -> GroupIndex:
         segments, labels, first = {}, {}, 0

@@ -131,9 +131,10 @@ class PullBack:
             factors = merge_low_rank.factors_of(pool, name, segments)
             if factors is not None:
                 whole, segments = _divided(factors, segments)
+                whole_gradient = flat.to(self._sums)
                 with use_threads(threads):
                     for segment in whole:
-                        merge_low_rank.pull_back_segment(self._sums, flat.to(self._sums), factors, segment)
+                        merge_low_rank.pull_back_segment(self._sums, whole_gradient, factors, segment)
             for tile in _tiles(segments, pool.device):
                 _pull_back_tile(self._sums, flat, pool.tile(name, tile.start, tile.stop, reuse=True), tile)
 

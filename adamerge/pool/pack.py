@@ -96,10 +96,16 @@ def _dtype_of(pool: ExpertPool, name: str, dtype: torch.dtype) -> torch.dtype:
     return pool.compute_dtype if dtype == torch.int8 and not takes_int8(pool.shapes[name]) else dtype
 
 
+def own_task_vectors(pool: ExpertPool, name: str) -> Tensor:
+    """Return the task vectors of one parameter (E, *S), in memory of their own that a transform may overwrite."""
+    task_vectors = pool.task_vectors(name)
+    return task_vectors if pool.storage == "stream" else task_vectors.clone()
+
+
 def _tiles(pool: ExpertPool, name: str, prepared: Prepared | None) -> Iterator[tuple[int, Tensor]]:
     """Yield a parameter's task vectors on the CPU in tiles (E, entries) of whole rows, and the first row of each."""
     if prepared is not None and not prepared.elementwise:
-        yield 0, prepared(name, pool.own_task_vectors(name)).reshape(len(pool.expert_names), -1).cpu()
+        yield 0, prepared(name, own_task_vectors(pool, name)).reshape(len(pool.expert_names), -1).cpu()
         return
     width = max(1, matrix_shape(pool.shapes[name])[1])
     for where, tile in pool.pieces(name, multiple=width):

@@ -180,11 +180,6 @@ class ExpertPool:
         """Return the task vectors of one parameter, (E, *S) in ``compute_dtype``."""
         return self.tile(name, 0, self.base[name].numel()).view(-1, *self.shapes[name])
 
-    def own_task_vectors(self, name: str) -> Tensor:
-        """Return the same as :meth:`task_vectors`, in memory of its own that may be overwritten."""
-        task_vectors = self.task_vectors(name)
-        return task_vectors if self.storage == "stream" else task_vectors.clone()
-
     def tile(self, name: str, start: int, stop: int, *, reuse: bool = False) -> Tensor:
         """Return entries ``start:stop`` of a flattened parameter's task vectors, (E, stop - start).
 
@@ -203,12 +198,9 @@ class ExpertPool:
         return tile
 
     def factors(self, name: str, directions: int = 0) -> Factors | None:
-        """Return a parameter's task vectors as products of thin matrices.
+        """Return a parameter's task vectors as products of thin matrices, where all experts came so; else None.
 
-        Args:
-            name: The parameter.
-            directions: 0 for the products that all experts came as, None where one did not; else so many leading
-                directions of each expert's singular value decomposition, the strongest first, which the pool keeps.
+        With ``directions`` so many of each expert's singular ones, the strongest first; they are kept.
         """
         vectors = self._task_vectors
         return vectors.directions(name, directions, self.base[name]) if directions else vectors.factors(name)
@@ -241,8 +233,7 @@ class ExpertPool:
 
     def tensors_of(self, expert: str, names: Sequence[str], dtype: torch.dtype | None = None) -> LazyTensors:
         """Return some of an expert's own parameters as :meth:`expert_parameters` does, each read when asked for."""
-        checkpoint = self._experts[expert]
-        present = set(checkpoint.keys)
+        checkpoint, present = self._experts[expert], set(self._experts[expert].keys)
 
         def read(name: str) -> Tensor:
             key = self.keys.file_key(name)

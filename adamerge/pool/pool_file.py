@@ -126,10 +126,7 @@ class PoolFiles:
         return ExpertPool.from_files(self.base.file, self._expert_files, **{**stated, **options})
 
     def open_mapped(self, **options: Any) -> ExpertPool:
-        """Open the pool and keep nothing of it in memory, where that gives the same bits: not of rounded task vectors.
-
-        For passes that read each parameter once or twice.
-        """
+        """Open the pool for passes that read each parameter once: nothing stays in memory, unless rounding is asked."""
         is_rounded = self.task_vectors is None and {**self.options, **options}["dtype"] is not None
         return self.open(**options) if is_rounded else self.open(**{**options, "storage": "auto", "mapped": True})
 

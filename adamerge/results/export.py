@@ -134,10 +134,11 @@ def _write_coefficients(
     if statistics:
         facts["batch_norm"] = MemoryCheckpoint(FILE, statistics).sha256()
         files["batch_norm"] = beside
+    _write_checkpoint(path, pool, finite, json.dumps(facts))
+    if statistics:
         save_statistics(statistics, beside, {"coefficients": facts["coefficients"]})
     else:
         beside.unlink(missing_ok=True)  # of an earlier export
-    _write_checkpoint(path, pool, finite, json.dumps(facts))
     save_coefficients(coefficients, files["coefficients"], pool)
     return files
 

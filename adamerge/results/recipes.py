@@ -1,7 +1,7 @@
 """Recipes: what a command was given and how it ran, in a JSON file that runs it again."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from adamerge.errors import InputError
 from adamerge.pool.describe import describe
+from adamerge.system.progress import Stopwatch
 from adamerge.system.reading import read_json_mapping
 
 PLACES = ("run_dir", "resume", "cwd", "command", "job", "logger.")  # options, or their starts: where and how a run runs
@@ -22,6 +23,14 @@ def command_facts(seconds: float) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds": seconds,
     }
+
+
+def timed(
+    tensors: Iterable[tuple[str, torch.Tensor]], recipe: dict[str, Any], watch: Stopwatch
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on what is merged while it is written, and put the facts of the command into its recipe after the last."""
+    yield from tensors
+    recipe |= command_facts(watch.seconds())
 
 
 def method_facts(method: object, objective: object, optimizer: object) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def keep_largest(values: Tensor, count: int) -> None:
     Memory: one copy of the values.
     """
     magnitudes, least = values.abs(), len(values) - count
+    if magnitudes.dtype == torch.bfloat16:
+        magnitudes = magnitudes.float()  # numpy has no bfloat16; the order is the same
     if least <= 0:
         return
     if magnitudes.device.type == "cpu":  # numpy selects five times faster than torch

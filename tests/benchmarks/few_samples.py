@@ -13,6 +13,7 @@ import argparse
 import itertools
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).parents[2]))
 from adamerge.commands.run import starting
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.run import Assembly, adapt

@@ -102,9 +102,11 @@ def test_tasks_without_an_expert_are_not_proved(toy, tmp_path, caplog):
 
 
 def test_agreement_may_fall_by_chance_only_and_divergence_not_at_all():
-    start = Agreement(agreement=0.9, kl=0.2, rows=100)  # the standard error is 0.03
-    assert Agreement(0.88, 0.1, 100).is_better_than(start)
-    assert not Agreement(0.86, 0.1, 100).is_better_than(start)
+    start = Agreement(agreement=0.9, kl=0.2, rows=100)  # the standard error of a difference is 0.047
+    assert Agreement(0.86, 0.1, 100).is_better_than(start)
+    assert not Agreement(0.85, 0.1, 100).is_better_than(start)
+    assert Agreement(17 / 18, 0.1, 18).is_better_than(Agreement(1.0, 0.2, 18))
+    assert not Agreement(15 / 18, 0.1, 18).is_better_than(Agreement(1.0, 0.2, 18))
     assert not Agreement(0.95, 0.2, 100).is_better_than(start)
 
 

@@ -48,7 +48,7 @@ def ok(*arguments: str) -> None:
 
 def adapt(folder: Path, kind: str, *overrides: str) -> Path:
     """Adapt the folders ``base``, ``one`` and ``two`` in a folder to items of a kind; return the run's folder."""
-    (folder / "configs" / "data").mkdir(parents=True)
+    (folder / "configs" / "data").mkdir(parents=True, exist_ok=True)
     (folder / "configs" / "data" / "items.yaml").write_text(DATA.format(kind=kind))
     ok(
         "adapt",
@@ -175,6 +175,18 @@ def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) ->
 
 
 @quiet_peft
+@pytest.mark.slow
+def test_run_from_a_rules_merge_is_gone_on_with_and_leaves_a_folder(tmp_path: Path) -> None:
+    save_family("LlamaForCausalLM", tmp_path)
+    options = ["start=auto", "init=0", "trainer.precision=auto", "resume=auto", f"run_dir={tmp_path / 'run'}"]
+    run = adapt(tmp_path, "text", *options)
+    written = (run / "merged.safetensors").read_bytes()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (run / "start").iterdir()}
+    assert (run / "model" / "config.json").is_file()
+    adapt(tmp_path, "text", *options)
+    assert (run / "merged.safetensors").read_bytes() == written
+
+
 @pytest.mark.slow
 def test_two_processes_with_parts_of_the_base_learn_what_one_does(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

@@ -77,7 +77,7 @@ def check(config: DictConfig) -> list[str]:
     if "backbone" in parts:
         with problems.naming("pool"):
             parts["headers"] = check_pool(config, parts["backbone"], problems, parts.get("transform"))
-            problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"))
+            problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"), parts.get("encoder"))
             problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
         with problems.naming("data"):
             parts["data"] = build_data(config, parts["backbone"], problems)
@@ -88,12 +88,17 @@ def check(config: DictConfig) -> list[str]:
     check_callbacks(config, parts, problems)
     with problems.naming("first_stage"):
         _check_first_stage(config, parts, problems)
+    _check_tasks(config, parts, problems)
+    return problems
+
+
+def _check_tasks(config: DictConfig, parts: dict[str, Any], problems: Problems) -> None:
+    """Look at the tasks' inputs, and forecast what texts and teachers take."""
     with problems.naming("data"):
         check_tasks(config, parts, problems)
     with problems.naming("teachers"):
         build_optional(config, "teachers")
         problems += [] if problems else forecast_texts(config, parts)
-    return problems
 
 
 def unknown_keys(config: DictConfig) -> list[str]:
@@ -224,7 +229,7 @@ def check_trainer(config: DictConfig) -> None:
             "trainer.devices=2."
         )
     check_number("trainer.num_nodes", num_nodes, 1, whole=True)
-    if str(precision := options.get("precision") or "32-true") not in (*_PRECISIONS, *_SHORT):
+    if str(precision := options.get("precision") or "32-true") not in ("auto", *_PRECISIONS, *_SHORT):
         raise InputError(
             f"trainer.precision: expected auto or one of {', '.join(_PRECISIONS)}, found {precision}. In all of them "
             "coefficients stay float32; the mixed ones compute the encoder in half precision."

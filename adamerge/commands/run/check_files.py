@@ -94,14 +94,20 @@ def _packed_problems(path: Path | HubReference, headers: Headers, options: PoolO
     return problems
 
 
-def forecast_problems(shapes: Mapping[str, tuple[int, ...]], folder: Path | None) -> list[str]:
+def forecast_problems(
+    shapes: Mapping[str, tuple[int, ...]], folder: Path | None, options: EncoderOptions | None
+) -> list[str]:
     """Say where the merged parameters are too large for the memory, or the disk of ``folder``, that is free."""
     problems = []
     model_bytes = 4 * sum(math.prod(shape) for shape in shapes.values())
-    if 3 * model_bytes > free_memory():
+    options = options or EncoderOptions()
+    # Beside the base nothing is merged but what is small; auto may mean that.
+    merged = 0 if options.engine != "merged" else 2 * model_bytes // (1 if options.dtype is None else 2)
+    if model_bytes + merged > free_memory():
         problems.append(
-            f"Memory: merging needs about {size(3 * model_bytes)} (base, merged weights and their gradients) "
-            f"besides activations; {size(free_memory())} are free. Close other programs or use a larger machine."
+            f"Memory: merging needs about {size(model_bytes + merged)} (base, merged weights and their gradients) "
+            f"besides activations; {size(free_memory())} are free. Close other programs, use a larger machine, or see "
+            "encoder.compute_dtype and, with LoRA experts, encoder.engine=beside."
         )
     if folder is not None and shutil.disk_usage(folder).free < 2 * model_bytes:
         problems.append(f"Disk: {folder} has less than the {size(2 * model_bytes)} free that an export may need.")

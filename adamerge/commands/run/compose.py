@@ -21,7 +21,6 @@ from omegaconf.errors import InterpolationResolutionError
 
 from adamerge.commands.run.imports import TRUST, announce, check_listed
 from adamerge.commands.run.named_pools import quoted, register_resolvers, with_pool_files
-from adamerge.commands.run.precision import settled
 from adamerge.commands.run.shipped import CONFIG_MODULE, CONFIG_NAME, rule_names, shipped_folder
 from adamerge.commands.run.yaml_files import prepare_hydra
 from adamerge.errors import InputError, did_you_mean
@@ -211,13 +210,13 @@ def _readable(override: str, *, is_sweep: bool) -> str:
 
 
 def expanded(config: DictConfig) -> DictConfig:
-    """Put in a pool file's content and what ``auto`` means, and leave out the experts of tasks that are to be unseen.
+    """Put in a pool file's content, and leave out the experts of tasks that are to be unseen.
 
     Raises:
         FileNotFoundError: If there is no such pool file.
         InputError: If it is no pool file, or the configuration names a base or experts besides.
     """
-    config = settled(_with_pool_file(config))
+    config = _with_pool_file(config)
     data, pool = config.get("data"), config.get("pool")
     unseen = data.get("unseen") if isinstance(data, DictConfig) else None
     if isinstance(unseen, ListConfig) and isinstance(pool, DictConfig):

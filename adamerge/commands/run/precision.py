@@ -4,6 +4,8 @@ import logging
 
 from omegaconf import DictConfig, OmegaConf
 
+from adamerge.system import ranks
+
 log = logging.getLogger(__name__)
 
 
@@ -14,7 +16,8 @@ def settled(config: DictConfig) -> DictConfig:
     than float32.
     """
     if str(OmegaConf.select(config, "trainer.precision")) == "auto":
-        config.trainer.precision, reason = _precision_here(str(OmegaConf.select(config, "trainer.accelerator")))
+        accelerator = str(OmegaConf.select(config, "trainer.accelerator"))
+        config.trainer.precision, reason = ranks.of_first(_precision_here(accelerator))
         log.info("trainer.precision: auto is %s here: %s.", config.trainer.precision, reason)
     return config
 

@@ -19,7 +19,7 @@ from adamerge.callbacks.checkpoint_io import write_atomically
 from adamerge.callbacks.elapsed import Elapsed, seconds_of
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.callbacks.progress import MergingProgress
-from adamerge.commands.run.build import build, build_init, build_optional, build_tasks, pool_of
+from adamerge.commands.run.build import build, build_optional, build_tasks, pool_of
 from adamerge.commands.run.folder import (
     CONFIG_FILE,
     LAST,
@@ -29,29 +29,27 @@ from adamerge.commands.run.folder import (
     plain,
     save_config,
 )
+from adamerge.commands.run.precision import settled
 from adamerge.commands.run.processes import is_sharded, trainer_options
 from adamerge.commands.run.recorded import check_start
-from adamerge.commands.run.stages import STAGE, START, first_stage, start_file
+from adamerge.commands.run.stages import STAGE, START, coefficients_of, first_stage
 from adamerge.commands.run.start_rules import is_merged
 from adamerge.data.batch import described
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import GuardError, InputError, NonfiniteError, shorten
 from adamerge.methods.method import MergingMethod
 from adamerge.model.batch_norm import BatchNormPolicy
-from adamerge.model.coefficients import Coefficients, load_coefficients, save_coefficients
-from adamerge.model.granularity import index_of
+from adamerge.model.coefficients import save_coefficients
 from adamerge.model.merged_model import MergedModel
-from adamerge.model.refinement import Refinement, transfer
 from adamerge.model.sharding import ShardedModel
 from adamerge.model.teacher_files import TeacherFiles
-from adamerge.pool.describe import describe
 from adamerge.pool.pool import ExpertPool
 from adamerge.results.evaluation import summary
 from adamerge.results.report.record import costs_of
 from adamerge.results.report.write import report_run
 from adamerge.results.scoring import MergeResult, score_run
 from adamerge.system import progress, ranks
-from adamerge.system.files import ensure_writable, save_json, sha256
+from adamerge.system.files import ensure_writable, save_json
 from adamerge.system.memory import peak_memory
 from adamerge.system.progress import Stopwatch
 from adamerge.system.reading import read_json_mapping
@@ -88,7 +86,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
         InputError: If something does not fit; the message names the option.
     """
     if of is not None:
-        coefficients, start = _coefficients(config, of.pool)
+        coefficients, start = coefficients_of(config, of.pool)
         options = build_optional(config, "encoder")
         readers = of.model.read, of.model.valid
         model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options, *readers)
@@ -101,7 +99,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     experts = {name: pool.checkpoint(name) for name in pool.expert_names}
     heads = backbone.heads(pool.source, experts, data.tasks)
     encoder = backbone.encoder()
-    coefficients, start = _coefficients(config, pool)
+    coefficients, start = coefficients_of(config, pool)
     teachers = {name: task.expert for name, task in data.tasks.items() if task.expert and name not in data.unseen}
     kind = ShardedModel if is_sharded(config) else MergedModel
     options, readers = build_optional(config, "encoder"), (read_of(backbone), valid_of(backbone))
@@ -114,34 +112,6 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     batch_norm: BatchNormPolicy = build(config, "batch_norm")
     batch_norm.start(model)
     return Assembly(backbone, data, pool, heads, model, start, batch_norm)
-
-
-def _coefficients(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, dict[str, Any]]:
-    """Make a run's coefficients, and the record of where they start if they start from others.
-
-    After a first stage ``init`` stays what anchors refer to: the loss of both stages is the same.
-    """
-    granularity, constraint = build(config, "granularity"), build(config, "constraint")
-    init, path = build_init(config), start_file(config)
-    if path is None:
-        return Coefficients(pool, granularity, init, constraint), {}
-    if not path.is_file():
-        hint = f"The run's first stage has not ended: go on with adamerge adapt resume={config.run_dir}, or export it."
-        raise InputError(f"{path}: no such file, to start from. {hint if config.get('first_stage') else 'Check init.'}")
-    of_stage = OmegaConf.select(config, "first_stage.granularity._target_") is not None
-    learned_granularity = build(config, "first_stage.granularity") if of_stage else granularity
-    learned = load_coefficients(path, pool, learned_granularity)
-    if isinstance(granularity, Refinement):
-        granularity = granularity.refine(pool, learned)
-    index = index_of(granularity, pool)
-    values = transfer(learned, index)
-    if isinstance(init, str) and init.endswith(".json"):
-        init = values if Path(init) == path else transfer(load_coefficients(Path(init), pool, granularity), index)
-    coefficients = Coefficients(pool, granularity, init, constraint)
-    coefficients.warm_start(values)
-    inside = path.is_relative_to(str(config.run_dir))
-    name = str(path.relative_to(str(config.run_dir)) if inside else path)
-    return coefficients, {"start": {"file": name, "sha256": sha256(path), "granularity": describe(granularity)}}
 
 
 def build_pool(
@@ -185,6 +155,7 @@ def adapt(
             callback stopped the run for a ``reason``.
         SystemExit: If the run was stopped by a signal and saved.
     """
+    config = settled(config)
     if resume and not is_started(folder):
         log.info("%s: nothing was saved before the run was stopped, so it starts from the beginning.", folder)
     first = first_stage(config) if first is None else first

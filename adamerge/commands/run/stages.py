@@ -1,10 +1,18 @@
-"""Runs of two stages: the configuration of the first, and which of the two a run folder stands in."""
+"""Runs of two stages: the configuration of the first, what the second starts from, and in which a run stands."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from adamerge.commands.run.build import build, build_init
 from adamerge.errors import InputError, did_you_mean
+from adamerge.model.coefficients import Coefficients, load_coefficients
+from adamerge.model.granularity import index_of
+from adamerge.model.refinement import Refinement, transfer
+from adamerge.pool.describe import describe
+from adamerge.pool.pool import ExpertPool
+from adamerge.system.files import sha256
 
 STAGE = Path("stage_1")  # the first stage's folder, in the run's
 START = "start.json"  # what the second stage starts from; that it is there says that the first has ended
@@ -54,6 +62,34 @@ def start_file(config: DictConfig) -> Path | None:
         return Path(str(config.run_dir)) / START
     init = config.get("init")
     return Path(init) if isinstance(init, str) and init.endswith(".json") else None
+
+
+def coefficients_of(config: DictConfig, pool: ExpertPool) -> tuple[Coefficients, dict[str, Any]]:
+    """Make a run's coefficients, and the record of where they start if they start from others.
+
+    After a first stage ``init`` stays what anchors refer to: the loss of both stages is the same.
+    """
+    granularity, constraint = build(config, "granularity"), build(config, "constraint")
+    init, path = build_init(config), start_file(config)
+    if path is None:
+        return Coefficients(pool, granularity, init, constraint), {}
+    if not path.is_file():
+        hint = f"The run's first stage has not ended: go on with adamerge adapt resume={config.run_dir}, or export it."
+        raise InputError(f"{path}: no such file, to start from. {hint if config.get('first_stage') else 'Check init.'}")
+    of_stage = OmegaConf.select(config, "first_stage.granularity._target_") is not None
+    learned_granularity = build(config, "first_stage.granularity") if of_stage else granularity
+    learned = load_coefficients(path, pool, learned_granularity)
+    if isinstance(granularity, Refinement):
+        granularity = granularity.refine(pool, learned)
+    index = index_of(granularity, pool)
+    values = transfer(learned, index)
+    if isinstance(init, str) and init.endswith(".json"):
+        init = values if Path(init) == path else transfer(load_coefficients(Path(init), pool, granularity), index)
+    coefficients = Coefficients(pool, granularity, init, constraint)
+    coefficients.warm_start(values)
+    inside = path.is_relative_to(str(config.run_dir))
+    name = str(path.relative_to(str(config.run_dir)) if inside else path)
+    return coefficients, {"start": {"file": name, "sha256": sha256(path), "granularity": describe(granularity)}}
 
 
 def running_stage(folder: Path) -> Path:

@@ -74,6 +74,8 @@ def start(config: DictConfig, command: Sequence[str], *, as_json: bool) -> None:
         return
     stored = run_folder.look_at_config(folder)  # which must say what the command says, and is not built
     stored.job = config.job
+    if config.trainer.get("precision") == "auto":  # a run goes on as it has begun
+        config.trainer.precision = stored.trainer.get("precision")
     changed = run_folder.differing(run_folder.plain(config), run_folder.plain(as_given(stored)))
     if changed:
         raise InputError(

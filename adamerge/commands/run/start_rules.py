@@ -1,20 +1,22 @@
 """What the option ``start`` names: rules of `adamerge merge`, checked before anything is read."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from adamerge.backbones.file_names import path_of
 from adamerge.commands.run import processes
 from adamerge.commands.run.build import build
 from adamerge.commands.run.shipped import rule_node
 from adamerge.errors import InputError
 from adamerge.pool.adapter_config import CONFIG as ADAPTER
+from adamerge.system import ranks
 
-AUTO = (  # what start=auto chooses among
+AUTO = (  # what start=auto chooses among: rules that read the samples would be judged by what they were fitted to
     *(f"task_arithmetic coefficient={coefficient}" for coefficient in (0.1, 0.2, 0.3, 0.4)),
-    *("tsvm", "wudi", "regmean++"),
+    *("tsvm", "wudi"),
 )
 
 
@@ -68,14 +70,21 @@ def check_start_rule(config: DictConfig) -> None:
 
 def why_unmerged(config: DictConfig) -> str:
     """Return why a run cannot start from a rule's merge; nothing if it can."""
-    if processes.wanted(config.trainer) > 1:
+    if max(processes.wanted(config.trainer), ranks.count()) > 1:
         return (
             "a rule's merge is made in one process (trainer.devices=1; or make it with adamerge merge, and give "
             "start=null pool.base=FILE init=0)"
         )
-    for name, path in (config.pool.get("experts") or {}).items():
-        if (Path(str(path)) / ADAPTER).is_file():
-            return f"expert {name!r} is a LoRA adapter, which goes with the base, not with a merge"
+    if str(config.get("init")).endswith(".json"):
+        return f"init={config.init} has coefficients of the pool's own base"
+    if config.pool.get("task_vectors") is not None:
+        return "pool.task_vectors are the ways from the pool's own base"
+    if OmegaConf.select(config, "backbone.vocabulary") == "shared":
+        return "experts with further tokens (backbone.vocabulary=shared) are read beside the pool's own base"
+    for name, place in (config.pool.get("experts") or {}).items():
+        with suppress(InputError):  # a model that the Hub's cache lacks: said where the pool is opened
+            if (path_of(place).expanduser() / ADAPTER).is_file():
+                return f"expert {name!r} is a LoRA adapter, which goes with the base, not with a merge"
     return ""
 
 

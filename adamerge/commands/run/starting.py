@@ -28,6 +28,7 @@ from adamerge.merges import merged_state_dict
 from adamerge.merges.calibration import batches
 from adamerge.model.answers import Outputs
 from adamerge.results.agreement import Agreement, Tally
+from adamerge.results.model_writer import folder_of, write_model
 from adamerge.system.progress import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def begin(config: DictConfig, folder: Path) -> DictConfig:
         state_dict = merge_of(rule, assembly)
     seconds = watch.seconds()
     save_state_dict(state_dict, path)
+    if (base := folder_of(assembly.pool.source)) is not None:  # the merge has its configuration and tokenizer
+        write_model(path, base, path.parent)
     given = {option: OmegaConf.select(config, option) for option in ("start", "init", "pool.base", "pool.sha256")}
     facts = {"rule": chosen, "node": rules[chosen], "merged": str(START_MERGE), "given": given, "seconds": seconds}
     facts |= {"uses_labels": bool(getattr(rule, "uses_labels", False)), "candidates": candidates}
@@ -75,8 +78,11 @@ def as_given(config: DictConfig) -> DictConfig:
         return config
     config = config.copy()
     OmegaConf.set_struct(config, False)
+    of_pool = OmegaConf.select(config, "backbone.pool") == config.pool  # as those backbones have it that read the files
     for option, value in given.items():
         OmegaConf.update(config, option, value, merge=False)
+    if of_pool:
+        config.backbone.pool = config.pool
     return config
 
 
@@ -167,7 +173,12 @@ def _answers(assembly: Assembly) -> Answers:
 def agreement_of(state_dict: Mapping[str, Tensor], answers: Answers, assembly: Assembly) -> Agreement:
     """Measure a merge, by the names of the pool's files, against the experts' answers."""
     pool, tally = assembly.pool, Tally(answers)
-    params = {name: state_dict[pool.keys.file_key(name)].to(pool.device, pool.compute_dtype) for name in pool.names}
+    buffers = [name for name in assembly.model.encoder_buffers if name in pool.keys]
+    tensors = {name: state_dict[pool.keys.file_key(name)] for name in (*pool.names, *buffers)}
+    params = {
+        name: tensor.to(pool.device, pool.compute_dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
     for task, parts in answers.items():
         for inputs, expert in parts:
             tally.add(task, assembly.model.outputs(inputs, task, params).rows(), expert)

@@ -48,7 +48,7 @@ def convert_gguf(source: Path, out: Path, dtype: str = "float32") -> tuple[list[
         place = Path(alone)
         (place / "model.gguf").symlink_to(source.resolve())
         network, tokenizer = _plain_network(source, place, getattr(torch, dtype), out)
-    with atomic_folder(out.absolute()) as folder, quiet():
+    with atomic_folder(out.absolute()) as folder, _reading(source), quiet():
         network.save_pretrained(folder, max_shard_size="5GB")
         mode = (folder / HF_CONFIG).stat().st_mode
         for weights in folder.glob("model*.safetensors"):

@@ -126,7 +126,8 @@ def _tensors(path: str, module: nn.Module, update: LowRank, shape: Sequence[int]
 
 def _config(pool: ExpertPool, ranks: Mapping[str, int], *, fan_in_fan_out: bool) -> dict[str, Any]:
     """Return ``adapter_config.json``: its scale is 1 everywhere; base and kind of task are those of the experts."""
-    own = [read_json_mapping(Path(pool.checkpoint(name).name) / CONFIG) for name in pool.expert_names]
+    files = [Path(pool.checkpoint(name).name) / CONFIG for name in pool.expert_names]
+    own = [read_json_mapping(file) for file in files if file.is_file()] or [{}]  # whole models have none
     first = next(iter(pool.names))
     is_whole = pool.keys.file_key(first) == first  # else the names are the encoder's, not the whole model's
     common = {key: own[0].get(key) for key in ("base_model_name_or_path", "task_type", "auto_mapping") if is_whole}
