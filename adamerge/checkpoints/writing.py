@@ -45,9 +45,8 @@ def save_tensors(
         metadata: Strings for the file's header.
 
     Raises:
-        InputError: If the format, as it is read here, has no place for a dtype, or the disk none for the file; or if
-            the tensors are not those of ``specs``.
-        OSError: If the file cannot be written; an earlier one is then still there.
+        InputError: If the format, as it is read here, has no place for a dtype, or the tensors are not those of ``specs``.
+        OSError: If the disk has no room, or the file cannot be written; an earlier one is then still there.
         RuntimeError: If what is read back differs from what was written.
     """
     order = list(DTYPES.values())

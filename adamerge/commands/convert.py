@@ -36,7 +36,7 @@ def convert(
     if dtype and not is_gguf:
         raise InputError("--dtype: only for a GGUF file; other weights keep their own.")
     if (key_prefix or entry) and (target or is_gguf):
-        raise InputError("--key-prefix, --entry: only for the tensors of a file, without --to and GGUF.")
+        raise InputError("--key-prefix, --entry: only without --to, and not of GGUF files.")
     if target and is_gguf:
         raise InputError(f"--to {target}: a GGUF file becomes a folder of transformers; leave --to out.")
     if not is_gguf and target is None:

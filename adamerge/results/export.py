@@ -71,7 +71,7 @@ def export(
         Short name to file, of what was written.
 
     Raises:
-        InputError: If the folder is not writable, or its disk too full.
+        InputError: If the folder is not writable.
         GuardError: If a merged tensor is not finite; nothing of the merge is written then.
         OSError: If a file cannot be written; an earlier version of it is then still there.
         RuntimeError: If what was read back differs from what was merged.

@@ -165,15 +165,13 @@ def check_space(path: Path, needed: int) -> None:
         needed: Bytes that it will take.
 
     Raises:
-        InputError: If fewer are free.
+        OSError: If fewer are free, as if the disk had become full.
     """
     place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise InputError(
-            f"{path}: takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Choose another disk, or "
-            "make room."
-        )
+        found = f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {found}", str(path))
 
 
 def combined_hash(hashes: Mapping[str, str]) -> str:

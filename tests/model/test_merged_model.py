@@ -424,7 +424,7 @@ def test_expert_outputs_read_the_expert_once_for_many_batches(toy, monkeypatch):
     model = make_model(toy)
     reads = []
     original = ExpertPool.expert_parameters
-    monkeypatch.setattr(ExpertPool, "expert_parameters", lambda self, e: reads.append(e) or original(self, e))
+    monkeypatch.setattr(ExpertPool, "expert_parameters", lambda self, e, *to: reads.append(e) or original(self, e, *to))
     batches = [("red", toy.inputs["red"]), ("red", toy.inputs["green"])]
     first, second = model.expert_outputs("red", batches)
     assert reads == ["red"]

@@ -1,5 +1,6 @@
 """The command ``adamerge convert FILE.gguf --out FOLDER``: llama.cpp's quantised file as a folder of transformers."""
 
+import errno
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ def convert_gguf(source: Path, out: Path, dtype: str = "float32") -> tuple[list[
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it is no GGUF file, transformers cannot read it, it has no tokenizer, or the disk is too small.
+        InputError: If it is no GGUF file, transformers cannot read it, or it has no tokenizer.
+        OSError: If the disk is too small.
     """
     check_new(out)
     with open_regular(source) as file:
@@ -104,6 +106,8 @@ def _reading(source: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         logging.getLogger(__name__).debug("transformers", exc_info=error)
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{source}: transformers cannot read it: {reason}") from error
