@@ -45,7 +45,7 @@ def save_tensors(
         metadata: Strings for the file's header.
 
     Raises:
-        InputError: If the format, as it is read here, has no place for a dtype, or the tensors are not those of ``specs``.
+        InputError: If the format, as it is read here, has no place for a dtype, or a tensor is none of ``specs``.
         OSError: If the disk has no room, or the file cannot be written; an earlier one is then still there.
         RuntimeError: If what is read back differs from what was written.
     """
