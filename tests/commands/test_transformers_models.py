@@ -174,7 +174,6 @@ def test_adapters_beside_the_base_learn_what_the_merge_learns(tmp_path: Path) ->
     assert any((learned[0][key] - tensor).abs().max() > 0.01 for key, tensor in base.items())
 
 
-@quiet_peft
 @pytest.mark.slow
 def test_run_from_a_rules_merge_is_gone_on_with_and_leaves_a_folder(tmp_path: Path) -> None:
     save_family("LlamaForCausalLM", tmp_path)
@@ -187,6 +186,7 @@ def test_run_from_a_rules_merge_is_gone_on_with_and_leaves_a_folder(tmp_path: Pa
     assert (run / "merged.safetensors").read_bytes() == written
 
 
+@quiet_peft
 @pytest.mark.slow
 def test_two_processes_with_parts_of_the_base_learn_what_one_does(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
