@@ -77,8 +77,8 @@ def merged_state_dict(
         >>> merged_state_dict(pool, WeightAverage())
         {'w': tensor([2.])}
     """
-    merged = dict(merged_tensors(pool, rule, model=model, data=data, on_parameter=on_parameter))
-    return {key: merged[key] for key in pool.source.keys}
+    tensors = merged_tensors(pool, rule, model=model, data=data, on_parameter=on_parameter)
+    return merge.in_order(pool, tensors)
 
 
 def merged_tensors(

@@ -10,9 +10,10 @@ groups (rows, chunks) a batch of them; groups that interleave (columns) are broa
 Parameters whose task vectors are products of thin matrices (LoRA) stay so: see :mod:`adamerge.model.merge_low_rank`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ def merge(pool: ExpertPool, coefficients: Coefficients, *, detach: bool = False)
         Ilharco et al., Task arithmetic, arXiv:2212.04089; Yang et al., AdaMerging, arXiv:2310.02575.
     """
     if detach:
-        tensors = dict(merged_tensors(pool, coefficients))
-        return {key: tensors[key] for key in pool.source.keys}
+        return in_order(pool, merged_tensors(pool, coefficients))
     coefficients.check(pool)
     merged = _Merge.apply(coefficients().to(pool.device), pool, coefficients.index)
     return dict(zip(pool.names, merged, strict=True))
@@ -275,13 +275,18 @@ def state_dict_of(pool: ExpertPool, parameters: Mapping[str, Tensor]) -> dict[st
         pool: Its base says what does not merge.
         parameters: Every parameter of the pool by name, (*S).
     """
-    state_dict = {}
-    for key in pool.source.keys:
-        name = pool.keys.name(key) or ""
-        name = pool.tied.get(name, name)
-        merges, dtype = name in parameters, pool.source.spec(key)[1]
-        state_dict[key] = parameters[name].detach().to("cpu", dtype) if merges else pool.source.get(key).clone()
-    return state_dict
+    merged = (
+        (key, parameters[name].detach().to("cpu", pool.source.spec(key)[1]))
+        for name, keys in keys_by_name(pool).items()
+        for key in keys
+    )
+    return in_order(pool, chain(merged, fixed_tensors(pool)))
+
+
+def in_order(pool: ExpertPool, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tensors by key, each key of the base's file once, in the order of that file."""
+    by_key = dict(tensors)
+    return {key: by_key[key] for key in pool.source.keys}
 
 
 def keys_by_name(pool: ExpertPool) -> dict[str, list[str]]:

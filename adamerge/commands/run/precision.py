@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.system import ranks
@@ -23,8 +24,6 @@ def settled(config: DictConfig) -> DictConfig:
 
 
 def _precision_here(accelerator: str) -> tuple[str, str]:
-    import torch
-
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "the GPU computes in bfloat16"
