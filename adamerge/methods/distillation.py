@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adamerge.errors import InputError
@@ -17,7 +18,10 @@ class Distillation(GradientMerging):
 
     With ``objective=imitation`` this is knowledge distillation from E teachers into one student that starts as their
     merge: start, samples, steps and answers are those of a run that learns coefficients. The result is no merge, and
-    has no coefficients to replay. Memory: besides the engine's, two models, and the optimizer's state.
+    has no coefficients to replay. The anchor is that of coefficients, in terms of weights: A times the squared distance
+    from the start, over the sum of the squared norms of the task vectors; it is that of coefficients which all moved
+    alike, where task vectors are orthogonal. Memory: besides the engine's, two models, one more with an anchor, and
+    the optimizer's state.
     A fit raises :class:`~adamerge.InputError` where processes hold parts of the model.
 
     Attributes:
@@ -35,13 +39,18 @@ class Distillation(GradientMerging):
             return
         if self.model.is_sharded:
             raise InputError("method=distillation: not with trainer=fsdp: each device trains all weights. Use ddp.")
-        if self.options.anchor:
-            raise InputError("method.anchor: not with method=distillation, whose weights are no coefficients. Set 0.")
         self.model.coefficients.raw.requires_grad_(False)
         weights = TrainedWeights(self.model.encoder, self.model.pool, self.model.coefficients)
         self.model.weights = weights
         self.trained = nn.ParameterList(weights.parameters.values())
+        # What the anchor pulls to; without gradient, and of a run that is resumed the same.
+        self._start = [p.detach().clone() for p in self.trained] if self.options.anchor else []
         self._gradients: dict[str, Tensor] = {}  # of a step, times the scale of its losses
+
+    def on_fit_start(self) -> None:
+        """Move the start to the weights' device, too."""
+        super().on_fit_start()
+        self._start = [start.to(p.device) for p, start in zip(self.trained, self._start, strict=False)]
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -67,7 +76,15 @@ class Distillation(GradientMerging):
                 loss = loss + (change * 0).sum()
             else:
                 loss = loss + (change * gradients[name]).sum() / scale
-        return loss
+        return loss if result is None else loss + self._penalty()
+
+    def _penalty(self) -> Tensor | float:
+        """The anchor, with its gradient of the weights."""
+        if not self._strength:
+            return 0.0
+        norms = sum(float(norm.double().square().sum()) for norm in self.model.pool.norms.values())
+        moved = [(p - start).square().sum() for p, start in zip(self.trained, self._start, strict=True)]
+        return torch.stack(moved).sum() * (self._strength / norms)
 
     def exported(self) -> Mapping[str, Tensor]:
         """Return the state dict of the trained weights, with every key of the base."""

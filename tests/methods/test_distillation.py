@@ -35,13 +35,17 @@ def weights(method):
     return {name: tensor.clone() for name, tensor in method.model.merge().items()}
 
 
-@pytest.mark.parametrize(("accumulate", "micro_batch"), [(1, "auto"), (2, "auto"), (1, 2)])
-def test_steps_equal_plain_training_of_all_weights(toy, tmp_path, accumulate, micro_batch):
-    method = make(toy, optimizer=partial(torch.optim.SGD, lr=0.1), micro_batch=micro_batch)
+@pytest.mark.parametrize(
+    ("accumulate", "micro_batch", "anchor"), [(1, "auto", 0), (2, "auto", 0), (1, 2, 0), (1, "auto", 3.0), (2, 2, 3.0)]
+)
+def test_steps_equal_plain_training_of_all_weights(toy, tmp_path, accumulate, micro_batch, anchor):
+    method = make(toy, optimizer=partial(torch.optim.SGD, lr=0.1), micro_batch=micro_batch, anchor=anchor)
     fit(method, batches(toy, 2 * accumulate), tmp_path, steps=2, accumulate_grad_batches=accumulate)
     pool = toy.pool()
     start = {name: t.detach().clone() for name, t in merge(pool, Coefficients(pool, "task", 0.3)).items()}
     student = {name: tensor.requires_grad_() for name, tensor in start.items()}
+    first = {name: tensor.detach().clone() for name, tensor in start.items()}
+    squares = sum(float((toy.experts[task][n] - toy.base[n]).square().sum()) for task in EXPERTS for n in start)
     optimizer = torch.optim.SGD(student.values(), lr=0.1)
     for _ in range(2):
         losses = []
@@ -51,7 +55,8 @@ def test_steps_equal_plain_training_of_all_weights(toy, tmp_path, accumulate, mi
             target = answers.detach().log_softmax(-1)
             losses.append(functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="batchmean"))
         optimizer.zero_grad()
-        torch.stack(losses).mean().backward()
+        moved = sum((tensor - first[name]).square().sum() for name, tensor in student.items())
+        (torch.stack(losses).mean() + anchor * moved / squares).backward()
         optimizer.step()
     for name, tensor in weights(method).items():
         torch.testing.assert_close(tensor, student[name].detach(), rtol=1e-5, atol=1e-6)
