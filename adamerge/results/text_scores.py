@@ -134,10 +134,39 @@ def choose(outputs: OutputsOf, data: UnlabeledTasks, task: str, texts: Sequence[
         assert said is not None
         logits, targets, lengths = said
         nats = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1).split(lengths.tolist())
-        sizes = [max(1, len(choice.strip())) for _, choice in batch]
+        sizes = _sizes([choice for _, choice in batch])
         scores += [float(part.double().sum()) / size for part, size in zip(nats, sizes, strict=True)]
     parts = torch.tensor(scores, dtype=torch.float64).split([len(text.choices) for text in texts])
     return torch.stack([part.argmax() for part in parts])
+
+
+def _sizes(choices: Sequence[str]) -> list[int]:
+    return [max(1, len(choice.strip())) for choice in choices]
+
+
+def single_tokens(data: UnlabeledTasks, texts: Sequence[Text]) -> list[Tensor] | None:
+    """Return the choices (C,) of each text where all are one token after the same prompt, or None."""
+    found = []
+    for text in texts:
+        if text.label is None or not text.choices or text.answer is not None:
+            return None
+        inputs = [data.input_of(replace(text, answer=answer)) for answer in (None, *text.choices)]
+        ids = [sample["input_ids"] for sample in inputs if isinstance(sample, Mapping) and "_answer" in sample]
+        if len(ids) < len(inputs) or not all(torch.equal(ids[0], sample[:-1]) for sample in ids[1:]):
+            return None
+        found.append(torch.stack([sample[-1] for sample in ids[1:]]))
+    return found
+
+
+def choose_token(logits: Tensor, inputs: Inputs, texts: Sequence[Text], tokens: Sequence[Tensor]) -> Tensor:
+    """Return what :func:`choose` does, (B,), by the logits (B, S, V) of the prompts and choices of one token each."""
+    assert isinstance(inputs, Mapping)
+    present = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    last = (present * torch.arange(present.shape[1], device=present.device)).argmax(1)
+    nats = logits[torch.arange(len(last)), last].float().log_softmax(-1).double().cpu()  # (B, V)
+    rows = zip(nats, texts, tokens, strict=True)
+    scores = [row[ids] / torch.tensor(_sizes(text.choices)) for row, text, ids in rows]
+    return torch.stack([row.argmax() for row in scores])
 
 
 @torch.no_grad()
@@ -171,17 +200,23 @@ def score_texts(
     """
     if _is_classified(outputs, data, task, device):
         return None
-    totals, texts = TextTotals(), texts_of(data, task)
+    totals, texts, chosen = TextTotals(), texts_of(data, task), torch.zeros(0, dtype=torch.long)
+    tokens = single_tokens(data, texts)
     answers = repeat(None) if experts is None else experts.of(task)
     for (inputs, labels), expert in zip(data.evaluation_loader(task), answers, strict=False):
         on_device = to(inputs, device)
         result = outputs(on_device, task)
         totals.add(result, on_device)
+        if tokens is not None:
+            part = slice(len(chosen), len(chosen) + len(labels))
+            chosen = torch.cat([chosen, choose_token(result.logits, on_device, texts[part], tokens[part])])
         if expert is not None:
             totals.compare(result.rows(), expert)
         if on_batch is not None:
             on_batch(len(labels))
-    return _score(totals, texts, outputs, data, task, device)
+    if tokens is None and totals.predicts and all(text.choices and text.label is not None for text in texts):
+        chosen = choose(outputs, data, task, texts, device)
+    return _score(totals, texts, chosen, data, task)
 
 
 def _is_classified(outputs: OutputsOf, data: UnlabeledTasks, task: str, device: torch.device) -> bool:
@@ -196,15 +231,14 @@ def _is_classified(outputs: OutputsOf, data: UnlabeledTasks, task: str, device: 
 def _score(
     totals: "TextTotals",
     texts: Sequence[Text],
-    outputs: OutputsOf,
+    chosen: Tensor,
     data: UnlabeledTasks,
     task: str,
-    device: torch.device,
 ) -> TaskScore:
     measures, is_generative = totals.measures(), totals.tokens > 0
-    if totals.predicts and all(text.choices and text.label is not None for text in texts):
+    if len(chosen):
         measures.pop("perplexity", None)  # of questions
-        chosen, labels = choose(outputs, data, task, texts, device), torch.tensor([text.label for text in texts])
+        labels = torch.tensor([text.label for text in texts])
         more, kinds = of_metrics(data, task, chosen, labels)
         right = chosen == labels
         return TaskScore(right.float().mean().item(), None, right, "choice accuracy", {**measures, **more}, kinds)

@@ -60,7 +60,8 @@ class BuildRecord:
 
     def add(self, file: str, seconds: float, accuracy: Mapping[str, float] | None = None) -> None:
         """Note that a model is made; where the base has come out otherwise, the experts made from it are void."""
-        digest, part = sha256(self.folder / file), Path(file).stem
+        digest = sha256(self.folder / file)
+        part = file.removeprefix("experts/").partition("/")[0].removesuffix(".safetensors")
         if accuracy is None and self.hashes.get(file) != digest:
             self.hashes = {name: value for name, value in self.hashes.items() if name.endswith(".yaml")}
         self.hashes[file], self.seconds[part] = digest, round(seconds, 1)

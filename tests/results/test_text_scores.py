@@ -58,8 +58,8 @@ def greedy(prompt: str, length: int) -> str:
     return text[len(prompt) :]
 
 
-def score(records, model=TABLE, experts=None, **options):
-    return score_texts(bigrams(model), data_of(records, **options), "a", torch.device("cpu"), experts)
+def score(records, model=TABLE, experts=None, outputs=None, **options):
+    return score_texts(outputs or bigrams(model), data_of(records, **options), "a", torch.device("cpu"), experts)
 
 
 def test_answers_are_scored_by_perplexity_and_exact_match():
@@ -95,6 +95,24 @@ def test_the_choice_is_the_likeliest_per_character():
     assert result.metric == "choice accuracy"
     assert result.correct.tolist() == right
     assert "perplexity" not in result.measures
+
+
+def test_choices_of_one_token_are_read_off_the_pass_over_the_prompts():
+    records = [{"prompt": p, "choices": list("bcdh"), "label": n % 4} for n, p in enumerate(("ab", "bead", "g", "cab"))]
+    passes = []
+
+    def counted(inputs, task):
+        passes.append(inputs["input_ids"].shape)
+        return bigrams(TABLE)(inputs, task)
+
+    result = score(records, outputs=counted, separator="")
+    best = ["bcdh"[int(TABLE[tokens(r["prompt"])[-1]][tokens("bcdh")].argmax())] for r in records]
+    assert result.correct.tolist() == ["bcdh".index(b) == r["label"] for b, r in zip(best, records, strict=True)]
+    assert len(passes) == 3  # a look at one text, and two batches
+    two = [{**record, "choices": ["b", "c", "d", "hh"]} for record in records]  # two tokens: each choice has its own
+    passes.clear()
+    score(two, outputs=counted, separator="")
+    assert len(passes) > 3
 
 
 class Expert:

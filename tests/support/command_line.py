@@ -52,8 +52,8 @@ def configs(tmp_path_factory):
 
 @pytest.fixture
 def listed_benchmark(tmp_path, monkeypatch):
-    """Let the offline benchmark and the text zoo find a zoo, of which only the list of its files is read."""
-    for name in ("offline_benchmark", "text_zoo"):
+    """Let the configurations of zoos that users build find one, of which only the list of its files is read."""
+    for name in ("offline_benchmark", "text_zoo", "llm_zoo"):
         folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
         (folder / "zoo.json").write_text("{}")

@@ -20,7 +20,7 @@ from adamerge.data.texts import Text
 from adamerge.errors import InputError
 from adamerge.system.files import sha256
 from adamerge.zoo.design import TrainingPlan
-from adamerge.zoo.text import TASKS, build_text, packages_folder, text_design, text_tasks
+from adamerge.zoo.text import TASKS, build_text, packages_folder, sentences, text_design, text_tasks
 from adamerge.zoo.text import build as module
 from adamerge.zoo.text import packages as packages_module
 from adamerge.zoo.text.build import TextDesign
@@ -191,7 +191,8 @@ def test_pip_is_called_with_hashes_and_once_for_all(tmp_path, monkeypatch):
     [
         (["text", "--task", "movie", "--task", "amazon"], "no task 'movie'. Did you mean 'movies'?"),
         (["text", "--task", "movies"], "expected two tasks or more, found movies"),
-        (["demo", "--task", "movies"], "options of text only"),
+        (["llm", "--task", "movies"], "zoo build llm: expected two tasks or more, found movies"),
+        (["demo", "--task", "movies"], "options of text and llm only"),
     ],
 )
 def test_wrong_options_are_one_line(arguments, message, capsys):
@@ -290,22 +291,22 @@ def test_tasks_of_a_zoo_adapt_on_and_score_other_texts(built):
 def test_build_that_was_interrupted_ends_with_the_same_weights(built, tiny, tmp_path, monkeypatch):
     packages, design = tiny
     trained = []
-    train = module._train_expert
+    fit = sentences.fit
 
     def stopping(*arguments):
         if trained:
             raise KeyboardInterrupt
-        trained.append(arguments[-1])
-        return train(*arguments)
+        trained.append(arguments[0])
+        fit(*arguments)
 
-    monkeypatch.setattr(module, "_train_expert", stopping)
+    monkeypatch.setattr(sentences, "fit", stopping)
     with pytest.raises(KeyboardInterrupt):
         build_text(tmp_path, packages, design, progress=False)
     assert not (tmp_path / "zoo.json").exists()
     (tmp_path / "text_zoo").symlink_to(tmp_path)
     with pytest.raises(InputError, match=r"not finished.*zoo build text --root"):
         compose(["pool=text_zoo", "data=text_zoo", f"data.root={tmp_path}"])
-    monkeypatch.setattr(module, "_train_expert", train)
+    monkeypatch.setattr(sentences, "fit", fit)
     facts = build_text(tmp_path, packages, design, progress=False)
     assert facts["sha256"] == json.loads((built / "zoo.json").read_text(encoding="utf-8"))["sha256"]
     monkeypatch.setattr(module, "fetch", None)  # a finished zoo needs no packages

