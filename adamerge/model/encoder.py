@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adamerge.data.batch import Inputs, kind, of_network, size
 from adamerge.errors import InputError, check_choice, check_globs, did_you_mean, shorten
+from adamerge.model.half_products import half_products
 from adamerge.model.hidden_layers import Hooks, is_inside, matching, outermost, select
 from adamerge.pool.pool import ExpertPool
 
@@ -131,16 +132,20 @@ class Runner:
             inputs = _channels_last(inputs)
         hooks = self._hooks_of(tuple(hidden_layers))
         run, recomputed = (_run, {}) if plain else (self._run, self._recomputed)
-        with hooks.attached(encoder), _replaced(encoder, recomputed), self._autocast(inputs):
+        with hooks.attached(encoder), _replaced(encoder, recomputed), self._mixed(inputs):
             output, hidden = run(encoder, inputs, hooks.names, hooks.outputs)
         return output, hooks.chosen(hidden, size(inputs))
 
-    def _autocast(self, inputs: Inputs) -> AbstractContextManager[Any]:
-        """Return what passes run under: autocast to the dtype of the weights, or what the caller has set."""
+    @contextmanager
+    def _mixed(self, inputs: Inputs) -> Iterator[None]:
+        """Run under autocast to the dtype of the weights, or what the caller has set."""
         if self.dtype is None:
-            return nullcontext()
-        tensor = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
-        return torch.autocast(tensor.device.type, self.dtype)
+            yield
+            return
+        device = (inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))).device
+        products = nullcontext() if self._options.backend else half_products(self.dtype, device)
+        with torch.autocast(device.type, self.dtype), products:
+            yield
 
     def _hooks_of(self, patterns: tuple[str, ...]) -> "Hooks":
         if patterns not in self._hooks:

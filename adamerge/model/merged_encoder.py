@@ -17,6 +17,7 @@ from torch import Tensor
 from adamerge.data.batch import Inputs, Outputs
 from adamerge.errors import InputError
 from adamerge.model.encoder import MicroBatch
+from adamerge.model.half_products import half_products
 from adamerge.model.weights import WholeWeights
 
 Run = Callable[[Mapping[str, Inputs]], dict[str, Outputs]]  # inputs (B, ...) by task, as one pass
@@ -90,7 +91,12 @@ class MergedEncoder:
         total = self._zero + loss
         # Before the last, the gradients of the groups add up; in bfloat16 they would lose what the first ones hold.
         leaves = self._leaves if self._is_last or self._weights.dtype is not None else {}
-        with self._pull_back.collect(leaves, self._on_gradient), torch.autocast(total.device.type, enabled=False):
+        products = half_products(self._weights.dtype, total.device)
+        with (
+            self._pull_back.collect(leaves, self._on_gradient),
+            torch.autocast(total.device.type, enabled=False),
+            products,
+        ):
             (total * self._scale).backward()
 
     @property

@@ -5,6 +5,7 @@ import logging
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from adamerge.model.half_products import has_bfloat16_units
 from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ def _precision_here(accelerator: str) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "the GPU computes in bfloat16"
         return "32-true", "the GPU has no bfloat16; trainer.precision=16-mixed is faster"
-    units = torch.cpu.get_capabilities()
-    if accelerator in ("auto", "cpu") and (units.get("avx512_bf16") or units.get("amx_bf16")):
+    if accelerator in ("auto", "cpu") and has_bfloat16_units():
         return "bf16-mixed", "the processor has units for bfloat16"
     return "32-true", "no unit for bfloat16"
