@@ -91,5 +91,5 @@ class Distillation(GradientMerging):
         return state_dict_of(self.model.pool, self.model.weights.merge(self.model.coefficients))
 
     def export_recipe(self) -> dict[str, Any]:
-        """Return what ``merge.json`` tells: how many numbers were trained."""
-        return {"trained_weights": sum(parameter.numel() for parameter in self.trained)}
+        """Return what ``merge.json`` tells: how many numbers were trained, and the anchor."""
+        return {**super().export_recipe(), "trained_weights": sum(parameter.numel() for parameter in self.trained)}

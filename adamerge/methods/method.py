@@ -260,6 +260,7 @@ class MergingMethod(LightningModule):
 
     def exported(self) -> Coefficients | Mapping[str, Tensor]:
         """Return the result: coefficients, or a state dict with every key of the base."""
+        self.model.weights.forget()  # an export has use for their memory
         return self.model.coefficients
 
     def export_recipe(self) -> dict[str, Any]:

@@ -21,12 +21,12 @@ def has_bfloat16_units() -> bool:
 def half_products(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
     """Return what forward and backward passes on weights of a dtype run under.
 
-    On a processor without units, products of bfloat16 are computed by way of float32 copies, which live for one product:
-    the memory of the largest weight. Their results are as with units, to the order of the sums. None is no dtype.
+    On a processor without units, products of bfloat16 are computed by way of float32 copies, which live for one
+    product: the memory of the largest weight. Results are as with units, to the order of the sums. None is no dtype.
     """
     if dtype is not torch.bfloat16 or device.type != "cpu" or has_bfloat16_units():
         return nullcontext()
-    return _ThroughFloat32()
+    return _ThroughFloat32()  # type: ignore[no-untyped-call]
 
 
 class _ThroughFloat32(TorchDispatchMode):

@@ -131,11 +131,13 @@ class MergedModel(nn.Module):
 
     def base_parameters(self) -> MutableMapping[str, Tensor]:
         """Return the base's own parameters and buffers, as :meth:`forward` takes them."""
-        return self.weights.read(self.pool.base.__getitem__, self.pool.buffers(self.encoder_buffers))
+        base, dtype = self.pool.base, self.weights.dtype
+        rounded = base if dtype is None else self.pool.tensors_of(None, tuple(base), dtype)
+        return self.weights.read(rounded.__getitem__, self.pool.buffers(self.encoder_buffers))
 
     def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
         """Return the raw expert's own parameters and buffers, as :meth:`forward` takes them; one model's memory."""
-        parameters = self.pool.expert_parameters(expert)
+        parameters = self.pool.expert_parameters(expert, self.weights.dtype)
         return self.weights.read(
             parameters.__getitem__, self.pool.buffers(self.encoder_buffers, expert), with_fixed=True
         )
@@ -272,7 +274,9 @@ class MergedModel(nn.Module):
         keys = {self.pool.keys.file_key(name): name for name in names if name in self.pool.keys}
         chosen = {name: params[key] for key, name in keys.items() if key in params}
         return {
-            name: tensor.to(self.pool.device, self.pool.compute_dtype if tensor.is_floating_point() else tensor.dtype)
+            name: tensor.to(
+                self.pool.device, self.weights.dtype_of(tensor.shape) if tensor.is_floating_point() else tensor.dtype
+            )
             for name, tensor in (chosen | {name: params[name] for name in names if name in params}).items()
         }
 

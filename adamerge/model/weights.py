@@ -58,9 +58,12 @@ class WholeWeights:
         return self.leaves
 
     def _leaf(self, shape: tuple[int, ...]) -> Tensor:
-        """Return an unwritten leaf; vectors are never rounded, as norms compute with them in float32."""
-        dtype = self.dtype if self.dtype is not None and len(shape) > 1 else self._pool.compute_dtype
-        return torch.empty(shape, dtype=dtype, device=self._pool.device).requires_grad_()
+        """Return an unwritten leaf."""
+        return torch.empty(shape, dtype=self.dtype_of(shape), device=self._pool.device).requires_grad_()
+
+    def dtype_of(self, shape: Sequence[int]) -> torch.dtype:
+        """Return the dtype of a parameter; vectors are never rounded, as norms compute with them in float32."""
+        return self.dtype if self.dtype is not None and len(shape) > 1 else self._pool.compute_dtype
 
     def _names_of_leaves(self) -> Sequence[str]:
         """Return the parameters that are merged."""

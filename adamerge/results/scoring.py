@@ -134,7 +134,7 @@ def checkpoint_parameters(path: Path, model: MergedModel) -> Mapping[str, Tensor
                 f"{path}: tensor {key!r}: expected shape {shape}, found {shapes.get(key, 'nothing')}. "
                 "Is it a merge of this pool?"
             )
-    dtypes = {name: pool.compute_dtype for name in pool.shapes}
+    dtypes = {name: model.weights.dtype_of(shape) for name, shape in pool.shapes.items()}
     names = {name for name, _ in model.encoder.named_parameters()}  # not a classifier, which is fixed too
     fixed = ((name, tensor) for name, tensor in pool.fixed.items() if name in names)
     for name, like in chain(fixed, model.encoder.named_buffers()):  # a foreign checkpoint has its own
@@ -142,7 +142,8 @@ def checkpoint_parameters(path: Path, model: MergedModel) -> Mapping[str, Tensor
             dtypes[name] = like.dtype
 
     def read(name: str) -> Tensor:
-        return file.get(pool.keys.file_key(name)).to(pool.device, dtypes[name], copy=True)
+        # Statistics may be written to; parameters stay in the mapped file where they can.
+        return file.get(pool.keys.file_key(name)).to(pool.device, dtypes[name], copy=name not in pool.shapes)
 
     params = LazyTensors(read, dtypes)
     return params if model.is_sharded else dict(params)

@@ -5,7 +5,8 @@
 Base and experts are Llamas with random weights in bfloat16, as transformers saves them. The rows of one repetition
 follow one another, so that what is busy on the machine besides counts for all. Peak RSS counts mapped files, too;
 RssAnon, sampled 50 times a second, does not. `adapt` takes two steps of imitation on 2 x 32 tokens per task, by stream
-and in bfloat16, and counts above its imports. mergekit is in an environment of its own; nothing else needs it.
+and in bfloat16, and exports; its imports take about 0.5 GB. mergekit is in an environment of its own; nothing else
+needs it.
 """
 
 import argparse
@@ -25,78 +26,48 @@ RULES = {"linear": ["weight_average"], "ties": ["ties", "--set", "scope=tensor"]
          "opcm": ["opcm"], "ties_model": ["ties"]}  # fmt: skip
 METHODS = {"linear": ({"weight": 1.0}, "linear"), "ties": ({"weight": 1.0, "density": 0.2}, "ties")}
 ROWS = (*RULES, "transform", "export", "adapt")
+# Of hidden states and of the feed-forward layer, layers, heads, heads of keys and values.
+SIZES = {"268m": (1024, 2752, 16, 16, 16), "1.1b": (2048, 5632, 22, 32, 4), "tiny": (16, 32, 2, 2, 2)}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16, help="of width 1024; 16 make 268 M parameters")
+    parser.add_argument("--size", choices=SIZES, default="268m", help="parameters of the Llama")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["linear", "ties", "transform", "export"])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml, to compare with")
     parser.add_argument("--folder", type=Path, help="for the models, which are kept there; default a temporary one")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--adapt", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def make(folder: Path, layers: int, experts: int) -> None:
-    """Write base and experts; in a process of its own, whose memory does not count."""
+def make(folder: Path, size: str, experts: int) -> None:
+    """Write base, experts and texts; in a process of its own, whose memory does not count."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    sys.path.append(str(Path(__file__).parents[2]))
+    from tests.support.language import tokenizer
+
     torch.manual_seed(0)
+    width, inner, layers, heads, groups = SIZES[size]
+    words = [f"w{number}" for number in range(61 if size == "tiny" else 31997)]
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2752, num_hidden_layers=layers, num_attention_heads=16, vocab_size=32000
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, vocab_size=len(words) + 3, pad_token_id=0, bos_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "base")
+    tokenizer(words).save_pretrained(folder / "base")
     base = {name: tensor.clone() for name, tensor in model.named_parameters()}
     for expert in range(experts):
         for name, parameter in model.named_parameters():
-            parameter.data = (base[name] + 0.002 * torch.randn(base[name].shape)).bfloat16()
+            parameter.data = base[name] + 0.002 * torch.randn(base[name].shape)
         model.save_pretrained(folder / f"expert{expert}")
-
-
-def adapt(folder: Path, experts: int) -> None:
-    """Take two steps, and print the peak above the imports and the bytes of it per parameter."""
-    import torch
-    from memory import Peak, rss_anon
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    from adamerge import Coefficients, ExpertPool, MergedModel
-    from adamerge.backbones.networks import new_network
-    from adamerge.model.encoder import EncoderOptions
-
-    network = new_network(LlamaForCausalLM, AutoConfig.from_pretrained(folder / "base"))
-    imports, start = rss_anon(), time.process_time()
-    with Peak() as peak:
-        files = {f"e{expert}": folder / f"expert{expert}" for expert in range(experts)}
-        pool = ExpertPool.from_files(folder / "base", files, mapped=True)
-        coefficients = Coefficients(pool, "layer")
-        options = EncoderOptions(compute_dtype="bfloat16")
-        model = MergedModel(network, pool, coefficients, {}, {name: name for name in files}, options)
-        texts = {name: {"input_ids": torch.randint(0, 32000, (2, 32))} for name in files}
-        optimizer = torch.optim.Adam([coefficients.raw], 1e-3)
-        for _ in range(2):
-            answers = {}
-            for name, inputs in texts.items():
-                answers[name] = next(iter(model.expert_outputs(name, [(name, inputs)]))).rows().softmax(1)
-            values = coefficients()
-            with model.merged(values) as merged:
-                for group in merged.groups(texts):
-                    outputs = merged(group)
-                    merged.backward(sum(
-                        torch.nn.functional.cross_entropy(out.rows(), answers[name]) for name, out in outputs.items()
-                    ))  # fmt: skip
-            values.backward(merged.gradient)
-            optimizer.step()
-            optimizer.zero_grad()
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    line = f"adapt        adamerge  {time.process_time() - start:6.1f} CPU s above its imports"
-    print(
-        f"{line}  RssAnon {(peak.value - imports) / 1e9:.2f} GB: {(peak.value - imports) / parameters:.1f} B/parameter"
-    )
+        texts = [" ".join(words[int(i)] for i in torch.randint(0, 61, (32,))) for _ in range(4)]
+        (folder / f"texts{expert}.txt").write_text("\n".join(texts) + "\n")
 
 
 def measured(command: list[str]) -> dict[str, float]:
@@ -132,10 +103,39 @@ def command_of(row: str, models: Path, out: Path, experts: int) -> list[str]:
         return [*ADAMERGE, "transform", "--rule", "trim", "--dtype", "bfloat16", *pool, "--out", str(out)]
     if row == "export":
         names = [f"e{expert}" for expert in range(experts)]
-        values = {"format": 1, "granularity": "task", "experts": names, "coefficients": dict.fromkeys(names, 0.3)}
+        values = {
+            "format": 1,
+            "granularity": "task",
+            "experts": names,
+            "coefficients": {name: {"all": 0.3} for name in names},
+        }
         (out.parent / "coefficients.json").write_text(json.dumps(values))
         return [*ADAMERGE, "export", *pool, "--coefficients", str(out.parent / "coefficients.json"), "--out", str(out)]
+    if row == "adapt":
+        return adaptation(models, out, experts)
     return [*ADAMERGE, "merge", "--rule", *RULES[row], *pool, "--out", str(out)]
+
+
+def adaptation(models: Path, out: Path, experts: int) -> list[str]:
+    """Return our command of two steps, and an export."""
+    names = {f"e{expert}": expert for expert in range(experts)}
+    files = ", ".join(f"{name}: '{models / f'expert{expert}'}'" for name, expert in names.items())
+    pool = [f"pool.base={models / 'base'}", f"pool.experts={{{files}}}", "pool.storage=stream"]
+    tasks = ", ".join(
+        f"{name}: {{_target_: adamerge.data.Task, dataset: {{_target_: adamerge.data.Texts, "
+        f"source: '{models / f'texts{expert}.txt'}'}}}}" for name, expert in names.items()
+    )  # fmt: skip
+    run = [
+        "steps=2",
+        "data.batch_size=2",
+        f"data.tasks={{{tasks}}}",
+        "granularity=layer",
+        "report=false",
+        "references=false",
+    ]
+    options = ["encoder.compute_dtype=bfloat16", "trainer=cpu", "logger=none", f"run_dir={out}"]
+    groups = ["backbone=transformers", "pool=files", "data=texts", "objective=imitation"]
+    return [*ADAMERGE, "adapt", *groups, *pool, *run, *options]
 
 
 def theirs(row: str, models: Path, out: Path, experts: int, program: Path) -> list[str]:
@@ -156,23 +156,18 @@ def theirs(row: str, models: Path, out: Path, experts: int, program: Path) -> li
 def main() -> None:
     options = arguments()
     if options.make:
-        make(options.make, options.layers, options.experts)
-        return
-    if options.adapt:
-        adapt(options.adapt, options.experts)
+        make(options.make, options.size, options.experts)
         return
     with TemporaryDirectory(dir=options.folder) as temporary:
         models = options.folder or Path(temporary)
         if not (models / f"expert{options.experts - 1}").is_dir():
-            sizes = ["--layers", str(options.layers), "--experts", str(options.experts)]
+            sizes = ["--size", options.size, "--experts", str(options.experts)]
             subprocess.run([sys.executable, __file__, "--make", str(models), *sizes], check=True)
         for repetition in range(options.repeats):
             for row in options.rows:
-                if row == "adapt":
-                    command = [sys.executable, __file__, "--adapt", str(models), "--experts", str(options.experts)]
-                    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                    continue
-                commands = {"adamerge": command_of(row, models, Path(temporary, "ours"), options.experts)}
+                commands = {
+                    "adamerge": command_of(row, models, Path(temporary, f"ours{repetition}{row}"), options.experts)
+                }
                 if options.mergekit and row in METHODS:
                     out = Path(temporary, f"theirs{repetition}{row}")
                     commands["mergekit"] = theirs(row, models, out, options.experts, options.mergekit)

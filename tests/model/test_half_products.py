@@ -1,4 +1,4 @@
-"""Products in bfloat16 without units for it: the same to rounding, forward, backward, recomputed; nothing else changes."""
+"""Products in bfloat16 without units for it: the same to rounding, forward and backward; float32 stays as it is."""
 
 import pytest
 import torch

@@ -323,7 +323,7 @@ def _feature_width(model: MergedModel, data: UnlabeledTasks) -> int:
     inputs = data.collate([stream[0].inputs])
     try:
         with torch.no_grad():
-            return int(model(inputs, model.pool.base).shape[-1])
+            return int(model(inputs, model.base_parameters()).shape[-1])
     except RuntimeError as error:
         raise InputError(
             f"data.tasks.{name}: the encoder cannot take {described(inputs)} ({error}). Do the data set's transform "
