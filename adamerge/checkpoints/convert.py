@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adamerge.checkpoints.checkpoint import checkpoint_head, open_checkpoint
 from adamerge.checkpoints.composed import wrappers
+from adamerge.checkpoints.distributed import METADATA, DistributedCheckpoint
 from adamerge.checkpoints.pickles import PickledTensors, read_pickle
 from adamerge.checkpoints.writing import save_state_dict
 from adamerge.errors import InputError, shorten
@@ -36,7 +37,8 @@ def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | Non
     """Write a checkpoint's tensors as safetensors, atomically; dtypes stay.
 
     Args:
-        source: What :func:`adamerge.checkpoints.pickles.read_pickle` reads; or safetensors, for other names.
+        source: What :func:`adamerge.checkpoints.pickles.read_pickle` reads; a folder of torch.distributed.checkpoint;
+            or safetensors, for other names.
         out: The file to write; weights that share memory are written in full, each under its name.
         entry: See :func:`~adamerge.checkpoints.pickles.read_pickle`.
         key_prefix: Taken off the names; tensors without it are left out.
@@ -47,15 +49,17 @@ def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | Non
     """
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out}: expected a file name that ends in .safetensors.")
-    head = checkpoint_head(source)
+    is_distributed = (source / METADATA).is_file()
+    head = b"" if is_distributed else checkpoint_head(source)
     if out.exists() and out.samefile(source):
         raise InputError(f"--out {out}: is the source itself; choose another name.")
     if head[8:9] == b"{" and not key_prefix:
         raise InputError(f"{source}: is a safetensors file already; nothing to convert but names, with --key-prefix.")
-    if head[8:9] == b"{":
-        opened = open_checkpoint(source)
+    if head[8:9] == b"{" or is_distributed:
+        opened = DistributedCheckpoint(source) if is_distributed else open_checkpoint(source)
         read = {key: opened.get(key) for key in opened.keys}
-        pickled = PickledTensors(read, "state dict", False, (), (), (), "safetensors file")
+        form = "folder of torch.distributed.checkpoint" if is_distributed else "safetensors file"
+        pickled = PickledTensors(read, "state dict", False, (), (), (), form)
     else:
         pickled = read_pickle(source, entry)
     tensors = {name.removeprefix(key_prefix): t for name, t in pickled.tensors.items() if name.startswith(key_prefix)}

@@ -264,6 +264,10 @@ def _size(items: Any = ()) -> tuple[Any, ...]:
     return tuple(items)
 
 
+def _layout(*_: Any) -> None:
+    """Stand in for the layout of tensors, which all are strided here."""
+
+
 def inner_file(*_: Any) -> None:
     """Stand in for the reading of a file inside of the pickle, which the unpickler does itself."""
     raise Damaged("a storage inside of a tensor's own pickle")  # pragma: no cover
@@ -278,6 +282,7 @@ _STAND_INS: dict[str, Callable[..., Any]] = {
     "torch.nn.parameter.Parameter": _parameter,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "torch.Size": _size,
+    "torch.serialization._get_layout": _layout,
     "torch.storage._load_from_bytes": inner_file,
     "collections.OrderedDict": pairs_to_dict,
     "builtins.set": items_to_set,

@@ -9,6 +9,7 @@ from typing import Any
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.clip_names import as_own, is_hugging_face
 from adamerge.checkpoints.composed import ComposedCheckpoint, Piece, tell_once, unwrapped
+from adamerge.checkpoints.distributed import METADATA, DistributedCheckpoint
 from adamerge.checkpoints.hub import located
 from adamerge.errors import InputError, check_keys, check_number, shorten
 from adamerge.system.reading import read_json_mapping
@@ -89,16 +90,12 @@ def find_model(path: Path | str, fits: Callable[[Collection[str]], bool] = _is_c
     checkpoint: Checkpoint
     if path.is_dir():
         config = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
-        if config is None:
+        if config is None and not (path / METADATA).is_file():
             raise InputError(
                 f"{path}: expected a checkpoint file, or the folder of a model or (for an expert) of a LoRA adapter, "
-                f"found a folder without {', '.join(_WEIGHTS)} or adapter_config.json. Name the file inside it."
+                f"found a folder without {', '.join(_WEIGHTS)}, {METADATA} or adapter_config.json. Name the file inside it."
             )
-        weights = next((path / name for name in _WEIGHTS[config.name] if (path / name).is_file()), None)
-        if weights is None:
-            raise FileNotFoundError(f"{path}: no weights: expected one of {', '.join(_WEIGHTS[config.name])} there.")
-        checkpoint = open_shards(weights) if weights.suffix == ".json" else open_checkpoint(weights)
-        _tell_unread(path, config)
+        checkpoint = _in_folder(path, config)
     else:
         checkpoint, config = open_checkpoint(path), None
     for is_wanted in (lambda names: is_hugging_face(names) or fits(names), _is_plain):
@@ -110,6 +107,18 @@ def find_model(path: Path | str, fits: Callable[[Collection[str]], bool] = _is_c
         beside = path.parent / (HF_CONFIG if is_theirs else OPEN_CLIP_CONFIG)
         config = beside if beside.is_file() else None
     return ModelFiles(checkpoint, config, is_theirs)
+
+
+def _in_folder(folder: Path, config: Path | None) -> Checkpoint:
+    """Open the weights that lie beside a configuration, or those that torch.distributed.checkpoint wrote."""
+    names = () if config is None else _WEIGHTS[config.name]
+    weights = next((folder / name for name in names if (folder / name).is_file()), None)
+    if weights is None and (folder / METADATA).is_file():
+        return DistributedCheckpoint(folder)
+    if weights is None or config is None:
+        raise FileNotFoundError(f"{folder}: no weights: expected one of {', '.join(names)} there.")
+    _tell_unread(folder, config)
+    return open_shards(weights) if weights.suffix == ".json" else open_checkpoint(weights)
 
 
 def open_model(

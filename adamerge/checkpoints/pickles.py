@@ -1,5 +1,6 @@
 """Pickled checkpoints read without unpickling them: torch's zip archive, its format before 1.6, and plain pickles."""
 
+import io
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def read_pickle(path: Path, entry: str | None = None) -> PickledTensors:
         InputError: If it is damaged, contradicts itself, asks for what no checkpoint needs, holds no tensors, or would
             be many times larger once written.
     """
-    with _naming(path), _mapped(path) as (file, mapped):
+    with naming(path), _mapped(path) as (file, mapped):
         root, inert, form = _root(file, mapped)
         holder, entries, is_module, beside = _state_dict(root, entry)
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
@@ -99,6 +100,29 @@ def check_archive(path: Path) -> None:
             raise Refused(f"it holds objects of {shorten(sorted(objects))}")
 
 
+def read_object(path: Path) -> Any:
+    """Read what a pickle holds as inert records, see :mod:`adamerge.checkpoints.inert`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: See :func:`read_pickle`.
+    """
+    with naming(path), _mapped(path) as (file, mapped):
+        return _root(file, mapped, max(MAX_STEPS, len(mapped)))[0]  # the more processes, the more parts
+
+
+def tensor_in(data: memoryview) -> Tensor:
+    """Return the one tensor that a part of a file holds, as ``torch.save`` wrote it there.
+
+    Raises:
+        InputError: See :func:`check_archive`.
+    """
+    root, _, _ = _root(io.BytesIO(data), data)  # whose copy lasts while the archive's directory is read
+    if not isinstance(root, Tensor):
+        raise Damaged("no tensor")
+    return root
+
+
 @contextmanager
 def _mapped(path: Path) -> Iterator[tuple[IO[bytes], memoryview]]:
     """Open a file and map it."""
@@ -109,7 +133,7 @@ def _mapped(path: Path) -> Iterator[tuple[IO[bytes], memoryview]]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Say what the block finds wrong with the file's name."""
     try:
         yield
@@ -123,9 +147,9 @@ def _naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-def _root(file: IO[bytes], mapped: memoryview) -> tuple[Any, set[str], str]:
+def _root(file: IO[bytes], mapped: memoryview, steps: int = MAX_STEPS) -> tuple[Any, set[str], str]:
     """Return what a file holds, the classes and functions it names beside ours, and its format in words."""
-    budget = Budget(MAX_STEPS, 2 * len(mapped))
+    budget = Budget(steps, 2 * len(mapped))
     read = partial(_read_zip, file) if bytes(mapped[: len(ZIP_MAGIC)]) == ZIP_MAGIC else _read_stream
     return read(mapped, budget, partial(_read_nested, budget))
 

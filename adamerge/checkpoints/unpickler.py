@@ -167,7 +167,8 @@ class InertUnpickler(pickle._Unpickler):
         if isinstance(target, Record):
             parts = state if type(state) is tuple else (state,)
             self._stream.budget.spend(len(parts))
-            target.states += [part for part in parts if isinstance(part, dict)]  # attributes, those of __slots__
+            attributes = [part for part in parts if isinstance(part, dict)]  # and those of __slots__
+            target.states += attributes or [{"": state}]  # what the class would make its attributes of
         elif isinstance(target, Global):
             raise Refused(f"the pickle changes {target}")
         elif not isinstance(target, (dict, Tensor)):  # _metadata of a state dict, attributes of a parameter

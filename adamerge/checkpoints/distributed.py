@@ -1,0 +1,164 @@
+"""Folders of ``torch.distributed.checkpoint``, written by any number of processes, read tensor by tensor.
+
+The library unpickles such a folder's ``.metadata``, which can run code; here it is read as all pickles are
+(:mod:`adamerge.checkpoints.pickles`), and so are the tensors in the files that it names.
+"""
+
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamerge.checkpoints.hashes import file_hash
+from adamerge.checkpoints.inert import Record, is_whole
+from adamerge.checkpoints.pickles import naming, read_object, tensor_in
+from adamerge.errors import InputError
+from adamerge.system.archives import Damaged
+from adamerge.system.files import combined_hash
+from adamerge.system.reading import open_regular
+
+METADATA = ".metadata"
+_OF_TRAINING = {"optim", "optimizer", "optimizers", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler"}
+_Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A part of a tensor, as one process has written it.
+
+    Attributes:
+        offsets: Where it begins in the tensor, by dimension.
+        sizes: Its shape.
+        file: In the folder.
+        begin: Of its bytes in the file.
+        end: Of its bytes.
+    """
+
+    offsets: _Sizes
+    sizes: _Sizes
+    file: str
+    begin: int
+    end: int
+
+
+class DistributedCheckpoint:
+    """The model's tensors in a folder that ``torch.distributed.checkpoint`` wrote; those of optimizers are left out.
+
+    Tensors of one part stay in the mapped file; others are put together when asked for.
+
+    Args:
+        folder: The folder, which holds ``.metadata``.
+
+    Raises:
+        FileNotFoundError: If it does not, or a file that it names is missing.
+        InputError: If the metadata is damaged, asks for what no such file needs, or names no tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name, self._folder = str(folder), folder
+        metadata = read_object(folder / METADATA)
+        with naming(folder / METADATA):
+            self._specs, self._chunks = _layout(metadata)
+        self._files = sorted({chunk.file for chunks in self._chunks.values() for chunk in chunks})
+        if missing := [file for file in self._files if not (folder / file).is_file()]:
+            raise FileNotFoundError(
+                f"{folder}: {METADATA} names {len(self._files)} files, and {missing[0]} is missing. Copy it too."
+            )
+        self._mapped = cache(_map)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the tensor names, sorted."""
+        return tuple(self._specs)
+
+    def spec(self, key: str) -> tuple[_Sizes, torch.dtype]:
+        """Return shape and dtype of a tensor, from the metadata."""
+        return self._specs[key]
+
+    def get(self, key: str) -> Tensor:
+        """Return a tensor on the CPU; nobody is to write to it."""
+        shape, dtype = self._specs[key]
+        parts = [(chunk, self._part(chunk, dtype)) for chunk in self._chunks[key]]
+        if len(parts) == 1 and parts[0][0].sizes == shape:
+            return parts[0][1]
+        whole = torch.empty(shape, dtype=dtype)
+        for chunk, part in parts:
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
+        return whole
+
+    def sha256(self) -> str:
+        """Hash the bytes of all files."""
+        return combined_hash({file: file_hash(self._folder / file) for file in (METADATA, *self._files)})
+
+    def _part(self, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+        path = self._folder / chunk.file
+        with naming(path):
+            part = tensor_in(self._mapped(path)[chunk.begin : chunk.end])
+            if (tuple(part.shape), part.dtype) != (chunk.sizes, dtype):
+                raise Damaged(f"a part of {tuple(part.shape)}, {part.dtype}, where {METADATA} has {chunk.sizes}, {dtype}")
+            return part
+
+
+def _map(path: Path) -> memoryview:
+    with open_regular(path) as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
+def _layout(metadata: Any) -> tuple[dict[str, tuple[_Sizes, torch.dtype]], dict[str, list[_Chunk]]]:
+    """Return shapes, dtypes and parts of the model's tensors."""
+    described = metadata.get("state_dict_metadata") if isinstance(metadata, Record) else None
+    stored = metadata.get("storage_data") if isinstance(metadata, Record) else None
+    if not isinstance(described, dict) or not isinstance(stored, dict):
+        raise Damaged("no metadata of torch.distributed.checkpoint")
+    places = {}
+    for index, place in stored.items():
+        if isinstance(index, Record) and isinstance(place, Record):
+            places[index.get("fqn"), index.get("offset")] = place
+    specs, chunks = {}, {}
+    for name, entry in sorted(described.items()):
+        if isinstance(entry, Record) and _is_models(name) and (parts := entry.get("chunks")) is not None:
+            specs[name] = _spec(name, entry)
+            chunks[name] = [_chunk(name, part, places, specs[name][0]) for part in parts]
+            if sum(math.prod(chunk.sizes) for chunk in chunks[name]) != math.prod(specs[name][0]):
+                raise Damaged(f"the parts of {name!r} do not make it up")
+    if not specs:
+        raise InputError("no tensors of a model; those of optimizers are not read.")
+    return specs, chunks
+
+
+def _is_models(name: str) -> bool:
+    return _OF_TRAINING.isdisjoint(name.split(".")[:2])
+
+
+def _spec(name: str, entry: Record) -> tuple[_Sizes, torch.dtype]:
+    properties, size = entry.get("properties"), entry.get("size")
+    state = properties.get("") if isinstance(properties, Record) else None  # a tuple, see TensorProperties
+    dtype = state[0] if state else None
+    if not isinstance(dtype, torch.dtype) or not _are_sizes(size):
+        raise Damaged(f"no shape and dtype of {name!r}")
+    return size, dtype
+
+
+def _chunk(name: str, part: Any, places: Mapping[Any, Record], shape: _Sizes) -> _Chunk:
+    offsets, sizes = (part.get("offsets"), part.get("sizes")) if isinstance(part, Record) else (None, None)
+    place = places.get((name, offsets)) or places.get((name, None)) if _are_sizes(offsets) else None
+    if place is None or not _are_sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
+        raise Damaged(f"a part of {name!r} without a place")
+    if any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
+        raise Damaged(f"a part of {name!r} reaches beyond it")
+    file, begin, length = (place.get(field) for field in ("relative_path", "offset", "length"))
+    if not isinstance(file, str) or Path(file).name != file or not is_whole(begin) or not is_whole(length):
+        raise Damaged(f"a part of {name!r} lies outside of the folder")
+    if place.get("transform_descriptors"):
+        raise InputError(f"{name!r} is compressed. Load the checkpoint where it was made, and save it without.")
+    return _Chunk(offsets, sizes, file, begin, begin + length)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(is_whole, value))
