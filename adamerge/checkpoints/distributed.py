@@ -101,7 +101,7 @@ class DistributedCheckpoint:
         with naming(path):
             part = tensor_in(self._mapped(path)[chunk.begin : chunk.end])
             if (tuple(part.shape), part.dtype) != (chunk.sizes, dtype):
-                raise Damaged(f"a part of {tuple(part.shape)}, {part.dtype}, where {METADATA} has {chunk.sizes}, {dtype}")
+                raise Damaged(f"a part of {tuple(part.shape)}, {part.dtype}, not of {chunk.sizes}, {dtype}")
             return part
 
 

@@ -93,7 +93,8 @@ def find_model(path: Path | str, fits: Callable[[Collection[str]], bool] = _is_c
         if config is None and not (path / METADATA).is_file():
             raise InputError(
                 f"{path}: expected a checkpoint file, or the folder of a model or (for an expert) of a LoRA adapter, "
-                f"found a folder without {', '.join(_WEIGHTS)}, {METADATA} or adapter_config.json. Name the file inside it."
+                f"found a folder without {', '.join(_WEIGHTS)}, {METADATA} or adapter_config.json. "
+                "Name the file inside it."
             )
         checkpoint = _in_folder(path, config)
     else:

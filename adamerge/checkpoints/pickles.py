@@ -108,7 +108,7 @@ def read_object(path: Path) -> Any:
         InputError: See :func:`read_pickle`.
     """
     with naming(path), _mapped(path) as (file, mapped):
-        return _root(file, mapped, max(MAX_STEPS, len(mapped)))[0]  # the more processes, the more parts
+        return _root(file, mapped, len(mapped))[0]  # the more processes, the more parts
 
 
 def tensor_in(data: memoryview) -> Tensor:
@@ -147,9 +147,9 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
-def _root(file: IO[bytes], mapped: memoryview, steps: int = MAX_STEPS) -> tuple[Any, set[str], str]:
+def _root(file: IO[bytes], mapped: memoryview, steps: int = 0) -> tuple[Any, set[str], str]:
     """Return what a file holds, the classes and functions it names beside ours, and its format in words."""
-    budget = Budget(steps, 2 * len(mapped))
+    budget = Budget(max(steps, MAX_STEPS), 2 * len(mapped))
     read = partial(_read_zip, file) if bytes(mapped[: len(ZIP_MAGIC)]) == ZIP_MAGIC else _read_stream
     return read(mapped, budget, partial(_read_nested, budget))
 
