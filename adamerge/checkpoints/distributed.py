@@ -140,15 +140,15 @@ def _spec(name: str, entry: Record) -> tuple[_Sizes, torch.dtype]:
     properties, size = entry.get("properties"), entry.get("size")
     state = properties.get("") if isinstance(properties, Record) else None  # a tuple, see TensorProperties
     dtype = state[0] if state else None
-    if not isinstance(dtype, torch.dtype) or not _are_sizes(size):
+    if not isinstance(dtype, torch.dtype) or (shape := _sizes(size)) is None:
         raise Damaged(f"no shape and dtype of {name!r}")
-    return size, dtype
+    return shape, dtype
 
 
 def _chunk(name: str, part: Any, places: Mapping[Any, Record], shape: _Sizes) -> _Chunk:
-    offsets, sizes = (part.get("offsets"), part.get("sizes")) if isinstance(part, Record) else (None, None)
-    place = places.get((name, offsets)) or places.get((name, None)) if _are_sizes(offsets) else None
-    if place is None or not _are_sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
+    offsets, sizes = (_sizes(part.get(field)) if isinstance(part, Record) else None for field in ("offsets", "sizes"))
+    place = None if offsets is None else places.get((name, offsets)) or places.get((name, None))
+    if place is None or offsets is None or sizes is None or not len(offsets) == len(sizes) == len(shape):
         raise Damaged(f"a part of {name!r} without a place")
     if any(o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)):
         raise Damaged(f"a part of {name!r} reaches beyond it")
@@ -160,5 +160,5 @@ def _chunk(name: str, part: Any, places: Mapping[Any, Record], shape: _Sizes) ->
     return _Chunk(offsets, sizes, file, begin, begin + length)
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(is_whole, value))
+def _sizes(value: Any) -> _Sizes | None:
+    return value if isinstance(value, tuple) and all(map(is_whole, value)) else None

@@ -23,6 +23,7 @@ from adamerge.errors import InputError
 from adamerge.model.beside_modules import Form, Term, Watch, updated_modules
 from adamerge.model.encoder import EncoderOptions
 from adamerge.model.groups import GroupIndex, Segment
+from adamerge.model.int8 import in_int8
 from adamerge.model.merge_low_rank import factors_of, scaled_whole, scales_of
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.low_rank import Factors
@@ -54,6 +55,7 @@ class Updates:
     Attributes:
         names: The weights whose updates are added.
         are_whole: Whether what is added is all that the experts changed.
+        linear: Those of the weights that linear layers alone have.
 
     Raises:
         InputError: If no expert's change can be added beside the base.
@@ -64,6 +66,9 @@ class Updates:
         products = {name for name in pool.names if factors_of(pool, name, index.segments[name]) is not None}
         self._modules = updated_modules(encoder, pool.shapes, products, index)
         self.names = tuple(self._modules)
+        self.linear = frozenset(
+            name for name, forms in self._modules.items() if all(type(module) is nn.Linear for module, _ in forms)
+        )
         self.are_whole = all(_is_whole(pool.factors(name), index.segments[name]) for name in self.names)
         self._block: object = None  # the innermost that runs now: its hooks act, and no others
         log.info(
@@ -126,6 +131,7 @@ class BesideWeights(WholeWeights):
         encoder: The network that lends its code.
         pool: Base and experts.
         index: The groups of the coefficients.
+        is_int8: Whether the base's linear weights that have updates beside them are held in int8.
 
     Attributes:
         updates: The hooks.
@@ -136,10 +142,12 @@ class BesideWeights(WholeWeights):
 
     gives_gradients = False
 
-    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex) -> None:
+    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex, is_int8: bool = False) -> None:
         super().__init__(encoder, pool, index)
         self.updates = Updates(encoder, pool, index)
         self._dense = [name for name in pool.names if name not in self.updates.names]
+        self.is_int8 = is_int8
+        self._base: dict[str, Tensor] = {}
 
     def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
@@ -154,6 +162,16 @@ class BesideWeights(WholeWeights):
         own = self._pool.tensors_of(expert, (*self._dense, *self._fixed))
         return BesideLeaves({**own, **buffers}, values.to(self._pool.device))
 
+    def forget(self) -> None:
+        """Drop what is held of the base, too."""
+        super().forget()
+        self._base = {}
+
+    def _held(self, name: str) -> Tensor:
+        """Return a weight of the base as it is held from pass to pass."""
+        weight = self._pool.base[name]
+        return in_int8(weight) if self.is_int8 and name in self.updates.linear else weight
+
     def _names_of_leaves(self) -> Sequence[str]:
         return self._dense
 
@@ -161,8 +179,9 @@ class BesideWeights(WholeWeights):
     def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
         if isinstance(params, BesideLeaves):
-            base = {name: self._pool.base[name] for name in self.updates.names}
-            with super().swapped({**base, **params}, buffers), self.updates.added(params.coefficients):
+            if not self._base:
+                self._base = {name: self._held(name) for name in self.updates.names}
+            with super().swapped({**self._base, **params}, buffers), self.updates.added(params.coefficients):
                 yield
         else:
             with super().swapped(params, buffers), self.updates.silent():
@@ -180,7 +199,7 @@ def weights_of(options: EncoderOptions, encoder: nn.Module, pool: ExpertPool, in
     if options.engine == "merged" or (options.engine == "auto" and is_refused):
         return WholeWeights(encoder, pool, index, options.dtype)
     try:
-        return BesideWeights(encoder, pool, index)
+        return BesideWeights(encoder, pool, index, options.base_dtype == "int8")
     except InputError as error:
         if options.engine == "beside":
             raise

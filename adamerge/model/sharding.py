@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from adamerge.data.batch import Inputs, Outputs
+from adamerge.errors import InputError
 from adamerge.model.beside import BesideLeaves, BesideWeights, Updates
 from adamerge.model.coefficients import Coefficients
 from adamerge.model.encoder import (
@@ -196,6 +197,8 @@ class ShardedModel(MergedModel):
         if ranks.count() > 1 and not self.is_sharded:
             self.pool.to("cpu")
             updates = self.weights.updates if isinstance(self.weights, BesideWeights) else None
+            if isinstance(self.weights, BesideWeights) and self.weights.is_int8:
+                raise InputError("encoder.base_dtype: int8 has no parts for trainer=fsdp. Use ddp, or leave it out.")
             index = self.coefficients.index
             self.weights = ShardedWeights(self.encoder, self.pool, index, torch.device(device), updates)
         super().to_device(device)

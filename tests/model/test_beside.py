@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel
 from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import Chunk
+from adamerge.model.int8 import in_int8
 from tests.support.adapters import write_adapter
 
 GROUPS = ["task", "block", "layer", "row", "column", "rank"]
@@ -246,3 +247,28 @@ def test_half_precision_runs_beside_as_on_merged_weights(tmp_path, ids):
         merged, beside = (step(network, pool, "row", ids, engine)[1] for engine in ("merged", "beside"))
     errors = [float((gradient - exact).norm() / exact.norm()) for gradient in (merged, beside)]
     assert errors[1] < 2 * errors[0] < 0.2
+
+
+def test_int8_base_learns_as_its_dequantised_copy(tmp_path, ids):
+    pytest.importorskip("torchao")
+    network, folder = Small(), tmp_path
+    pool_of(network, folder, TARGETS)
+    rounded = {name: tensor.float() for name, tensor in network.state_dict().items()}
+    save_file(rounded, folder / "base.safetensors")
+    pool = ExpertPool.from_files(folder / "base.safetensors", {task: folder / task for task in ids})
+    for name in ("blocks.0.weight", "out.weight"):  # the linear ones of what has an update beside it
+        held = in_int8(rounded[name])
+        assert held.qdata.dtype == torch.int8
+        assert 0 < (held.dequantize() - rounded[name]).abs().max() < rounded[name].abs().max() / 100
+        rounded[name] = held.dequantize()
+    save_file(rounded, folder / "dequantised.safetensors")
+    copy = ExpertPool.from_files(folder / "dequantised.safetensors", {task: folder / task for task in ids})
+    for groups in ("layer", "row"):
+        expected, gradient = step(network.float(), copy, groups, ids, "beside")
+        found, other = step(network, pool, groups, ids, "beside", base_dtype="int8")
+        for task in ids:
+            torch.testing.assert_close(found[task], expected[task], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+        assert not torch.allclose(step(network, pool, groups, ids, "beside")[1], gradient, rtol=1e-4)
+    with pytest.raises(InputError, match=r"encoder\.base_dtype: int8 .*encoder\.engine=beside"):
+        EncoderOptions(base_dtype="int8")
