@@ -159,11 +159,9 @@ def test_zoo_adapts_compares_and_exports(built, tmp_path, capsys):
     assert summary["metrics"] == dict.fromkeys(("movies", "amazon"), "choice accuracy")
     ends("export", run, "--to", "peft", "--out", tmp_path / "lora")
     ends("export", run, "--to", "hf", "--out", tmp_path / "folder")
-    rows = ["pretrained", "weight_average", "experts"]
-    common = ["backbone=llm_zoo", "pool=llm_zoo", "data=llm_zoo", *own]
-    ends("compare", "--rows", *rows, "--out", tmp_path / "rows", *common)
+    ends("compare", "--preset", "llm_zoo", "--out", tmp_path / "rows", *own)
     compared = json.loads((tmp_path / "rows" / "summary.json").read_text(encoding="utf-8"))
-    assert set(rows) <= set(compared["rows"])
+    assert {"pretrained", "recommended", "random_experts", "experts"} <= set(compared["rows"])
 
 
 @pytest.mark.slow
