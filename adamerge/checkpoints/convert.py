@@ -51,6 +51,10 @@ def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | Non
         raise InputError(f"--out {out}: expected a file name that ends in .safetensors.")
     is_distributed = (source / METADATA).is_file()
     head = b"" if is_distributed else checkpoint_head(source)
+    if entry and (is_distributed or head[8:9] == b"{"):
+        raise InputError(
+            f"--entry {entry}: of pickled files only; --key-prefix {entry}. takes the names that begin so."
+        )
     if out.exists() and out.samefile(source):
         raise InputError(f"--out {out}: is the source itself; choose another name.")
     if head[8:9] == b"{" and not key_prefix:

@@ -6,6 +6,7 @@ The library unpickles such a folder's ``.metadata``, which can run code; here it
 
 import math
 import mmap
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.hashes import file_hash
 from adamerge.checkpoints.inert import Record, is_whole
 from adamerge.checkpoints.pickles import naming, read_object, tensor_in
-from adamerge.errors import InputError
+from adamerge.errors import InputError, shorten
 from adamerge.system.archives import Damaged
 from adamerge.system.files import combined_hash
 from adamerge.system.reading import open_regular
 
 METADATA = ".metadata"
 _OF_TRAINING = {"optim", "optimizer", "optimizers", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler"}
+_AROUND = {"app", "state", "state_dict"}  # names that training programs put around model and optimizer
 _Sizes = tuple[int, ...]
 
 
@@ -50,7 +53,8 @@ class _Chunk:
 class DistributedCheckpoint:
     """The model's tensors in a folder that ``torch.distributed.checkpoint`` wrote; those of optimizers are left out.
 
-    Tensors of one part stay in the mapped file; others are put together when asked for.
+    A tensor is put together when it is asked for; one of a single part stays in the mapped file where the part lies at
+    a place that its dtype allows.
 
     Args:
         folder: The folder, which holds ``.metadata``.
@@ -70,6 +74,9 @@ class DistributedCheckpoint:
             raise FileNotFoundError(
                 f"{folder}: {METADATA} names {len(self._files)} files, and {missing[0]} is missing. Copy it too."
             )
+        with naming(folder / METADATA):
+            if self._nbytes() > sum((folder / file).stat().st_size for file in self._files):
+                raise Damaged("its tensors are larger than the files that it names")
         self._mapped = cache(_map)
 
     @property
@@ -87,7 +94,7 @@ class DistributedCheckpoint:
         parts = [(chunk, self._part(chunk, dtype)) for chunk in self._chunks[key]]
         if len(parts) == 1 and parts[0][0].sizes == shape:
             return parts[0][1]
-        whole = torch.empty(shape, dtype=dtype)
+        whole = torch.zeros(shape, dtype=dtype)
         for chunk, part in parts:
             whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
         return whole
@@ -96,53 +103,82 @@ class DistributedCheckpoint:
         """Hash the bytes of all files."""
         return combined_hash({file: file_hash(self._folder / file) for file in (METADATA, *self._files)})
 
+    def _nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._specs.values())
+
     def _part(self, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
         path = self._folder / chunk.file
         with naming(path):
             part = tensor_in(self._mapped(path)[chunk.begin : chunk.end])
-            if (tuple(part.shape), part.dtype) != (chunk.sizes, dtype):
+            if (tuple(part.shape), part.dtype) != (chunk.sizes, dtype) or part.nbytes > chunk.end - chunk.begin:
                 raise Damaged(f"a part of {tuple(part.shape)}, {part.dtype}, not of {chunk.sizes}, {dtype}")
             return part
 
 
 def _map(path: Path) -> memoryview:
     with open_regular(path) as file:
+        if not file.read(1):
+            raise Damaged("empty")
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _layout(metadata: Any) -> tuple[dict[str, tuple[_Sizes, torch.dtype]], dict[str, list[_Chunk]]]:
     """Return shapes, dtypes and parts of the model's tensors."""
-    described = metadata.get("state_dict_metadata") if isinstance(metadata, Record) else None
-    stored = metadata.get("storage_data") if isinstance(metadata, Record) else None
-    if not isinstance(described, dict) or not isinstance(stored, dict):
+    described, stored = (
+        metadata.get(field) if isinstance(metadata, Record) else None
+        for field in ("state_dict_metadata", "storage_data")
+    )
+    if (
+        not isinstance(described, dict)
+        or not isinstance(stored, dict)
+        or not all(isinstance(n, str) for n in described)
+    ):
         raise Damaged("no metadata of torch.distributed.checkpoint")
-    places = {}
-    for index, place in stored.items():
-        if isinstance(index, Record) and isinstance(place, Record):
-            places[index.get("fqn"), index.get("offset")] = place
+    places = _places(stored)
+    tensors = {
+        name: parts
+        for name, entry in sorted(described.items())
+        if isinstance(entry, Record) and isinstance(parts := entry.get("chunks"), list)
+    }
     specs, chunks = {}, {}
-    for name, entry in sorted(described.items()):
-        if isinstance(entry, Record) and _is_models(name) and (parts := entry.get("chunks")) is not None:
-            specs[name] = _spec(name, entry)
-            chunks[name] = [_chunk(name, part, places, specs[name][0]) for part in parts]
-            if sum(math.prod(chunk.sizes) for chunk in chunks[name]) != math.prod(specs[name][0]):
-                raise Damaged(f"the parts of {name!r} do not make it up")
+    for name in filter(_is_models, tensors):
+        specs[name] = _spec(name, described[name])
+        parts = [_chunk(name, part, places, specs[name][0]) for part in tensors[name][: len(places) + 1]]
+        if sum(math.prod(part.sizes) for part in parts) != math.prod(specs[name][0]):
+            raise Damaged(f"the parts of {name!r} do not make it up")
+        chunks[name] = parts
     if not specs:
         raise InputError("no tensors of a model; those of optimizers are not read.")
+    if len(specs) < len(tensors):
+        left_out = [name for name in tensors if name not in specs]
+        tell_once(f"{METADATA}: {len(left_out)} tensors of the training are not read: {shorten(left_out)}.")
     return specs, chunks
 
 
+def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, _Sizes | None], Record]:
+    """Return where parts lie, by tensor and offset; keys are texts and numbers, as others may take forever to hash."""
+    places: dict[tuple[str, _Sizes | None], Record] = {}
+    for index, place in stored.items():
+        name, offset = (index.get("fqn"), index.get("offset")) if isinstance(index, Record) else (None, None)
+        if isinstance(name, str) and isinstance(place, Record) and (offset is None or _sizes(offset) is not None):
+            places[name, offset] = place
+    return places
+
+
 def _is_models(name: str) -> bool:
-    return _OF_TRAINING.isdisjoint(name.split(".")[:2])
+    """Whether a name is none of an optimizer's, such as ``optim.``, ``app.optim.`` and Lightning's ``optimizer_0.``."""
+    parts = [re.sub(r"_\d+$", "", part) for part in name.split(".")[:2]]
+    return _OF_TRAINING.isdisjoint(parts if parts[0] in _AROUND else parts[:1])
 
 
 def _spec(name: str, entry: Record) -> tuple[_Sizes, torch.dtype]:
-    properties, size = entry.get("properties"), entry.get("size")
-    state = properties.get("") if isinstance(properties, Record) else None  # a tuple, see TensorProperties
-    dtype = state[0] if state else None
-    if not isinstance(dtype, torch.dtype) or (shape := _sizes(size)) is None:
+    properties, shape = entry.get("properties"), _sizes(entry.get("size"))
+    state = properties.get("") if isinstance(properties, Record) else None  # see torch's TensorProperties
+    if not isinstance(state, tuple) or not state or shape is None:
         raise Damaged(f"no shape and dtype of {name!r}")
-    return shape, dtype
+    if not isinstance(state[0], torch.dtype):
+        raise InputError(f"{name!r} has the dtype {state[0]}. Convert it to float32, float16 or bfloat16.")
+    return shape, state[0]
 
 
 def _chunk(name: str, part: Any, places: Mapping[Any, Record], shape: _Sizes) -> _Chunk:

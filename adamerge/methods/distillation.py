@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adamerge.errors import InputError
@@ -39,6 +38,10 @@ class Distillation(GradientMerging):
             return
         if self.model.is_sharded:
             raise InputError("method=distillation: not with trainer=fsdp: each device trains all weights. Use ddp.")
+        if getattr(self.model.weights, "is_int8", False):
+            raise InputError(
+                "encoder.base_dtype: int8 weights do not train, as method=distillation would. Leave it out."
+            )
         self.model.coefficients.raw.requires_grad_(False)
         weights = TrainedWeights(self.model.encoder, self.model.pool, self.model.coefficients)
         self.model.weights = weights
@@ -51,6 +54,8 @@ class Distillation(GradientMerging):
         """Move the start to the weights' device, too."""
         super().on_fit_start()
         self._start = [start.to(p.device) for p, start in zip(self.trained, self._start, strict=False)]
+        norms = sum(float(norm.double().square().sum()) for norm in self.model.pool.norms.values())
+        self._pull = self._strength / norms  # on the squared distance
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -76,15 +81,16 @@ class Distillation(GradientMerging):
                 loss = loss + (change * 0).sum()
             else:
                 loss = loss + (change * gradients[name]).sum() / scale
-        return loss if result is None else loss + self._penalty()
+        return loss
 
-    def _penalty(self) -> Tensor | float:
-        """The anchor, with its gradient of the weights."""
-        if not self._strength:
-            return 0.0
-        norms = sum(float(norm.double().square().sum()) for norm in self.model.pool.norms.values())
-        moved = [(p - start).square().sum() for p, start in zip(self.trained, self._start, strict=True)]
-        return torch.stack(moved).sum() * (self._strength / norms)
+    def _anchored(self, loss: Tensor, result: StepResult, values: Tensor) -> tuple[Tensor, StepResult]:
+        """Add the anchor to the loss, and to the gradients of the weights."""
+        scale = self._scaler.get_scale() if self._scaler else 1.0
+        for name, parameter, start in zip(self.model.pool.names, self.trained, self._start, strict=True):
+            change = parameter.detach() - start
+            loss = loss + self._pull * change.square().sum()
+            self.on_parameter_gradient(name, change * (2 * self._pull * scale))
+        return loss, result
 
     def exported(self) -> Mapping[str, Tensor]:
         """Return the state dict of the trained weights, with every key of the base."""

@@ -165,12 +165,16 @@ class MergingMethod(LightningModule):
             return nothing
         self._has_gradient = True
         if self._strength:
-            loss, result = penalised(loss, result, values.detach(), self.model.coefficients.initial, self._strength)
+            loss, result = self._anchored(loss, result, values.detach())
         samples = sum(len(data.indices) for part in batches for data in part.values())
         report(self, loss, result.losses, values.detach(), samples)
         surrogate = self._surrogate(loss, values, result)
         factor = 1 if self.model.valid is None else self.trainer.accumulate_grad_batches  # by which Lightning divides
         return surrogate if factor == 1 else surrogate * factor
+
+    def _anchored(self, loss: Tensor, result: StepResult, values: Tensor) -> tuple[Tensor, StepResult]:
+        """Add the anchor to a step's loss and gradient."""
+        return penalised(loss, result, values, self.model.coefficients.initial, self._strength)
 
     def _surrogate(self, loss: Tensor, values: Tensor, result: StepResult | None) -> Tensor:
         """Return a scalar of the loss's value, whose gradient is the step's; without gradient where there is none."""

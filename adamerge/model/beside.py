@@ -147,7 +147,12 @@ class BesideWeights(WholeWeights):
         self.updates = Updates(encoder, pool, index)
         self._dense = [name for name in pool.names if name not in self.updates.names]
         self.is_int8 = is_int8
-        self._base: dict[str, Tensor] = {}
+        self._base: dict[str, Tensor] = {}  # what is in int8, from pass to pass
+        if is_int8 and (not self.updates.linear or pool.compute_dtype != torch.float32):
+            raise InputError(
+                "encoder.base_dtype: int8 takes linear layers' weights that have adapters, of a base of up to 32 bits; "
+                f"found {len(self.updates.linear)} such weights, and {pool.compute_dtype}. Leave it out."
+            )
 
     def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
@@ -179,9 +184,9 @@ class BesideWeights(WholeWeights):
     def swapped(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
         if isinstance(params, BesideLeaves):
-            if not self._base:
-                self._base = {name: self._held(name) for name in self.updates.names}
-            with super().swapped({**self._base, **params}, buffers), self.updates.added(params.coefficients):
+            base = self._base or {name: self._held(name) for name in self.updates.names}
+            self._base = base if self.is_int8 else {}
+            with super().swapped({**base, **params}, buffers), self.updates.added(params.coefficients):
                 yield
         else:
             with super().swapped(params, buffers), self.updates.silent():

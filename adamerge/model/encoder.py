@@ -1,6 +1,5 @@
 """How an encoder runs: on whose parameters, which tasks in one pass, what is kept, recomputed or compiled."""
 
-import functools
 import os
 import shutil
 import sys
@@ -8,6 +7,7 @@ import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from adamerge.data.batch import Inputs, kind, of_network, size
 from adamerge.errors import InputError, check_choice, check_globs, did_you_mean, shorten
 from adamerge.model.half_products import half_products
 from adamerge.model.hidden_layers import Hooks, is_inside, matching, outermost, select
-from adamerge.model.int8 import check_torchao
+from adamerge.model.int8 import check_int8
 from adamerge.pool.pool import ExpertPool
 
 MicroBatch = int | Literal["auto"] | None
@@ -64,11 +64,7 @@ class EncoderOptions:
         check_choice("encoder.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         check_choice("encoder.base_dtype", self.base_dtype, ("float32", "int8"))
         if self.base_dtype == "int8":
-            check_torchao()
-            if self.engine != "beside":
-                raise InputError(
-                    "encoder.base_dtype: int8 is of a base that stays as it is: set encoder.engine=beside."
-                )
+            check_int8(self.engine)
         if self.engine == "beside" and self.dtype is not None:
             raise InputError(
                 "encoder.compute_dtype: bfloat16 is of merged weights, and encoder.engine=beside merges none. Leave "
@@ -111,7 +107,7 @@ class Runner:
         self._options, self.dtype = options, options.dtype
         self._names = [name for name, _ in encoder.named_modules() if name]
         self._recomputed = {
-            name: functools.partial(checkpoint, encoder.get_submodule(name).forward, use_reentrant=False)
+            name: partial(checkpoint, encoder.get_submodule(name).forward, use_reentrant=False)
             for name in self._selected(encoder)
         }
         self._hooks: dict[tuple[str, ...], Hooks] = {}
@@ -142,20 +138,24 @@ class Runner:
             inputs = _channels_last(inputs)
         hooks = self._hooks_of(tuple(hidden_layers))
         run, recomputed = (_run, {}) if plain else (self._run, self._recomputed)
-        with hooks.attached(encoder), _replaced(encoder, recomputed), self._mixed(inputs):
+        with hooks.attached(encoder), _replaced(encoder, recomputed), self._mixed(inputs, plain):
             output, hidden = run(encoder, inputs, hooks.names, hooks.outputs)
         return output, hooks.chosen(hidden, size(inputs))
 
     @contextmanager
-    def _mixed(self, inputs: Inputs) -> Iterator[None]:
+    def _mixed(self, inputs: Inputs, plain: bool) -> Iterator[None]:
         """Run under autocast to the dtype of the weights, or what the caller has set."""
         if self.dtype is None:
             yield
             return
         device = (inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))).device
-        products = nullcontext() if self._options.backend else half_products(self.dtype, device)
-        with torch.autocast(device.type, self.dtype), products:
+        with torch.autocast(device.type, self.dtype), self.products(device, plain=plain)():
             yield
+
+    def products(self, device: torch.device, *, plain: bool = False) -> Callable[[], AbstractContextManager[Any]]:
+        """Return what makes the context that passes on a device multiply in; compiled ones do so by themselves."""
+        is_compiled = self._options.backend is not None and not plain
+        return nullcontext if is_compiled else partial(half_products, self.dtype, device)
 
     def _hooks_of(self, patterns: tuple[str, ...]) -> "Hooks":
         if patterns not in self._hooks:

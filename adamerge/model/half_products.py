@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-_PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward)
+_PRODUCTS = (_aten.mm, _aten.addmm, _aten.mv, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward)
 
 
 def has_bfloat16_units() -> bool:
@@ -34,7 +34,8 @@ class _ThroughFloat32(TorchDispatchMode):
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function.overloadpacket not in _PRODUCTS or not any(_is_half(value) for value in args):
+        is_product = function.overloadpacket in _PRODUCTS and "out" not in kwargs
+        if not is_product or not any(_is_half(value) for value in args):
             return function(*args, **kwargs)
         result = function(*(_to(torch.float32, value, _is_half) for value in args), **kwargs)
         if isinstance(result, Tensor):

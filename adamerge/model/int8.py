@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from adamerge.errors import InputError
 
 
-def check_torchao() -> None:
-    """Raise :class:`~adamerge.InputError` where torchao is not installed."""
+def check_int8(engine: str) -> None:
+    """Raise :class:`~adamerge.InputError` where torchao is not installed, or the engine merges into the base."""
+    if engine != "beside":
+        raise InputError("encoder.base_dtype: int8 is of a base that nothing merges into: set encoder.engine=beside.")
     if find_spec("torchao") is None:
         raise InputError("encoder.base_dtype: int8 needs the package torchao: pip install 'adamerge[int8]'.")
 

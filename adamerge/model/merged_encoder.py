@@ -10,6 +10,8 @@ the merged weights. Nothing keeps a graph of the merge, and the gradients of a w
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,6 @@ from torch import Tensor
 from adamerge.data.batch import Inputs, Outputs
 from adamerge.errors import InputError
 from adamerge.model.encoder import MicroBatch
-from adamerge.model.half_products import half_products
 from adamerge.model.weights import WholeWeights
 
 Run = Callable[[Mapping[str, Inputs]], dict[str, Outputs]]  # inputs (B, ...) by task, as one pass
@@ -33,6 +34,7 @@ class MergedEncoder:
         coefficients: Those that they were merged with, (E, G), a leaf.
         micro_batch: See :func:`~adamerge.model.encoder.fused`.
         scale: Factor on the losses in the backward pass, which the gradient is divided by (fp16).
+        products: What a backward pass runs under, see :func:`~adamerge.model.half_products.half_products`.
         on_gradient: Sees each merged parameter's name and gradient (*S), times ``scale``, before it is dropped.
 
     Attributes:
@@ -47,11 +49,12 @@ class MergedEncoder:
         coefficients: Tensor,
         micro_batch: MicroBatch,
         scale: float | Tensor,
+        products: Callable[[], AbstractContextManager[Any]],
         on_gradient: Callable[[str, Tensor], None] | None,
     ) -> None:
         self._run, self._weights, self._leaves = run, weights, leaves
         self._micro_batch, self._scale, self._on_gradient = micro_batch, scale, on_gradient
-        self.coefficients = coefficients
+        self.coefficients, self._products = coefficients, products
         self._pull_back = weights.pull_back()
 
     def groups(self, inputs: Mapping[str, Inputs]) -> Iterator[Mapping[str, Inputs]]:
@@ -91,12 +94,8 @@ class MergedEncoder:
         total = self._zero + loss
         # Before the last, the gradients of the groups add up; in bfloat16 they would lose what the first ones hold.
         leaves = self._leaves if self._is_last or self._weights.dtype is not None else {}
-        products = half_products(self._weights.dtype, total.device)
-        with (
-            self._pull_back.collect(leaves, self._on_gradient),
-            torch.autocast(total.device.type, enabled=False),
-            products,
-        ):
+        collect = self._pull_back.collect(leaves, self._on_gradient)
+        with collect, torch.autocast(total.device.type, enabled=False), self._products():
             (total * self._scale).backward()
 
     @property

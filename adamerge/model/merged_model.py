@@ -105,6 +105,12 @@ class MergedModel(nn.Module):
         return self.weights.is_sharded
 
     @property
+    def computes_in(self) -> str:
+        """What decides the rounding of its passes: a dtype, and whether the base is in another."""
+        is_int8 = getattr(self.weights, "is_int8", False)
+        return f"{self._runner.dtype or self.pool.compute_dtype}{', base in int8' if is_int8 else ''}"
+
+    @property
     def encoder(self) -> nn.Module:
         """The encoder that was passed in."""
         return self._unregistered[0]
@@ -137,10 +143,14 @@ class MergedModel(nn.Module):
 
     def expert_parameters(self, expert: str) -> MutableMapping[str, Tensor]:
         """Return the raw expert's own parameters and buffers, as :meth:`forward` takes them; one model's memory."""
-        parameters = self.pool.expert_parameters(expert, self.weights.dtype)
+        parameters = self.pool.expert_parameters(expert)
         return self.weights.read(
             parameters.__getitem__, self.pool.buffers(self.encoder_buffers, expert), with_fixed=True
         )
+
+    def raw_expert(self, expert: str) -> Mapping[str, Tensor]:
+        """Return the raw expert as a step runs its teacher, for :meth:`outputs`: rounded, or beside the base."""
+        return self.weights.expert(expert, self.pool.buffers(self.encoder_buffers, expert))
 
     def merge(self) -> dict[str, Tensor] | LazyTensors:
         """Return the merged parameters, differentiable in the coefficients; call once per step.
@@ -214,7 +224,8 @@ class MergedModel(nn.Module):
         coefficients = values.detach().clone().requires_grad_()
         leaves = self.weights.merged_leaves(coefficients)
         run = partial(self._outputs, hidden_layers=hidden_layers)
-        merged = MergedEncoder(run, self.weights, leaves, coefficients, micro_batch, scale, on_gradient)
+        products = self._runner.products(self.pool.device)
+        merged = MergedEncoder(run, self.weights, leaves, coefficients, micro_batch, scale, products, on_gradient)
         with torch.set_grad_enabled(needs_gradient), self._swapped(leaves):
             yield merged
 
@@ -226,7 +237,7 @@ class MergedModel(nn.Module):
 
         All processes of a sharded model must call, each for its own batches.
         """
-        params = self.weights.expert(expert, self.pool.buffers(self.encoder_buffers, expert))
+        params = self.raw_expert(expert)
         for task, inputs, is_own in self.weights.padded(batches):
             with self._swapped(params):
                 outputs = self._outputs({task: inputs}, hidden_layers, plain=True)[task]

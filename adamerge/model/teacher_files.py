@@ -124,7 +124,7 @@ def _model_key(model: MergedModel, task: str, hidden_layers: Sequence[str], comp
             **read,
             **({} if cache.is_exact else {"kept": [cache.top_k, cache.dtype]}),
             "hidden_layers": list(hidden_layers),
-            "dtype": str(model.weights.dtype or model.pool.compute_dtype),
+            "dtype": model.computes_in,
             "matmul": matmul_precision(),
             "torch": torch.__version__,
             "computed": dict(computed),

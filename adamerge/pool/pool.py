@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +89,12 @@ class ExpertPool:
             for problem in self.packed.problems(self.expert_names, shapes):
                 raise InputError(problem)
             self.packed.check_source(self.hashes(), self.keys_digest)
-        size = sum(map(math.prod, shapes.values())) * len(experts) * self._dtype.itemsize
-        self._task_vectors = self._empty_task_vectors(size if self.packed is None else self.packed.nbytes)
-        is_streamed = self.storage == "stream" and not isinstance(base, MemoryCheckpoint)
-        read = partial(self._read, base)  # each time, so that nothing stays in memory
-        self.base: MutableMapping[str, Tensor] = LazyTensors(read) if self.mapped or is_streamed else {}
-        self.fixed: MutableMapping[str, Tensor] = LazyTensors(read) if self.mapped else {}
+        self.base, self.fixed = self._tensors(), self._tensors()
         for name in layout.fixed:
             self.fixed[name] = self._read(base, name) if self.mapped else self._read(base, name).clone()
         self._prepared = None if options.transform is None else Prepared(options.transform, self._untransformed())
+        size = sum(map(math.prod, shapes.values())) * len(experts) * self._dtype.itemsize
+        self._task_vectors = self._empty_task_vectors(size if self.packed is None else self.packed.nbytes)
         self.norms: dict[str, Tensor] = {}
         self._load(layout.merged)
         return_freed_memory()  # the more experts, the more of it
@@ -237,8 +233,7 @@ class ExpertPool:
 
     def tensors_of(self, expert: str | None, names: Sequence[str], dtype: torch.dtype | None = None) -> LazyTensors:
         """Return some of an expert's own parameters (None: the base's) as above, each read when asked for."""
-        checkpoint = self.source if expert is None else self._experts[expert]
-        present = set(checkpoint.keys)
+        present = set((checkpoint := self.source if expert is None else self._experts[expert]).keys)
 
         def read(name: str) -> Tensor:
             key = self.keys.file_key(name)
@@ -259,8 +254,6 @@ class ExpertPool:
     def to(self, device: torch.device | str) -> "ExpertPool":
         """Move to a device, in place; which task vectors come along is a matter of the storage."""
         self.device = torch.device(device)
-        if not self.mapped and self.device.type != "cpu":
-            self.base = dict(self.base)  # a step's transfers are the experts' alone
         for tensors in (self.base, self.fixed):
             if isinstance(tensors, LazyTensors):
                 tensors.forget()
@@ -309,6 +302,10 @@ class ExpertPool:
         dtype = of_matrices if of_matrices is not None and tensor.ndim > 1 else self.compute_dtype
         return tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor
 
+    def _tensors(self) -> MutableMapping[str, Tensor]:
+        """Return an empty mapping for tensors of the base: they stay in it, or are read again each time."""
+        return LazyTensors(lambda name: self._read(self.source, name)) if self.mapped else {}
+
     def _load(self, names: Sequence[str]) -> None:
         """Read the base, form or map the task vectors, and set unchanged parameters aside."""
         for name in names:
@@ -322,10 +319,8 @@ class ExpertPool:
                 check_norms(norms, self.keys.file_key(name), self._experts, self.dtype_name)
             else:
                 norms = torch.zeros(len(self._experts))
-            if not norms.any():  # kept at the base's values
-                self.fixed[name] = self.base.pop(name)
-                self._task_vectors.stacks.pop(name, None)
-                self.skipped[self.keys.file_key(name)] = self.UNCHANGED + self.options.after
+            if not norms.any():
+                self._set_aside(name)
                 continue
             self.norms[name] = norms
             if base.numel() > READ:
@@ -343,6 +338,12 @@ class ExpertPool:
         if (stack := self.packed.stack(name)) is not None:
             self._task_vectors.add_packed(name, stack)
         return stack is not None
+
+    def _set_aside(self, name: str) -> None:
+        """Keep a parameter at the base's values, as no expert changed it."""
+        self.fixed[name] = self.base.pop(name)
+        self._task_vectors.stacks.pop(name, None)
+        self.skipped[self.keys.file_key(name)] = self.UNCHANGED + self.options.after
 
     def _log_storage(self) -> None:
         held, level = self.nbytes / 1e6, logging.INFO if self.storage == "stream" else logging.DEBUG

@@ -112,7 +112,7 @@ def score_experts(model: MergedModel, data: UnlabeledTasks, experts: ExpertAnswe
     scores: dict[str, TaskScore] = {}
     experts = experts or ExpertAnswers(model, data)
     for task in data.evaluation:
-        params = model.expert_parameters(model.teacher_of(task))
+        params = model.raw_expert(model.teacher_of(task))
         scores |= score_tasks(model, params, data, f"Scoring the expert of {task}", [task], experts)
     return TableRow(scores)
 

@@ -277,7 +277,7 @@ class ExpertAnswers:
     @staticmethod
     @torch.no_grad()
     def _ask(model: MergedModel, data: UnlabeledTasks, task: str) -> Iterator[Answers]:
-        params = model.expert_parameters(model.teacher_of(task))
+        params = model.raw_expert(model.teacher_of(task))
 
         def outputs_of(inputs: Inputs, task: str) -> Outputs:
             return model.outputs(inputs, task, params)

@@ -91,10 +91,62 @@ def test_bad_folders_are_refused_and_nothing_is_run(tmp_path, capsys):
     (folder / "__0_0.distcp").rename(folder / "moved")
     with pytest.raises(FileNotFoundError, match=r"__0_0\.distcp is missing"):
         DistributedCheckpoint(folder)
-    (folder / "__0_0.distcp").write_bytes((folder / "moved").read_bytes()[:300])
+    (folder / "__0_0.distcp").write_bytes((folder / "moved").read_bytes()[:3000])
     read = DistributedCheckpoint(folder)
     with pytest.raises(InputError, match=r"__0_0\.distcp: truncated or damaged"):
         [read.get(key) for key in read.keys]
+    (folder / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(InputError, match=r"larger than the files"):
+        DistributedCheckpoint(folder)
+
+
+def test_lightnings_optimizers_and_schedulers_are_left_out_of_the_model_alone(tmp_path):
+    moment = torch.ones(2)
+    state = {
+        "model": {"optim.weight": moment},
+        "optimizer_0": {"state": {"weight": moment}},
+        "scheduler": {"a": moment},
+    }
+    assert DistributedCheckpoint(save(state, tmp_path / "saved")).keys == ("model.optim.weight",)
+    wrapped = {"app": {"model": {"weight": moment}, "optim": {"weight": moment}}}
+    assert DistributedCheckpoint(save(wrapped, tmp_path / "wrapped")).keys == ("app.model.weight",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.storage_data.clear(), "a part of 'model.0.bias' without a place"),
+        (
+            lambda m: m.state_dict_metadata["model.0.weight"].chunks.pop(),
+            "the parts of 'model.0.weight' do not make it up",
+        ),
+        (lambda m: stretch(m.state_dict_metadata["model.0.weight"], 10**9), "its tensors are larger than the files"),
+        (lambda m: stretch(m.state_dict_metadata["model.0.weight"], -1), "no shape and dtype of 'model.0.weight'"),
+        (lambda m: nest(m.storage_data, 60), "a part of 'model.0.bias' without a place"),
+    ],
+)
+def test_metadata_that_contradicts_itself_is_refused(tmp_path, change, message):
+    folder = save(training(0)[1], tmp_path / "saved")
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    change(content)
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=rf"\.metadata: truncated or damaged .*{message}"):
+        DistributedCheckpoint(folder)
+
+
+def stretch(entry, width):
+    """Claim a width of a tensor and its only part."""
+    entry.size = torch.Size([entry.size[0], width]) if width > 0 else (entry.size[0], width)
+    entry.chunks[0].sizes = entry.size
+
+
+def nest(storage, depth):
+    """Let each key's offset be tuples of tuples, which take 2 ** depth steps to hash."""
+    offset = ()
+    for _ in range(depth):
+        offset = (offset, offset)
+    for index in storage:
+        object.__setattr__(index, "offset", offset)
 
 
 def test_optimizer_alone_is_no_model(tmp_path):

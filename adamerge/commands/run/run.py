@@ -128,8 +128,8 @@ def build_pool(
     base = None if config.pool.get("base") else own_base(backbone, download=download)
     transform = build_optional(config, "transform")
     files = pool_of(config, backbone, base)
-    is_half = OmegaConf.select(config, "encoder.compute_dtype") == "bfloat16"
-    streams = is_half and config.pool.get("storage") == "stream"
+    dtypes = {OmegaConf.select(config, f"encoder.{kind}_dtype") for kind in ("compute", "base")}
+    streams = bool(dtypes & {"bfloat16", "int8"}) and config.pool.get("storage") == "stream"
     if transform is None and (for_export or streams) and not is_sharded(config):
         return files.open_mapped()
     return files.open(transform=transform, mapped=is_sharded(config))
