@@ -211,6 +211,7 @@ def configure_logging(debug: bool, quiet: bool = False) -> None:
     logging.captureWarnings(True)
     logging.raiseExceptions = debug  # a log that cannot be written to, on a full disk, is not the error to report
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # its errors reach the user as exceptions
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao, whenever transformers is imported
     quiet_lightning()
     for message in (
         ".*does not have many workers.*",
