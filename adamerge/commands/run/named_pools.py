@@ -24,7 +24,7 @@ _CHOICE = "pool/{}.yaml"  # below a folder for --config-dir
 _BUILT = (
     ("offline_benchmark", benchmark_folder, "half an hour"),
     ("text_zoo", text_zoo_folder, "ten minutes"),
-    ("llm_zoo", llm_zoo_folder, "half an hour"),
+    ("llm_zoo", llm_zoo_folder, "twenty minutes"),
 )
 _FORM = "files"  # the choice of the group ``pool`` that takes a user's files
 
