@@ -124,7 +124,7 @@ class Expert:
     def teacher_of(self, task):
         return self.teachers[task]
 
-    def expert_parameters(self, expert):
+    def raw_expert(self, expert):
         return OTHER
 
     def outputs(self, inputs, task, params):
