@@ -76,8 +76,10 @@ def cell(name: str, samples: int, seed: int, options: argparse.Namespace) -> dic
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     overrides = [*ROWS[name].split(), *options.common, *_limit(samples), f"seed={seed}", f"run_dir={folder}"]
     overrides += [f"teacher_cache={options.output / 'teachers'}", "report=false", "logger=none", "name=row"]
-    overrides += ["start=null", "init=0", f"pool.base={merge['base']}", f"references={'start' not in merge}"]
-    rows = (adapt(compose(overrides), folder) or {})["rows"]
+    overrides += ["start=null", f"references={'start' not in merge}"]
+    # As a run does it, so that a pool file may name the base.
+    config = starting._from_merge(compose(overrides), None, Path(merge["base"]))
+    rows = (adapt(config, folder) or {})["rows"]
     if "start" not in merge:
         merge |= {"start": rows["pretrained"], "experts": rows["experts"]}
         save_json(merge, path)

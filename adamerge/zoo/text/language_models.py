@@ -184,9 +184,9 @@ class Adapters:
         return list(self._tokenizer([self.prompt(self._task, text.text) for text in texts])["input_ids"])
 
     def _answers(self) -> Tensor:
-        """Return the first token of each class's name, (C,)."""
+        """Return the token of each class's name, (C,)."""
         names = [f" {name}" for name in self._task.class_names]
-        return torch.tensor([ids[0] for ids in self._tokenizer(names, add_special_tokens=False)["input_ids"]])
+        return torch.tensor([token for (token,) in self._tokenizer(names, add_special_tokens=False)["input_ids"]])
 
     def _logits(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Return what follows each of several texts, (B, V); they are padded on the left, so that all end together."""
