@@ -7,7 +7,7 @@ The library unpickles such a folder's ``.metadata``, which can run code; here it
 import math
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from adamerge.system.reading import open_regular
 
 METADATA = ".metadata"
 _OF_TRAINING = {"optim", "optimizer", "optimizers", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler"}
-_AROUND = {"app", "state", "state_dict"}  # names that training programs put around model and optimizer
+_AROUND = ("app", "state", "state_dict")  # names that training programs put around model and optimizer
 _Sizes = tuple[int, ...]
 
 
@@ -53,6 +53,7 @@ class _Chunk:
 class DistributedCheckpoint:
     """The model's tensors in a folder that ``torch.distributed.checkpoint`` wrote; those of optimizers are left out.
 
+    Names are those of the model's own state dict, also where it was saved under ``model``, itself under ``app``.
     A tensor is put together when it is asked for; one of a single part stays in the mapped file where the part lies at
     a place that its dtype allows.
 
@@ -65,7 +66,7 @@ class DistributedCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.name, self._folder = str(folder), folder
+        self.name, self._folder = str(folder / METADATA), folder
         metadata = read_object(folder / METADATA)
         with naming(folder / METADATA):
             self._specs, self._chunks = _layout(metadata)
@@ -152,7 +153,17 @@ def _layout(metadata: Any) -> tuple[dict[str, tuple[_Sizes, torch.dtype]], dict[
     if len(specs) < len(tensors):
         left_out = [name for name in tensors if name not in specs]
         tell_once(f"{METADATA}: {len(left_out)} tensors of the training are not read: {shorten(left_out)}.")
-    return specs, chunks
+    plain = _without_nests(specs)
+    return {plain[name]: spec for name, spec in specs.items()}, {plain[name]: parts for name, parts in chunks.items()}
+
+
+def _without_nests(names: Collection[str]) -> dict[str, str]:
+    """Return the names without what programs nest a model in, as in ``{"app": {"model": ...}}``, where all have it."""
+    nest = ""
+    for part in (*_AROUND, "model"):
+        if all(name.startswith(f"{nest}{part}.") for name in names):
+            nest += f"{part}."
+    return {name: name.removeprefix(nest) for name in names}
 
 
 def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, _Sizes | None], Record]:

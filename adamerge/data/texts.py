@@ -193,9 +193,10 @@ class _Fields:
         """Refuse an option that names a field which records lack, in braces or as a whole."""
         for name in _FIELD.findall(field) or [field]:
             if self.names and name not in self.names:
+                hint = " The same choices for all texts are classes: [A, B]." if option == "choices" else ""
                 raise InputError(
                     f"{self._place}: no field {name!r}.{did_you_mean(name, self.names)} Its fields: "
-                    f"{shorten(self.names, 8)}; name one with {option}=FIELD."
+                    f"{shorten(self.names, 8)}; name one with {option}=FIELD.{hint}"
                 )
 
     def optional(self, option: str, given: Any) -> Any:

@@ -185,7 +185,9 @@ class BesideWeights(WholeWeights):
         """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
         if isinstance(params, BesideLeaves):
             base = self._base or {name: self._held(name) for name in self.updates.names}
-            self._base = base if self.is_int8 else {}
+            if self.is_int8 and not self._base:
+                self._base = base
+                log.info("encoder.base_dtype: %d weights of the base are held in int8", len(self.updates.linear))
             with super().swapped({**base, **params}, buffers), self.updates.added(params.coefficients):
                 yield
         else:

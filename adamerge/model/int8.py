@@ -11,7 +11,10 @@ from adamerge.errors import InputError
 def check_int8(engine: str) -> None:
     """Raise :class:`~adamerge.InputError` where torchao is not installed, or the engine merges into the base."""
     if engine != "beside":
-        raise InputError("encoder.base_dtype: int8 is of a base that nothing merges into: set encoder.engine=beside.")
+        raise InputError(
+            f"encoder.base_dtype: int8 needs a base that nothing merges into, found encoder.engine={engine}. "
+            "Set encoder.engine=beside."
+        )
     if find_spec("torchao") is None:
         raise InputError("encoder.base_dtype: int8 needs the package torchao: pip install 'adamerge[int8]'.")
 

@@ -39,7 +39,7 @@ def training(seed):
 def test_tensors_of_the_model_come_out_as_they_went_in(tmp_path):
     model, state = training(0)
     read = DistributedCheckpoint(save(state, tmp_path / "saved"))
-    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    expected = model.state_dict()
     assert read.keys == tuple(sorted(expected))
     for name, tensor in expected.items():
         assert read.spec(name) == (tuple(tensor.shape), tensor.dtype)
@@ -50,7 +50,7 @@ def test_base_and_experts_of_a_pool(tmp_path):
     states = [network(seed).state_dict() for seed in range(3)]
     folders = [save({"model": state}, tmp_path / str(seed)) for seed, state in enumerate(states)]
     options = {"include": ["*.weight", "*.bias"]}
-    pool = ExpertPool.from_files(folders[0], {"a": folders[1], "b": folders[2]}, key_map="model.", **options)
+    pool = ExpertPool.from_files(folders[0], {"a": folders[1], "b": folders[2]}, **options)
     expected = ExpertPool.from_state_dicts(states[0], {"a": states[1], "b": states[2]}, **options)
     assert set(pool.names) == set(expected.names)
     for name in pool.names:
@@ -60,7 +60,7 @@ def test_base_and_experts_of_a_pool(tmp_path):
 def test_convert_writes_the_model_alone(tmp_path):
     model, state = training(0)
     folder, out = save(state, tmp_path / "saved"), tmp_path / "model.safetensors"
-    assert convert_file(folder, out, "model.").of == "state dict, folder of torch.distributed.checkpoint"
+    assert convert_file(folder, out).of == "state dict, folder of torch.distributed.checkpoint"
     written = load_state_dict(out)
     assert written.keys() == model.state_dict().keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in model.state_dict().items())
@@ -107,9 +107,9 @@ def test_lightnings_optimizers_and_schedulers_are_left_out_of_the_model_alone(tm
         "optimizer_0": {"state": {"weight": moment}},
         "scheduler": {"a": moment},
     }
-    assert DistributedCheckpoint(save(state, tmp_path / "saved")).keys == ("model.optim.weight",)
+    assert DistributedCheckpoint(save(state, tmp_path / "saved")).keys == ("optim.weight",)
     wrapped = {"app": {"model": {"weight": moment}, "optim": {"weight": moment}}}
-    assert DistributedCheckpoint(save(wrapped, tmp_path / "wrapped")).keys == ("app.model.weight",)
+    assert DistributedCheckpoint(save(wrapped, tmp_path / "wrapped")).keys == ("weight",)
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,4 @@ def test_parts_of_two_processes_make_up_the_tensors(tmp_path):
     assert len(list((tmp_path / "saved").glob("*.distcp"))) == 2
     read = DistributedCheckpoint(tmp_path / "saved")
     for name, tensor in network(0).state_dict().items():
-        assert torch.equal(read.get(f"model.{name}"), tensor)
+        assert torch.equal(read.get(name), tensor)
