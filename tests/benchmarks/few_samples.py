@@ -135,7 +135,11 @@ def table(cells: Cells, options: argparse.Namespace) -> str:
 
 
 def _starts(cells: Cells) -> dict[int, float]:
-    return {n: 100 * sum(c["start"]["mean"] for c in group) / len(group) for (_, n), group in cells.items()}
+    """Return the mean of the starts by number of samples, over the seeds of the row that has most of them."""
+    longest: dict[int, list[dict[str, Any]]] = {}
+    for (_, n), group in cells.items():
+        longest[n] = max(longest.get(n, []), group, key=len)
+    return {n: 100 * sum(c["start"]["mean"] for c in group) / len(group) for n, group in longest.items()}
 
 
 def draw(cells: Cells, options: argparse.Namespace) -> None:
