@@ -5,7 +5,6 @@ The library unpickles such a folder's ``.metadata``, which can run code; here it
 """
 
 import math
-import mmap
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from torch import Tensor
 from adamerge.checkpoints.composed import tell_once
 from adamerge.checkpoints.hashes import file_hash
 from adamerge.checkpoints.inert import Record, is_whole
-from adamerge.checkpoints.pickles import naming, read_object, tensor_in
+from adamerge.checkpoints.pickles import mapped_file, naming, read_object, tensor_in
 from adamerge.errors import InputError, shorten
 from adamerge.system.archives import Damaged
 from adamerge.system.files import combined_hash
-from adamerge.system.reading import open_regular
 
 METADATA = ".metadata"
 _OF_TRAINING = {"optim", "optimizer", "optimizers", "optimizer_states", "lr_scheduler", "lr_schedulers", "scheduler"}
@@ -117,10 +115,8 @@ class DistributedCheckpoint:
 
 
 def _map(path: Path) -> memoryview:
-    with open_regular(path) as file:
-        if not file.read(1):
-            raise Damaged("empty")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    with mapped_file(path) as (_, view):
+        return view
 
 
 def _layout(metadata: Any) -> tuple[dict[str, tuple[_Sizes, torch.dtype]], dict[str, list[_Chunk]]]:
@@ -153,17 +149,18 @@ def _layout(metadata: Any) -> tuple[dict[str, tuple[_Sizes, torch.dtype]], dict[
     if len(specs) < len(tensors):
         left_out = [name for name in tensors if name not in specs]
         tell_once(f"{METADATA}: {len(left_out)} tensors of the training are not read: {shorten(left_out)}.")
-    plain = _without_nests(specs)
-    return {plain[name]: spec for name, spec in specs.items()}, {plain[name]: parts for name, parts in chunks.items()}
+    nest = _nest(specs)
+    names = {name: name.removeprefix(nest) for name in specs}
+    return {names[key]: specs[key] for key in names}, {names[key]: chunks[key] for key in names}
 
 
-def _without_nests(names: Collection[str]) -> dict[str, str]:
-    """Return the names without what programs nest a model in, as in ``{"app": {"model": ...}}``, where all have it."""
+def _nest(names: Collection[str]) -> str:
+    """Return what programs nest a model in, as in ``{"app": {"model": ...}}``: the start that all names have."""
     nest = ""
     for part in (*_AROUND, "model"):
         if all(name.startswith(f"{nest}{part}.") for name in names):
             nest += f"{part}."
-    return {name: name.removeprefix(nest) for name in names}
+    return nest
 
 
 def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, _Sizes | None], Record]:

@@ -72,7 +72,7 @@ def read_pickle(path: Path, entry: str | None = None) -> PickledTensors:
         InputError: If it is damaged, contradicts itself, asks for what no checkpoint needs, holds no tensors, or would
             be many times larger once written.
     """
-    with naming(path), _mapped(path) as (file, mapped):
+    with naming(path), mapped_file(path) as (file, mapped):
         root, inert, form = _root(file, mapped)
         holder, entries, is_module, beside = _state_dict(root, entry)
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
@@ -90,7 +90,7 @@ def check_archive(path: Path) -> None:
         InputError: If it is no regular file or no zip archive, holds other objects than tensors and plain containers,
             or see :func:`read_pickle`; the message is a reason, without the file's name.
     """
-    with _mapped(path) as (file, mapped):
+    with mapped_file(path) as (file, mapped):
         if bytes(mapped[: len(ZIP_MAGIC)]) != ZIP_MAGIC:
             raise Damaged("no zip archive")
         if len(mapped) > free_memory() // 2:
@@ -107,7 +107,7 @@ def read_object(path: Path) -> Any:
         FileNotFoundError: If there is no such file.
         InputError: See :func:`read_pickle`.
     """
-    with naming(path), _mapped(path) as (file, mapped):
+    with naming(path), mapped_file(path) as (file, mapped):
         return _root(file, mapped, len(mapped))[0]  # the more processes, the more parts
 
 
@@ -124,8 +124,12 @@ def tensor_in(data: memoryview) -> Tensor:
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[tuple[IO[bytes], memoryview]]:
-    """Open a file and map it."""
+def mapped_file(path: Path) -> Iterator[tuple[IO[bytes], memoryview]]:
+    """Open a file and map it; the mapping outlives the block.
+
+    Raises:
+        InputError: If the file is empty, or no regular one.
+    """
     with open_regular(path) as file:
         if not file.read(1):
             raise InputError("empty file, expected a checkpoint.")

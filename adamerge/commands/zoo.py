@@ -11,7 +11,6 @@ from adamerge import zoo as package
 from adamerge.commands.data import root_option
 from adamerge.commands.terminal import json_option, list_files, out, print_json
 from adamerge.errors import InputError
-from adamerge.results.formats.gguf import convert_gguf
 from adamerge.system import progress
 from adamerge.system.files import ensure_writable
 from adamerge.zoo.benchmark import benchmark_design
@@ -83,6 +82,8 @@ def zoo_build(
         folder = package.text_zoo_folder(root)
         make = lambda path: build_text(path, source or packages_folder(), design, seed)  # noqa: E731
     elif name == "llm":
+        from adamerge.results.formats.gguf import convert_gguf  # and transformers: seconds
+
         questions = llm_design(tasks or QUESTIONS_DEFAULT)
         folder = package.llm_zoo_folder(root)
         make = lambda path: build_llm(path, source or packages_folder(), questions, convert_gguf, seed)  # noqa: E731

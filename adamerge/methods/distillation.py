@@ -38,7 +38,7 @@ class Distillation(GradientMerging):
             return
         if self.model.is_sharded:
             raise InputError("method=distillation: not with trainer=fsdp: each device trains all weights. Use ddp.")
-        if getattr(self.model.weights, "is_int8", False):
+        if self.model.weights.is_int8:
             raise InputError(
                 "encoder.base_dtype: int8 weights do not train, as method=distillation would. Leave it out."
             )

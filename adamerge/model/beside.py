@@ -135,6 +135,7 @@ class BesideWeights(WholeWeights):
 
     Attributes:
         updates: The hooks.
+        is_int8: As given.
 
     Raises:
         InputError: If no expert's change can be added beside the base.
@@ -148,11 +149,14 @@ class BesideWeights(WholeWeights):
         self._dense = [name for name in pool.names if name not in self.updates.names]
         self.is_int8 = is_int8
         self._base: dict[str, Tensor] = {}  # what is in int8, from pass to pass
-        if is_int8 and (not self.updates.linear or pool.compute_dtype != torch.float32):
+        if not is_int8:
+            return
+        if not self.updates.linear or pool.compute_dtype != torch.float32:
             raise InputError(
                 "encoder.base_dtype: int8 takes linear layers' weights that have adapters, of a base of up to 32 bits; "
                 f"found {len(self.updates.linear)} such weights, and {pool.compute_dtype}. Leave it out."
             )
+        log.info("encoder.base_dtype: %d weights of the base are held in int8", len(self.updates.linear))
 
     def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
@@ -185,9 +189,7 @@ class BesideWeights(WholeWeights):
         """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
         if isinstance(params, BesideLeaves):
             base = self._base or {name: self._held(name) for name in self.updates.names}
-            if self.is_int8 and not self._base:
-                self._base = base
-                log.info("encoder.base_dtype: %d weights of the base are held in int8", len(self.updates.linear))
+            self._base = base if self.is_int8 else {}
             with super().swapped({**base, **params}, buffers), self.updates.added(params.coefficients):
                 yield
         else:

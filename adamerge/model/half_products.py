@@ -1,6 +1,6 @@
 """Products in bfloat16 on processors without units for it, where torch's own take up to 150 times those in float32."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,21 +35,18 @@ class _ThroughFloat32(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         is_product = function.overloadpacket in _PRODUCTS and "out" not in kwargs
-        if not is_product or not any(_is_half(value) for value in args):
+        if not is_product or not any(_is_in(torch.bfloat16, value) for value in args):
             return function(*args, **kwargs)
-        result = function(*(_to(torch.float32, value, _is_half) for value in args), **kwargs)
+        result = function(*(_cast(value, torch.bfloat16, torch.float32) for value in args), **kwargs)
         if isinstance(result, Tensor):
             return result.bfloat16()
-        return tuple(_to(torch.bfloat16, value, _is_single) for value in result)  # of convolution_backward
+        return tuple(_cast(value, torch.float32, torch.bfloat16) for value in result)  # of convolution_backward
 
 
-def _is_half(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype is torch.bfloat16
+def _is_in(dtype: torch.dtype, value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype is dtype
 
 
-def _is_single(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype is torch.float32
-
-
-def _to(dtype: torch.dtype, value: Any, is_meant: Callable[[object], bool]) -> Any:
-    return value.to(dtype) if is_meant(value) else value
+def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    """Return a tensor of one dtype in another, and all else as it is."""
+    return value.to(target) if _is_in(source, value) else value

@@ -107,8 +107,8 @@ class MergedModel(nn.Module):
     @property
     def computes_in(self) -> str:
         """What decides the rounding of its passes: a dtype, and whether the base is in another."""
-        is_int8 = getattr(self.weights, "is_int8", False)
-        return f"{self._runner.dtype or self.pool.compute_dtype}{', base in int8' if is_int8 else ''}"
+        base = ", base in int8" if self.weights.is_int8 else ""
+        return f"{self._runner.dtype or self.pool.compute_dtype}{base}"
 
     @property
     def encoder(self) -> nn.Module:

@@ -197,7 +197,7 @@ class ShardedModel(MergedModel):
         if ranks.count() > 1 and not self.is_sharded:
             self.pool.to("cpu")
             updates = self.weights.updates if isinstance(self.weights, BesideWeights) else None
-            if isinstance(self.weights, BesideWeights) and self.weights.is_int8:
+            if self.weights.is_int8:
                 raise InputError("encoder.base_dtype: int8 has no parts for trainer=fsdp. Use ddp, or leave it out.")
             index = self.coefficients.index
             self.weights = ShardedWeights(self.encoder, self.pool, index, torch.device(device), updates)

@@ -6,7 +6,7 @@ Shapes: B images in a batch, U different classes among them, F features, C class
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -105,6 +105,33 @@ def fit(
         optimizer.step()
         schedule.step()
         advance()
+
+
+def fit_labels(
+    parameters: Iterable[nn.Parameter],
+    logits: Callable[[list[list[int]]], Tensor],
+    texts: tuple[Sequence[list[int]], Tensor],
+    recipe: TrainingPlan,
+    advance: Callable[[], None],
+) -> None:
+    """Train parameters by cross-entropy on batches of texts, drawn by torch's own generator.
+
+    Args:
+        parameters: Changed in place.
+        logits: The ids of B texts to (B, C).
+        texts: The ids of each, and the labels (N,), of C.
+        recipe: How it is trained.
+        advance: Called after every step.
+    """
+    ids, labels = texts
+
+    def draw(step: int) -> Tensor:
+        return torch.randint(len(ids), (recipe.batch_size,))
+
+    def loss(index: Tensor) -> Tensor:
+        return functional.cross_entropy(logits([ids[position] for position in index.tolist()]), labels[index])
+
+    fit(parameters, loss, draw, recipe, advance)
 
 
 def _learning_rate_factor(step: int, recipe: TrainingPlan) -> float:

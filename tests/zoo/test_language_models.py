@@ -22,7 +22,7 @@ from adamerge.zoo.text.corpora import vader
 from adamerge.zoo.text.packages import SMOLLM2, VADER, fetch
 from adamerge.zoo.text.tasks import TextTask
 from tests.support.model_folders import new_model, save_model
-from tests.zoo.test_text import vader_package, zipped
+from tests.zoo.test_text import rated, vader_package, zipped
 
 for library in ("transformers", "peft", "gguf", "accelerate"):
     pytest.importorskip(library)
@@ -42,11 +42,11 @@ def tiny(tmp_path_factory) -> tuple[Path, TextDesign]:
     rng = torch.Generator().manual_seed(0)
 
     def domain(words: tuple[str, ...]) -> str:
-        lines = []
-        for number in range(120):
+        def sentence(number: int) -> str:
             chosen = [words[at] for at in torch.randint(len(words), (2 + number % 7,), generator=rng)]
-            lines.append(f"{number}\t{2 if number % 2 else -2}\t{number} {' '.join(chosen)}")
-        return "\n".join(lines) + "\n"
+            return f"{number} {' '.join(chosen)}"
+
+        return rated(sentence)
 
     package = vader_package(folder, movies=domain(WORDS[2:8]), amazon=domain(WORDS[8:11]))
     vader_of = replace(VADER, sha256=sha256(package))
@@ -111,7 +111,7 @@ def test_adapters_are_those_that_peft_loads_and_give_the_accuracies_that_are_tol
 
 def test_build_that_was_interrupted_ends_with_the_same_weights(built, tiny, tmp_path, monkeypatch):
     packages, design = tiny
-    fit, trained = module.fit, []
+    fit, trained = module.fit_labels, []
 
     def stopping(*arguments):
         if trained:
@@ -119,10 +119,10 @@ def test_build_that_was_interrupted_ends_with_the_same_weights(built, tiny, tmp_
         trained.append(arguments[0])
         fit(*arguments)
 
-    monkeypatch.setattr(module, "fit", stopping)
+    monkeypatch.setattr(module, "fit_labels", stopping)
     with pytest.raises(KeyboardInterrupt):
         build_llm(tmp_path, packages, design, convert, progress=False)
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(module, "fit_labels", fit)
     facts = build_llm(tmp_path, packages, design, convert, progress=False)
     assert facts["sha256"] == json.loads((built / "zoo.json").read_text(encoding="utf-8"))["sha256"]
 

@@ -5,6 +5,7 @@ import json
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def tarred(path: Path, files: dict[str, bytes]) -> Path:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
+
+
+def rated(sentence: Callable[[int], str]) -> str:
+    """Return 120 lines of a domain of VADER's, every other one positive."""
+    lines = (f"{number}\t{2 if number % 2 else -2}\t{sentence(number)}" for number in range(120))
+    return "\n".join(lines) + "\n"
 
 
 def vader_package(folder: Path, **domains: str) -> Path:
@@ -233,12 +240,11 @@ def tiny(tmp_path_factory) -> tuple[Path, TextDesign]:
     rng = torch.Generator().manual_seed(0)
 
     def domain(words: tuple[str, ...]) -> str:
-        lines = []
-        for number in range(120):
+        def sentence(number: int) -> str:
             chosen = [words[at] for at in torch.randint(len(words), (6,), generator=rng)]
-            sign = 1 if number % 2 else -1
-            lines.append(f"{number}\t{2 * sign}\t{' '.join(chosen)} {'good' if sign > 0 else 'bad'}")
-        return "\n".join(lines) + "\n"
+            return f"{' '.join(chosen)} {'good' if number % 2 else 'bad'}"
+
+        return rated(sentence)
 
     package = vader_package(folder, movies=domain(WORDS[2:6]), amazon=domain(WORDS[6:10]))
     vader_of = replace(VADER, sha256=sha256(package))
@@ -291,7 +297,7 @@ def test_tasks_of_a_zoo_adapt_on_and_score_other_texts(built):
 def test_build_that_was_interrupted_ends_with_the_same_weights(built, tiny, tmp_path, monkeypatch):
     packages, design = tiny
     trained = []
-    fit = sentences.fit
+    fit = sentences.fit_labels
 
     def stopping(*arguments):
         if trained:
@@ -299,14 +305,14 @@ def test_build_that_was_interrupted_ends_with_the_same_weights(built, tiny, tmp_
         trained.append(arguments[0])
         fit(*arguments)
 
-    monkeypatch.setattr(sentences, "fit", stopping)
+    monkeypatch.setattr(sentences, "fit_labels", stopping)
     with pytest.raises(KeyboardInterrupt):
         build_text(tmp_path, packages, design, progress=False)
     assert not (tmp_path / "zoo.json").exists()
     (tmp_path / "text_zoo").symlink_to(tmp_path)
     with pytest.raises(InputError, match=r"not finished.*zoo build text --root"):
         compose(["pool=text_zoo", "data=text_zoo", f"data.root={tmp_path}"])
-    monkeypatch.setattr(sentences, "fit", fit)
+    monkeypatch.setattr(sentences, "fit_labels", fit)
     facts = build_text(tmp_path, packages, design, progress=False)
     assert facts["sha256"] == json.loads((built / "zoo.json").read_text(encoding="utf-8"))["sha256"]
     monkeypatch.setattr(module, "fetch", None)  # a finished zoo needs no packages

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from adamerge.errors import InputError
 from adamerge.system.files import atomic_folder, save_json
@@ -27,7 +26,7 @@ from adamerge.zoo.text.build import TextDesign, build_zoo, design_of
 from adamerge.zoo.text.corpora import LabelledText
 from adamerge.zoo.text.packages import SMOLLM2
 from adamerge.zoo.text.tasks import QUESTIONS, TextTask
-from adamerge.zoo.training import fit
+from adamerge.zoo.training import fit_labels
 
 Convert = Callable[[Path, Path], object]  # a GGUF file to a new folder that transformers reads
 
@@ -139,18 +138,10 @@ class Adapters:
 
     def train(self, texts: Sequence[LabelledText], advance: Callable[[], None]) -> None:
         """Train the adapter in place."""
-        ids, labels, plan = self._ids(texts), self._task.labels(texts), self._design.expert
-        answers = self._answers()
-
-        def draw(step: int) -> Tensor:
-            return torch.randint(len(ids), (plan.batch_size,))
-
-        def loss(index: Tensor) -> Tensor:
-            logits = self._logits([ids[position] for position in index.tolist()])
-            return functional.cross_entropy(logits, answers[labels[index]])
-
+        labelled = self._ids(texts), self._answers()[self._task.labels(texts)]
         self._model.train()
-        fit([p for p in self._model.parameters() if p.requires_grad], loss, draw, plan, advance)
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        fit_labels(trained, self._logits, labelled, self._design.expert, advance)
 
     @torch.no_grad()
     def accuracy(self, texts: Sequence[LabelledText]) -> float:

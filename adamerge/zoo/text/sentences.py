@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from adamerge.system.files import atomic_path
 from adamerge.zoo.design import TrainingPlan
@@ -19,7 +17,7 @@ from adamerge.zoo.text.corpora import LabelledText
 from adamerge.zoo.text.network import SentenceEncoder, library, zero_shot_head
 from adamerge.zoo.text.packages import MINILM
 from adamerge.zoo.text.tasks import TASKS, TextTask
-from adamerge.zoo.training import fit
+from adamerge.zoo.training import fit_labels
 
 HEADS = "heads.safetensors"
 
@@ -65,10 +63,8 @@ class Sentences:
     """
 
     zoo = "text"
-    exclude: Sequence[str] = (
-        "embeddings.word_embeddings.*",
-        "pooler.*",
-    )  # half of the numbers; and what no feature passes through
+    # Half of the numbers, and what no feature passes through.
+    exclude: Sequence[str] = ("embeddings.word_embeddings.*", "pooler.*")
     versions: Sequence[str] = ("torch", "transformers", "tokenizers")
 
     def __init__(self, design: TextDesign) -> None:
@@ -115,23 +111,13 @@ class Sentences:
 
     def train(self, texts: Sequence[LabelledText], advance: Callable[[], None]) -> None:
         """Fine-tune the encoder in place against the task's frozen head."""
-        encoder, head, plan = self._encoder, self._heads[self._task], self._design.expert
-        ids, labels = encoder.ids([text.text for text in texts]), self._labels(texts)
-        for parameter in encoder.network.parameters():
-            parameter.requires_grad_(False)
-        trained = self._trained()
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
-
-        def draw(step: int) -> Tensor:
-            return torch.randint(len(ids), (plan.batch_size,))
-
-        def loss(index: Tensor) -> Tensor:
-            logits = head(encoder.features([ids[position] for position in index.tolist()]))
-            return functional.cross_entropy(logits, labels[index])
-
+        encoder, head, trained = self._encoder, self._heads[self._task], self._trained()
+        labelled = encoder.ids([text.text for text in texts]), self._labels(texts)
+        for name, parameter in encoder.network.named_parameters():
+            parameter.requires_grad_(name in trained)
         encoder.network.train()
-        fit(trained.values(), loss, draw, plan, advance)
+        logits = lambda ids: head(encoder.features(ids))  # noqa: E731
+        fit_labels(trained.values(), logits, labelled, self._design.expert, advance)
 
     def accuracy(self, texts: Sequence[LabelledText]) -> float:
         """Return the share of texts whose class the head tells."""
