@@ -71,7 +71,7 @@ class DistributedCheckpoint:
         self._files = sorted({chunk.file for chunks in self._chunks.values() for chunk in chunks})
         if missing := [file for file in self._files if not (folder / file).is_file()]:
             raise FileNotFoundError(
-                f"{folder}: {METADATA} names {len(self._files)} files, and {missing[0]} is missing. Copy it too."
+                f"{folder / METADATA}: names {len(self._files)} files, missing: {shorten(missing)}. Copy them too."
             )
         with naming(folder / METADATA):
             if self._nbytes() > sum((folder / file).stat().st_size for file in self._files):

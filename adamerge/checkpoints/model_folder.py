@@ -42,7 +42,10 @@ def open_shards(index: Path) -> ComposedCheckpoint:
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise InputError(f"{index}: weight_map: expected a mapping from tensor names to file names. Copy it again.")
     # Names only: an index must not lead out of its folder.
-    files = {file: open_checkpoint(index.parent / Path(file).name) for file in sorted(set(places.values()))}
+    paths = {file: index.parent / Path(file).name for file in sorted(set(places.values()))}
+    if gone := [path.name for path in paths.values() if not path.is_file()]:
+        raise FileNotFoundError(f"{index}: names {len(paths)} files, missing: {shorten(gone)}. Copy them too.")
+    files = {file: open_checkpoint(path) for file, path in paths.items()}
     present = {file: set(checkpoint.keys) for file, checkpoint in files.items()}
     if missing := [key for key, file in places.items() if key not in present[file]]:
         raise InputError(f"{index}: {shorten(missing)} not in the files that it names. Copy the folder again.")

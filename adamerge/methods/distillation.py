@@ -38,9 +38,9 @@ class Distillation(GradientMerging):
             return
         if self.model.is_sharded:
             raise InputError("method=distillation: not with trainer=fsdp: each device trains all weights. Use ddp.")
-        if self.model.weights.is_int8:
+        if (dtype := self.model.weights.base_dtype) != "float32":
             raise InputError(
-                "encoder.base_dtype: int8 weights do not train, as method=distillation would. Leave it out."
+                f"encoder.base_dtype: {dtype} weights do not train, as method=distillation would. Leave it out."
             )
         self.model.coefficients.raw.requires_grad_(False)
         weights = TrainedWeights(self.model.encoder, self.model.pool, self.model.coefficients)

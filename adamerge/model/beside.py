@@ -23,8 +23,8 @@ from adamerge.errors import InputError
 from adamerge.model.beside_modules import Form, Term, Watch, updated_modules
 from adamerge.model.encoder import EncoderOptions
 from adamerge.model.groups import GroupIndex, Segment
-from adamerge.model.int8 import in_int8
 from adamerge.model.merge_low_rank import factors_of, scaled_whole, scales_of
+from adamerge.model.quantized import quantized
 from adamerge.model.weights import WholeWeights
 from adamerge.pool.low_rank import Factors
 from adamerge.pool.pool import ExpertPool
@@ -131,11 +131,12 @@ class BesideWeights(WholeWeights):
         encoder: The network that lends its code.
         pool: Base and experts.
         index: The groups of the coefficients.
-        is_int8: Whether the base's linear weights that have updates beside them are held in int8.
+        base_dtype: What the base's linear weights that have updates beside them are held in: ``float32`` as the pool
+            computes, ``int8`` or ``nf4``.
 
     Attributes:
         updates: The hooks.
-        is_int8: As given.
+        base_dtype: As given.
 
     Raises:
         InputError: If no expert's change can be added beside the base.
@@ -143,20 +144,20 @@ class BesideWeights(WholeWeights):
 
     gives_gradients = False
 
-    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex, is_int8: bool = False) -> None:
+    def __init__(self, encoder: nn.Module, pool: ExpertPool, index: GroupIndex, base_dtype: str = "float32") -> None:
         super().__init__(encoder, pool, index)
         self.updates = Updates(encoder, pool, index)
         self._dense = [name for name in pool.names if name not in self.updates.names]
-        self.is_int8 = is_int8
-        self._base: dict[str, Tensor] = {}  # what is in int8, from pass to pass
-        if not is_int8:
+        self.base_dtype = base_dtype
+        self._base: dict[str, Tensor] = {}  # where it is quantised, from pass to pass
+        if not self._is_quantized:
             return
         if not self.updates.linear or pool.compute_dtype != torch.float32:
             raise InputError(
-                "encoder.base_dtype: int8 takes linear layers' weights that have adapters, of a base of up to 32 bits; "
-                f"found {len(self.updates.linear)} such weights, and {pool.compute_dtype}. Leave it out."
+                f"encoder.base_dtype: {base_dtype} takes linear layers' weights that have adapters, of a base of up to "
+                f"32 bits; found {len(self.updates.linear)} such weights, and {pool.compute_dtype}. Leave it out."
             )
-        log.info("encoder.base_dtype: %d weights of the base are held in int8", len(self.updates.linear))
+        log.info("encoder.base_dtype: %d weights of the base are held in %s", len(self.updates.linear), base_dtype)
 
     def merged_leaves(self, values: Tensor) -> Mapping[str, Tensor]:
         """Merge the dense parameters with coefficients (E, G), a leaf, which the hooks differentiate."""
@@ -176,10 +177,14 @@ class BesideWeights(WholeWeights):
         super().forget()
         self._base = {}
 
+    @property
+    def _is_quantized(self) -> bool:
+        return self.base_dtype != "float32"
+
     def _held(self, name: str) -> Tensor:
         """Return a weight of the base as it is held from pass to pass."""
         weight = self._pool.base[name]
-        return in_int8(weight) if self.is_int8 and name in self.updates.linear else weight
+        return quantized(weight, self.base_dtype) if self._is_quantized and name in self.updates.linear else weight
 
     def _names_of_leaves(self) -> Sequence[str]:
         return self._dense
@@ -189,7 +194,7 @@ class BesideWeights(WholeWeights):
         """Let the encoder run on parameters, or beside the base on the leaves of a step, while a block lasts."""
         if isinstance(params, BesideLeaves):
             base = self._base or {name: self._held(name) for name in self.updates.names}
-            self._base = base if self.is_int8 else {}
+            self._base = base if self._is_quantized else {}
             with super().swapped({**base, **params}, buffers), self.updates.added(params.coefficients):
                 yield
         else:
@@ -208,7 +213,7 @@ def weights_of(options: EncoderOptions, encoder: nn.Module, pool: ExpertPool, in
     if options.engine == "merged" or (options.engine == "auto" and is_refused):
         return WholeWeights(encoder, pool, index, options.dtype)
     try:
-        return BesideWeights(encoder, pool, index, options.base_dtype == "int8")
+        return BesideWeights(encoder, pool, index, options.base_dtype)
     except InputError as error:
         if options.engine == "beside":
             raise

@@ -19,7 +19,7 @@ from adamerge.data.batch import Inputs, kind, of_network, size
 from adamerge.errors import InputError, check_choice, check_globs, did_you_mean, shorten
 from adamerge.model.half_products import half_products
 from adamerge.model.hidden_layers import Hooks, is_inside, matching, outermost, select
-from adamerge.model.int8 import check_int8
+from adamerge.model.quantized import PACKAGES, check_quantized
 from adamerge.pool.pool import ExpertPool
 
 MicroBatch = int | Literal["auto"] | None
@@ -43,7 +43,8 @@ class EncoderOptions:
         compute_dtype: ``bfloat16``: merged weights with two or more dimensions are rounded to that after the merge has
             summed in float32, and passes run under autocast, which then casts no weight. Gradients of the weights come
             in it; what is summed over them, and coefficients, stay in float32.
-        base_dtype: ``int8``: beside, the base's linear weights that have adapters beside them are held in int8.
+        base_dtype: ``int8`` or ``nf4``: beside, the base's linear weights that have adapters beside them are held in
+            that.
 
     Raises:
         InputError: If an option has another value, or there is no compiler for ``compile``.
@@ -54,7 +55,7 @@ class EncoderOptions:
     compile: bool | str = False
     engine: Literal["merged", "beside", "auto"] = "merged"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    base_dtype: Literal["float32", "int8"] = "float32"
+    base_dtype: Literal["float32", "int8", "nf4"] = "float32"
 
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, bool):
@@ -62,9 +63,9 @@ class EncoderOptions:
         check_choice("encoder.channels_last", self.channels_last, (True, False))
         check_choice("encoder.engine", self.engine, ("merged", "beside", "auto"))
         check_choice("encoder.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
-        check_choice("encoder.base_dtype", self.base_dtype, ("float32", "int8"))
-        if self.base_dtype == "int8":
-            check_int8(self.engine)
+        check_choice("encoder.base_dtype", self.base_dtype, ("float32", *PACKAGES))
+        if self.base_dtype in PACKAGES:
+            check_quantized(self.base_dtype, self.engine)
         if self.engine == "beside" and self.dtype is not None:
             raise InputError(
                 "encoder.compute_dtype: bfloat16 is of merged weights, and encoder.engine=beside merges none. Leave "

@@ -107,7 +107,7 @@ class MergedModel(nn.Module):
     @property
     def computes_in(self) -> str:
         """What decides the rounding of its passes: a dtype, and whether the base is in another."""
-        base = ", base in int8" if self.weights.is_int8 else ""
+        base = "" if self.weights.base_dtype == "float32" else f", base in {self.weights.base_dtype}"
         return f"{self._runner.dtype or self.pool.compute_dtype}{base}"
 
     @property

@@ -197,8 +197,10 @@ class ShardedModel(MergedModel):
         if ranks.count() > 1 and not self.is_sharded:
             self.pool.to("cpu")
             updates = self.weights.updates if isinstance(self.weights, BesideWeights) else None
-            if self.weights.is_int8:
-                raise InputError("encoder.base_dtype: int8 has no parts for trainer=fsdp. Use ddp, or leave it out.")
+            if (dtype := self.weights.base_dtype) != "float32":
+                raise InputError(
+                    f"encoder.base_dtype: {dtype} has no parts for trainer=fsdp. Use ddp, or leave it out."
+                )
             index = self.coefficients.index
             self.weights = ShardedWeights(self.encoder, self.pool, index, torch.device(device), updates)
         super().to_device(device)

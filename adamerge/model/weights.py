@@ -28,11 +28,11 @@ class WholeWeights:
         dtype: As given.
         leaves: The merged parameters by name, which every merge overwrites.
         gives_gradients: Whether a step's backward pass gives the gradient of every merged parameter.
-        is_int8: Whether weights of the base are held in int8.
+        base_dtype: What weights of the base are held in: ``float32`` as the pool computes, ``int8`` or ``nf4``.
     """
 
     is_sharded = False
-    is_int8 = False
+    base_dtype = "float32"
     dtype: torch.dtype | None = None
     gives_gradients = True
 

@@ -89,7 +89,7 @@ def test_bad_folders_are_refused_and_nothing_is_run(tmp_path, capsys):
 
     metadata.write_bytes(content)
     (folder / "__0_0.distcp").rename(folder / "moved")
-    with pytest.raises(FileNotFoundError, match=r"__0_0\.distcp is missing"):
+    with pytest.raises(FileNotFoundError, match=r"names 1 files, missing: '__0_0\.distcp'"):
         DistributedCheckpoint(folder)
     (folder / "__0_0.distcp").write_bytes((folder / "moved").read_bytes()[:3000])
     read = DistributedCheckpoint(folder)

@@ -113,6 +113,10 @@ def test_open_model_of_shards_reads_all_of_them(tmp_path):
     assert all(torch.equal(opened.get(key), tensor) for key, tensor in expected.items())
     before = opened.sha256()
     index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / shards[1]).rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=rf"index\.json: names {len(shards)} files, missing: '{shards[1]}'"):
+        open_model(tmp_path)
+    (tmp_path / "moved").rename(tmp_path / shards[1])
     content = json.loads(index.read_text())
     content["weight_map"]["visual_projection.weight"] = shards[0]
     content["weight_map"]["vision_model.pre_layrnorm.weight"] = shards[0]

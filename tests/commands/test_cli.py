@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -219,6 +220,32 @@ def test_adapt_truncated_expert_is_refused(arguments, capsys, tmp_path):
     text = refusal(capsys, "adapt", *arguments, f"pool.experts.digits={path}")
     assert "cut.safetensors" in text
     assert f"expected {len(whole)} bytes, found {len(whole) // 2}" in text
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", ".metadata"])
+def test_missing_part_of_an_expert_is_refused_by_each_command(arguments, capsys, tmp_path, index):
+    expert, part = tmp_path / "expert", "two.safetensors" if index.endswith(".json") else "__0_0.distcp"
+    if index.endswith(".json"):
+        expert.mkdir()
+        (expert / "config.json").write_text("{}")
+        (expert / index).write_text(json.dumps({"weight_map": {"w": "one.safetensors", "b": part}}))
+        save_file({"w": torch.ones(2)}, expert / "one.safetensors")
+    else:
+        with pytest.warns(UserWarning, match="single process"):
+            dcp.save({"w": torch.ones(2)}, checkpoint_id=expert)
+        (expert / part).unlink()
+    out, base = tmp_path / "out", zoo.files() / "base.safetensors"
+    commands = [
+        ("check", *arguments, f"pool.experts.digits={expert}"),
+        ("merge", "--rule", "weight_average", "--base", base, "--expert", f"a={expert}", "--out", out),
+    ]
+    if index == ".metadata":
+        commands.append(("convert", expert, "--out", tmp_path / "out.safetensors"))
+    for words in commands:
+        text = refusal(capsys, *map(str, words))
+        assert f"{expert / index}: names " in text
+        assert f"missing: '{part}'. Copy" in text
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != expert] == []
 
 
 def test_adapt_pickle_is_refused_and_not_run(arguments, capsys, tmp_path):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adamerge import Coefficients, ExpertPool, InputError, MergedModel
 from adamerge.model.encoder import EncoderOptions
 from adamerge.model.granularity import Chunk
-from adamerge.model.int8 import in_int8
+from adamerge.model.quantized import PACKAGES, quantized
 from tests.support.adapters import write_adapter
 
 GROUPS = ["task", "block", "layer", "row", "column", "rank"]
@@ -249,26 +249,49 @@ def test_half_precision_runs_beside_as_on_merged_weights(tmp_path, ids):
     assert errors[1] < 2 * errors[0] < 0.2
 
 
-def test_int8_base_learns_as_its_dequantised_copy(tmp_path, ids):
-    pytest.importorskip("torchao")
+@pytest.mark.parametrize(("dtype", "bits", "error"), [("int8", 8, 0.01), ("nf4", 4, 0.2)])
+def test_quantised_base_learns_as_its_dequantised_copy(tmp_path, ids, dtype, bits, error):
+    pytest.importorskip(PACKAGES[dtype])
     network, folder = Small(), tmp_path
     pool_of(network, folder, TARGETS)
     rounded = {name: tensor.float() for name, tensor in network.state_dict().items()}
     save_file(rounded, folder / "base.safetensors")
     pool = ExpertPool.from_files(folder / "base.safetensors", {task: folder / task for task in ids})
     for name in ("blocks.0.weight", "out.weight"):  # the linear ones of what has an update beside it
-        held = in_int8(rounded[name])
-        assert held.qdata.dtype == torch.int8
-        assert 0 < (held.dequantize() - rounded[name]).abs().max() < rounded[name].abs().max() / 100
+        held = quantized(rounded[name], dtype)
+        assert (held.shape, held.dtype) == (rounded[name].shape, torch.float32)
+        assert held.qdata.nbytes == rounded[name].numel() * bits // 8
+        assert 0 < (held.dequantize() - rounded[name]).abs().max() < rounded[name].abs().max() * error
         rounded[name] = held.dequantize()
     save_file(rounded, folder / "dequantised.safetensors")
     copy = ExpertPool.from_files(folder / "dequantised.safetensors", {task: folder / task for task in ids})
     for groups in ("layer", "row"):
         expected, gradient = step(network.float(), copy, groups, ids, "beside")
-        found, other = step(network, pool, groups, ids, "beside", base_dtype="int8")
+        found, other = step(network, pool, groups, ids, "beside", base_dtype=dtype)
         for task in ids:
             torch.testing.assert_close(found[task], expected[task], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
         assert not torch.allclose(step(network, pool, groups, ids, "beside")[1], gradient, rtol=1e-4)
-    with pytest.raises(InputError, match=r"encoder\.base_dtype: int8 .*encoder\.engine=beside"):
-        EncoderOptions(base_dtype="int8")
+    with pytest.raises(InputError, match=rf"encoder\.base_dtype: {dtype} .*encoder\.engine=beside"):
+        EncoderOptions(base_dtype=dtype)
+
+
+def test_nf4_weight_is_its_dequantised_values_to_all_but_linear_layers():
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    weight, bias, x = (
+        torch.randn(5, 7),
+        torch.randn(5),
+        torch.randn(3, 7, requires_grad=True),
+    )  # 35: half a byte is left
+    held = quantized(weight, "nf4")
+    values = held.dequantize()
+    assert torch.equal(held * 1, values)
+    assert type(held * 1) is torch.Tensor
+    for autocast, tolerance in ((False, 1e-6), (True, 0.02)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, expected = (functional.linear(x, matrix, bias) for matrix in (held, values))
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=tolerance, atol=20 * tolerance)
