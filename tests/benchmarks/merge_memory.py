@@ -26,8 +26,9 @@ RULES = {"linear": ["weight_average"], "ties": ["ties", "--set", "scope=tensor"]
          "opcm": ["opcm"], "ties_model": ["ties"]}  # fmt: skip
 METHODS = {"linear": ({"weight": 1.0}, "linear"), "ties": ({"weight": 1.0, "density": 0.2}, "ties")}
 ROWS = (*RULES, "transform", "export", "adapt")
-# Of hidden states and of the feed-forward layer, layers, heads, heads of keys and values.
-SIZES = {"268m": (1024, 2752, 16, 16, 16), "1.1b": (2048, 5632, 22, 32, 4), "tiny": (16, 32, 2, 2, 2)}
+# Of hidden states and of the feed-forward layer, layers, heads, heads of keys and values, vocabulary.
+SIZES = {"268m": (1024, 2752, 16, 16, 16, 32_000), "1.1b": (2048, 5632, 22, 32, 4, 32_000),
+         "63m": (768, 2048, 8, 12, 12, 4_000), "tiny": (16, 32, 2, 2, 2, 64)}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -51,11 +52,11 @@ def make(folder: Path, size: str, experts: int) -> None:
     from tests.support.language import tokenizer
 
     torch.manual_seed(0)
-    width, inner, layers, heads, groups = SIZES[size]
-    words = [f"w{number}" for number in range(61 if size == "tiny" else 31997)]
+    width, inner, layers, heads, groups, vocabulary = SIZES[size]
+    words = [f"w{number}" for number in range(vocabulary - 3)]
     config = LlamaConfig(
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=groups, vocab_size=len(words) + 3, pad_token_id=0, bos_token_id=2, eos_token_id=2,
+        num_key_value_heads=groups, vocab_size=vocabulary, pad_token_id=0, bos_token_id=2, eos_token_id=2,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(config)
