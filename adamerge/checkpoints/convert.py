@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from adamerge.checkpoints.checkpoint import checkpoint_head, open_checkpoint
+from adamerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, checkpoint_head, open_checkpoint
 from adamerge.checkpoints.composed import wrappers
 from adamerge.checkpoints.distributed import METADATA, DistributedCheckpoint
 from adamerge.checkpoints.pickles import PickledTensors, read_pickle
-from adamerge.checkpoints.writing import save_state_dict
+from adamerge.checkpoints.writing import nbytes, save_tensors
 from adamerge.errors import InputError, shorten
 
 
@@ -60,22 +60,23 @@ def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | Non
     if head[8:9] == b"{" and not key_prefix:
         raise InputError(f"{source}: is a safetensors file already; nothing to convert but names, with --key-prefix.")
     if head[8:9] == b"{" or is_distributed:
-        opened = DistributedCheckpoint(source) if is_distributed else open_checkpoint(source)
-        read = {key: opened.get(key) for key in opened.keys}
+        opened: Checkpoint = DistributedCheckpoint(source) if is_distributed else open_checkpoint(source)
         form = "folder of torch.distributed.checkpoint" if is_distributed else "safetensors file"
-        pickled = PickledTensors(read, "state dict", False, (), (), (), form)
+        pickled = PickledTensors({}, "state dict", False, (), (), (), form)
     else:
         pickled = read_pickle(source, entry)
-    tensors = {name.removeprefix(key_prefix): t for name, t in pickled.tensors.items() if name.startswith(key_prefix)}
-    dropped = [name for name in pickled.tensors if not name.startswith(key_prefix)]
-    if not tensors or "" in tensors:
-        raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(pickled.tensors)}.")
-    save_state_dict(tensors, out)
+        opened = MemoryCheckpoint(str(source), pickled.tensors)
+    keys = {key.removeprefix(key_prefix): key for key in opened.keys if key.startswith(key_prefix)}
+    dropped = [key for key in opened.keys if not key.startswith(key_prefix)]
+    if not keys or "" in keys:
+        raise InputError(f"--key-prefix {key_prefix}: no names begin so; there are {shorten(opened.keys)}.")
+    specs = {name: opened.spec(key) for name, key in keys.items()}
+    save_tensors(specs, ((name, opened.get(key)) for name, key in keys.items()), out)
     return Conversion(
         of=f"{pickled.holder}, {pickled.format}",
-        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
-        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        dtypes=dict(Counter(str(dtype).removeprefix("torch.") for _, dtype in specs.values())),
+        nbytes=sum(map(nbytes, specs.values())),
         inert=pickled.inert,
         left_out=(*pickled.left_out, *dropped, *pickled.beside),
-        prefix=wrappers(tensors)[-1],
+        prefix=wrappers(keys)[-1],
     )

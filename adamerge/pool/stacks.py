@@ -139,7 +139,8 @@ class Mapped(Stack):
         """Subtract the base."""
         piece = base[start:stop]
         for row, expert in zip(out, self.experts, strict=True):
-            write_task_vector(row, expert if isinstance(expert, LowRank) else expert[start:stop], piece, start)
+            source = expert if isinstance(expert, LowRank) else _sent(expert[start:stop], out.device)
+            write_task_vector(row, source, piece, start)
 
     def to(self, device: torch.device, *, pin: bool = False) -> "Mapped":
         """Move the factors of low-rank experts; files stay where they are."""
@@ -217,6 +218,16 @@ def _copy_rows(out: Tensor, data: Tensor, start: int, stop: int) -> None:
         return
     for row, source in zip(out, data, strict=True):
         row.copy_(source[start:stop].to(out.device, non_blocking=True))
+
+
+def _sent(data: Tensor, device: torch.device) -> Tensor:
+    """Return entries of a mapped file on their way to a GPU, while the next are read; for other devices as they are.
+
+    They go by page-locked memory from torch's cache, which gives it to the next only once the GPU has read it.
+    """
+    if device.type != "cuda" or data.device.type != "cpu":
+        return data
+    return _moved(data, data.device, pin=True).to(device, non_blocking=True)
 
 
 def _moved(data: Tensor, device: torch.device, pin: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -57,9 +58,17 @@ def test_base_and_experts_of_a_pool(tmp_path):
         assert torch.equal(pool.task_vectors(name), expected.task_vectors(name))
 
 
-def test_convert_writes_the_model_alone(tmp_path):
+def test_convert_writes_the_model_alone_tensor_by_tensor(tmp_path, monkeypatch):
     model, state = training(0)
     folder, out = save(state, tmp_path / "saved"), tmp_path / "model.safetensors"
+    read, held = DistributedCheckpoint.get, []
+
+    def get(self, key):
+        assert sum(tensor() is not None for tensor in held) <= 1  # the one that was written last
+        held.append(weakref.ref(tensor := read(self, key).clone()))
+        return tensor
+
+    monkeypatch.setattr(DistributedCheckpoint, "get", get)
     assert convert_file(folder, out).of == "state dict, folder of torch.distributed.checkpoint"
     written = load_state_dict(out)
     assert written.keys() == model.state_dict().keys()
