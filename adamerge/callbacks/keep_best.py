@@ -100,7 +100,10 @@ class KeepBest(Callback):
 def check_held_out(callback: str, data: object) -> None:
     """Refuse data without held-out samples, for a callback that measures on them."""
     if not isinstance(data, UnlabeledTasks) or not data.holdout_streams:
-        raise InputError(f"{callback}: expected held-out inputs, found none. Set data.holdout, for example to 0.2.")
+        cause = ", as data.holdout=auto divides so few into folds" if getattr(data, "folds", 0) else ""
+        raise InputError(
+            f"{callback}: expected held-out inputs, found none{cause}. Set data.holdout, for example to 0.2."
+        )
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Export the start where learning did not make the merge agree better with the experts, on held-out samples."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,7 @@ from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, shorten
 from adamerge.methods.method import MergingMethod
 from adamerge.model.task_step import TaskStep
-from adamerge.results.agreement import Agreement, Tally
+from adamerge.results.agreement import Agreement, Tally, mean_of
 
 log = logging.getLogger(__name__)
 
@@ -25,23 +26,29 @@ class NeverWorse(Callback):
     on no fewer samples than chance explains (:meth:`~adamerge.results.agreement.Agreement.is_better_than`). What was
     measured is logged, and goes to ``merge.json`` as ``evidence``. A task without an expert has no part in it: it is
     named, and ``callbacks=collapse_guard`` is all that can watch it. Without any, the result is kept.
-    Few held-out samples prove little, and then the start is kept: ``method.anchor`` is the remedy, this the proof.
+    Few held-out samples prove little. ``adamerge adapt`` therefore learns on parts of few samples first (the ``folds``
+    of :class:`~adamerge.UnlabeledTasks`), each judged by the samples that it lacks, and then on all of them.
 
     Attributes:
         evidence: What was measured, and which of the two was kept; None before the end.
+        folds: Start and result of each fold, which decide where data have folds.
+        is_fold: Whether the fit is a fold's, whose result is measured only.
     """
 
     def __init__(self) -> None:
         self._start: Tensor | None = None
+        self.folds: Sequence[tuple[Agreement, Agreement]] = ()
+        self.is_fold = False
         self.evidence: dict[str, Any] | None = None
 
     def check_data(self, data: object) -> None:
-        """Refuse data without held-out samples.
+        """Refuse data without held-out samples or folds.
 
         Raises:
             InputError: If none are held out.
         """
-        check_held_out("NeverWorse", data)
+        if not getattr(data, "folds", 0):
+            check_held_out("NeverWorse", data)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remember the start, before a checkpoint is read."""
@@ -49,7 +56,10 @@ class NeverWorse(Callback):
             raise InputError(
                 f"NeverWorse: expected a method that learns coefficients, found {type(pl_module).__name__}."
             )
-        self.check_data(getattr(trainer, "datamodule", None))
+        data = getattr(trainer, "datamodule", None)
+        self.check_data(data)
+        if not self.folds and any(task in pl_module.model.teachers for task in data.streams):  # type: ignore[union-attr]
+            check_held_out("NeverWorse", data)
         self._start = pl_module.model.coefficients.raw.detach().clone()
 
     @torch.no_grad()
@@ -60,18 +70,22 @@ class NeverWorse(Callback):
         if self.evidence is None:  # else the fit had ended before a resume
             raw = pl_module.model.coefficients.raw
             learned, at_start = raw.clone(), self._start.to(raw)
-            result = measure(trainer, pl_module)
-            raw.copy_(at_start)
-            start = measure(trainer, pl_module)
-            keeps_result = result is not None and start is not None and result.is_better_than(start)
-            if result is None or keeps_result:
-                raw.copy_(learned)
+            if self.folds:
+                start, result = map(mean_of, zip(*self.folds, strict=True))
+            else:
+                result = measure(trainer, pl_module)
+                raw.copy_(at_start)
+                start = measure(trainer, pl_module)
+            self.evidence = _evidence(start, result)
+            raw.copy_(learned if self.evidence["exported"] == "result" else at_start)
             streams = trainer.datamodule.streams  # type: ignore[attr-defined]
             unproved = [task for task in streams if task not in pl_module.model.teachers]
-            self.evidence = _evidence(start, result) | ({"tasks_without_expert": unproved} if unproved else {})
+            self.evidence |= {"tasks_without_expert": unproved} if unproved else {}
+            self.evidence |= {"folds": len(self.folds)} if self.folds else {}
         pl_module.evidence = self.evidence
         if trainer.is_global_zero:
-            log.log(*_sentence(self.evidence))
+            level, sentence = _sentence(self.evidence)
+            log.log(logging.DEBUG if self.is_fold else level, sentence)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, for the last checkpoint."""
@@ -97,8 +111,9 @@ def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
             "NeverWorse: no held-out task has an expert to agree with, so that the result is kept without proof; "
             "callbacks=collapse_guard sees whether it collapses."
         )
+    samples = f"samples, held out in {evidence['folds']} folds," if "folds" in evidence else "held-out samples"
     figures = (
-        f"On {result['rows']} held-out samples the result agrees with the experts on {100 * result['agreement']:.1f} % "
+        f"On {result['rows']} {samples} the result agrees with the experts on {100 * result['agreement']:.1f} % "
         f"(start: {100 * start['agreement']:.1f} %), at {result['kl']:.4f} nats from them (start: {start['kl']:.4f})"
     )
     tasks = shorten(evidence.get("tasks_without_expert", ()))

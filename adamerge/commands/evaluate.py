@@ -12,7 +12,7 @@ from adamerge.commands.terminal import json_option, out, print_json, trust_optio
 from adamerge.errors import InputError
 
 if TYPE_CHECKING:
-    from adamerge.commands.run.run import Assembly
+    from adamerge.commands.run.assembly import Assembly
     from adamerge.data.corruptions import Corruption
     from adamerge.results.scoring import MergeResult
 
@@ -64,10 +64,10 @@ def _evaluate_run(
 ) -> None:
     """Score a run's export, or another file as if it were that; ``corruptions`` are their names and severity."""
     from adamerge.callbacks.elapsed import seconds_of
+    from adamerge.commands.run.assembly import assemble
     from adamerge.commands.run.folder import LAST, load_config
     from adamerge.commands.run.processes import device_of
     from adamerge.commands.run.recorded import check_config, check_pool
-    from adamerge.commands.run.run import assemble
     from adamerge.commands.run.start_rules import is_merged
     from adamerge.data.corruptions import read_corruptions
     from adamerge.results.evaluation import summary

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from adamerge.backbones import Backbone
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
+from adamerge.commands.run.assembly import Assembly, assemble, build_pool
 from adamerge.commands.run.backbone_of import backbone_of, named_backbone
 from adamerge.commands.run.build import build
 from adamerge.commands.run.folder import LAST, load_config, look_at_config, plain
 from adamerge.commands.run.imports import check_own
 from adamerge.commands.run.named_pools import chosen_pool
 from adamerge.commands.run.recorded import check_config, check_pool, check_start
-from adamerge.commands.run.run import Assembly, assemble, build_pool, head_info
+from adamerge.commands.run.run import head_info
 from adamerge.commands.terminal import echo, json_option, pool_options, print_files, print_json, trust_option
 from adamerge.errors import InputError
 from adamerge.model.batch_norm import FILE, average, average_for, load_statistics

@@ -15,7 +15,7 @@ from adamerge.errors import InputError
 from adamerge.system import progress
 
 if TYPE_CHECKING:
-    from adamerge.commands.run.run import Assembly
+    from adamerge.commands.run.assembly import Assembly
     from adamerge.model.batch_norm import BatchNormPolicy
     from adamerge.pool.pool_file import PoolFiles
 
@@ -138,8 +138,9 @@ def _assemble(
     """Build backbone, data and heads around the pool, as ``adapt`` would; return them and the parts to export."""
     from lightning.pytorch import seed_everything  # as is all of a run, it is heavy, and most rules read no data
 
+    from adamerge.commands.run.assembly import assemble
     from adamerge.commands.run.compose import compose, name_experts
-    from adamerge.commands.run.run import assemble, head_info
+    from adamerge.commands.run.run import head_info
 
     config = compose(overrides, stored_in=stored_in)
     config.pool = files.node()

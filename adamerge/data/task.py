@@ -1,19 +1,25 @@
 """A task's inputs, and their division into those that adapt, are held out, and are scored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch.utils.data import Dataset, Subset
 
-from adamerge.data.datasets import length_of
+from adamerge.data.batch import Inputs
+from adamerge.data.corruptions import Corrupted, Corruption, scale_of
+from adamerge.data.datasets import Labelled, Unlabeled, length_of
 from adamerge.data.random_states import permutation
+from adamerge.data.unreadable import Readable
+from adamerge.data.views import Views
 from adamerge.errors import InputError, check_number, did_you_mean
 
 Protocol = Literal["split", "transductive"]
 PROTOCOLS = ("split", "transductive")
 Holdout = float | Literal["auto"]
 _MOST_HELD_OUT = 64  # of a task by "auto": enough to prove a gain of a few points, and little time to measure
+_LEAST_HELD_OUT = 64  # of all tasks together, by "auto": fewer prove little
+_FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,79 @@ class Task:
         sources = (self.evaluate, self.dataset, self.adapt)
         names = self.classes or next((getattr(d, "classes", None) for d in sources if hasattr(d, "classes")), None)
         return None if names is None else [str(name) for name in names]
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Divides tasks' inputs to adapt on, and makes inputs ready to be read, without labels or with them.
+
+    Args:
+        preprocess: Applied to inputs that are not tensors (or mappings of tensors) yet.
+        seed: Of divisions, views and corruptions.
+        max_unreadable: Largest share of a task's inputs that may be damaged.
+        shared: Whether several processes read them.
+    """
+
+    preprocess: Callable[[Any], Inputs] | None
+    seed: int
+    max_unreadable: float
+    shared: bool
+
+    def unlabeled(
+        self,
+        task: str,
+        images: Dataset[Any],
+        corruption: Corruption | None,
+        first: int = 0,
+        views: Views | None = None,
+    ) -> Unlabeled:
+        """Return inputs to adapt on, or held out, of which ``first`` is the position of the first."""
+        readable = self._readable(task, images)
+        images = self.corrupted(task, images, corruption)
+        return Unlabeled(images, self.preprocess, first, readable, views, f"{self.seed}/views/{task}")
+
+    def labelled(self, task: str, of: Task, images: Dataset[Any]) -> Labelled:
+        """Return inputs to score."""
+        names = of.class_names
+        return Labelled(images, self.preprocess, self._readable(task, images), len(names) if names else None)
+
+    def corrupted(self, task: str, images: Dataset[Any], corruption: Corruption | None) -> Dataset[Any]:
+        """Return the images with a corruption, or as they are."""
+        if corruption is None:
+            return images
+        return Corrupted(images, corruption, f"data.tasks.{task}, seed {self.seed}", scale_of(self.preprocess))
+
+    def hold_out(self, task: str, images: Dataset[Any], share: Holdout) -> tuple[Dataset[Any], Dataset[Any]]:
+        """Divide inputs at random into those that adapt and those that are held out, at least one each.
+
+        Args:
+            task: Its name.
+            images: A task's inputs to adapt on.
+            share: Held out of them, in (0, 1); ``"auto"`` for a fifth, but at most 64 inputs.
+
+        Raises:
+            InputError: If the share leaves nothing to adapt on.
+        """
+        order = self._order(task, images)
+        count = _fifth(len(order)) if share == "auto" else max(1, round(share * len(order)))
+        if count >= len(order):
+            remedy = "more inputs, or 0 to hold out none" if len(order) == 1 else "a smaller share"
+            raise InputError(
+                f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected {remedy}."
+            )
+        return _parts(images, order[:count])
+
+    def hold_out_fold(
+        self, task: str, images: Dataset[Any], number: int, folds: int
+    ) -> tuple[Dataset[Any], Dataset[Any]]:
+        """Divide inputs at random into part ``number``, from 0, of ``folds``, which is held out, and all others."""
+        return _parts(images, self._order(task, images)[number::folds])
+
+    def _order(self, task: str, images: Dataset[Any]) -> list[int]:
+        return permutation(length_of(images), f"{self.seed}/holdout/{task}").tolist()
+
+    def _readable(self, task: str, images: Dataset[Any]) -> Readable:
+        return Readable(images, f"data.tasks.{task}", self.max_unreadable, shared=self.shared)
 
 
 def divide(name: str, task: Task, protocol: Protocol, seed: int) -> tuple[Dataset[Any], Dataset[Any] | None]:
@@ -126,20 +205,18 @@ def sample(dataset: Dataset[Any], limit: int | None, key: str) -> Dataset[Any]:
     return Subset(dataset, sorted(permutation(length_of(dataset), key)[:limit].tolist()))
 
 
-def hold_out(dataset: Dataset[Any], share: Holdout, key: str) -> tuple[Dataset[Any], Dataset[Any]]:
-    """Divide, drawn by ``key`` alone, into what adapts and what is held out, at least one input each.
+def _fifth(size: int) -> int:
+    return max(1, min(_MOST_HELD_OUT, round(size / 5)))
 
-    Args:
-        dataset: A task's inputs to adapt on.
-        share: Held out of them, in (0, 1); ``"auto"`` for a fifth, but at most 64 inputs.
-        key: What is drawn.
 
-    Raises:
-        InputError: If the share leaves nothing to adapt on.
-    """
-    order = permutation(length_of(dataset), key).tolist()
-    count = max(1, min(_MOST_HELD_OUT, round(len(order) / 5)) if share == "auto" else round(share * len(order)))
-    if count >= len(order):
-        remedy = "more inputs, or 0 to hold out none" if len(order) == 1 else "a smaller share"
-        raise InputError(f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected {remedy}.")
-    return Subset(dataset, sorted(order[count:])), Subset(dataset, sorted(order[:count]))
+def folds_of(sizes: Iterable[int]) -> int:
+    """Return in how many parts tasks of these sizes are held out, where a fifth of each would prove little; else 0."""
+    sizes = list(sizes)
+    is_few = sum(map(_fifth, sizes)) < _LEAST_HELD_OUT and min(sizes) > 1
+    return min(_FOLDS, *sizes) if is_few else 0
+
+
+def _parts(images: Dataset[Any], held_out: Sequence[int]) -> tuple[Dataset[Any], Dataset[Any]]:
+    """Return all others, and those at some positions."""
+    others = sorted(set(range(length_of(images))).difference(held_out))
+    return Subset(images, others), Subset(images, sorted(held_out))

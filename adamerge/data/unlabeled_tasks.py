@@ -16,19 +16,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from adamerge.data.batch import Collate, Inputs, TaskBatch, stack
 from adamerge.data.cache import CACHES, Cache, Visits, keep_inputs, nature_of
-from adamerge.data.corruptions import DEFAULT_SEVERITY, Corrupted, Corruption, scale_of
-from adamerge.data.datasets import Labelled, Unlabeled, input_of
+from adamerge.data.corruptions import DEFAULT_SEVERITY, Corruption
+from adamerge.data.datasets import Labelled, Unlabeled, input_of, length_of
 from adamerge.data.first_look import check_scored, check_task
 from adamerge.data.images import read_as_seen
 from adamerge.data.lengths import lengths_of
 from adamerge.data.streams import Steps, StreamLoader, collate_batch, collate_labelled
-from adamerge.data.task import PROTOCOLS, Holdout, checked_unseen, divide, hold_out, sample, scored_only
+from adamerge.data.task import PROTOCOLS, Holdout, Opener, checked_unseen, divide, folds_of, sample, scored_only
 from adamerge.data.task import Protocol as Protocol
 from adamerge.data.task import Task as Task
-from adamerge.data.unreadable import Readable
 from adamerge.data.views import Views
 from adamerge.errors import InputError, check_choice, check_number
-from adamerge.system import ranks
 
 DISTRIBUTIONS = ("samples", "tasks")
 
@@ -49,8 +47,8 @@ class UnlabeledTasks(LightningDataModule):
         protocol: ``"split"``: inputs that adapt are never scored. ``"transductive"``: adapt on the very
             inputs that are scored, as the AdaMerging paper does.
         limit: Most adaptation inputs per task, a seeded sample; None for all.
-        holdout: Share of each task's adaptation inputs that is held out, in [0, 1), or ``"auto"``: a fifth, but at most
-            64 inputs; see ``NeverWorse`` and ``KeepBest``.
+        holdout: Share of each task's adaptation inputs that is held out, in [0, 1), for ``NeverWorse`` and
+            ``KeepBest``; or ``"auto"``: a fifth, at most 64; none of so few that they are divided into ``folds``.
         views: Random views that replace the images to adapt on (not those held out or scored); None for
             the images themselves.
         group_by_length: Whether texts with similarly many tokens, which are counted first, share a batch.
@@ -72,6 +70,9 @@ class UnlabeledTasks(LightningDataModule):
             beyond it the run ends.
         root: Not used here: the folder of the data sets, for tasks to refer to as ``${data.root}``.
         adapt: Not used here: which inputs tasks with splits of their own adapt on, to refer to as ``${data.adapt}``.
+
+    Attributes:
+        folds: In how many parts :meth:`fold` holds out each task's inputs, where they are few; 0 for none.
 
     Raises:
         InputError: If a task has no data, an empty stream, or data that the protocol cannot divide.
@@ -129,7 +130,7 @@ class UnlabeledTasks(LightningDataModule):
         self._prefetch = prefetch
         self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
         self._cache = cache
-        self._has_views = views is not None
+        self._views = views
         self._draws = False  # until it is known how inputs come about
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
@@ -138,46 +139,46 @@ class UnlabeledTasks(LightningDataModule):
         self.unseen_evaluation: dict[str, Labelled] = {}
         self._preprocess = preprocess
         self.collate = collate
-        self._max_unreadable = max_unreadable
-        for name, task in self.tasks.items():
-            self._open(name, task, limit, holdout, views)
+        self._opener = Opener(preprocess, seed, max_unreadable, num_workers > 0)
+        opened = ((name, self._open(name, task, limit)) for name, task in self.tasks.items())
+        self._images = {name: images for name, images in opened if images is not None}
+        self.folds = folds_of(map(length_of, self._images.values())) if holdout == "auto" else 0
+        for name, images in self._images.items():
+            is_divided = holdout and not self.folds
+            self._stream(name, *(self._opener.hold_out(name, images, holdout) if is_divided else (images, None)))
         self._lengths = lengths_of(self.streams) if group_by_length else None
 
-    def _open(self, name: str, task: Task, limit: int | None, holdout: Holdout, views: Views | None) -> None:
-        """Look at a task, and make its streams and scored inputs."""
+    def _open(self, name: str, task: Task, limit: int | None) -> Dataset[Any] | None:
+        """Look at a task, and make its scored inputs; return those to adapt on, None for an unseen task."""
         for dataset in (task.dataset, task.adapt, task.evaluate):
             read_as_seen(dataset)
         check_task(name, task, self._preprocess, self.collate)
         if name in self.unseen:
-            self.unseen_evaluation[name] = self._labelled(name, scored_only(name, task))
-            return
+            self.unseen_evaluation[name] = self._opener.labelled(name, self.tasks[name], scored_only(name, task))
+            return None
         images, evaluate = divide(name, task, self.protocol, self.seed)
-        images = sample(images, limit, f"{self.seed}/limit/{name}")
-        held_out = None
-        if holdout:
-            images, held_out = hold_out(images, holdout, f"{self.seed}/holdout/{name}")
-        self.streams[name] = self._unlabeled(name, images, 0, views)
-        if held_out is not None:
-            self.holdout_streams[name] = self._unlabeled(name, held_out, len(self.streams[name]), None)
         if evaluate is not None:
-            self.evaluation[name] = self._labelled(name, evaluate)
+            self.evaluation[name] = self._opener.labelled(name, self.tasks[name], evaluate)
+        return sample(images, limit, f"{self.seed}/limit/{name}")
 
-    def _unlabeled(self, task: str, images: Dataset[Any], first: int, views: Views | None) -> Unlabeled:
-        account = self._account(task, images)
-        images = self._corrupted(task, images, self.corruption)
-        return Unlabeled(images, self._preprocess, first, account, views, f"{self.seed}/views/{task}")
+    def _stream(self, task: str, images: Dataset[Any], held_out: Dataset[Any] | None) -> None:
+        self.streams[task] = self._opener.unlabeled(task, images, self.corruption, views=self._views)
+        if held_out is not None:
+            self.holdout_streams[task] = self._opener.unlabeled(
+                task, held_out, self.corruption, len(self.streams[task])
+            )
 
-    def _labelled(self, task: str, images: Dataset[Any]) -> Labelled:
-        names = self.tasks[task].class_names
-        return Labelled(images, self._preprocess, self._account(task, images), len(names) if names else None)
+    def fold(self, number: int) -> "UnlabeledTasks":
+        """Return the same data with part ``number``, from 0, of each task's inputs held out, for a trainer of its own.
 
-    def _account(self, task: str, images: Dataset[Any]) -> Readable:
-        return Readable(images, f"data.tasks.{task}", self._max_unreadable, shared=self.num_workers > 0)
-
-    def _corrupted(self, task: str, images: Dataset[Any], corruption: Corruption | None) -> Dataset[Any]:
-        if corruption is None:
-            return images
-        return Corrupted(images, corruption, f"data.tasks.{task}, seed {self.seed}", scale_of(self._preprocess))
+        Positions are the part's own: what experts say of them is not what they say of the same ones here.
+        """
+        data = copy.copy(self)
+        data.folds, data.streams, data.holdout_streams = 0, {}, {}
+        for task, images in self._images.items():
+            data._stream(task, *self._opener.hold_out_fold(task, images, number, self.folds))
+        data._lengths = None if self._lengths is None else lengths_of(data.streams)
+        return data
 
     def input_of(self, item: Any) -> Inputs:
         """Return an item as an input without batch axis."""
@@ -196,7 +197,7 @@ class UnlabeledTasks(LightningDataModule):
         data = copy.copy(self)
         for kind in ("evaluation", "unseen_evaluation"):
             scored = {
-                task: labelled.changed(lambda images, task=task: self._corrupted(task, images, corruption))
+                task: labelled.changed(lambda images, task=task: self._opener.corrupted(task, images, corruption))
                 for task, labelled in getattr(self, kind).items()
             }
             setattr(data, kind, scored)
@@ -218,8 +219,7 @@ class UnlabeledTasks(LightningDataModule):
     def gather_unreadable(self) -> None:
         """Let all devices know of the inputs to adapt on that any of them could not read; all must call."""
         for stream in (*self.streams.values(), *self.holdout_streams.values()):
-            by_rank = ranks.everyones(stream.readable.unreadable)
-            stream.readable.unreadable = sorted({index for part in by_rank for index in part})
+            stream.readable.gather()
 
     def state_dict(self) -> dict[str, Any]:
         """Return which inputs could not be read so far, for checkpoints."""
@@ -248,7 +248,7 @@ class UnlabeledTasks(LightningDataModule):
         self._draws = any(nature.random for nature in natures.values())
         in_memory = all(nature.in_memory for nature in natures.values())
         if self.num_workers == 0:
-            self._ahead = 0 if self._draws or self._has_views or in_memory else self._prefetch
+            self._ahead = 0 if self._draws or self._views or in_memory else self._prefetch
 
     def train_dataloader(self) -> StreamLoader:
         """Return a loader whose items are one step's batches: task to :class:`TaskBatch`."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from adamerge.errors import InputError
+from adamerge.system import ranks
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,10 @@ class Readable:
     def names(self) -> list[str]:
         """Files, or numbers, of the items that could not be read so far."""
         return [item_name(self._dataset, index) for index in self.unreadable]
+
+    def gather(self) -> None:
+        """Let all devices know of the items that any of them could not read; all must call."""
+        self.unreadable = sorted({index for part in ranks.everyones(self.unreadable) for index in part})
 
     def _note(self, index: int, error: BaseException) -> None:
         self._bad[index] = True

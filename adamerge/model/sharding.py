@@ -70,6 +70,7 @@ class ShardedWeights(WholeWeights):
         if not isinstance(encoder, FSDPModule):
             _shard(encoder, pool.compute_dtype, device)
         self._encoder: nn.Module = encoder
+        self._drop_gathered()  # of a fit before this one, whose whole parameters would be freed under these
         self._pool, self._index, self._width = pool, index, embedding_width(encoder)
         self.parameters = dict(encoder.named_parameters())
         self._updates, self.gives_gradients = updates, updates is None

@@ -3,7 +3,7 @@
 Legend: N rows that count, C classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,13 @@ class Agreement:
         rates = [(measured.agreement * measured.rows + 1) / (measured.rows + 2) for measured in (self, start)]
         error = sum(rate * (1 - rate) / (self.rows + 2) for rate in rates) ** 0.5
         return self.kl < start.kl and start.agreement - self.agreement <= error
+
+
+def mean_of(parts: Sequence[Agreement]) -> Agreement:
+    """Return the mean over parts of the rows, each weighted by its number of them."""
+    rows = sum(part.rows for part in parts)
+    agreement, kl = (sum(getattr(part, kind) * part.rows for part in parts) / rows for kind in ("agreement", "kl"))
+    return Agreement(agreement, kl, rows)
 
 
 class Tally:

@@ -13,7 +13,8 @@ from transformers import CLIPVisionModel
 from adamerge import ExpertPool, InputError
 from adamerge.backbones import OpenClip
 from adamerge.checkpoints.checkpoint import MemoryCheckpoint
-from adamerge.commands.run import check_files, run
+from adamerge.commands.run import check_files
+from adamerge.commands.run.assembly import build_pool
 from adamerge.data import Task
 from tests.support.clips import IMAGES, MODEL_CFG, hugging_face, open_clip_folder, open_clip_model
 
@@ -118,7 +119,7 @@ def test_pool_without_a_base_takes_the_tags(tiny, tmp_path):
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "cars.safetensors")
     config = node(base=None, experts={"cars": str(tmp_path / "cars.safetensors")})
     backbone = OpenClip("Tiny-quickgelu", pretrained="openai")
-    pool = run.build_pool(config, backbone)
+    pool = build_pool(config, backbone)
     assert pool.source.name == str(path)
     problems = []
     headers = check_files.check_pool(config, backbone, problems)
@@ -164,7 +165,7 @@ def test_hugging_face_file_of_another_activation_is_refused(tiny, saved):
         r"base/config\.json: hidden_act: these weights were trained with quick_gelu, .* Set backbone\.model=Tiny-quick"
     )
     config = node(base=str(saved / "base" / "model.safetensors"), experts={"cars": str(saved / "expert")})
-    pool = run.build_pool(config, OpenClip("Tiny"))
+    pool = build_pool(config, OpenClip("Tiny"))
     with pytest.raises(InputError, match=message):
         OpenClip("Tiny").heads(pool.source, {}, {})
     problems = []

@@ -24,8 +24,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2]))
 from adamerge.commands.run import starting
+from adamerge.commands.run.assembly import Assembly
 from adamerge.commands.run.compose import compose
-from adamerge.commands.run.run import Assembly, adapt
+from adamerge.commands.run.run import adapt
 from adamerge.commands.run.starting import begin
 from adamerge.errors import InputError
 from adamerge.results.evaluation import bootstrap, scores_in

@@ -55,9 +55,28 @@ def test_holdout_share_is_checked(share):
         make_data(count=2, holdout="auto")
 
 
-@pytest.mark.parametrize(("count", "expected"), [(4, 1), (40, 4), (1000, 64)])
+@pytest.mark.parametrize(("count", "expected"), [(240, 24), (1000, 64)])
 def test_a_fifth_is_held_out_but_no_more_than_is_of_use(count, expected):
-    assert {len(stream) for stream in make_data(count=count, holdout="auto").holdout_streams.values()} == {expected}
+    data = make_data(count=count, holdout="auto")
+    assert {len(stream) for stream in data.holdout_streams.values()} == {expected}
+    assert data.folds == 0
+
+
+@pytest.mark.parametrize(("count", "folds"), [(4, 2), (6, 3), (8, 4), (40, 4)])
+def test_few_inputs_are_held_out_part_after_part(count, folds):
+    data = make_data(count=count, holdout="auto", views=None)
+    assert data.folds == folds
+    assert not data.holdout_streams
+    for task, stream in data.streams.items():
+        whole = {tuple(stream[i].inputs.flatten().tolist()) for i in range(len(stream))}
+        parts = []
+        for number in range(folds):
+            fold = data.fold(number)
+            adapt, held_out = fold.streams[task], fold.holdout_streams[task]
+            parts += [tuple(held_out[i].inputs.flatten().tolist()) for i in range(len(held_out))]
+            rest = {tuple(adapt[i].inputs.flatten().tolist()) for i in range(len(adapt))}
+            assert rest == whole.difference(parts[-len(held_out) :])
+        assert (len(parts), set(parts)) == (len(stream), whole)
 
 
 def brute_force(method, data):

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from adamerge.checkpoints.writing import save_state_dict
 from adamerge.commands.run import processes, run
+from adamerge.commands.run.assembly import Assembly, build_pool
 from adamerge.commands.run.build import build
 from adamerge.commands.run.check import check
 from adamerge.commands.run.compose import compose
@@ -176,21 +177,21 @@ def _composed(overrides: Sequence[str], seed: int) -> DictConfig:
 
 
 @lru_cache(maxsize=1)
-def shared_assembly(common: tuple[str, ...], seed: int) -> run.Assembly:
+def shared_assembly(common: tuple[str, ...], seed: int) -> Assembly:
     """Build what all rows of a seed that do not adapt have in common, once in a process."""
     return assembled(_composed(common, seed))
 
 
-def _transformed(config: DictConfig, of: run.Assembly) -> run.Assembly:
+def _transformed(config: DictConfig, of: Assembly) -> Assembly:
     """Return an assembly with the pool that the configuration's transform makes; itself without a transform."""
     transform = config.get("transform")
     if transform is None or transform.get("_target_") is None:
         return of
-    pool = run.build_pool(config, of.backbone)
+    pool = build_pool(config, of.backbone)
     return replace(of, pool=pool, model=_model(of, Coefficients(pool, "task", "mean"), pool))
 
 
-def _model(of: run.Assembly, coefficients: Coefficients, pool: ExpertPool) -> MergedModel:
+def _model(of: Assembly, coefficients: Coefficients, pool: ExpertPool) -> MergedModel:
     """Return the merged model of an assembly with other coefficients."""
     model = MergedModel(
         of.model.encoder, pool, coefficients, of.heads, of.model.teachers, read=of.model.read, valid=of.model.valid
@@ -199,7 +200,7 @@ def _model(of: run.Assembly, coefficients: Coefficients, pool: ExpertPool) -> Me
     return model.to_device(of.pool.device)
 
 
-def _reference_or_merge(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
+def _reference_or_merge(spec: Spec, assembly: Assembly, folder: Path) -> TableRow:
     if not assembly.data.evaluation:
         raise InputError("No task has evaluation inputs to score. Give data.tasks.<name>.evaluate (or dataset).")
     if spec.reference == SEARCHED:
@@ -213,7 +214,7 @@ def _reference_or_merge(spec: Spec, assembly: run.Assembly, folder: Path) -> Tab
     return replace(row, seconds=seconds, uses_data=uses_data, uses_labels=uses_labels)
 
 
-def _score(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
+def _score(spec: Spec, assembly: Assembly, folder: Path) -> TableRow:
     """Score a row, but for :data:`SEARCHED`, as its file in ``folder`` is."""
     model, data = assembly.model, assembly.data
     if spec.reference == "experts":
@@ -224,7 +225,7 @@ def _score(spec: Spec, assembly: run.Assembly, folder: Path) -> TableRow:
     return TableRow(*scores_of(model, checkpoint_parameters(path, model), data, "Scoring the merge"))
 
 
-def _searched(assembly: run.Assembly) -> TableRow:
+def _searched(assembly: Assembly) -> TableRow:
     """Score task arithmetic with the coefficient that is best on the labels of the adaptation inputs."""
     pool, data = assembly.pool, assembly.data
     watch = Stopwatch()
@@ -247,7 +248,7 @@ def _checked(rule: dict[str, Any]) -> dict[str, Any]:
     return rule
 
 
-def _merge(node: Mapping[str, Any], assembly: run.Assembly, path: Path) -> tuple[Any, float]:
+def _merge(node: Mapping[str, Any], assembly: Assembly, path: Path) -> tuple[Any, float]:
     """Merge into a file; return the rule, and the seconds that it took."""
     rule = _built(node)
     watch = Stopwatch()

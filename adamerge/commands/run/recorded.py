@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.commands.run.folder import CONFIG_FILE, differing, last_checkpoint, plain
-from adamerge.commands.run.stages import STAGE
+from adamerge.commands.run.stages import FOLDS, STAGE
 from adamerge.errors import InputError, shorten
 from adamerge.results.recipes import flat
 from adamerge.system.reading import read_json_mapping
@@ -71,8 +71,9 @@ def check_config(config: DictConfig, folder: Path) -> None:
         InputError: If an option has another value; the message names it.
     """
     record, is_stage = record_of(folder), False
-    if record is None or not record.options:
-        record, is_stage = record_of(folder / STAGE), True
+    for part in (FOLDS, STAGE):
+        if record is None or not record.options:
+            record, is_stage = record_of(folder / part), True
     if record is None or not record.options:
         return
     then, now = flat(record.options), flat(plain(config))

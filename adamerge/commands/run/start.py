@@ -19,7 +19,7 @@ from adamerge.commands.run.compose import expanded
 from adamerge.commands.run.imports import TRUST, announce, targets_beyond
 from adamerge.commands.run.named_pools import register_resolvers
 from adamerge.commands.run.recorded import check_config
-from adamerge.commands.run.stages import STAGE, running_stage
+from adamerge.commands.run.stages import STAGE, is_in_folds, running_stage
 from adamerge.commands.run.starting import as_begun, as_given, begin
 from adamerge.commands.terminal import (
     PIPED_WIDTH,
@@ -230,9 +230,16 @@ def _run_logged(config: DictConfig, folder: Path, *, resume: bool, first: DictCo
             raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
         raise
     except Interrupted:
-        if ranks.is_first() and not run_folder.is_started(folder):
-            err.print("Nothing was saved yet: start it again.")
-        elif ranks.is_first():
-            err.print(f"Stopped and saved. Go on with: {run_folder.resume_command(folder)}")
-            err.print(f"Or export what there is: adamerge export {running_stage(folder)}")
+        if ranks.is_first():
+            _tell_stopped(folder)
         raise
+
+
+def _tell_stopped(folder: Path) -> None:
+    """Say how to go on with a run that a signal has stopped."""
+    if not run_folder.is_started(folder):
+        err.print("Nothing was saved yet: start it again.")
+        return
+    err.print(f"Stopped and saved. Go on with: {run_folder.resume_command(folder)}")
+    if not is_in_folds(folder):
+        err.print(f"Or export what there is: adamerge export {running_stage(folder)}")

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from adamerge.checkpoints.writing import save_state_dict
 from adamerge.commands.run import processes
+from adamerge.commands.run.assembly import Assembly, assemble
 from adamerge.commands.run.build import build
 from adamerge.commands.run.folder import START_MERGE, is_started
-from adamerge.commands.run.run import Assembly, assemble
 from adamerge.commands.run.start_rules import check_start_rule, is_merged, rules_of, why_unmerged
 from adamerge.data.batch import to
 from adamerge.errors import InputError

@@ -95,8 +95,11 @@ def evidence(run: Run) -> Note | None:
     start, result = facts["start"], facts["result"]
     if start is None:
         return Note("No held-out task has an expert to agree with: nothing proves that the result is better.", True)
+    samples = "samples that did not adapt"
+    if "folds" in facts:
+        samples = f"samples, each left out of one of {facts['folds']} runs (in this one all adapt),"
     text = (
-        f"On {result['rows']} samples that did not adapt the result agrees with the experts on "
+        f"On {result['rows']} {samples} the result agrees with the experts on "
         f"{percent(result['agreement'])} % (the start on {percent(start['agreement'])} %), at a divergence of "
         f"{number(result['kl'])} nats (the start: {number(start['kl'])}). "
     )
