@@ -70,6 +70,8 @@ class NeverWorse(Callback):
         if self.evidence is None:  # else the fit had ended before a resume
             raw = pl_module.model.coefficients.raw
             learned, at_start = raw.clone(), self._start.to(raw)
+            start: Agreement | None
+            result: Agreement | None
             if self.folds:
                 start, result = map(mean_of, zip(*self.folds, strict=True))
             else:

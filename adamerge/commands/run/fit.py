@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,15 +159,17 @@ def prove(
 
 
 def _folds_in(path: Path) -> list[dict[str, Any]]:
-    """Read what folds have measured: Agreements as mappings, and seconds.
+    """Read what folds have measured: agreements as mappings, and seconds.
 
     Raises:
         InputError: If the file holds anything else.
     """
     folds = read_json_mapping(path).get("folds")
-    numbers = ("start.agreement", "start.kl", "start.rows", "result.agreement", "result.kl", "result.rows", "seconds")
-    for fold in folds if isinstance(folds, list) else [None]:
-        flat_fold = flat(fold) if isinstance(fold, dict) else {}
-        if not all(isinstance(flat_fold.get(name), (int, float)) for name in numbers):
-            raise InputError(f"{path}: not what folds have measured. Remove it, and they learn again.")
-    return list(folds)
+    if not isinstance(folds, list) or not all(isinstance(fold, dict) and _is_whole(flat(fold)) for fold in folds):
+        raise InputError(f"{path}: not what folds have measured. Remove it, and they learn again.")
+    return folds
+
+
+def _is_whole(fold: Mapping[str, Any]) -> bool:
+    numbers = [f"{kind}.{number}" for kind in ("start", "result") for number in ("agreement", "kl", "rows")]
+    return all(isinstance(fold.get(name), (int, float)) for name in (*numbers, "seconds"))
