@@ -1,4 +1,4 @@
-"""Export the start where learning did not make the merge agree better with the experts, on held-out samples."""
+"""Export the start where held-out samples say that learning took the merge further from the experts."""
 
 import logging
 from collections.abc import Sequence
@@ -13,39 +13,41 @@ from adamerge.callbacks.keep_best import check_held_out
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, shorten
 from adamerge.methods.method import MergingMethod
+from adamerge.model.merged_model import MergedModel
 from adamerge.model.task_step import TaskStep
-from adamerge.results.agreement import Agreement, Tally, mean_of
+from adamerge.results.agreement import Comparison, Tally
 
 log = logging.getLogger(__name__)
 
 
 class NeverWorse(Callback):
-    """Measure start and result against the experts on held-out samples; end with the start unless the result is better.
+    """Measure start and result against the experts on held-out samples; end with the start where the result is worse.
 
-    Needs ``data.holdout``; no label is used. Better means: a lower divergence from the experts, and agreement with them
-    on no fewer samples than chance explains (:meth:`~adamerge.results.agreement.Agreement.is_better_than`). What was
+    Needs ``data.holdout``; no label is used. Worse means: a higher divergence from the experts, or agreement with them
+    on fewer samples, by more than chance explains (:attr:`~adamerge.results.agreement.Comparison.is_worse`). What was
     measured is logged, and goes to ``merge.json`` as ``evidence``. A task without an expert has no part in it: it is
     named, and ``callbacks=collapse_guard`` is all that can watch it. Without any, the result is kept.
-    Few held-out samples prove little. ``adamerge adapt`` therefore learns on parts of few samples first (the ``folds``
-    of :class:`~adamerge.UnlabeledTasks`), each judged by the samples that it lacks, and then on all of them.
+    Few held-out samples tell only of great harm: ``method.anchor`` is the remedy, this the proof. ``adamerge adapt``
+    therefore learns on parts of few samples first (the ``folds`` of :class:`~adamerge.UnlabeledTasks`), each judged by
+    the samples that it lacks, and then on all of them.
 
     Attributes:
         evidence: What was measured, and which of the two was kept; None before the end.
-        folds: Start and result of each fold, which decide where data have folds.
-        is_fold: Whether the fit is a fold's, whose result is measured only.
+        comparison: Start and result on the held-out samples; None before the end.
+        folds: The comparisons of folds, which decide where data have folds; None in a fold, which decides nothing.
     """
 
     def __init__(self) -> None:
         self._start: Tensor | None = None
-        self.folds: Sequence[tuple[Agreement, Agreement]] = ()
-        self.is_fold = False
+        self.folds: Sequence[Comparison] | None = ()
+        self.comparison: Comparison | None = None
         self.evidence: dict[str, Any] | None = None
 
     def check_data(self, data: object) -> None:
         """Refuse data without held-out samples or folds.
 
         Raises:
-            InputError: If none are held out.
+            InputError: If there are none.
         """
         if not getattr(data, "folds", 0):
             check_held_out("NeverWorse", data)
@@ -56,53 +58,58 @@ class NeverWorse(Callback):
             raise InputError(
                 f"NeverWorse: expected a method that learns coefficients, found {type(pl_module).__name__}."
             )
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         self.check_data(data)
-        if not self.folds and any(task in pl_module.model.teachers for task in data.streams):  # type: ignore[union-attr]
+        if not self.folds and has_experts(pl_module.model, data):
             check_held_out("NeverWorse", data)
         self._start = pl_module.model.coefficients.raw.detach().clone()
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure both, and put the start back where the result is not better."""
+        """Measure both, and put the start back where the result is worse."""
         assert isinstance(pl_module, MergingMethod)
         assert self._start is not None
         if self.evidence is None:  # else the fit had ended before a resume
             raw = pl_module.model.coefficients.raw
             learned, at_start = raw.clone(), self._start.to(raw)
-            start: Agreement | None
-            result: Agreement | None
             if self.folds:
-                start, result = map(mean_of, zip(*self.folds, strict=True))
+                self.comparison = sum(self.folds[1:], self.folds[0])
             else:
                 result = measure(trainer, pl_module)
                 raw.copy_(at_start)
-                start = measure(trainer, pl_module)
-            self.evidence = _evidence(start, result)
+                self.comparison = Comparison.of(measure(trainer, pl_module), result, pl_module.device)
+            self.evidence = self._evidence(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
             raw.copy_(learned if self.evidence["exported"] == "result" else at_start)
-            streams = trainer.datamodule.streams  # type: ignore[attr-defined]
-            unproved = [task for task in streams if task not in pl_module.model.teachers]
-            self.evidence |= {"tasks_without_expert": unproved} if unproved else {}
-            self.evidence |= {"folds": len(self.folds)} if self.folds else {}
         pl_module.evidence = self.evidence
-        if trainer.is_global_zero:
-            level, sentence = _sentence(self.evidence)
-            log.log(logging.DEBUG if self.is_fold else level, sentence)
+        if trainer.is_global_zero and self.folds is not None:
+            log.log(*_sentence(self.evidence))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured, for the last checkpoint."""
-        return {"evidence": self.evidence}
+        return {"evidence": self.evidence, "sums": None if self.comparison is None else self.comparison.sums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint stood."""
         self.evidence = state_dict["evidence"]
+        sums = state_dict.get("sums")
+        self.comparison = None if sums is None else Comparison(sums)
+
+    def _evidence(self, data: UnlabeledTasks, method: MergingMethod) -> dict[str, Any]:
+        comparison = self.comparison
+        assert comparison is not None
+        evidence: dict[str, Any] = {"exported": "result", "start": None, "result": None}
+        if comparison.rows:
+            evidence["exported"] = "start" if comparison.is_worse else "result"
+            evidence |= {"start": asdict(comparison.start), "result": asdict(comparison.result)}
+            evidence |= {"kl_error": comparison.kl_error, "is_better": comparison.is_better}
+        if unproved := [task for task in data.streams if task not in method.model.teachers]:
+            evidence["tasks_without_expert"] = unproved
+        return evidence | ({"folds": len(self.folds)} if self.folds else {})
 
 
-def _evidence(start: Agreement | None, result: Agreement | None) -> dict[str, Any]:
-    if start is None or result is None:
-        return {"exported": "result", "start": None, "result": None}
-    exported = "result" if result.is_better_than(start) else "start"
-    return {"exported": exported, "start": asdict(start), "result": asdict(result)}
+def has_experts(model: MergedModel, data: UnlabeledTasks) -> bool:
+    """Return whether any task of the data has an expert to agree with."""
+    return any(task in model.teachers for task in data.streams)
 
 
 def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
@@ -116,21 +123,21 @@ def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
     samples = f"samples, held out in {evidence['folds']} folds," if "folds" in evidence else "held-out samples"
     figures = (
         f"On {result['rows']} {samples} the result agrees with the experts on {100 * result['agreement']:.1f} % "
-        f"(start: {100 * start['agreement']:.1f} %), at {result['kl']:.4f} nats from them (start: {start['kl']:.4f})"
+        f"(start: {100 * start['agreement']:.1f} %), at {result['kl']:.4f} nats from them (start: {start['kl']:.4f}; "
+        f"error of the difference: {evidence['kl_error']:.4f})"
     )
     tasks = shorten(evidence.get("tasks_without_expert", ()))
     unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
-    if evidence["exported"] == "result":
+    if evidence["exported"] == "start":
+        return logging.WARNING, f"{figures}: it is worse, so the start is exported.{unproved}"
+    if evidence["is_better"]:
         return logging.WARNING if tasks else logging.INFO, f"{figures}: it is better, and kept.{unproved}"
-    return logging.WARNING, f"{figures}: it is not better, so the start is exported.{unproved}"
+    return logging.WARNING, f"{figures}: so few cannot tell which is better, and the result is kept.{unproved}"
 
 
 @torch.no_grad()
-def measure(trainer: Trainer, method: MergingMethod) -> Agreement | None:
-    """Measure the present coefficients on the held-out samples; None where no task has an expert.
-
-    The devices share the work, and get the same.
-    """
+def measure(trainer: Trainer, method: MergingMethod) -> Tally:
+    """Measure the present coefficients on the held-out samples of tasks that have an expert; devices share the work."""
     data: UnlabeledTasks = trainer.datamodule  # type: ignore[attr-defined]
     tally = Tally(task for task in data.holdout_streams if task in method.model.teachers)
 
@@ -144,4 +151,4 @@ def measure(trainer: Trainer, method: MergingMethod) -> Agreement | None:
             if batch or method.model.is_sharded:
                 moved = {task: part.to(method.device) for task, part in batch.items()}
                 method.run(moved, values, needs_gradient=False, observers=[observe])
-    return tally.result(method.device)
+    return tally

@@ -1,9 +1,9 @@
 """How near a merge is to the experts, without labels.
 
-Legend: N rows that count, C classes.
+Legend: N rows that count, C classes, T tasks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,52 +28,113 @@ class Agreement:
     kl: float
     rows: int
 
-    def is_better_than(self, start: "Agreement") -> bool:
-        """Whether the divergence is lower, and the agreement by no more than chance explains, if at all.
-
-        That is the standard error of the difference, with one row of each kind added to both, so that few rows that all
-        agree do not look certain: Agresti and Caffo, The American Statistician 54 (2000).
-        """
-        rates = [(measured.agreement * measured.rows + 1) / (measured.rows + 2) for measured in (self, start)]
-        error = sum(rate * (1 - rate) / (self.rows + 2) for rate in rates) ** 0.5
-        return self.kl < start.kl and start.agreement - self.agreement <= error
-
-
-def mean_of(parts: Sequence[Agreement]) -> Agreement:
-    """Return the mean over parts of the rows, each weighted by its number of them."""
-    rows = sum(part.rows for part in parts)
-    agreement, kl = (sum(getattr(part, kind) * part.rows for part in parts) / rows for kind in ("agreement", "kl"))
-    return Agreement(agreement, kl, rows)
-
 
 class Tally:
-    """Adds up, task by task, how near a merge is to the experts.
+    """Collects, task by task, how near a merge is to the experts on each row.
 
     Args:
         tasks: Those that have an expert; the same on all devices.
     """
 
     def __init__(self, tasks: Iterable[str]) -> None:
-        self._sums = {task: torch.zeros(3, dtype=torch.float64) for task in tasks}  # rows, hits, divergence
+        self._parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
 
     def __contains__(self, task: str) -> bool:
-        return task in self._sums
+        return task in self._parts
 
     def add(self, task: str, merged: Tensor, expert: Outputs) -> None:
-        """Count rows of logits of a merge (N, C) and of its expert, which may be of the likeliest classes alone."""
+        """Take rows of logits of a merge (N, C) and of its expert, which may be of the likeliest classes alone."""
         answers = expert.rows()
         student, teacher = coarsen(merged, expert.classes), answers.float().log_softmax(-1)
-        kl = functional.kl_div(student, teacher, log_target=True, reduction="sum")
-        hits = (merged.argmax(-1) == best_classes(expert)).sum()
-        self._sums[task] += torch.stack([torch.tensor(float(len(merged))), hits.cpu(), kl.cpu()]).double()
+        kl = functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+        hits = merged.argmax(-1) == best_classes(expert)
+        self._parts[task].append(torch.stack([hits.double(), kl.double()], 1).cpu())
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """Of each task, 1 where merge and expert agree, and their divergence: (N, 2), those of this device."""
+        return [torch.cat([torch.zeros(0, 2).double(), *parts]) for parts in self._parts.values()]
 
     def result(self, device: torch.device | str = "cpu") -> Agreement | None:
         """Return the means over what all devices have added; None where no task has rows. All devices must call."""
-        if not self._sums:
-            return None
-        totals = ranks.total(torch.stack(list(self._sums.values())).to(device)).cpu()
-        totals = totals[totals[:, 0] > 0]
-        if not len(totals):
-            return None
-        rows, hits, kl = totals.unbind(1)
-        return Agreement(float((hits / rows).mean()), float((kl / rows).mean()), int(rows.sum()))
+        comparison = Comparison.of(self, self, device)
+        return comparison.result if comparison.rows else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A start and a result on the same rows; those of several parts of the samples may be added.
+
+    Attributes:
+        sums: Over the rows of each task, float64 (T, 6): their number, where start and result agree with the expert,
+            the divergences of both, and the squares of the differences of these.
+    """
+
+    sums: Tensor
+
+    @classmethod
+    def of(cls, start: Tally, result: Tally, device: torch.device | str = "cpu") -> "Comparison":
+        """Compare what all devices have added; all must call."""
+        parts = []
+        for before, after in zip(start.rows, result.rows, strict=True):
+            (hits, kl), (new_hits, new_kl) = before.T, after.T
+            columns = [torch.ones_like(kl), hits, new_hits, kl, new_kl, (new_kl - kl).square()]
+            parts.append(torch.stack(columns).sum(1))
+        sums = torch.stack(parts) if parts else torch.zeros(0, 6).double()
+        return cls(ranks.total(sums.to(device)).cpu())
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        return Comparison(self.sums + other.sums)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of all tasks."""
+        return int(self.sums[:, 0].sum())
+
+    @property
+    def start(self) -> Agreement:
+        """How near the start is."""
+        return self._agreement(1, 3)
+
+    @property
+    def result(self) -> Agreement:
+        """How near the result is."""
+        return self._agreement(2, 4)
+
+    @property
+    def kl_error(self) -> float:
+        """Standard error of the difference of the two divergences, of paired rows with one variance."""
+        count, difference = self.rows, float((self.sums[:, 4] - self.sums[:, 3]).sum())
+        variance = (float(self.sums[:, 5].sum()) - difference**2 / count) / max(1, count - 1)
+        return float((max(0.0, variance) / self._effective_rows) ** 0.5)
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the result is nearer to the experts than the start, by more than chance explains."""
+        return not self.is_worse and self.start.kl - self.result.kl > self.kl_error
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the result is further from the experts than the start, by more than chance explains.
+
+        Chance is one standard error: of the divergence :attr:`kl_error`; of the agreement that of two shares, with one
+        row of each kind added to both, so that few rows that all agree do not look certain (Agresti and Caffo, The
+        American Statistician 54, 2000). A result that is equal to its start counts as worse.
+        """
+        start, result, count = self.start, self.result, self._effective_rows
+        rates = [(measured.agreement * count + 1) / (count + 2) for measured in (start, result)]
+        error = sum(rate * (1 - rate) / (count + 2) for rate in rates) ** 0.5
+        return bool(result.kl - start.kl >= self.kl_error or start.agreement - result.agreement > error)
+
+    @property
+    def _counted(self) -> Tensor:
+        return self.sums[self.sums[:, 0] > 0]
+
+    @property
+    def _effective_rows(self) -> float:
+        """As many rows of equal weight as have the error of a mean over tasks of unequal numbers of rows."""
+        return float(len(self._counted) ** 2 / (1 / self._counted[:, 0]).sum())
+
+    def _agreement(self, hits: int, kl: int) -> Agreement:
+        means = (self._counted[:, [hits, kl]] / self._counted[:, :1]).mean(0)
+        return Agreement(float(means[0]), float(means[1]), self.rows)

@@ -79,7 +79,7 @@ def cell(name: str, samples: int, seed: int, options: argparse.Namespace) -> dic
     overrides += [f"teacher_cache={options.output / 'teachers'}", "report=false", "logger=none", "name=row"]
     overrides += ["start=null", f"references={'start' not in merge}"]
     # As a run does it, so that a pool file may name the base.
-    config = starting._from_merge(compose(overrides), None, Path(merge["base"]))
+    config = starting.from_merge(compose(overrides), None, Path(merge["base"]))
     rows = (adapt(config, folder) or {})["rows"]
     if "start" not in merge:
         merge |= {"start": rows["pretrained"], "experts": rows["experts"]}

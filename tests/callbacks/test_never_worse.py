@@ -11,7 +11,7 @@ from adamerge.callbacks import ExportMergedWeights, NeverWorse
 from adamerge.callbacks.never_worse import measure
 from adamerge.objectives.entropy import Entropy
 from adamerge.objectives.imitation import Imitation
-from adamerge.results.agreement import Agreement
+from adamerge.results.agreement import Agreement, Comparison
 from adamerge.results.report.facts import read_run
 from adamerge.results.report.run_page import evidence
 from tests.support.fits import QUIET, every_step, fit, make_data, make_method, values
@@ -51,7 +51,7 @@ def test_never_worse_ends_with_the_better_of_start_and_result(toy, tmp_path, lr,
     assert before.rows == after.rows == 15
     good = lr < 1
     assert facts["exported"] == ("result" if good else "start")
-    assert after.is_better_than(before) is good
+    assert facts["is_better"] is good
     recipe = json.loads(export.files["recipe"].read_text())
     assert recipe["evidence"] == facts
     exported = json.loads(export.files["coefficients"].read_text())["coefficients"]["red"]
@@ -94,20 +94,64 @@ def test_tasks_without_an_expert_are_not_proved(toy, tmp_path, caplog):
     trainer = fit(method, stream_data, tmp_path, steps=2, callbacks=[callback])
     nothing = {"exported": "result", "start": None, "result": None}
     assert callback.evidence == nothing | {"tasks_without_expert": list(stream_data.streams)}
-    assert measure(trainer, method) is None
+    assert measure(trainer, method).result() is None
     assert not torch.equal(values(method), torch.full_like(values(method), 0.3))
     assert "no held-out task has an expert" in caplog.text
     method.model.teachers = {"red": "red"}
-    assert measure(trainer, method).rows == len(stream_data.holdout_streams["red"])
+    assert measure(trainer, method).result().rows == len(stream_data.holdout_streams["red"])
 
 
-def test_agreement_may_fall_by_chance_only_and_divergence_not_at_all():
-    start = Agreement(agreement=0.9, kl=0.2, rows=100)  # the standard error of a difference is 0.047
-    assert Agreement(0.86, 0.1, 100).is_better_than(start)
-    assert not Agreement(0.85, 0.1, 100).is_better_than(start)
-    assert Agreement(17 / 18, 0.1, 18).is_better_than(Agreement(1.0, 0.2, 18))
-    assert not Agreement(15 / 18, 0.1, 18).is_better_than(Agreement(1.0, 0.2, 18))
-    assert not Agreement(0.95, 0.2, 100).is_better_than(start)
+def compared(*tasks):
+    """A comparison of tasks, each given as (hits, divergences) of the start and of the result."""
+    columns = [
+        [
+            len(hits),
+            sum(hits),
+            sum(new_hits),
+            sum(kl),
+            sum(new_kl),
+            sum((a - b) ** 2 for a, b in zip(kl, new_kl, strict=True)),
+        ]
+        for (hits, kl), (new_hits, new_kl) in tasks
+    ]
+    return Comparison(torch.tensor(columns, dtype=torch.float64))
+
+
+def test_divergence_may_rise_by_chance_only():
+    ones, kl = [1] * 4, [0.1, 0.2, 0.3, 0.4]
+
+    # Differences of 1, -1, 1, -1 thousandths and d: the standard error of their mean is 0.577 thousandths.
+    def by(difference):
+        shifts = [(sign + difference) / 1000 for sign in (1, -1, 1, -1)]
+        return compared(((ones, kl), (ones, [k + shift for k, shift in zip(kl, shifts, strict=True)])))
+
+    assert by(0).kl_error == pytest.approx(1e-3 / 3**0.5)
+    assert [by(d).is_worse for d in (0.5, 0.65)] == [False, True]
+    assert [by(-d).is_better for d in (0.5, 0.65)] == [False, True]
+    assert compared(((ones, kl), (ones, kl))).is_worse  # the start itself
+
+
+def test_agreement_may_fall_by_chance_only():
+    start, nearer = [0.2] * 100, [0.1] * 100
+
+    def falls(count, before, after):  # of samples that all are nearer to the experts
+        hits = [[1] * number + [0] * (count - number) for number in (before, after)]
+        return compared(((hits[0], start[:count]), (hits[1], nearer[:count]))).is_worse
+
+    assert [falls(100, 90, after) for after in (86, 85)] == [False, True]  # the standard error is 0.047
+    assert [falls(18, 18, after) for after in (17, 15)] == [False, True]
+
+
+def test_tasks_count_alike_and_parts_add_up():
+    small, large = (([1], [1.0]), ([0], [2.0])), (([0] * 99, [1.0] * 99), ([1] * 99, [0.0] * 99))
+    both = compared(small, large)
+    assert (both.start.agreement, both.result.agreement) == (0.5, 0.5)
+    assert (both.start.kl, both.result.kl, both.rows) == (1.0, 1.0, 100)
+    parts = compared(small, ((large[0][0][:9], large[0][1][:9]), (large[1][0][:9], large[1][1][:9])))
+    empty = (([], []), ([], []))
+    rest = compared(empty, ((large[0][0][9:], large[0][1][9:]), (large[1][0][9:], large[1][1][9:])))
+    assert torch.equal((parts + rest).sums, both.sums)
+    assert (rest.start.agreement, rest.rows) == (0.0, 90)
 
 
 def test_never_worse_without_held_out_samples_is_refused(toy, tmp_path):

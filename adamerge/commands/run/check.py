@@ -118,8 +118,9 @@ def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: Prob
     stage = first_stage(config)
     if stage is None:
         return
-    if "data" in parts and parts["data"].folds:
-        problems.append("data.holdout: auto divides so few samples into folds, not in two stages; set a share, as 0.2.")
+    guards = [str(OmegaConf.select(config, f"callbacks.{name}._target_")) for name in config.get("callbacks") or {}]
+    if "data" in parts and parts["data"].folds and any(guard.endswith(".NeverWorse") for guard in guards):
+        problems.append("data.holdout: auto learns on parts of so few samples, in one stage only; set a share, as 0.2.")
     of_stage, stage_parts = Problems(), dict(parts)
     _check_settings(stage, ("steps", "checkpoint_every"), of_stage)
     _build_stage(stage, stage_parts, of_stage)

@@ -1,42 +1,36 @@
 """Fit: one stage of a run, its first stage, and the folds that prove what few samples teach."""
 
+import gc
 import logging
-import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelCheckpoint
 from omegaconf import DictConfig
 
-from adamerge.callbacks import GracefulStop, NeverWorse, UnlabeledCriteria
+from adamerge.callbacks import GracefulStop, LogCoefficients, NeverWorse, UnlabeledCriteria
 from adamerge.callbacks.checkpoint_io import write_atomically
 from adamerge.callbacks.elapsed import Elapsed, seconds_of
+from adamerge.callbacks.never_worse import has_experts
 from adamerge.callbacks.progress import MergingProgress
 from adamerge.commands.run.assembly import Assembly, assemble
 from adamerge.commands.run.build import build
-from adamerge.commands.run.folder import (
-    LAST,
-    LAST_GOOD,
-    last_checkpoint,
-    plain,
-)
+from adamerge.commands.run.folder import LAST, LAST_GOOD, last_checkpoint, plain
 from adamerge.commands.run.processes import trainer_options
 from adamerge.commands.run.recorded import check_start
-from adamerge.commands.run.stages import FOLDS, PROOF, STAGE, START
+from adamerge.commands.run.stages import STAGE, START, fold_folder
 from adamerge.errors import GuardError, InputError, NonfiniteError
 from adamerge.methods.method import MergingMethod
 from adamerge.model.coefficients import save_coefficients
 from adamerge.model.teacher_files import TeacherFiles
-from adamerge.results.agreement import Agreement
-from adamerge.results.recipes import flat
+from adamerge.results.agreement import Comparison
 from adamerge.system import ranks
-from adamerge.system.files import save_json
-from adamerge.system.reading import read_json_mapping
 
 log = logging.getLogger(__name__)
+
+_WRITE_TO_LOGGERS = (LogCoefficients, LearningRateMonitor, DeviceStatsMonitor)
 
 
 def fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> None:
@@ -44,7 +38,7 @@ def fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: b
 
     That is a file of its own, as an export on request may write the stage's ``coefficients.json`` at any time.
     """
-    trainer = fit(config, folder / STAGE, assembly, callbacks_of(config), "Stage 1 of 2", resume=resume)
+    trainer = fit(config, folder / STAGE, assembly, [], "Stage 1 of 2", resume=resume)
     if trainer.is_global_zero:
         for path in (folder / STAGE / "coefficients.json", folder / START):
             save_coefficients(assembly.model.coefficients, path, assembly.pool)
@@ -53,7 +47,14 @@ def fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: b
 
 
 def fit(
-    config: DictConfig, folder: Path, assembly: Assembly, callbacks: list[Callback], description: str, *, resume: bool
+    config: DictConfig,
+    folder: Path,
+    assembly: Assembly,
+    exports: list[Callback],
+    description: str,
+    *,
+    resume: bool,
+    folds: Sequence[Comparison] | None = (),
 ) -> Trainer:
     """Run one stage to its end, from its own last checkpoint where it has one; seeded by itself, as a resume is.
 
@@ -61,9 +62,10 @@ def fit(
         config: Of the run or stage.
         folder: The stage's own.
         assembly: What learns.
-        callbacks: Those of the configuration (:func:`callbacks_of`), and an export.
+        exports: Callbacks beside those of the configuration.
         description: What its progress is called.
         resume: Whether a checkpoint in the folder is gone on from.
+        folds: What folds measured before; None in a fold, which has no logger.
     """
     seed_everything(config.seed, workers=True, verbose=False)
     objective = build(config, "objective")
@@ -76,9 +78,9 @@ def fit(
         dirpath=folder / LAST.parent, filename="step={step}", auto_insert_metric_name=False,
         every_n_train_steps=config.checkpoint_every, save_top_k=0, save_last=True, enable_version_counter=False,
     )  # fmt: skip
-    callbacks = [*observers, saves, *callbacks, elapsed, GracefulStop(folder / LAST)]
+    callbacks = [*observers, saves, *_callbacks(config, folds), *exports, elapsed, GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **trainer_options()}
-    loggers = [build(config, f"logger.{name}") for name in config.logger or {}]
+    loggers = [build(config, f"logger.{name}") for name in config.logger or {}] if folds is not None else []
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers or False, **options)
     write_atomically(trainer)
     saved = last_checkpoint(folder) if resume else None
@@ -112,64 +114,60 @@ def raise_reason(trainer: Trainer) -> None:
             raise GuardError(reason)
 
 
-def callbacks_of(config: DictConfig) -> list[Callback]:
-    """Build the callbacks that a configuration names."""
-    return [build(config, f"callbacks.{name}") for name in config.callbacks or {}]
+def _callbacks(config: DictConfig, folds: Sequence[Comparison] | None) -> list[Callback]:
+    """Build the callbacks that a configuration names; those that write to a logger have none in a fold."""
+    callbacks: list[Callback] = [build(config, f"callbacks.{name}") for name in config.callbacks or {}]
+    for callback in callbacks:
+        if isinstance(callback, NeverWorse):
+            callback.folds = folds
+    return callbacks if folds is not None else [item for item in callbacks if not isinstance(item, _WRITE_TO_LOGGERS)]
 
 
-def prove(
-    config: DictConfig, folder: Path, assembly: Assembly, callbacks: list[Callback], *, resume: bool
-) -> tuple[Assembly, float]:
-    """Learn on all parts of few samples but one, for each part, and tell ``never_worse`` what that part says of it.
+def fit_folds(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> "Folds":
+    """Learn on all parts of few samples but one, for each part, where ``never_worse`` is to judge by them.
 
-    The folds that have ended stay in a file, where a resumed run finds them.
+    The last checkpoint of a fold that has ended says what it measured, also to a resumed run.
 
     Args:
         config: The run's.
-        folder: The run's.
+        folder: The run's; each fold has a folder of its own in there.
         assembly: The run's; its data say in how many parts samples are held out, if they are.
-        callbacks: The run's.
         resume: Whether the run goes on.
-
-    Returns:
-        What the run itself learns with, and the seconds that folds learned.
     """
-    guards = [callback for callback in callbacks if isinstance(callback, NeverWorse)]
-    count = assembly.data.folds
-    if not guards or not count or not any(task in assembly.model.teachers for task in assembly.data.streams):
-        return assembly, 0.0
-    path, of_fold = folder / PROOF, config.copy()
-    folds = _folds_in(path) if resume and path.is_file() else []
-    of_fold.run_dir, of_fold.logger = str(folder / FOLDS), None
-    log.info("data.holdout=auto: the samples are few, so %d parts of them are held out one after the other.", count)
-    for number in range(len(folds), count):
-        fold = replace(assemble(config, of=assembly), data=assembly.data.fold(number))
-        others = callbacks_of(config)
-        judge = next(callback for callback in others if isinstance(callback, NeverWorse))
-        judge.is_fold = True
-        fit(of_fold, folder / FOLDS, fold, others, f"Fold {number + 1} of {count}", resume=resume)
-        folds.append({**(judge.evidence or {}), "seconds": seconds_of(folder / FOLDS / LAST)})
-        if ranks.is_first():
-            shutil.rmtree(folder / FOLDS)  # before the next fold could go on from it
-            save_json({"folds": folds}, path)
-        ranks.wait()
-    for guard in guards:
-        guard.folds = [(Agreement(**fold["start"]), Agreement(**fold["result"])) for fold in folds]
-    return assemble(config, of=assembly), sum(fold["seconds"] for fold in folds)
-
-
-def _folds_in(path: Path) -> list[dict[str, Any]]:
-    """Read what folds have measured: agreements as mappings, and seconds.
-
-    Raises:
-        InputError: If the file holds anything else.
-    """
-    folds = read_json_mapping(path).get("folds")
-    if not isinstance(folds, list) or not all(isinstance(fold, dict) and _is_whole(flat(fold)) for fold in folds):
-        raise InputError(f"{path}: not what folds have measured. Remove it, and they learn again.")
+    folds, count = Folds(), assembly.data.folds
+    is_judged = any(isinstance(callback, NeverWorse) for callback in _callbacks(config, ()))
+    if not count or not is_judged or not has_experts(assembly.model, assembly.data):
+        return folds
+    log.info(
+        "data.holdout=auto: the samples are few, so the run learns %d times on parts of them, which the rest judges, "
+        "and then on all (data.holdout=0.2: once, on four fifths).", count,
+    )  # fmt: skip
+    for number in range(1, count + 1):
+        fold = replace(assemble(config, of=assembly), data=assembly.data.fold(number - 1))
+        path = fold_folder(folder, number)
+        trainer = fit(config, path, fold, [], f"Fold {number} of {count}", folds=None, resume=resume)
+        judge = next(item for item in trainer.callbacks if isinstance(item, NeverWorse))  # type: ignore[attr-defined]
+        assert judge.comparison is not None
+        folds.comparisons.append(judge.comparison)
+        folds.steps += trainer.global_step
+        ranks.wait()  # for the checkpoint
+        folds.seconds += seconds_of(path / LAST)
+        fold.model.weights.forget()
+        del fold, trainer, judge
+        gc.collect()  # merged weights that a trainer and its method hold in circles
     return folds
 
 
-def _is_whole(fold: Mapping[str, Any]) -> bool:
-    numbers = [f"{kind}.{number}" for kind in ("start", "result") for number in ("agreement", "kl", "rows")]
-    return all(isinstance(fold.get(name), (int, float)) for name in (*numbers, "seconds"))
+@dataclass
+class Folds:
+    """What folds measured, and their costs.
+
+    Attributes:
+        comparisons: Start and result of each fold, on the samples that it lacks.
+        steps: Optimizer steps of all.
+        seconds: Seconds that they learned.
+    """
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from adamerge.commands.run import imports, trust
-from adamerge.commands.run.stages import FOLDS, PROOF, STAGE, START
+from adamerge.commands.run.stages import STAGE, START, fold_folder
 from adamerge.errors import InputError
 from adamerge.results.recipes import PLACES, flat
 from adamerge.system.files import atomic_path, check_inside, ensure_writable, open_own, remove_temporaries
@@ -258,8 +258,8 @@ def differing(config: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]
 
 def is_started(folder: Path) -> bool:
     """Whether a run has saved something in its folder that it can go on from."""
-    checkpoints = (last_checkpoint(path) for path in (folder, folder / STAGE, folder / FOLDS))
-    return any(path is not None for path in checkpoints) or any((folder / name).is_file() for name in (START, PROOF))
+    checkpoints = (last_checkpoint(path) for path in (folder, folder / STAGE, fold_folder(folder, 1)))
+    return any(path is not None for path in checkpoints) or (folder / START).is_file()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

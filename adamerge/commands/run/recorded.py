@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.commands.run.folder import CONFIG_FILE, differing, last_checkpoint, plain
-from adamerge.commands.run.stages import FOLDS, STAGE
+from adamerge.commands.run.stages import STAGE, fold_folder
 from adamerge.errors import InputError, shorten
 from adamerge.results.recipes import flat
 from adamerge.system.reading import read_json_mapping
@@ -37,12 +37,12 @@ class RunRecord:
 
 
 def record_of(folder: Path) -> RunRecord | None:
-    """Read the record of a run or stage: its last checkpoint's, else its export's; None where it has neither.
+    """Read the record of a run or stage: its last checkpoint's, or first fold's, else its export's; None without any.
 
     Raises:
         InputError: If the checkpoint is damaged.
     """
-    checkpoint, recipe = last_checkpoint(folder), folder / _RECIPE
+    checkpoint, recipe = last_checkpoint(folder) or last_checkpoint(fold_folder(folder, 1)), folder / _RECIPE
     if checkpoint is not None:
         content = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
         options = dict(_mapping(content, "recipe"))
@@ -71,9 +71,8 @@ def check_config(config: DictConfig, folder: Path) -> None:
         InputError: If an option has another value; the message names it.
     """
     record, is_stage = record_of(folder), False
-    for part in (FOLDS, STAGE):
-        if record is None or not record.options:
-            record, is_stage = record_of(folder / part), True
+    if record is None or not record.options:
+        record, is_stage = record_of(folder / STAGE), True
     if record is None or not record.options:
         return
     then, now = flat(record.options), flat(plain(config))

@@ -13,7 +13,7 @@ from adamerge.callbacks import ExportMergedWeights
 from adamerge.callbacks.elapsed import seconds_of
 from adamerge.callbacks.log_coefficients import log_scores
 from adamerge.commands.run.assembly import Assembly, assemble
-from adamerge.commands.run.fit import callbacks_of, fit, fit_first, prove, raise_reason
+from adamerge.commands.run.fit import fit, fit_first, fit_folds, raise_reason
 from adamerge.commands.run.folder import CONFIG_FILE, LAST, is_started, plain, save_config
 from adamerge.commands.run.precision import settled
 from adamerge.commands.run.stages import STAGE, START, first_stage
@@ -70,8 +70,9 @@ def adapt(
     if todo is not None:
         fit_first(todo, folder, assembly, resume=resume)
         assembly = assemble(config, of=assembly)
-    callbacks = callbacks_of(config)
-    assembly, seconds = prove(config, folder, assembly, callbacks, resume=resume)
+    folds = fit_folds(config, folder, assembly, resume=resume)
+    if folds.comparisons:
+        assembly = assemble(config, of=assembly)
     export = ExportMergedWeights(
         folder,
         head_info=head_info(assembly.data),
@@ -80,8 +81,8 @@ def adapt(
         batch_norm=assembly.batch_norm,
     )
     description = "Stage 2 of 2" if first else "Adapting"
-    trainer = fit(config, folder, assembly, [*callbacks, export], description, resume=resume)
-    seconds += seconds_of(folder / LAST) + seconds_of(folder / STAGE / LAST)
+    trainer = fit(config, folder, assembly, [export], description, folds=folds.comparisons, resume=resume)
+    seconds = seconds_of(folder / LAST) + seconds_of(folder / STAGE / LAST) + folds.seconds
     times |= {"adapt": seconds, "export": export.seconds}
     scoring = Stopwatch()
     if assembly.model.is_sharded:
@@ -91,7 +92,7 @@ def adapt(
         times["score"] = scoring.seconds()
     if trainer.is_global_zero:
         _tell_unreadable(assembly.data)
-        steps = trainer.global_step + (int(first.steps) if first else 0) + int(config.steps) * assembly.data.folds
+        steps = trainer.global_step + (int(first.steps) if first else 0) + folds.steps
         costs = costs_of(times, steps, assembly.pool.device, resumed=resume)
         if config.get("report", True):  # of a sharded pool this device has a part only
             report_run(folder, None if assembly.model.is_sharded else assembly.pool, costs)

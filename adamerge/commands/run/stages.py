@@ -15,8 +15,6 @@ from adamerge.pool.pool import ExpertPool
 from adamerge.system.files import sha256
 
 STAGE = Path("stage_1")  # the first stage's folder, in the run's
-FOLDS = Path("folds")  # the folder of the fold that learns
-PROOF = "folds.json"  # what the folds that have ended measured
 START = "start.json"  # what the second stage starts from; that it is there says that the first has ended
 _PARTS = (
     *("steps", "init", "objective", "granularity", "constraint", "optimizer", "method", "callbacks"),
@@ -99,6 +97,6 @@ def running_stage(folder: Path) -> Path:
     return folder / STAGE if (folder / STAGE).is_dir() and not (folder / START).is_file() else folder
 
 
-def is_in_folds(folder: Path) -> bool:
-    """Whether a run still learns on parts of its samples, so that there is nothing to export yet."""
-    return (folder / FOLDS).is_dir() or ((folder / PROOF).is_file() and not (folder / "checkpoints").is_dir())
+def fold_folder(folder: Path, number: int) -> Path:
+    """Return the folder of a fold of a run, counted from 1."""
+    return folder / "checkpoints" / f"fold_{number}"

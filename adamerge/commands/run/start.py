@@ -19,7 +19,7 @@ from adamerge.commands.run.compose import expanded
 from adamerge.commands.run.imports import TRUST, announce, targets_beyond
 from adamerge.commands.run.named_pools import register_resolvers
 from adamerge.commands.run.recorded import check_config
-from adamerge.commands.run.stages import STAGE, is_in_folds, running_stage
+from adamerge.commands.run.stages import STAGE, running_stage
 from adamerge.commands.run.starting import as_begun, as_given, begin
 from adamerge.commands.terminal import (
     PIPED_WIDTH,
@@ -241,5 +241,5 @@ def _tell_stopped(folder: Path) -> None:
         err.print("Nothing was saved yet: start it again.")
         return
     err.print(f"Stopped and saved. Go on with: {run_folder.resume_command(folder)}")
-    if not is_in_folds(folder):
+    if run_folder.last_checkpoint(running_stage(folder)) is not None:  # else the run is still in its folds
         err.print(f"Or export what there is: adamerge export {running_stage(folder)}")

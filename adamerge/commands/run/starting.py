@@ -68,7 +68,7 @@ def begin(config: DictConfig, folder: Path) -> DictConfig:
     given = {option: OmegaConf.select(config, option) for option in ("start", "init", "pool.base", "pool.sha256")}
     facts = {"rule": chosen, "node": rules[chosen], "merged": str(START_MERGE), "given": given, "seconds": seconds}
     facts |= {"uses_labels": bool(getattr(rule, "uses_labels", False)), "candidates": candidates}
-    return _from_merge(config, facts, path)
+    return from_merge(config, facts, path)
 
 
 def as_given(config: DictConfig) -> DictConfig:
@@ -90,10 +90,11 @@ def as_begun(config: DictConfig, stored: DictConfig) -> DictConfig:
     """Return a composed configuration with the start that the run which is stored of it has begun with."""
     if not is_merged(stored):
         return config
-    return _from_merge(config, stored.start, Path(stored.run_dir) / START_MERGE)
+    return from_merge(config, stored.start, Path(stored.run_dir) / START_MERGE)
 
 
-def _from_merge(config: DictConfig, facts: Any, path: Path) -> DictConfig:
+def from_merge(config: DictConfig, facts: Any, path: Path) -> DictConfig:
+    """Return a configuration with a merge as the base, whose facts are recorded as ``start``."""
     config = config.copy()
     OmegaConf.set_struct(config, False)
     config.init = 0.0

@@ -106,8 +106,10 @@ def evidence(run: Run) -> Note | None:
     tasks = ", ".join(facts.get("tasks_without_expert", ()))
     unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
     if facts["exported"] == "result":
-        return Note(f"{text}It is better than the start.{unproved}", bool(tasks))
-    kept = "It is not better, so that the start was exported: the coefficients are those of the start."
+        is_better = facts.get("is_better", True)
+        kept = "It is better than the start." if is_better else "So few cannot tell which of the two is better."
+        return Note(f"{text}{kept}{unproved}", bool(tasks) or not is_better)
+    kept = "It is worse, so that the start was exported: the coefficients are those of the start."
     return Note(text + kept + unproved, True)
 
 

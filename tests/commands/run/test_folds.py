@@ -3,17 +3,21 @@
 import json
 import os
 import signal
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
+from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
+from adamerge.results.agreement import Comparison
 from tests.support.command_line import QUIET, as_rank, call, refusal
 from tests.support.processes import run_ranks
 
 pytestmark = QUIET
 STEPS = 2
+RATES = "+callbacks.rates._target_=lightning.pytorch.callbacks.LearningRateMonitor"  # of a logger, which folds lack
 
 
 class Interrupt(Callback):
@@ -41,31 +45,34 @@ def _uninterrupted():
     Interrupt.left = 0
 
 
-def test_folds_judge_what_all_samples_teach(few, tmp_path):
-    assert call("adapt", *few, "optimizer.lr=0.01") == 0
-    recipe = json.loads((tmp_path / "run" / "merge.json").read_text())
-    evidence, folds = recipe["evidence"], json.loads((tmp_path / "run" / "folds.json").read_text())["folds"]
-    assert (len(folds), evidence["folds"]) == (4, 4)
-    assert [fold["result"]["rows"] for fold in folds] == [4, 2, 2, 2]  # two tasks of five samples
-    for kind in ("start", "result"):
-        for number in ("agreement", "kl"):
-            mean = sum(fold[kind][number] * fold[kind]["rows"] for fold in folds) / 10
-            assert evidence[kind][number] == pytest.approx(mean)
-        assert evidence[kind]["rows"] == 10
-    assert evidence["exported"] == "result"
-    assert not (tmp_path / "run" / "folds").exists()
+def test_folds_judge_what_all_samples_teach(few, tmp_path, capsys):
+    assert call("adapt", *few, "optimizer.lr=0.01", RATES) == 0
+    proved = evidence(tmp_path / "run")
+    comparisons = [folds_comparison(tmp_path / "run", number) for number in (1, 2, 3, 4)]
+    assert [comparison.rows for comparison in comparisons] == [4, 2, 2, 2]  # two tasks of five samples
+    whole = sum(comparisons[1:], comparisons[0])
+    assert proved == {
+        "exported": "result", "start": asdict(whole.start), "result": asdict(whole.result), "folds": 4,
+        "kl_error": whole.kl_error, "is_better": True,
+    }  # fmt: skip
     plain = [word for word in few if "never_worse" not in word and "holdout" not in word]
     assert call("adapt", *plain, "optimizer.lr=0.01", "run_dir=plain") == 0
     merged, same = (load_file(tmp_path / run / "merged.safetensors") for run in ("run", "plain"))
     assert all(merged[name].equal(same[name]) for name in same)
-    assert call("adapt", *few, "optimizer.lr=100", "run_dir=bad") == 0
-    recipe = json.loads((tmp_path / "bad" / "merge.json").read_text())
-    assert recipe["evidence"]["exported"] == "start"
-    assert recipe["evidence"]["start"] == evidence["start"]
+    assert call("adapt", *few, "optimizer.lr=1000", "run_dir=bad") == 0
+    assert evidence(tmp_path / "bad")["exported"] == "start"
+    assert evidence(tmp_path / "bad")["start"] == proved["start"]
+
+
+def folds_comparison(folder, number):
+    """What a fold has measured, as its checkpoint says."""
+    path = folder / "checkpoints" / f"fold_{number}" / "checkpoints" / "last.ckpt"
+    states = AtomicCheckpointIO().load_checkpoint(path)["callbacks"]
+    return Comparison(next(state["sums"] for name, state in states.items() if "NeverWorse" in name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", [2, STEPS + 2, 4 * STEPS + 2])  # in the first fold, the second, and the run itself
+@pytest.mark.parametrize("left", [1, STEPS + 2, 4 * STEPS + 1])  # in the first fold, the second, and the run itself
 def test_a_run_that_is_interrupted_in_a_fold_goes_on_there(few, left, tmp_path, capsys):
     assert call("adapt", *few, "run_dir=whole") == 0
     Interrupt.left = left
@@ -99,12 +106,13 @@ def evidence(folder):
 
 
 def test_bad_input_of_folds_is_refused(few, tmp_path, capsys):
-    Interrupt.left = STEPS + 2
+    Interrupt.left = STEPS + 1
     assert call("adapt", *few) == 130
-    (tmp_path / "run" / "folds.json").write_text('{"folds": [{"start": null}]}')
-    assert "folds.json: not what folds have measured" in refusal(capsys, "adapt", "resume=run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("\nsteps: 2\n", "\nsteps: 3\n"))
+    assert "steps has changed since the run was begun" in refusal(capsys, "adapt", "resume=run", "--trust-code")
     keep = [word for word in few if not word.startswith("callbacks=")]
     text = refusal(capsys, "check", *keep, "callbacks=keep_best", "run_dir=other")
     assert "found none, as data.holdout=auto divides so few into folds" in text
     text = refusal(capsys, "check", *few, "first_stage={steps: 2}", "run_dir=other")
-    assert "data.holdout: auto divides so few samples into folds" in text
+    assert "data.holdout: auto learns on parts of so few samples" in text
