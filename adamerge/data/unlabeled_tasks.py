@@ -129,8 +129,7 @@ class UnlabeledTasks(LightningDataModule):
         self.num_workers = num_workers
         self._prefetch = prefetch
         self._ahead = 0 if num_workers == 0 else prefetch  # until it is known that a thread may read
-        self._cache = cache
-        self._views = views
+        self._cache, self._views = cache, views
         self._draws = False  # until it is known how inputs come about
         self.evaluation_batch_size = evaluation_batch_size
         self.streams: dict[str, Unlabeled] = {}
@@ -143,9 +142,7 @@ class UnlabeledTasks(LightningDataModule):
         opened = ((name, self._open(name, task, limit)) for name, task in self.tasks.items())
         self._images = {name: images for name, images in opened if images is not None}
         self.folds = folds_of(map(length_of, self._images.values())) if holdout == "auto" else 0
-        for name, images in self._images.items():
-            is_divided = holdout and not self.folds
-            self._stream(name, *(self._opener.hold_out(name, images, holdout) if is_divided else (images, None)))
+        self._divide(0.0 if self.folds else holdout)
         self._lengths = lengths_of(self.streams) if group_by_length else None
 
     def _open(self, name: str, task: Task, limit: int | None) -> Dataset[Any] | None:
@@ -161,6 +158,10 @@ class UnlabeledTasks(LightningDataModule):
             self.evaluation[name] = self._opener.labelled(name, self.tasks[name], evaluate)
         return sample(images, limit, f"{self.seed}/limit/{name}")
 
+    def _divide(self, holdout: Holdout) -> None:
+        for task, images in self._images.items():
+            self._stream(task, *(self._opener.hold_out(task, images, holdout) if holdout else (images, None)))
+
     def _stream(self, task: str, images: Dataset[Any], held_out: Dataset[Any] | None) -> None:
         self.streams[task] = self._opener.unlabeled(task, images, self.corruption, views=self._views)
         if held_out is not None:
@@ -169,10 +170,7 @@ class UnlabeledTasks(LightningDataModule):
             )
 
     def fold(self, number: int) -> "UnlabeledTasks":
-        """Return the same data with part ``number``, from 0, of each task's inputs held out, for a trainer of its own.
-
-        Positions are the part's own: what experts say of them is not what they say of the same ones here.
-        """
+        """Return the same data with part ``number``, from 0, of each task's inputs held out; positions are its own."""
         data = copy.copy(self)
         data.folds, data.streams, data.holdout_streams = 0, {}, {}
         for task, images in self._images.items():

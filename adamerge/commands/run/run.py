@@ -73,13 +73,7 @@ def adapt(
     folds = fit_folds(config, folder, assembly, resume=resume)
     if folds.comparisons:
         assembly = assemble(config, of=assembly)
-    export = ExportMergedWeights(
-        folder,
-        head_info=head_info(assembly.data),
-        sidecar=assembly.backbone.sidecar(),
-        recipe={**_provenance(config), **assembly.start},
-        batch_norm=assembly.batch_norm,
-    )
+    export = _export(config, folder, assembly)
     description = "Stage 2 of 2" if first else "Adapting"
     trainer = fit(config, folder, assembly, [export], description, folds=folds.comparisons, resume=resume)
     seconds = seconds_of(folder / LAST) + seconds_of(folder / STAGE / LAST) + folds.seconds
@@ -98,6 +92,17 @@ def adapt(
             report_run(folder, None if assembly.model.is_sharded else assembly.pool, costs)
     raise_reason(trainer)
     return summary
+
+
+def _export(config: DictConfig, folder: Path, assembly: Assembly) -> ExportMergedWeights:
+    """Return the callback that writes the merged weights into a run's folder."""
+    return ExportMergedWeights(
+        folder,
+        head_info=head_info(assembly.data),
+        sidecar=assembly.backbone.sidecar(),
+        recipe={**_provenance(config), **assembly.start},
+        batch_norm=assembly.batch_norm,
+    )
 
 
 def _score(
