@@ -1,4 +1,4 @@
-"""Export the start where held-out samples say that learning took the merge further from the experts."""
+"""Export the start where learning did not make the merge agree better with the experts, on held-out samples."""
 
 import logging
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 
 
 class NeverWorse(Callback):
-    """Measure start and result against the experts on held-out samples; end with the start where the result is worse.
+    """Measure start and result against the experts on held-out samples; end with the start unless the result is better.
 
-    Needs ``data.holdout``; no label is used. Worse means: a higher divergence from the experts, or agreement with them
-    on fewer samples, by more than chance explains (:attr:`~adamerge.results.agreement.Comparison.is_worse`). What was
+    Needs ``data.holdout``; no label is used. Better means: a lower divergence from the experts, and agreement with them
+    on no fewer samples than chance explains (:attr:`~adamerge.results.agreement.Comparison.is_better`). What was
     measured is logged, and goes to ``merge.json`` as ``evidence``. A task without an expert has no part in it: it is
     named, and ``callbacks=collapse_guard`` is all that can watch it. Without any, the result is kept.
-    Few held-out samples tell only of great harm: ``method.anchor`` is the remedy, this the proof. ``adamerge adapt``
-    therefore learns on parts of few samples first (the ``folds`` of :class:`~adamerge.UnlabeledTasks`), each judged by
-    the samples that it lacks, and then on all of them.
+    Few held-out samples prove little: ``method.anchor`` is the remedy, this the proof. ``adamerge adapt`` therefore
+    learns on parts of few samples first (the ``folds`` of :class:`~adamerge.UnlabeledTasks`), each judged by the
+    samples that it lacks, and then on all of them.
 
     Attributes:
         evidence: What was measured, and which of the two was kept; None before the end.
@@ -66,7 +66,7 @@ class NeverWorse(Callback):
 
     @torch.no_grad()
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure both, and put the start back where the result is worse."""
+        """Measure both, and put the start back where the result is not better."""
         assert isinstance(pl_module, MergingMethod)
         assert self._start is not None
         if self.evidence is None:  # else the fit had ended before a resume
@@ -99,9 +99,9 @@ class NeverWorse(Callback):
         assert comparison is not None
         evidence: dict[str, Any] = {"exported": "result", "start": None, "result": None}
         if comparison.rows:
-            evidence["exported"] = "start" if comparison.is_worse else "result"
+            evidence["exported"] = "result" if comparison.is_better else "start"
             evidence |= {"start": asdict(comparison.start), "result": asdict(comparison.result)}
-            evidence |= {"kl_error": comparison.kl_error, "is_better": comparison.is_better}
+            evidence["kl_error"] = comparison.kl_error
         if unproved := [task for task in data.streams if task not in method.model.teachers]:
             evidence["tasks_without_expert"] = unproved
         return evidence | ({"folds": len(self.folds)} if self.folds else {})
@@ -128,11 +128,10 @@ def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
     )
     tasks = shorten(evidence.get("tasks_without_expert", ()))
     unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
-    if evidence["exported"] == "start":
-        return logging.WARNING, f"{figures}: it is worse, so the start is exported.{unproved}"
-    if evidence["is_better"]:
-        return logging.WARNING if tasks else logging.INFO, f"{figures}: it is better, and kept.{unproved}"
-    return logging.WARNING, f"{figures}: so few cannot tell which is better, and the result is kept.{unproved}"
+    far = "" if abs(result["kl"] - start["kl"]) > evidence["kl_error"] else ", as far as so few can tell"
+    if evidence["exported"] == "result":
+        return logging.WARNING if tasks else logging.INFO, f"{figures}: it is better{far}, and kept.{unproved}"
+    return logging.WARNING, f"{figures}: it is not better{far}, so the start is exported.{unproved}"
 
 
 @torch.no_grad()

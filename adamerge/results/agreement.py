@@ -110,21 +110,15 @@ class Comparison:
 
     @property
     def is_better(self) -> bool:
-        """Whether the result is nearer to the experts than the start, by more than chance explains."""
-        return not self.is_worse and self.start.kl - self.result.kl > self.kl_error
+        """Whether the divergence is lower, and the agreement by no more than chance explains, if at all.
 
-    @property
-    def is_worse(self) -> bool:
-        """Whether the result is further from the experts than the start, by more than chance explains.
-
-        Chance is one standard error: of the divergence :attr:`kl_error`; of the agreement that of two shares, with one
-        row of each kind added to both, so that few rows that all agree do not look certain (Agresti and Caffo, The
-        American Statistician 54, 2000). A result that is equal to its start counts as worse.
+        That is the standard error of the difference of two shares, with one row of each kind added to both, so that few
+        rows that all agree do not look certain: Agresti and Caffo, The American Statistician 54 (2000).
         """
         start, result, count = self.start, self.result, self._effective_rows
         rates = [(measured.agreement * count + 1) / (count + 2) for measured in (start, result)]
         error = sum(rate * (1 - rate) / (count + 2) for rate in rates) ** 0.5
-        return bool(result.kl - start.kl >= self.kl_error or start.agreement - result.agreement > error)
+        return bool(result.kl < start.kl and start.agreement - result.agreement <= error)
 
     @property
     def _counted(self) -> Tensor:

@@ -51,7 +51,7 @@ def test_never_worse_ends_with_the_better_of_start_and_result(toy, tmp_path, lr,
     assert before.rows == after.rows == 15
     good = lr < 1
     assert facts["exported"] == ("result" if good else "start")
-    assert facts["is_better"] is good
+    assert facts["kl_error"] == callback.comparison.kl_error > 0
     recipe = json.loads(export.files["recipe"].read_text())
     assert recipe["evidence"] == facts
     exported = json.loads(export.files["coefficients"].read_text())["coefficients"]["red"]
@@ -117,29 +117,25 @@ def compared(*tasks):
     return Comparison(torch.tensor(columns, dtype=torch.float64))
 
 
-def test_divergence_may_rise_by_chance_only():
+def test_error_of_paired_divergences():
     ones, kl = [1] * 4, [0.1, 0.2, 0.3, 0.4]
-
-    # Differences of 1, -1, 1, -1 thousandths and d: the standard error of their mean is 0.577 thousandths.
-    def by(difference):
-        shifts = [(sign + difference) / 1000 for sign in (1, -1, 1, -1)]
-        return compared(((ones, kl), (ones, [k + shift for k, shift in zip(kl, shifts, strict=True)])))
-
-    assert by(0).kl_error == pytest.approx(1e-3 / 3**0.5)
-    assert [by(d).is_worse for d in (0.5, 0.65)] == [False, True]
-    assert [by(-d).is_better for d in (0.5, 0.65)] == [False, True]
-    assert compared(((ones, kl), (ones, kl))).is_worse  # the start itself
+    for mean in (0.0, 0.5, -0.5):  # the deviations from it are 1, -1, 1 and -1
+        after = [k + sign + mean for k, sign in zip(kl, (1, -1, 1, -1), strict=True)]
+        comparison = compared(((ones, kl), (ones, after)))
+        assert comparison.kl_error == pytest.approx((4 / 3 / 4) ** 0.5)
+        assert comparison.is_better is (mean < 0)
 
 
-def test_agreement_may_fall_by_chance_only():
+def test_agreement_may_fall_by_chance_only_and_divergence_not_at_all():
     start, nearer = [0.2] * 100, [0.1] * 100
 
-    def falls(count, before, after):  # of samples that all are nearer to the experts
+    def stays_better(count, before, after):  # in agreement; all samples are nearer to the experts
         hits = [[1] * number + [0] * (count - number) for number in (before, after)]
-        return compared(((hits[0], start[:count]), (hits[1], nearer[:count]))).is_worse
+        return compared(((hits[0], start[:count]), (hits[1], nearer[:count]))).is_better
 
-    assert [falls(100, 90, after) for after in (86, 85)] == [False, True]  # the standard error is 0.047
-    assert [falls(18, 18, after) for after in (17, 15)] == [False, True]
+    assert [stays_better(100, 90, after) for after in (86, 85)] == [True, False]  # the standard error is 0.047
+    assert [stays_better(18, 18, after) for after in (17, 15)] == [True, False]
+    assert not compared((([1], start[:1]), ([1], start[:1]))).is_better
 
 
 def test_tasks_count_alike_and_parts_add_up():

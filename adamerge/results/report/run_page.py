@@ -103,13 +103,12 @@ def evidence(run: Run) -> Note | None:
         f"{percent(result['agreement'])} % (the start on {percent(start['agreement'])} %), at a divergence of "
         f"{number(result['kl'])} nats (the start: {number(start['kl'])}). "
     )
+    far = "" if abs(result["kl"] - start["kl"]) > facts.get("kl_error", 0.0) else ", as far as so few can tell"
     tasks = ", ".join(facts.get("tasks_without_expert", ()))
     unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
     if facts["exported"] == "result":
-        is_better = facts.get("is_better", True)
-        kept = "It is better than the start." if is_better else "So few cannot tell which of the two is better."
-        return Note(f"{text}{kept}{unproved}", bool(tasks) or not is_better)
-    kept = "It is worse, so that the start was exported: the coefficients are those of the start."
+        return Note(f"{text}It is better than the start{far}.{unproved}", bool(tasks))
+    kept = f"It is not better{far}, so that the start was exported: the coefficients are those of the start."
     return Note(text + kept + unproved, True)
 
 

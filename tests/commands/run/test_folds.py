@@ -53,7 +53,7 @@ def test_folds_judge_what_all_samples_teach(few, tmp_path, capsys):
     whole = sum(comparisons[1:], comparisons[0])
     assert proved == {
         "exported": "result", "start": asdict(whole.start), "result": asdict(whole.result), "folds": 4,
-        "kl_error": whole.kl_error, "is_better": True,
+        "kl_error": whole.kl_error,
     }  # fmt: skip
     plain = [word for word in few if "never_worse" not in word and "holdout" not in word]
     assert call("adapt", *plain, "optimizer.lr=0.01", "run_dir=plain") == 0
