@@ -111,9 +111,10 @@ class Opener:
         order = self._order(task, images)
         count = _fifth(len(order)) if share == "auto" else max(1, round(share * len(order)))
         if count >= len(order):
-            remedy = "more inputs, or 0 to hold out none" if len(order) == 1 else "a smaller share"
+            remedy = "more inputs, or none held out, and no proof: data.holdout=0 callbacks=none"
             raise InputError(
-                f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected {remedy}."
+                f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected "
+                f"{remedy if len(order) == 1 else 'a smaller share'}."
             )
         return _parts(images, order[:count])
 

@@ -103,7 +103,10 @@ class Comparison:
 
     @property
     def kl_error(self) -> float:
-        """Standard error of the difference of the two divergences, of paired rows with one variance."""
+        """Standard error of the difference of the two divergences, of paired rows with one variance.
+
+        Rows count as independent, so that it is too small where they are the positions of few texts.
+        """
         count, difference = self.rows, float((self.sums[:, 4] - self.sums[:, 3]).sum())
         variance = (float(self.sums[:, 5].sum()) - difference**2 / count) / max(1, count - 1)
         return float((max(0.0, variance) / self._effective_rows) ** 0.5)
