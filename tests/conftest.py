@@ -15,6 +15,7 @@ from adamerge.system import progress
 from tests.support.command_line import arguments as arguments
 from tests.support.command_line import configs as configs
 from tests.support.command_line import listed_benchmark as listed_benchmark
+from tests.support.interrupts import uninterrupted as uninterrupted
 from tests.support.toy import Toy, make_toy
 
 hypothesis.settings.register_profile(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adamerge.checkpoints.checkpoint import Checkpoint
+from adamerge.errors import shorten
 from adamerge.system.files import combined_hash
 
 log = logging.getLogger(__name__)
@@ -169,6 +170,16 @@ def aligned(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     return ComposedCheckpoint(
         checkpoint.name, {name: Piece(checkpoint, (key,)) for key, name in names.items()}, {"": checkpoint}
     )
+
+
+def check_parts(index: Path, names: Collection[str]) -> None:
+    """Refuse a checkpoint of several files, which an index beside them names, where one is missing.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+    """
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(f"{index}: names {len(names)} files, missing: {shorten(missing)}. Copy them too.")
 
 
 @cache

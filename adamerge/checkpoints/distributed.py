@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamerge.checkpoints.composed import tell_once
+from adamerge.checkpoints.composed import check_parts, tell_once
 from adamerge.checkpoints.hashes import file_hash
 from adamerge.checkpoints.inert import Record, is_whole
 from adamerge.checkpoints.pickles import mapped_file, naming, read_object, tensor_in
@@ -69,10 +69,7 @@ class DistributedCheckpoint:
         with naming(folder / METADATA):
             self._specs, self._chunks = _layout(metadata)
         self._files = sorted({chunk.file for chunks in self._chunks.values() for chunk in chunks})
-        if missing := [file for file in self._files if not (folder / file).is_file()]:
-            raise FileNotFoundError(
-                f"{folder / METADATA}: names {len(self._files)} files, missing: {shorten(missing)}. Copy them too."
-            )
+        check_parts(folder / METADATA, self._files)
         with naming(folder / METADATA):
             if self._nbytes() > sum((folder / file).stat().st_size for file in self._files):
                 raise Damaged("its tensors are larger than the files that it names")

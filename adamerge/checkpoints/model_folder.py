@@ -8,7 +8,7 @@ from typing import Any
 
 from adamerge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from adamerge.checkpoints.clip_names import as_own, is_hugging_face
-from adamerge.checkpoints.composed import ComposedCheckpoint, Piece, tell_once, unwrapped
+from adamerge.checkpoints.composed import ComposedCheckpoint, Piece, check_parts, tell_once, unwrapped
 from adamerge.checkpoints.distributed import METADATA, DistributedCheckpoint
 from adamerge.checkpoints.hub import located
 from adamerge.errors import InputError, check_keys, check_number, shorten
@@ -43,8 +43,7 @@ def open_shards(index: Path) -> ComposedCheckpoint:
         raise InputError(f"{index}: weight_map: expected a mapping from tensor names to file names. Copy it again.")
     # Names only: an index must not lead out of its folder.
     paths = {file: index.parent / Path(file).name for file in sorted(set(places.values()))}
-    if gone := [path.name for path in paths.values() if not path.is_file()]:
-        raise FileNotFoundError(f"{index}: names {len(paths)} files, missing: {shorten(gone)}. Copy them too.")
+    check_parts(index, [path.name for path in paths.values()])
     files = {file: open_checkpoint(path) for file, path in paths.items()}
     present = {file: set(checkpoint.keys) for file, checkpoint in files.items()}
     if missing := [key for key, file in places.items() if key not in present[file]]:

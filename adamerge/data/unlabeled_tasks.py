@@ -151,11 +151,11 @@ class UnlabeledTasks(LightningDataModule):
             read_as_seen(dataset)
         check_task(name, task, self._preprocess, self.collate)
         if name in self.unseen:
-            self.unseen_evaluation[name] = self._opener.labelled(name, self.tasks[name], scored_only(name, task))
+            self.unseen_evaluation[name] = self._opener.labelled(name, task, scored_only(name, task))
             return None
         images, evaluate = divide(name, task, self.protocol, self.seed)
         if evaluate is not None:
-            self.evaluation[name] = self._opener.labelled(name, self.tasks[name], evaluate)
+            self.evaluation[name] = self._opener.labelled(name, task, evaluate)
         return sample(images, limit, f"{self.seed}/limit/{name}")
 
     def _divide(self, holdout: Holdout) -> None:

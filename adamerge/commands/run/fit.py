@@ -33,6 +33,21 @@ log = logging.getLogger(__name__)
 _WRITE_TO_LOGGERS = (LogCoefficients, LearningRateMonitor, DeviceStatsMonitor)
 
 
+@dataclass
+class Folds:
+    """What folds measured, and their costs.
+
+    Attributes:
+        comparisons: Start and result of each fold, on the samples that it lacks.
+        steps: Optimizer steps of all.
+        seconds: Seconds that they learned.
+    """
+
+    comparisons: list[Comparison] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+
+
 def fit_first(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> None:
     """Run the first stage in its folder, and leave in the run's what the second starts from.
 
@@ -123,7 +138,7 @@ def _callbacks(config: DictConfig, folds: Sequence[Comparison] | None) -> list[C
     return callbacks if folds is not None else [item for item in callbacks if not isinstance(item, _WRITE_TO_LOGGERS)]
 
 
-def fit_folds(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> "Folds":
+def fit_folds(config: DictConfig, folder: Path, assembly: Assembly, *, resume: bool) -> Folds:
     """Learn on all parts of few samples but one, for each part, where ``never_worse`` is to judge by them.
 
     The last checkpoint of a fold that has ended says what it measured, also to a resumed run.
@@ -135,8 +150,9 @@ def fit_folds(config: DictConfig, folder: Path, assembly: Assembly, *, resume: b
         resume: Whether the run goes on.
     """
     folds, count = Folds(), assembly.data.folds
-    is_judged = any(isinstance(callback, NeverWorse) for callback in _callbacks(config, ()))
-    if not count or not is_judged or not has_experts(assembly.model, assembly.data):
+    if not count or not has_experts(assembly.model, assembly.data):
+        return folds
+    if not any(isinstance(callback, NeverWorse) for callback in _callbacks(config, ())):
         return folds
     log.info(
         "data.holdout=auto: the samples are few, so the run learns %d times on parts of them, which the rest judges, "
@@ -156,18 +172,3 @@ def fit_folds(config: DictConfig, folder: Path, assembly: Assembly, *, resume: b
         del fold, trainer, judge
         gc.collect()  # merged weights that a trainer and its method hold in circles
     return folds
-
-
-@dataclass
-class Folds:
-    """What folds measured, and their costs.
-
-    Attributes:
-        comparisons: Start and result of each fold, on the samples that it lacks.
-        steps: Optimizer steps of all.
-        seconds: Seconds that they learned.
-    """
-
-    comparisons: list[Comparison] = field(default_factory=list)
-    steps: int = 0
-    seconds: float = 0.0

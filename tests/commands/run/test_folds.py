@@ -1,34 +1,21 @@
 """Few samples are held out in parts, one after the other, and all of them adapt: from the command line."""
 
 import json
-import os
-import signal
 from dataclasses import asdict
 from functools import partial
 
 import pytest
-from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
 from adamerge.callbacks.checkpoint_io import AtomicCheckpointIO
 from adamerge.results.agreement import Comparison
 from tests.support.command_line import QUIET, as_rank, call, refusal
+from tests.support.interrupts import INTERRUPT, Interrupt
 from tests.support.processes import run_ranks
 
-pytestmark = QUIET
+pytestmark = [*QUIET, pytest.mark.usefixtures("uninterrupted")]
 STEPS = 2
 RATES = "+callbacks.rates._target_=lightning.pytorch.callbacks.LearningRateMonitor"  # of a logger, which folds lack
-
-
-class Interrupt(Callback):
-    """Sends Ctrl-C to this process in the middle of the step that is the last of ``left``, counted over the fits."""
-
-    left = 0
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        Interrupt.left -= 1
-        if Interrupt.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture
@@ -36,13 +23,8 @@ def few(arguments):
     """Arguments of a run on five samples a task, that the experts judge."""
     return [
         *arguments, "objective=imitation", f"steps={STEPS}", "evaluate=false", "+data.limit=5", "+data.holdout=auto",
-        "callbacks=never_worse", "+callbacks.interrupt._target_=tests.commands.run.test_folds.Interrupt",
+        "callbacks=never_worse", INTERRUPT,
     ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _uninterrupted():
-    Interrupt.left = 0
 
 
 def test_folds_judge_what_all_samples_teach(few, tmp_path, capsys):

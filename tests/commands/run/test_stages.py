@@ -1,8 +1,6 @@
 """Runs of two stages, from the command line: interruption in either, what is kept, what is refused."""
 
 import json
-import os
-import signal
 
 import pytest
 from lightning.pytorch import Callback
@@ -13,19 +11,9 @@ from adamerge.commands.run.compose import compose
 from adamerge.commands.run.stages import first_stage, running_stage
 from adamerge.errors import InputError
 from tests.support.command_line import QUIET, call, refusal
+from tests.support.interrupts import INTERRUPT, Interrupt
 
-pytestmark = QUIET
-
-
-class Interrupt(Callback):
-    """Sends Ctrl-C to this process in the middle of the step that is the last of ``left``, counted over the stages."""
-
-    left = 0
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        Interrupt.left -= 1
-        if Interrupt.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+pytestmark = [*QUIET, pytest.mark.usefixtures("uninterrupted")]
 
 
 class Ends(Callback):
@@ -37,18 +25,13 @@ class Ends(Callback):
         self.reason, trainer.should_stop = "Enough, said a callback.", True
 
 
-@pytest.fixture(autouse=True)
-def _uninterrupted():
-    Interrupt.left = 0
-
-
 @pytest.fixture
 def two(arguments):
     """Arguments of a small run of two stages with four steps each."""
     return [
         *arguments, "granularity=importance", "steps=4", "evaluate=false", "checkpoint_every=3",
         "first_stage={steps: 4, granularity: {_target_: adamerge.model.granularity.Layer}}",
-        "+callbacks.interrupt._target_=tests.commands.run.test_stages.Interrupt", "optimizer.lr=0.05",
+        INTERRUPT, "optimizer.lr=0.05",
     ]  # fmt: skip
 
 
@@ -56,7 +39,7 @@ RESULTS = ("merged.safetensors", "coefficients.json", "start.json", "stage_1/coe
 
 
 @pytest.mark.slow
-def test_two_stages_interrupted_in_either_equal_an_uninterrupted_run(two, tmp_path, capsys):
+def test_two_stages_interrupted_in_either_equal_anuninterrupted_run(two, tmp_path, capsys):
     assert call("adapt", *two, "run_dir=whole") == 0
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in RESULTS}
     Interrupt.left = 2
