@@ -15,7 +15,7 @@ from adamerge.errors import InputError, shorten
 from adamerge.methods.method import MergingMethod
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.task_step import TaskStep
-from adamerge.results.agreement import Comparison, Tally
+from adamerge.results.agreement import Comparison, Tally, is_in_doubt
 
 log = logging.getLogger(__name__)
 
@@ -120,15 +120,15 @@ def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
             "NeverWorse: no held-out task has an expert to agree with, so that the result is kept without proof; "
             "callbacks=collapse_guard sees whether it collapses."
         )
-    samples = f"samples, held out in {evidence['folds']} folds," if "folds" in evidence else "held-out samples"
+    samples = f"samples held out in {evidence['folds']} folds" if "folds" in evidence else "held-out samples"
     figures = (
-        f"On {result['rows']} {samples} the result agrees with the experts on {100 * result['agreement']:.1f} % "
-        f"(start: {100 * start['agreement']:.1f} %), at {result['kl']:.4f} nats from them (start: {start['kl']:.4f}; "
+        f"The result agrees with the experts in {100 * result['agreement']:.1f} % of {result['rows']} predictions for "
+        f"{samples} (start: {100 * start['agreement']:.1f} %), at {result['kl']:.4f} nats (start: {start['kl']:.4f}; "
         f"error of the difference: {evidence['kl_error']:.4f})"
     )
     tasks = shorten(evidence.get("tasks_without_expert", ()))
     unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
-    far = "" if abs(result["kl"] - start["kl"]) > evidence["kl_error"] else ", as far as so few can tell"
+    far = ", as far as so few can tell" if is_in_doubt(evidence) else ""
     if evidence["exported"] == "result":
         return logging.WARNING if tasks else logging.INFO, f"{figures}: it is better{far}, and kept.{unproved}"
     return logging.WARNING, f"{figures}: it is not better{far}, so the start is exported.{unproved}"

@@ -4,9 +4,16 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from adamerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, checkpoint_head, open_checkpoint
+from adamerge.checkpoints.checkpoint import (
+    Checkpoint,
+    MemoryCheckpoint,
+    SafetensorsCheckpoint,
+    checkpoint_head,
+    open_checkpoint,
+)
 from adamerge.checkpoints.composed import wrappers
 from adamerge.checkpoints.distributed import METADATA, DistributedCheckpoint
+from adamerge.checkpoints.model_folder import open_shards
 from adamerge.checkpoints.pickles import PickledTensors, read_pickle
 from adamerge.checkpoints.writing import nbytes, save_tensors
 from adamerge.errors import InputError, shorten
@@ -38,7 +45,7 @@ def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | Non
 
     Args:
         source: What :func:`adamerge.checkpoints.pickles.read_pickle` reads; a folder of torch.distributed.checkpoint;
-            or safetensors, for other names.
+            an index of shards, as Hugging Face writes it; or safetensors, for other names.
         out: The file to write; weights that share memory are written in full, each under its name.
         entry: See :func:`~adamerge.checkpoints.pickles.read_pickle`.
         key_prefix: Taken off the names; tensors without it are left out.
@@ -49,23 +56,11 @@ def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | Non
     """
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out}: expected a file name that ends in .safetensors.")
-    is_distributed = (source / METADATA).is_file()
-    head = b"" if is_distributed else checkpoint_head(source)
-    if entry and (is_distributed or head[8:9] == b"{"):
-        raise InputError(
-            f"--entry {entry}: of pickled files only; --key-prefix {entry}. takes the names that begin so."
-        )
+    opened, pickled = _opened(source, entry)
     if out.exists() and out.samefile(source):
         raise InputError(f"--out {out}: is the source itself; choose another name.")
-    if head[8:9] == b"{" and not key_prefix:
+    if isinstance(opened, SafetensorsCheckpoint) and not key_prefix:
         raise InputError(f"{source}: is a safetensors file already; nothing to convert but names, with --key-prefix.")
-    if head[8:9] == b"{" or is_distributed:
-        opened: Checkpoint = DistributedCheckpoint(source) if is_distributed else open_checkpoint(source)
-        form = "folder of torch.distributed.checkpoint" if is_distributed else "safetensors file"
-        pickled = PickledTensors({}, "state dict", False, (), (), (), form)
-    else:
-        pickled = read_pickle(source, entry)
-        opened = MemoryCheckpoint(str(source), pickled.tensors)
     keys = {key.removeprefix(key_prefix): key for key in opened.keys if key.startswith(key_prefix)}
     dropped = [key for key in opened.keys if not key.startswith(key_prefix)]
     if not keys or "" in keys:
@@ -80,3 +75,22 @@ def convert_file(source: Path, out: Path, key_prefix: str = "", entry: str | Non
         left_out=(*pickled.left_out, *dropped, *pickled.beside),
         prefix=wrappers(keys)[-1],
     )
+
+
+def _opened(source: Path, entry: str | None) -> tuple[Checkpoint, PickledTensors]:
+    """Open a source by what it is; return its tensors, and what a pickle holds beside them."""
+    if (source / METADATA).is_file():
+        opened: Checkpoint = DistributedCheckpoint(source)
+        form = "folder of torch.distributed.checkpoint"
+    elif source.name.endswith(".index.json"):
+        opened, form = open_shards(source), "shards"
+    elif checkpoint_head(source)[8:9] == b"{":
+        opened, form = open_checkpoint(source), "safetensors file"
+    else:
+        pickled = read_pickle(source, entry)
+        return MemoryCheckpoint(str(source), pickled.tensors), pickled
+    if entry:
+        raise InputError(
+            f"--entry {entry}: of pickled files only; --key-prefix {entry}. takes the names that begin so."
+        )
+    return opened, PickledTensors({}, "state dict", False, (), (), (), form)

@@ -29,6 +29,7 @@ def convert(
     \b
     adamerge convert MNIST.pt --out mnist.safetensors
     adamerge convert step-1000 --out step-1000.safetensors                     a folder of torch.distributed.checkpoint
+    adamerge convert pytorch_model.bin.index.json --out model.safetensors      the shards that it lists, in one file
     adamerge convert clip-vit-base-patch32 --to open_clip --out vit_b32        a folder of Hugging Face's
     adamerge convert vit_b32 --to hf --out clip                                a folder of open_clip's
     adamerge convert SmolLM2.Q4_1.gguf --out smollm2                           dequantised, for transformers

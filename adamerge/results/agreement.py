@@ -3,8 +3,9 @@
 Legend: N rows that count, C classes, T tasks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ class Agreement:
     agreement: float
     kl: float
     rows: int
+
+
+def is_in_doubt(evidence: Mapping[str, Any]) -> bool:
+    """Return whether the divergences of start and result differ by no more than their standard error.
+
+    Args:
+        evidence: As ``merge.json`` has it, with both measured.
+    """
+    difference: float = evidence["result"]["kl"] - evidence["start"]["kl"]
+    return abs(difference) <= evidence.get("kl_error", 0.0)  # which files of older versions lack
 
 
 class Tally:

@@ -1,5 +1,6 @@
 import argparse
 import io
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -145,6 +146,27 @@ def test_convert_entry_takes_averaged_weights(tmp_path, monkeypatch):
     torch.save({"net": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "y.pt")
     with pytest.raises(InputError, match=r"found dict without tensors. There are tensors under 'net': .* --entry net"):
         open_checkpoint(tmp_path / "y.pt")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_convert_joins_the_shards_that_an_index_lists(tmp_path, suffix, monkeypatch):
+    shards = {f"model-{n}-of-2{suffix}": {f"a{n}": torch.full((2,), n), f"b{n}": torch.ones(n).half()} for n in (1, 2)}
+    for file, tensors in shards.items():
+        (torch.save if suffix == ".bin" else save_file)(tensors, tmp_path / file)
+    index, out = tmp_path / f"model{suffix}.index.json", tmp_path / "whole.safetensors"
+    index.write_text(json.dumps({"weight_map": {key: file for file, tensors in shards.items() for key in tensors}}))
+    assert "4 tensors" in command(monkeypatch, index, "--out", out)
+    wanted = {key: value for tensors in shards.values() for key, value in tensors.items()}
+    found = load_file(out)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in wanted.items())
+    out.unlink()
+    with pytest.raises(InputError, match="--entry ema: of pickled files only"):
+        convert_file(index, out, entry="ema")
+    (tmp_path / f"model-2-of-2{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match=f"model-2-of-2{suffix}"):
+        convert_file(index, out)
+    assert not out.exists()
 
 
 def test_convert_bad_input_is_refused_and_leaves_nothing(tmp_path):

@@ -126,6 +126,21 @@ def test_shipped_preset_has_every_merge_and_every_transform(tmp_path):
         plan_of([], str(tmp_path / "mine.yaml"), [], [0], tmp_path)
 
 
+def test_rows_choose_those_of_a_preset_by_name_or_join_them(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("rows: {dense: ties density=0.9, sparse: ties density=0.1, tsvm: }")
+    rows = {
+        (): {"dense": "ties density=0.9", "sparse": "ties density=0.1", "tsvm": "tsvm"},
+        ("sparse",): {"sparse": "ties density=0.1"},
+        ("sparse", "wudi"): {"sparse": "ties density=0.1", "wudi": "wudi"},
+        ("wudi",): {"dense": "ties density=0.9", "sparse": "ties density=0.1", "tsvm": "tsvm", "wudi": "wudi"},
+    }
+    for given, wanted in rows.items():
+        plan = plan_of(given, str(preset), [], [0], tmp_path)
+        made = {name: spec.text for name, spec in plan.rows.items()}
+        assert made == wanted | {"task_arithmetic_0.3": "task_arithmetic_0.3", "experts": "experts"}
+
+
 def test_run_goes_on_row_by_row_and_keeps_the_others_when_one_fails(tmp_path, made):
     plan = plan_of(["ties", "ties aggregate=sum"], None, [], [0, 1], tmp_path)
     failed = comparison.run(plan, QUIET)

@@ -27,7 +27,7 @@ class _Lists(click.Command):
 
 
 @click.command(cls=_Lists, options_metavar="[OPTIONS] [-- OVERRIDES...]")
-@click.option("--rows", multiple=True, metavar="ROW...", help="What to compare, see below.")
+@click.option("--rows", multiple=True, metavar="ROW...", help="See below; of a preset these alone, by name, or more.")
 @click.option("--preset", help="Rows from a file, or a shipped one: demo (every merge, every transform, and more).")
 @click.option("--seeds", type=int, multiple=True, default=(0,), show_default=True, metavar="SEED...")
 @click.option("--out", "folder", type=click.Path(path_type=Path), required=True, help="Folder; go on in it.")

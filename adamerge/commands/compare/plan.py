@@ -61,7 +61,9 @@ def plan_of(
         InputError: If a row, the preset or an override is wrong.
     """
     named, common, published = ({}, [], None) if preset is None else read_preset(preset)
-    named |= {row: row for row in rows}
+    if chosen := [row for row in rows if row in named]:
+        named = {row: named[row] for row in chosen}
+    named |= {row: row for row in rows if row not in named}
     if not named:
         raise InputError("compare: give --rows ROW ..., or --preset NAME or FILE, such as --preset demo.")
     if len(set(seeds)) != len(seeds):

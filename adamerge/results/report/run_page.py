@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from adamerge.results.agreement import is_in_doubt
 from adamerge.results.numbers import decimal, duration, number, percent, size
 from adamerge.results.report import run_charts as charts
 from adamerge.results.report.charts import HeatMap
@@ -63,7 +64,8 @@ def headline(run: Run) -> Tiles | None:
     seconds = run.costs.get("seconds", {}).get("adapt")
     if seconds is not None:
         steps = number(run.recipe.get("steps", run.config.get("steps")))
-        tiles.append(("Adaptation", duration(seconds), f"{steps} steps"))
+        folds = (run.recipe.get("evidence") or {}).get("folds")
+        tiles.append(("Adaptation", duration(seconds), f"{steps} steps" + (f", after {folds} folds" if folds else "")))
     return Tiles(tiles) if tiles else None
 
 
@@ -97,13 +99,13 @@ def evidence(run: Run) -> Note | None:
         return Note("No held-out task has an expert to agree with: nothing proves that the result is better.", True)
     samples = "samples that did not adapt"
     if "folds" in facts:
-        samples = f"samples, each left out of one of {facts['folds']} runs (in this one all adapt),"
+        samples = f"samples, each left out of one of {facts['folds']} runs (in this one all adapt)"
     text = (
-        f"On {result['rows']} {samples} the result agrees with the experts on "
-        f"{percent(result['agreement'])} % (the start on {percent(start['agreement'])} %), at a divergence of "
-        f"{number(result['kl'])} nats (the start: {number(start['kl'])}). "
+        f"The result agrees with the experts in {percent(result['agreement'])} % of {result['rows']} predictions for "
+        f"{samples} (the start in {percent(start['agreement'])} %), at a divergence of {number(result['kl'])} nats "
+        f"(the start: {number(start['kl'])}). "
     )
-    far = "" if abs(result["kl"] - start["kl"]) > facts.get("kl_error", 0.0) else ", as far as so few can tell"
+    far = ", as far as so few can tell" if is_in_doubt(facts) else ""
     tasks = ", ".join(facts.get("tasks_without_expert", ()))
     unproved = f" Nothing is proved for what has no expert: {tasks}." if tasks else ""
     if facts["exported"] == "result":
