@@ -13,6 +13,7 @@ from adamerge.callbacks.keep_best import check_held_out
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError, shorten
 from adamerge.methods.method import MergingMethod
+from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.merged_model import MergedModel
 from adamerge.model.task_step import TaskStep
 from adamerge.results.agreement import Comparison, Tally, is_in_doubt
@@ -26,10 +27,14 @@ class NeverWorse(Callback):
     Needs ``data.holdout``; no label is used. Better means: a lower divergence from the experts, and agreement with them
     on no fewer samples than chance explains (:attr:`~adamerge.results.agreement.Comparison.is_better`). What was
     measured is logged, and goes to ``merge.json`` as ``evidence``. A task without an expert has no part in it: it is
-    named, and ``callbacks=collapse_guard`` is all that can watch it. Without any, the result is kept.
+    named, and ``callbacks=collapse_guard`` is all that can watch it. Without any, the result is kept. It has the last
+    word: put it after callbacks that choose coefficients, such as ``KeepBest``.
     Few held-out samples prove little: ``method.anchor`` is the remedy, this the proof. ``adamerge adapt`` therefore
     learns on parts of few samples first (the ``folds`` of :class:`~adamerge.UnlabeledTasks`), each judged by the
     samples that it lacks, and then on all of them.
+
+    Args:
+        batch_norm: The statistics that both are measured with: the export's; None for those of learning.
 
     Attributes:
         evidence: What was measured, and which of the two was kept; None before the end.
@@ -37,7 +42,8 @@ class NeverWorse(Callback):
         folds: The comparisons of folds, which decide where data have folds; None in a fold, which decides nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_norm: BatchNormPolicy | None = None) -> None:
+        self.batch_norm = batch_norm
         self._start: Tensor | None = None
         self.folds: Sequence[Comparison] | None = ()
         self.comparison: Comparison | None = None
@@ -69,17 +75,17 @@ class NeverWorse(Callback):
         """Measure both, and put the start back where the result is not better."""
         assert isinstance(pl_module, MergingMethod)
         assert self._start is not None
+        raw = pl_module.model.coefficients.raw
+        learned, at_start = raw.clone(), self._start.to(raw)
         if self.evidence is None:  # else the fit had ended before a resume
-            raw = pl_module.model.coefficients.raw
-            learned, at_start = raw.clone(), self._start.to(raw)
             if self.folds:
                 self.comparison = sum(self.folds[1:], self.folds[0])
             else:
-                result = measure(trainer, pl_module)
+                result = self._measured(trainer, pl_module)
                 raw.copy_(at_start)
-                self.comparison = Comparison.of(measure(trainer, pl_module), result, pl_module.device)
+                self.comparison = Comparison.of(self._measured(trainer, pl_module), result, pl_module.device)
             self.evidence = self._evidence(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
-            raw.copy_(learned if self.evidence["exported"] == "result" else at_start)
+        raw.copy_(learned if self.evidence["exported"] == "result" else at_start)
         pl_module.evidence = self.evidence
         if trainer.is_global_zero and self.folds is not None:
             log.log(*_sentence(self.evidence))
@@ -93,6 +99,16 @@ class NeverWorse(Callback):
         self.evidence = state_dict["evidence"]
         sums = state_dict.get("sums")
         self.comparison = None if sums is None else Comparison(sums)
+
+    def _measured(self, trainer: Trainer, method: MergingMethod) -> Tally:
+        """Measure the present coefficients as they would be exported."""
+        model, data = method.model, trainer.datamodule  # type: ignore[attr-defined]
+        buffers = model.encoder_buffers
+        if self.batch_norm is not None and self.batch_norm.applies(model):
+            model.set_buffers(self.batch_norm.final(model, model.merge(), data))
+        tally = measure(trainer, method)
+        model.encoder_buffers = buffers
+        return tally
 
     def _evidence(self, data: UnlabeledTasks, method: MergingMethod) -> dict[str, Any]:
         comparison = self.comparison
@@ -138,15 +154,16 @@ def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
 def measure(trainer: Trainer, method: MergingMethod) -> Tally:
     """Measure the present coefficients on the held-out samples of tasks that have an expert; devices share the work."""
     data: UnlabeledTasks = trainer.datamodule  # type: ignore[attr-defined]
-    tally = Tally(task for task in data.holdout_streams if task in method.model.teachers)
+    tasks = [task for task in data.holdout_streams if task in method.model.teachers]
+    tally = Tally(tasks)
+    method.ask_held_out(data, tasks)
 
     def observe(step: TaskStep) -> None:
-        if step.task in tally:
-            tally.add(step.task, step.outputs.rows(), step.teacher())
+        tally.add(step.task, step.outputs.rows(), step.teacher())
 
     values = method.model.coefficients()
     with trainer.precision_plugin.forward_context():
-        for batch in data.holdout_batches():
+        for batch in data.holdout_batches(tasks):
             if batch or method.model.is_sharded:
                 moved = {task: part.to(method.device) for task, part in batch.items()}
                 method.run(moved, values, needs_gradient=False, observers=[observe])

@@ -113,7 +113,7 @@ class Opener:
         if count >= len(order):
             remedy = "more inputs, or none held out, and no proof: data.holdout=0 callbacks=none"
             raise InputError(
-                f"data.holdout: {share} of {len(order)} inputs leaves none to adapt on; expected "
+                f"data.holdout: {share} of {len(order)} inputs of {task!r} leaves none to adapt on; expected "
                 f"{remedy if len(order) == 1 else 'a smaller share'}."
             )
         return _parts(images, order[:count])
@@ -213,7 +213,8 @@ def _fifth(size: int) -> int:
 def folds_of(sizes: Iterable[int]) -> int:
     """Return in how many parts tasks of these sizes are held out, where a fifth of each would prove little; else 0."""
     sizes = list(sizes)
-    is_few = sum(map(_fifth, sizes)) < _LEAST_HELD_OUT and min(sizes) > 1
+    rows = len(sizes) ** 2 / sum(1 / _fifth(size) for size in sizes)  # of equal weight that have the error of the mean
+    is_few = rows < _LEAST_HELD_OUT and min(sizes) > 1
     return min(_FOLDS, *sizes) if is_few else 0
 
 

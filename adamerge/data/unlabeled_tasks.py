@@ -7,7 +7,7 @@ number of workers, sees the same batches.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -262,12 +262,13 @@ class UnlabeledTasks(LightningDataModule):
         steps = self._steps()
         return {task: steps.share(task) for task in self.streams}
 
-    def holdout_batches(self) -> Iterator[dict[str, TaskBatch]]:
-        """Yield the held-out inputs once, in their own order; tasks with fewer end earlier.
+    def holdout_batches(self, tasks: Collection[str] | None = None) -> Iterator[dict[str, TaskBatch]]:
+        """Yield the held-out inputs of some tasks (None: all) once, in their own order; tasks with fewer end earlier.
 
         Each of several devices has every so many of the batches, and as many as the others: its last may be empty.
         """
         size, streams = self.batch_size * self.batches_per_step, self.holdout_streams
+        streams = streams if tasks is None else {task: streams[task] for task in tasks}
         world, rank = self._ranks()
         for first in range(0, max(map(len, streams.values()), default=0), world * size):
             start = first + rank * size

@@ -16,13 +16,18 @@ Anchor = float | Literal["auto"]
 EVIDENCE = 150.0  # samples of all tasks whose evidence the start weighs as much as, per nat and unit of displacement
 
 
-def strength(anchor: Anchor, data: UnlabeledTasks | None) -> float:
+def strength(anchor: Anchor, data: UnlabeledTasks | None, means: float = 1.0) -> float:
     r"""Return A of the penalty :math:`A \frac{1}{EG} \sum_{e,g} (\lambda_{eg} - \lambda^0_{eg})^2`, in nats.
 
     ``auto`` is :math:`A = 150 / N` with N samples of all tasks (views of a sample count once): per coefficient
     :math:`150 / (N E G)`. The loss is a mean over N samples, so that this is a normal prior around the start, which
     more samples outweigh. As a mean over coefficients it is one on how far the weights move, relative to the task
-    vectors, whatever the granularity.
+    vectors, whatever the granularity. Where a step's loss is a sum of several means, A counts as often.
+
+    Args:
+        anchor: A number, taken as it is, or ``auto``.
+        data: The samples.
+        means: Of how many means over samples the loss is the sum.
 
     Raises:
         InputError: If the number of samples is not known.
@@ -33,7 +38,7 @@ def strength(anchor: Anchor, data: UnlabeledTasks | None) -> float:
         raise InputError(
             "method.anchor=auto: the number of samples is not known, as the data are no UnlabeledTasks. Give a number."
         )
-    return EVIDENCE / sum(length_of(stream.source) for stream in data.streams.values())
+    return means * EVIDENCE / sum(length_of(stream.source) for stream in data.streams.values())
 
 
 def penalised(

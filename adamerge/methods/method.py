@@ -1,7 +1,7 @@
 """What all methods share: one step of the objective on the merged model, its teachers, guards and reports."""
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -95,7 +95,7 @@ class MergingMethod(LightningModule):
         self.model.to_device(self.device)
         self.model.teacher_cache.clear()
         data = data_of(self.trainer)
-        self._strength = strength(self.options.anchor, data)
+        self._strength = strength(self.options.anchor, data, self._means(data))
         if data is not None:
             checks.check_task_weights(self.task_weights, self.objective, data.streams)
             if self.uses_teacher:
@@ -257,10 +257,21 @@ class MergingMethod(LightningModule):
         parts = [losses[task] * weights[task] for task in batch]
         return torch.stack(parts).sum() if parts else values.new_zeros(()), StepResult(losses, merged.gradient)
 
+    def ask_held_out(self, data: UnlabeledTasks, tasks: Iterable[str]) -> None:
+        """Ask the experts of tasks about held-out inputs, while no merge is in memory; all devices must call."""
+        self._teaching.ask_held_out(data, tasks)
+
     def weights(self, tasks: Collection[str]) -> dict[str, float]:
         """Return the factor of each task's loss in a step of these tasks."""
         share = 1 / max(1, len(tasks)) if self.options.reduction == "mean" else 1.0
         return {task: share * self.task_weights.get(task, 1.0) for task in tasks}
+
+    def _means(self, data: UnlabeledTasks | None) -> float:
+        """Return of how many means over samples a step's loss is the sum: 1 of a plain mean."""
+        if data is None:
+            return 1.0
+        weights = sum(self.task_weights.get(task, 1.0) for task in data.streams)
+        return weights * data.batches_per_step / (len(data.streams) if self.options.reduction == "mean" else 1)
 
     def exported(self) -> Coefficients | Mapping[str, Tensor]:
         """Return the result: coefficients, or a state dict with every key of the base."""

@@ -1,7 +1,7 @@
 """The experts' outputs for a method's inputs, asked for once and cached."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
@@ -47,8 +47,19 @@ class Teaching:
             batches = [TaskBatch(*batch) for batch in data.teacher_loader(task, steps)]
             with trainer.precision_plugin.forward_context():
                 self._ask(task, batches)
+        self.ask_held_out(data, data.holdout_streams)
         if self.files is not None:
             log.info("Teachers: %s", self.files.summary())
+
+    def ask_held_out(self, data: UnlabeledTasks, tasks: Iterable[str]) -> None:
+        """Ask about the held-out inputs of tasks that the cache lacks, one expert in memory at a time."""
+        cache = self.model.teacher_cache
+        for task in tasks:
+            batches = [batch[task] for batch in data.holdout_batches([task]) if batch]
+            missing = [batch for batch in batches if cache.get(task, batch.indices) is None]
+            if any(ranks.everyones(bool(missing))):
+                with self.trainer.precision_plugin.forward_context():
+                    self._ask(task, missing)
 
     def ask_together(self, batch: Mapping[str, TaskBatch]) -> None:
         """Ask about all inputs that any process lacks answers for, before the encoder holds merged weights."""

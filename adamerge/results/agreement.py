@@ -50,9 +50,6 @@ class Tally:
     def __init__(self, tasks: Iterable[str]) -> None:
         self._parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
 
-    def __contains__(self, task: str) -> bool:
-        return task in self._parts
-
     def add(self, task: str, merged: Tensor, expert: Outputs) -> None:
         """Take rows of logits of a merge (N, C) and of its expert, which may be of the likeliest classes alone."""
         answers = expert.rows()
@@ -77,8 +74,8 @@ class Comparison:
     """A start and a result on the same rows; those of several parts of the samples may be added.
 
     Attributes:
-        sums: Over the rows of each task, float64 (T, 6): their number, where start and result agree with the expert,
-            the divergences of both, and the squares of the differences of these.
+        sums: Over the rows of each task, float64 (T, 7): their number, where start and result agree with the expert,
+            the divergences of both, the squares of the differences of these, and where one of both agrees alone.
     """
 
     sums: Tensor
@@ -89,9 +86,9 @@ class Comparison:
         parts = []
         for before, after in zip(start.rows, result.rows, strict=True):
             (hits, kl), (new_hits, new_kl) = before.T, after.T
-            columns = [torch.ones_like(kl), hits, new_hits, kl, new_kl, (new_kl - kl).square()]
+            columns = [torch.ones_like(kl), hits, new_hits, kl, new_kl, (new_kl - kl).square(), (new_hits - hits).abs()]
             parts.append(torch.stack(columns).sum(1))
-        sums = torch.stack(parts) if parts else torch.zeros(0, 6).double()
+        sums = torch.stack(parts) if parts else torch.zeros(0, 7).double()
         return cls(ranks.total(sums.to(device)).cpu())
 
     def __add__(self, other: "Comparison") -> "Comparison":
@@ -114,34 +111,30 @@ class Comparison:
 
     @property
     def kl_error(self) -> float:
-        """Standard error of the difference of the two divergences, of paired rows with one variance.
+        """Standard error of the difference of the two divergences, if there were none; of paired rows.
 
         Rows count as independent, so that it is too small where they are the positions of few texts.
         """
-        count, difference = self.rows, float((self.sums[:, 4] - self.sums[:, 3]).sum())
-        variance = (float(self.sums[:, 5].sum()) - difference**2 / count) / max(1, count - 1)
-        return float((max(0.0, variance) / self._effective_rows) ** 0.5)
+        return self._error(5)
 
     @property
     def is_better(self) -> bool:
         """Whether the divergence is lower, and the agreement by no more than chance explains, if at all.
 
-        That is the standard error of the difference of two shares, with one row of each kind added to both, so that few
-        rows that all agree do not look certain: Agresti and Caffo, The American Statistician 54 (2000).
+        That is the standard error of the difference of two shares of paired rows, if there were none: McNemar,
+        Psychometrika 12 (1947).
         """
-        start, result, count = self.start, self.result, self._effective_rows
-        rates = [(measured.agreement * count + 1) / (count + 2) for measured in (start, result)]
-        error = sum(rate * (1 - rate) / (count + 2) for rate in rates) ** 0.5
-        return bool(result.kl < start.kl and start.agreement - result.agreement <= error)
+        start, result = self.start, self.result
+        chance = self._error(6) + 1e-9  # to a rounding: a row that is lost alone is chance
+        return bool(result.kl < start.kl and start.agreement - result.agreement <= chance)
 
     @property
     def _counted(self) -> Tensor:
         return self.sums[self.sums[:, 0] > 0]
 
-    @property
-    def _effective_rows(self) -> float:
-        """As many rows of equal weight as have the error of a mean over tasks of unequal numbers of rows."""
-        return float(len(self._counted) ** 2 / (1 / self._counted[:, 0]).sum())
+    def _error(self, squares: int) -> float:
+        """Return the error of a mean over tasks, of what has these sums of squares over a task's rows, and mean 0."""
+        return float((self._counted[:, squares] / self._counted[:, 0].square()).sum().sqrt() / len(self._counted))
 
     def _agreement(self, hits: int, kl: int) -> Agreement:
         means = (self._counted[:, [hits, kl]] / self._counted[:, :1]).mean(0)

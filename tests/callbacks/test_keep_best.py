@@ -49,9 +49,11 @@ def test_holdout_divides_the_adaptation_images_and_numbers_them_apart():
 def test_holdout_share_is_checked(share):
     with pytest.raises(InputError, match=r"data\.holdout: expected a number in \[0, 1\)"):
         make_data(holdout=share)
-    with pytest.raises(InputError, match=r"data\.holdout: 0\.9 of 2 inputs leaves none to adapt on"):
+    with pytest.raises(InputError, match=r"data\.holdout: 0\.9 of 2 inputs of 'red' leaves none to adapt on"):
         make_data(count=4, holdout=0.9)
-    with pytest.raises(InputError, match=r"auto of 1 inputs leaves none .* expected more inputs, or none held out"):
+    with pytest.raises(
+        InputError, match=r"auto of 1 inputs of .* leaves none .* expected more inputs, or none held out"
+    ):
         make_data(count=2, holdout="auto")
 
 

@@ -1,5 +1,6 @@
 """The anchor: a penalty's gradient, added once per step however it is run, whose strength follows from the samples."""
 
+import json
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from adamerge import InputError
+from adamerge.callbacks import ExportMergedWeights
 from adamerge.data.views import Views
 from adamerge.methods.anchor import EVIDENCE, strength
 from adamerge.objectives.imitation import Imitation
@@ -59,8 +61,24 @@ def test_strength_follows_from_the_number_of_samples_not_of_views():
     assert strength("auto", make_data()) == pytest.approx(EVIDENCE / count)
     assert strength("auto", make_data(views=Views(lambda image: image, 5))) == pytest.approx(EVIDENCE / count)
     assert strength(0.5, None) == 0.5
+    assert strength(0.5, None, 3) == 0.5
     with pytest.raises(InputError, match=r"method\.anchor=auto: the number of samples is not known"):
         strength("auto", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "batches_per_step", "means"),
+    [
+        ({}, 1, 1),
+        ({"reduction": "sum"}, 1, len(EXPERTS)),
+        ({"reduction": "sum", "task_weights": {"red": 3.0}}, 2, 2 * (len(EXPERTS) + 2)),
+    ],
+)
+def test_anchor_counts_as_often_as_the_means_that_a_loss_sums(toy, tmp_path, options, batches_per_step, means):
+    count = 14 // 2 * len(EXPERTS)
+    method, export = make_method(toy, Imitation(), anchor="auto", **options), ExportMergedWeights(tmp_path / "out")
+    fit(method, make_data(batches_per_step=batches_per_step), tmp_path, steps=1, callbacks=[export])
+    assert json.loads(export.files["recipe"].read_text())["anchor"] == pytest.approx(means * EVIDENCE / count)
 
 
 def test_anchored_fit_resumed_from_the_middle_equals_uninterrupted(toy, tmp_path):

@@ -57,7 +57,7 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
         readers = of.model.read, of.model.valid
         model = type(of.model)(of.model.encoder, of.pool, coefficients, of.heads, of.model.teachers, options, *readers)
         model.teacher_cache = of.model.teacher_cache
-        of.batch_norm.start(model)
+        _start_statistics(config, of.batch_norm, model)
         return replace(of, model=model, start=start)
     backbone: Backbone = build(config, "backbone")
     data: UnlabeledTasks = build_tasks(config, backbone, backbone.preprocess())
@@ -76,8 +76,14 @@ def assemble(config: DictConfig, of: Assembly | None = None) -> Assembly:
     if heads:
         check_classes(data.tasks, heads, width)
     batch_norm: BatchNormPolicy = build(config, "batch_norm")
-    batch_norm.start(model)
+    _start_statistics(config, batch_norm, model)
     return Assembly(backbone, data, pool, heads, model, start, batch_norm)
+
+
+def _start_statistics(config: DictConfig, policy: BatchNormPolicy, model: MergedModel) -> None:
+    """Set the statistics to adapt with; a merge that a run starts from has its own, as its base."""
+    if config.get("start") is None:
+        policy.start(model)
 
 
 def build_pool(

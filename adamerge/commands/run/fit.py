@@ -23,6 +23,7 @@ from adamerge.commands.run.recorded import check_start
 from adamerge.commands.run.stages import STAGE, START, fold_folder
 from adamerge.errors import GuardError, InputError, NonfiniteError
 from adamerge.methods.method import MergingMethod
+from adamerge.model.batch_norm import BatchNormPolicy
 from adamerge.model.coefficients import save_coefficients
 from adamerge.model.teacher_files import TeacherFiles
 from adamerge.results.agreement import Comparison
@@ -93,7 +94,8 @@ def fit(
         dirpath=folder / LAST.parent, filename="step={step}", auto_insert_metric_name=False,
         every_n_train_steps=config.checkpoint_every, save_top_k=0, save_last=True, enable_version_counter=False,
     )  # fmt: skip
-    callbacks = [*observers, saves, *_callbacks(config, folds), *exports, elapsed, GracefulStop(folder / LAST)]
+    configured = _callbacks(config, folds, assembly.batch_norm)
+    callbacks = [*observers, saves, *configured, *exports, elapsed, GracefulStop(folder / LAST)]
     options = {"default_root_dir": folder, **trainer_options()}
     loggers = [build(config, f"logger.{name}") for name in config.logger or {}] if folds is not None else []
     trainer: Trainer = build(config, "trainer", callbacks=callbacks, logger=loggers or False, **options)
@@ -129,12 +131,15 @@ def raise_reason(trainer: Trainer) -> None:
             raise GuardError(reason)
 
 
-def _callbacks(config: DictConfig, folds: Sequence[Comparison] | None) -> list[Callback]:
-    """Build the callbacks that a configuration names; those that write to a logger have none in a fold."""
+def _callbacks(
+    config: DictConfig, folds: Sequence[Comparison] | None, batch_norm: BatchNormPolicy | None = None
+) -> list[Callback]:
+    """Build the callbacks that a configuration names, the proof last; a fold has none that write to a logger."""
     callbacks: list[Callback] = [build(config, f"callbacks.{name}") for name in config.callbacks or {}]
     for callback in callbacks:
         if isinstance(callback, NeverWorse):
-            callback.folds = folds
+            callback.folds, callback.batch_norm = folds, batch_norm
+    callbacks.sort(key=lambda callback: isinstance(callback, NeverWorse))
     return callbacks if folds is not None else [item for item in callbacks if not isinstance(item, _WRITE_TO_LOGGERS)]
 
 

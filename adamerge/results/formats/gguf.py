@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,17 @@ import torch
 
 from adamerge.backbones.networks import check_numbers, check_size, new_network
 from adamerge.checkpoints.model_folder import HF_CONFIG
-from adamerge.errors import InputError
+from adamerge.errors import InputError, shorten
 from adamerge.results.formats.export import check_new
 from adamerge.results.formats.transformers import quiet
 from adamerge.results.model_writer import DEQUANTIZED, TOKENIZER_CONFIG, copy_portable
 from adamerge.system.files import atomic_folder, check_space, sha256
+from adamerge.system.memory import free_memory
 from adamerge.system.reading import open_regular
 
 MAGIC = b"GGUF"
 PROMPT = "The capital of France is"
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # as llama.cpp names them
 
 
 def convert_gguf(source: Path, out: Path, dtype: str = "float32") -> tuple[list[Path], str]:
@@ -41,6 +44,8 @@ def convert_gguf(source: Path, out: Path, dtype: str = "float32") -> tuple[list[
         OSError: If the disk is too small.
     """
     check_new(out)
+    if _PART.search(source.name):
+        raise InputError(f"{source}: one part of several; join them: llama-gguf-split --merge FIRST_PART WHOLE.gguf.")
     with open_regular(source) as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise InputError(f"{source}: expected a GGUF file, which begins with GGUF; this one does not.")
@@ -76,14 +81,20 @@ def _plain_network(source: Path, folder: Path, dtype: torch.dtype, out: Path) ->
     kind = auto._model_mapping[type(config)]
     check_size(kind, config)
     plain: Any = new_network(kind, config)
-    check_space(out, sum(parameter.numel() for parameter in plain.parameters()) * dtype.itemsize)
+    count = sum(parameter.numel() for parameter in plain.parameters())
+    check_space(out, count * dtype.itemsize)
+    if (needed := 4 * count) > (free := free_memory()):
+        raise InputError(
+            f"{source}: the library reads all weights in float32, which takes {needed / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} GB are free. Convert it on a larger machine."
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    read = auto.from_pretrained(folder, dtype=dtype, **options)
+    read, loading = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    if lacking := sorted(loading["missing_keys"]):  # which the library fills with random numbers
+        raise InputError(f"{source}: holds no values for {shorten(lacking)}. Copy it again.")
     weights = {name: tensor.to(dtype) for name, tensor in read.state_dict().items() if tensor.is_floating_point()}
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
-    if lacking := [name for name, parameter in plain.named_parameters() if parameter.is_meta]:
-        raise InputError(f"{source}: transformers found no values for {', '.join(lacking[:3])} in it.")
     plain.config.architectures, plain.config.dtype = [kind.__name__], dtype
     setattr(plain.config, DEQUANTIZED, {"file": source.name, "sha256": sha256(source)})
     if read.can_generate():

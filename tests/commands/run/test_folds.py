@@ -70,9 +70,10 @@ def test_a_run_that_is_interrupted_in_a_fold_goes_on_there(few, left, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_folds_in_two_processes_judge_as_in_one(few, trainer, tmp_path):
-    few = [word for word in few if not word.startswith(("trainer=", "run_dir="))]
+@pytest.mark.parametrize(("trainer", "objective"), [("ddp", "imitation"), ("fsdp", "imitation"), ("fsdp", "entropy")])
+def test_folds_in_two_processes_judge_as_in_one(few, trainer, objective, tmp_path):
+    few = [word for word in few if not word.startswith(("trainer=", "run_dir=", "objective="))]
+    few.append(f"objective={objective}")
     assert call("adapt", *few, "trainer=cpu", "data.batch_size=4", "run_dir=one") == 0
     parts = [*few, f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=2"]
     codes = [code for code, _, _ in run_ranks(partial(as_rank, "adapt", *parts, "run_dir=two"), 2, timeout=180)]

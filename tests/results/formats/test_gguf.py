@@ -45,7 +45,7 @@ def quantised(weight):
     return quants.quantize(weight, GGMLQuantizationType.Q8_0)
 
 
-def write_gguf(path: Path, model, architecture="llama", has_tokenizer=True):
+def write_gguf(path: Path, model, architecture="llama", has_tokenizer=True, lacking=None):
     """Write the model, matrices in 8 bits."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from tokenizers import pre_tokenizers
@@ -83,6 +83,8 @@ def write_gguf(path: Path, model, architecture="llama", has_tokenizer=True):
         weight = (
             interleaved(weight, HEADS if "q_proj" in ours else 1) if "q_proj" in ours or "k_proj" in ours else weight
         )
+        if ours == lacking:
+            continue
         if weight.ndim == 1:
             writer.add_tensor(f"{theirs}.weight", weight)
         else:
@@ -126,17 +128,28 @@ def test_convert_gguf_gives_the_quantised_weights_and_a_tokenizer(tmp_path, caps
         (lambda path: write_gguf(path, llama(), architecture="nonsense"), "nonsense"),
         (lambda path: write_gguf(path, llama(), has_tokenizer=False), "transformers cannot read it"),
         (lambda path: path.write_bytes(write_gguf(path, llama()).read_bytes()[:3000]), "transformers cannot read it"),
+        (lambda path: write_gguf(path, llama(), lacking="model.norm"), "holds no values for 'model.norm.weight'"),
         (lambda path: path.write_bytes(b"not one"), "expected a GGUF file"),
     ],
-    ids=["unknown architecture", "no tokenizer", "cut off", "another file"],
+    ids=["unknown architecture", "no tokenizer", "cut off", "a missing tensor", "another file"],
 )
 def test_convert_refuses_gguf_that_cannot_be_read(tmp_path, capsys, damage, message):
     damage(tmp_path / "x.gguf")
     ends(2, "convert", tmp_path / "x.gguf", "--out", tmp_path / "folder")
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
+    *bars, line = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert all("%|" in bar for bar in bars)
     assert {path.name for path in tmp_path.iterdir()} == {"x.gguf"}
+
+
+def test_convert_refuses_a_part_of_a_gguf_and_what_memory_cannot_hold(tmp_path, capsys, monkeypatch):
+    part = write_gguf(tmp_path / "x-00001-of-00002.gguf", llama())
+    ends(2, "convert", part, "--out", tmp_path / "folder")
+    assert "one part of several; join them: llama-gguf-split --merge" in capsys.readouterr().err
+    monkeypatch.setattr("adamerge.results.formats.gguf.free_memory", lambda: 1000)
+    ends(2, "convert", part.rename(tmp_path / "x.gguf"), "--out", tmp_path / "folder")
+    assert "takes 0.0 GB of memory, and 0.0 GB are free" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
 
 
 def test_quantised_base_is_refused_by_its_kind(tmp_path):
