@@ -221,7 +221,8 @@ def checkpoint_head(path: Path) -> bytes:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f"{path}: no such file.{did_you_mean(path.name, siblings)}")
     if path.is_dir():
-        raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it.")
+        index = next((f", such as {file.name}" for file in sorted(path.glob("*.index.json"))), "")
+        raise InputError(f"{path}: expected a checkpoint file, found a folder. Name the file inside it{index}.")
     with open_regular(path) as file:
         return file.read(16)
 

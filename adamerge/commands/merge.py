@@ -100,7 +100,6 @@ def run(
     from adamerge.results.report import PAGE
     from adamerge.system.files import ensure_writable
 
-    ensure_writable(folder)
     rule = build(OmegaConf.create({"merge": dict(rule_node)}), "merge")
     reads_data = bool(getattr(rule, "needs_data", False))
     policy = BatchNormPolicy(batch_norm or ("recalibrate" if reads_data else "average"))  # type: ignore[arg-type]
@@ -116,6 +115,7 @@ def run(
     else:
         pool = files.open_mapped() if getattr(rule, "one_pass", False) else files.open()
         model, data = None, None
+    ensure_writable(folder)
     decided = {"rule": dict(rule_node), "overrides": list(overrides), "batch_norm": policy.policy}
     recipe = {
         **decided,

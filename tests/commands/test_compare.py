@@ -139,6 +139,8 @@ def test_rows_choose_those_of_a_preset_by_name_or_join_them(tmp_path):
         plan = plan_of(given, str(preset), [], [0], tmp_path)
         made = {name: spec.text for name, spec in plan.rows.items()}
         assert made == wanted | {"task_arithmetic_0.3": "task_arithmetic_0.3", "experts": "experts"}
+    with pytest.raises(InputError, match=r"row 'sparce': .* Did you mean 'sparse'\?"):
+        plan_of(["sparce"], str(preset), [], [0], tmp_path)
 
 
 def test_run_goes_on_row_by_row_and_keeps_the_others_when_one_fails(tmp_path, made):

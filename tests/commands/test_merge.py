@@ -110,6 +110,7 @@ def test_wrong_merge_is_one_line(capsys, pool, tmp_path, arguments, message):
     assert code == 2
     assert message in " ".join(err.split())
     assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_without_a_pool_is_one_line(capsys, tmp_path):

@@ -20,7 +20,7 @@ from adamerge.commands.compare.table import GOAL, START, compared
 from adamerge.commands.run.compose import compose
 from adamerge.commands.run.folder import held
 from adamerge.commands.run.shipped import preset_content
-from adamerge.errors import GuardError, InputError
+from adamerge.errors import GuardError, InputError, did_you_mean
 from adamerge.results.report import drawing
 from adamerge.results.report.run_charts import rows_with_means
 from adamerge.results.summary_table import table
@@ -60,10 +60,10 @@ def plan_of(
     Raises:
         InputError: If a row, the preset or an override is wrong.
     """
-    named, common, published = ({}, [], None) if preset is None else read_preset(preset)
-    if chosen := [row for row in rows if row in named]:
-        named = {row: named[row] for row in chosen}
-    named |= {row: row for row in rows if row not in named}
+    of_preset, common, published = ({}, [], None) if preset is None else read_preset(preset)
+    is_choice = any(row in of_preset for row in rows)
+    named = {} if is_choice else dict(of_preset)
+    named |= {row: of_preset.get(row, row) for row in rows}
     if not named:
         raise InputError("compare: give --rows ROW ..., or --preset NAME or FILE, such as --preset demo.")
     if len(set(seeds)) != len(seeds):
@@ -73,7 +73,10 @@ def plan_of(
     named[GOAL] = named.pop(GOAL)  # last in the tables
     specs = {}
     for name, text in named.items():
-        specs[name] = spec = read_row(text)
+        try:
+            specs[name] = spec = read_row(text)
+        except InputError as error:
+            raise InputError(f"{error}{did_you_mean(name, of_preset)}") from error
         try:
             if spec.overrides or len(specs) == 1:
                 compose([*common, *overrides, *spec.overrides])

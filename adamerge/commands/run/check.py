@@ -80,7 +80,8 @@ def check(config: DictConfig) -> list[str]:
             problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"), parts.get("encoder"))
             problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
         with problems.naming("data"):
-            parts["data"] = build_data(config, parts["backbone"], problems)
+            data = build_data(config, parts["backbone"], problems)
+            parts |= {} if data is None else {"data": data}
     check_start(config, parts, problems)
     with problems.naming("encoder.engine"):
         check_beside(parts)
@@ -119,7 +120,7 @@ def _check_first_stage(config: DictConfig, parts: dict[str, Any], problems: Prob
     if stage is None:
         return
     guards = [str(OmegaConf.select(config, f"callbacks.{name}._target_")) for name in config.get("callbacks") or {}]
-    if "data" in parts and parts["data"].folds and any(guard.endswith(".NeverWorse") for guard in guards):
+    if getattr(parts.get("data"), "folds", 0) and any(guard.endswith(".NeverWorse") for guard in guards):
         problems.append("data.holdout: auto learns on parts of so few samples, in one stage only; set a share, as 0.2.")
     of_stage, stage_parts = Problems(), dict(parts)
     _check_settings(stage, ("steps", "checkpoint_every"), of_stage)

@@ -153,5 +153,6 @@ def head_info(data: UnlabeledTasks) -> dict[str, Any]:
 def record_metrics(path: Path, summary: Mapping[str, Any], seconds: float) -> None:
     """Add the metrics to ``merge.json``."""
     metrics = {name: {k: v for k, v in row.items() if k != "correct"} for name, row in summary["rows"].items()}
-    facts = {"metrics": metrics, "unreadable_evaluation": summary.get("unreadable", {})}
+    scores = {key: summary[key] for key in ("metrics", "measures") if summary.get(key)}
+    facts = {"metrics": metrics, "scores": scores, "unreadable_evaluation": summary.get("unreadable", {})}
     save_json({**read_json_mapping(path), **facts, "seconds": seconds, "peak_memory_bytes": peak_memory()}, path)

@@ -148,7 +148,7 @@ def _chosen(
             best = measured.kl, text, state_dict
     if best is None:
         raise InputError("start=auto: no rule merges this pool; name one, or leave start out.")
-    log.info("start=auto: starts from %s", best[1])
+    log.info("start=auto: starts from %s, the nearest in nats", best[1])
     return best[1], best[2], facts
 
 

@@ -15,7 +15,7 @@ from adamerge.results.formats.merged import MergedFolder, Usage
 from adamerge.results.report import drawing
 from adamerge.results.report.facts import learned_of
 from adamerge.results.report.run_charts import coefficient_map
-from adamerge.results.summary_table import table as accuracy_table
+from adamerge.results.summary_table import table as score_table
 from adamerge.results.table import Table
 from adamerge.system.files import atomic_path
 from adamerge.system.reading import read_json_mapping
@@ -64,7 +64,7 @@ def write_card(merged: MergedFolder, folder: Path, name: str, usage: Usage) -> N
         activation=stated(sidecar).get("activation") if sidecar else None,
         command=_shown(recipe["command"]) if recipe.get("command") else None,
         picture=PICTURE if _picture(merged.folder, folder) else None, facts=_facts(recipe),
-        ingredients=_ingredients(parts), accuracy=_accuracy(recipe),
+        ingredients=_ingredients(parts), scores=_scores(recipe),
     )  # fmt: skip
     with atomic_path(folder / "README.md") as temporary:
         temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
@@ -115,10 +115,11 @@ def _header(name: str, recipe: Mapping[str, Any], usage: Usage) -> str:
     if bases:
         options |= {"base_model": bases, "base_model_relation": "merge"}
     kind = usage.pipeline if "class" in usage.options else "image-classification"
+    metrics = (recipe.get("scores") or {}).get("metrics") or {}
     results = [
         EvalResult(
-            task_type=kind, dataset_type=task, dataset_name=task, metric_type="accuracy",
-            metric_name="accuracy", metric_value=round(value, 4),
+            task_type=kind, dataset_type=task, dataset_name=task, metric_type=metrics.get(task, "accuracy"),
+            metric_name=metrics.get(task, "accuracy"), metric_value=round(value, 4),
         )
         for task, value in (_own_row(recipe) or {"per_task": {}})["per_task"].items()
     ]  # fmt: skip
@@ -191,12 +192,13 @@ def _ingredients(parts: Mapping[str, Mapping[str, str | None]]) -> str:
     return Table(["", "from", "licence", "SHA-256"], rows).markdown(code=(3,)) if rows else ""
 
 
-def _accuracy(recipe: Mapping[str, Any]) -> str:
+def _scores(recipe: Mapping[str, Any]) -> str:
     rows: Mapping[str, Any] = recipe.get("metrics") or {}
     if not rows:
         return ""
     tasks = list(next(iter(rows.values()))["per_task"])
-    return accuracy_table({"rows": rows, "tasks": tasks, "protocol": recipe.get("protocol")}).markdown()
+    content = {"rows": rows, "tasks": tasks, "protocol": recipe.get("protocol"), **(recipe.get("scores") or {})}
+    return score_table(content).markdown()
 
 
 def _own_row(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:

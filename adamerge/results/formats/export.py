@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 FORMATS = {"open_clip": "open_clip", "hf": "hugging_face", "torchvision": "torchvision", "onnx": "onnx"}
 _STATED = (  # of the recipe, as it is
     *("format", "versions", "seed", "steps", "protocol", "rule", "uses_data", "uses_labels", "batch_norm", "metrics"),
-    "stated",
+    *("scores", "stated"),
 )
 _KEPT = ("coefficients.json", "coefficients.safetensors", "heads.safetensors", "batch_norm.safetensors")
 

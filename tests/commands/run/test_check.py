@@ -131,8 +131,8 @@ LANES = {
         ("method.scheduler={_target_: torch.optim.no_scheduler}", ["no_scheduler"]),
     ],
     "callbacks": [
-        ("callbacks=keep_best", ["KeepBest", "data.holdout"]),
         ("callbacks=keep_best callbacks.keep_best.every=0", ["KeepBest.every", "0"]),
+        ("callbacks=keep_best", ["KeepBest", "data.holdout"]),
         ("callbacks=collapse_guard callbacks.collapse_guard.action=wrn", ["CollapseGuard.action", "'warn'"]),
     ],
     "optimizer": [("optimizer._target_=builtins.len", ["optimizer"])],
@@ -191,10 +191,12 @@ def test_pool_files_experts_that_are_no_mapping_of_files_are_refused(experts):
 
 
 def test_check_says_what_is_wrong_with_each_task_at_once(found):
-    problems = found("data.tasks.mnist.classes=[a, b]", "data.tasks.digits.templates=['{}', 'a photo']")
-    assert [problem.split(":")[0] for problem in problems] == [
-        "data.tasks.mnist.classes", "data.tasks.digits.templates",
-    ]  # fmt: skip
+    wrong = ["data.tasks.mnist.classes=[a, b]", "data.tasks.digits.templates=['{}', 'a photo']"]
+    judged = ["callbacks=never_worse", "+data.holdout=auto", "first_stage={steps: 2}"]  # by data that cannot be built
+    for more in ([], judged):
+        assert [problem.split(":")[0] for problem in found(*wrong, *more)] == [
+            "data.tasks.mnist.classes", "data.tasks.digits.templates",
+        ]  # fmt: skip
 
 
 def test_check_labels_of_the_images_to_score_are_looked_at_where_they_are_scored(found):

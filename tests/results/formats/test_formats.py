@@ -311,6 +311,7 @@ def test_card_tells_ingredients_licences_method_metrics_and_shows_the_coefficien
     assert {"merge", "adamerge"} <= set(header["tags"])
     (entry,) = header["model-index"]
     assert [result["dataset"]["name"] for result in entry["results"]] == ["cars", "dtd"]
+    assert {result["metrics"][0]["name"] for result in entry["results"]} == {"accuracy"}
     assert "# my-merge" in card
     hashes = json.loads((clip_run / "merge.json").read_text())["hashes"]
     for name, licence in (("base", "MIT"), ("cars", "Apache-2.0"), ("dtd", "not stated")):
@@ -336,6 +337,18 @@ def test_card_tells_ingredients_licences_method_metrics_and_shows_the_coefficien
     assert facts["ingredients"]["cars"]["sha256"] == hashes["cars"]
     for text in (card, json.dumps(facts)):
         assert str(clip_run.parent) not in text  # nothing of this machine's folders
+
+
+def test_card_calls_scores_by_their_names():
+    row = {"per_task": {"law": 0.5}, "mean": 0.5, "interval": [0.4, 0.6], "measures": {"KL": {"law": 0.25}}}
+    row |= {"calibration_error": {}, "uses_labels": False}
+    scores = {"metrics": {"law": "exact match"}, "measures": {"KL": {"unit": "nats", "lower_is_better": True}}}
+    recipe = {"config": {"name": "own"}, "metrics": {"own": row}, "scores": scores}
+    usage = merged.Usage("transformers", "text-generation", "", {}, {})
+    (result,) = yaml.safe_load(card._header("x", recipe, usage))["model-index"][0]["results"]
+    assert result["metrics"][0] | {"value": 0.5} == {"type": "exact match", "name": "exact match", "value": 0.5}
+    assert "score, %" in card._scores(recipe)
+    assert "KL, nats" in card._scores(recipe)
 
 
 @pytest.mark.parametrize(("target", "is_text"), [("open_clip", True), ("hf", True), ("hf", False)])
