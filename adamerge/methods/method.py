@@ -14,7 +14,7 @@ from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import NonfiniteError
 from adamerge.methods import checks
-from adamerge.methods.anchor import penalised, strength
+from adamerge.methods.anchor import means_in_loss, penalised, strength
 from adamerge.methods.step import Observer, StepOptions, StepResult, report
 from adamerge.methods.teaching import Teaching
 from adamerge.methods.trial import try_objective
@@ -95,7 +95,7 @@ class MergingMethod(LightningModule):
         self.model.to_device(self.device)
         self.model.teacher_cache.clear()
         data = data_of(self.trainer)
-        self._strength = strength(self.options.anchor, data, self._means(data))
+        self._strength = strength(self.options.anchor, data, means_in_loss(self.options, data))
         if data is not None:
             checks.check_task_weights(self.task_weights, self.objective, data.streams)
             if self.uses_teacher:
@@ -265,13 +265,6 @@ class MergingMethod(LightningModule):
         """Return the factor of each task's loss in a step of these tasks."""
         share = 1 / max(1, len(tasks)) if self.options.reduction == "mean" else 1.0
         return {task: share * self.task_weights.get(task, 1.0) for task in tasks}
-
-    def _means(self, data: UnlabeledTasks | None) -> float:
-        """Return of how many means over samples a step's loss is the sum: 1 of a plain mean."""
-        if data is None:
-            return 1.0
-        weights = sum(self.task_weights.get(task, 1.0) for task in data.streams)
-        return weights * data.batches_per_step / (len(data.streams) if self.options.reduction == "mean" else 1)
 
     def exported(self) -> Coefficients | Mapping[str, Tensor]:
         """Return the result: coefficients, or a state dict with every key of the base."""

@@ -36,8 +36,8 @@ def is_in_doubt(evidence: Mapping[str, Any]) -> bool:
     Args:
         evidence: As ``merge.json`` has it, with both measured.
     """
-    difference: float = evidence["result"]["kl"] - evidence["start"]["kl"]
-    return abs(difference) <= evidence.get("kl_error", 0.0)  # which files of older versions lack
+    difference = evidence["result"]["kl"] - evidence["start"]["kl"]
+    return bool(abs(difference) <= evidence.get("kl_error", 0.0))  # which files of older versions lack
 
 
 class Tally:
