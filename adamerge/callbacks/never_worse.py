@@ -75,16 +75,19 @@ class NeverWorse(Callback):
         """Measure both, and put the start back where the result is not better."""
         assert isinstance(pl_module, MergingMethod)
         assert self._start is not None
+        data: UnlabeledTasks = trainer.datamodule  # type: ignore[attr-defined]
         raw = pl_module.model.coefficients.raw
         learned, at_start = raw.clone(), self._start.to(raw)
         if self.evidence is None:  # else the fit had ended before a resume
             if self.folds:
                 self.comparison = sum(self.folds[1:], self.folds[0])
             else:
+                if not pl_module.uses_teacher:  # else they were asked before the first step
+                    pl_module.ask_held_out(data, _judged(pl_module.model, data))
                 result = self._measured(trainer, pl_module)
                 raw.copy_(at_start)
                 self.comparison = Comparison.of(self._measured(trainer, pl_module), result, pl_module.device)
-            self.evidence = self._evidence(trainer.datamodule, pl_module)  # type: ignore[attr-defined]
+            self.evidence = self._evidence(data, pl_module)
         raw.copy_(learned if self.evidence["exported"] == "result" else at_start)
         pl_module.evidence = self.evidence
         if trainer.is_global_zero and self.folds is not None:
@@ -128,6 +131,11 @@ def has_experts(model: MergedModel, data: UnlabeledTasks) -> bool:
     return any(task in model.teachers for task in data.streams)
 
 
+def _judged(model: MergedModel, data: UnlabeledTasks) -> list[str]:
+    """Return the held-out tasks that have an expert."""
+    return [task for task in data.holdout_streams if task in model.teachers]
+
+
 def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
     """Say what was measured, with the level to log it at."""
     start, result = evidence["start"], evidence["result"]
@@ -154,9 +162,8 @@ def _sentence(evidence: dict[str, Any]) -> tuple[int, str]:
 def measure(trainer: Trainer, method: MergingMethod) -> Tally:
     """Measure the present coefficients on the held-out samples of tasks that have an expert; devices share the work."""
     data: UnlabeledTasks = trainer.datamodule  # type: ignore[attr-defined]
-    tasks = [task for task in data.holdout_streams if task in method.model.teachers]
+    tasks = _judged(method.model, data)
     tally = Tally(tasks)
-    method.ask_held_out(data, tasks)
 
     def observe(step: TaskStep) -> None:
         tally.add(step.task, step.outputs.rows(), step.teacher())

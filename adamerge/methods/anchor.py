@@ -10,7 +10,7 @@ from torch import Tensor
 from adamerge.data.datasets import length_of
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import InputError
-from adamerge.methods.step import StepOptions, StepResult
+from adamerge.methods.step import StepResult
 
 Anchor = float | Literal["auto"]
 EVIDENCE = 150.0  # samples of all tasks whose evidence the start weighs as much as, per nat and unit of displacement
@@ -39,14 +39,6 @@ def strength(anchor: Anchor, data: UnlabeledTasks | None, means: float = 1.0) ->
             "method.anchor=auto: the number of samples is not known, as the data are no UnlabeledTasks. Give a number."
         )
     return means * EVIDENCE / sum(length_of(stream.source) for stream in data.streams.values())
-
-
-def means_in_loss(options: StepOptions, data: UnlabeledTasks | None) -> float:
-    """Return of how many means over samples a step's loss is the sum: 1 of a mean over tasks of equal weights."""
-    if data is None:
-        return 1.0
-    weights = sum((options.task_weights or {}).get(task, 1.0) for task in data.streams)
-    return weights * data.batches_per_step / (len(data.streams) if options.reduction == "mean" else 1)
 
 
 def penalised(

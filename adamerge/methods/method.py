@@ -1,6 +1,7 @@
 """What all methods share: one step of the objective on the merged model, its teachers, guards and reports."""
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from adamerge.data.random_states import generator_states, set_generator_states
 from adamerge.data.unlabeled_tasks import UnlabeledTasks
 from adamerge.errors import NonfiniteError
 from adamerge.methods import checks
-from adamerge.methods.anchor import means_in_loss, penalised, strength
+from adamerge.methods.anchor import penalised, strength
 from adamerge.methods.step import Observer, StepOptions, StepResult, report
 from adamerge.methods.teaching import Teaching
 from adamerge.methods.trial import try_objective
@@ -95,7 +96,8 @@ class MergingMethod(LightningModule):
         self.model.to_device(self.device)
         self.model.teacher_cache.clear()
         data = data_of(self.trainer)
-        self._strength = strength(self.options.anchor, data, means_in_loss(self.options, data))
+        means = math.fsum(self.weights(data.streams).values()) * data.batches_per_step if data is not None else 1.0
+        self._strength = strength(self.options.anchor, data, means)
         if data is not None:
             checks.check_task_weights(self.task_weights, self.objective, data.streams)
             if self.uses_teacher:

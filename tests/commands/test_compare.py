@@ -142,6 +142,10 @@ def test_rows_choose_those_of_a_preset_by_name_or_join_them(tmp_path):
         assert made == wanted | {"task_arithmetic_0.3": "task_arithmetic_0.3", "experts": "experts"}
     with pytest.raises(InputError, match=r"row 'sparce': .* Did you mean 'sparse'\?"):
         plan_of(["sparce"], str(preset), [], [0], tmp_path)
+    preset.write_text("rows: {sparse: ties densty=0.1}")
+    with pytest.raises(InputError, match=r"Did you mean 'density'\?") as refused:
+        plan_of([], str(preset), [], [0], tmp_path)
+    assert "'sparse'" not in str(refused.value)
 
 
 def test_run_goes_on_row_by_row_and_keeps_the_others_when_one_fails(tmp_path, made):
@@ -181,6 +185,8 @@ def test_folder_of_another_comparison_is_refused(tmp_path, made):
         (text,) = run_ranks(_refusal, 1, tmp_path)  # a lock is another process's
     assert "in use by another run" in text
     assert text.endswith("choose another --out.")
+    assert made == []
+    assert not list(tmp_path.glob("seed_*"))
     comparison.run(plan_of(["ties"], None, [], [0], tmp_path), QUIET)
 
 

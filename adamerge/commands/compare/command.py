@@ -52,8 +52,7 @@ def compare(
 
     A row is pretrained, experts, a rule of `adamerge merge` with its options, or what `adamerge adapt` takes;
     start=RULE adapts from that rule's merge. task_arithmetic_0.3 and experts, which measures refer to, are always made.
-    OVERRIDES name pool, data and backbone as for `adamerge adapt`; the
-    default is the demo zoo.
+    OVERRIDES name pool, data and backbone as for `adamerge adapt`; the default is the demo zoo.
     """  # noqa: D301
     make(comparison.plan_of(rows, preset, overrides, seeds, folder), folder, as_json=as_json)
 

@@ -76,7 +76,7 @@ def plan_of(
         try:
             specs[name] = spec = read_row(text)
         except InputError as error:
-            raise InputError(f"{error}{did_you_mean(name, of_preset)}") from error
+            raise InputError(f"{error}{'' if name in of_preset else did_you_mean(name, of_preset)}") from error
         try:
             if spec.overrides or len(specs) == 1:
                 compose([*common, *overrides, *spec.overrides])

@@ -80,8 +80,8 @@ def check(config: DictConfig) -> list[str]:
             problems += forecast_problems(parts["headers"].shapes, parts.get("run_dir"), parts.get("encoder"))
             problems += checkpoint_problems(parts["headers"].shapes, parts.get("encoder"))
         with problems.naming("data"):
-            data = build_data(config, parts["backbone"], problems)
-            parts |= {} if data is None else {"data": data}
+            if (data := build_data(config, parts["backbone"], problems)) is not None:
+                parts["data"] = data
     check_start(config, parts, problems)
     with problems.naming("encoder.engine"):
         check_beside(parts)

@@ -39,7 +39,7 @@ RESULTS = ("merged.safetensors", "coefficients.json", "start.json", "stage_1/coe
 
 
 @pytest.mark.slow
-def test_two_stages_interrupted_in_either_equal_anuninterrupted_run(two, tmp_path, capsys):
+def test_two_stages_interrupted_in_either_equal_an_uninterrupted_run(two, tmp_path, capsys):
     assert call("adapt", *two, "run_dir=whole") == 0
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in RESULTS}
     Interrupt.left = 2
